@@ -1,0 +1,157 @@
+"""Ours against diffusers + peft, side by side: a DiT forward pass and a LoRA step.
+
+Each side lives in a process of its own, so that its peak memory is its own; the two take turns, step by step, in an
+order that alternates, and the ratio is taken within each pair.
+
+    python benchmarks/step.py [--pairs 15] [--threads 2] [--kind forward lora]
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import random
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+DIM, FFN, HEADS, LAYERS, TEXT = 1536, 8960, 12, 4, 4096
+LATENTS = (1, 16, 5, 30, 52)
+RANK = 16
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+Step = Callable[[], None]
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timestep and text of the benchmark."""
+    torch.manual_seed(0)
+    return torch.randn(LATENTS), torch.tensor([500.0]), torch.randn(1, 512, TEXT)
+
+
+def ours(kind: str) -> Step:
+    """Our DiT, plain or with our LoRA."""
+    from networks.adapter import create
+    from networks.settings import NetworkSettings
+    from wan_train.models.dit import Dit, DitConfig
+
+    model = Dit(DitConfig(DIM, FFN, HEADS, LAYERS, text_dim=TEXT)).requires_grad_(False)
+    latents, timestep, text = inputs()
+    if kind == "forward":
+        return lambda: forward(lambda: model(latents, timestep, text))
+    adapter = create(model, NetworkSettings(network_dim=RANK, network_alpha=RANK), seed=0)
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(1e-4), lr=1e-4)
+    return lambda: train(lambda: model(latents, timestep, text), optimizer)
+
+
+def theirs(kind: str) -> Step:
+    """diffusers' WanTransformer3DModel, plain or with peft's LoRA."""
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=DIM // HEADS,
+        text_dim=TEXT,
+        ffn_dim=FFN,
+        num_layers=LAYERS,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    ).requires_grad_(False)
+    latents, timestep, text = inputs()
+
+    def call() -> Tensor:
+        return model(latents, timestep, text, return_dict=False)[0]
+
+    if kind == "forward":
+        return lambda: forward(call)
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    return lambda: train(call, optimizer)
+
+
+def forward(call: Callable[[], Tensor]) -> None:
+    """One forward pass without gradients."""
+    with torch.no_grad():
+        call()
+
+
+def train(call: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """One LoRA step."""
+    torch.nn.functional.mse_loss(call(), torch.zeros(LATENTS)).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+SIDES = {"ours": ours, "theirs": theirs}
+
+
+def serve(side: str, kind: str, threads: int, pipe: Connection) -> None:
+    """Build one side, then time a step whenever asked to."""
+    torch.set_num_threads(threads)
+    step = SIDES[side](kind)
+    step()
+    step()
+    pipe.send("ready")
+    while pipe.recv() == "step":
+        began = time.perf_counter()
+        step()
+        pipe.send(time.perf_counter() - began)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def measure(kind: str, pairs: int, threads: int) -> dict[str, float | list[float]]:
+    """Medians of both sides, the median ratio with a bootstrap interval, and both peaks of memory."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for side in SIDES:
+        pipes[side], child = context.Pipe()
+        context.Process(target=serve, args=(side, kind, threads, child), daemon=True).start()
+        pipes[side].recv()
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    for index in range(pairs):
+        for side in list(SIDES) if index % 2 else reversed(SIDES):
+            pipes[side].send("step")
+            times[side].append(pipes[side].recv())
+    peaks = {}
+    for side, pipe in pipes.items():
+        pipe.send("stop")
+        peaks[side] = pipe.recv()
+    ratios = [a / b for a, b in zip(times["ours"], times["theirs"], strict=True)]
+    draws = random.Random(0)
+    medians = sorted(statistics.median(draws.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return {
+        "ours_s": statistics.median(times["ours"]),
+        "theirs_s": statistics.median(times["theirs"]),
+        "ratio": statistics.median(ratios),
+        "interval_95": [medians[50], medians[1949]],
+        "rss_ratio": peaks["ours"] / peaks["theirs"],
+        "ours_mib": peaks["ours"],
+        "theirs_mib": peaks["theirs"],
+    }
+
+
+def main() -> None:
+    """Print one line of JSON for each kind of step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kind", nargs="+", default=["forward", "lora"], choices=["forward", "lora"])
+    options = parser.parse_args()
+    print(json.dumps({"machine": platform.processor() or platform.machine(), "torch": torch.__version__}))
+    for kind in options.kind:
+        print(json.dumps({"kind": kind} | measure(kind, options.pairs, options.threads)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""From a fresh clone to a working tree, with nothing but CPython.
+
+    python bootstrap.py demo [FOLDER]      the whole job on a tiny model that it makes (in demo/)
+    python bootstrap.py test [ARGUMENT]... the tests; the arguments go to pytest
+
+Both first make `.venv` and install the requirements into it, unless that is done already.
+"""
+
+# An old Python has to be able to read this file, if only to be told that it is too old.
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+STAMP = "wan-train.json"  # in .venv: what is installed there
+RUNTIME = "requirements.txt"
+DEVELOPMENT = "requirements-dev.txt"
+OLDEST, NEWEST = (3, 11), (3, 13)
+UNFINISHED = {"python": "unfinished"}
+
+# The README's commands at a size that a CPU runs in seconds.
+DEMO = """\
+python examples/tiny/make.py DIR
+python wan_cache_latents.py --dataset_config DIR/data.toml --vae DIR/Wan2.1_VAE.safetensors
+python wan_cache_text_encoder_outputs.py --dataset_config DIR/data.toml \
+ --t5 DIR/models_t5_umt5-xxl-enc-bf16.safetensors --batch_size 16
+accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no --num_cpu_threads_per_process 1 \
+ --mixed_precision no wan_train_network.py --task t2v-1.3B --dit DIR/wan_t2v_tiny.safetensors \
+ --dataset_config DIR/data.toml --sdpa --mixed_precision no --optimizer_type adamw8bit --learning_rate 2e-3 \
+ --gradient_checkpointing --network_module networks.lora_wan --network_dim 8 --network_alpha 8 \
+ --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 4 --save_every_n_epochs 2 --seed 42 \
+ --output_dir DIR/out --output_name tiny --vae DIR/Wan2.1_VAE.safetensors \
+ --t5 DIR/models_t5_umt5-xxl-enc-bf16.safetensors --sample_prompts DIR/prompts.txt --sample_every_n_epochs 2 \
+ --sample_at_first
+python convert_lora.py --input DIR/out/tiny.safetensors --output DIR/tiny_comfy.safetensors --target other
+python wan_generate_video.py --task t2v-1.3B --video_size 96 64 --video_length 17 --infer_steps 6 \
+ --prompt "a blue square moves down" --seed 1 --save_path DIR/tiny.mp4 --output_type both \
+ --dit DIR/wan_t2v_tiny.safetensors --vae DIR/Wan2.1_VAE.safetensors \
+ --t5 DIR/models_t5_umt5-xxl-enc-bf16.safetensors --attn_mode torch --lora_weight DIR/out/tiny.safetensors \
+ --lora_multiplier 1.0
+"""
+
+
+class Failure(Exception):
+    """One line for the user, and the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    try:
+        check_python(sys.version_info[:2], platform.python_implementation())
+        command, rest = read_arguments(arguments)
+        if command == "test":
+            run([prepare([RUNTIME, DEVELOPMENT]) / "python", "-m", "pytest", *rest], shown="pytest")
+        else:
+            run_demo(prepare([RUNTIME]), Path(rest[0]).resolve() if rest else ROOT / "demo")
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check_python(version: tuple[int, ...], implementation: str) -> None:
+    if implementation != "CPython" or not OLDEST <= tuple(version) <= NEWEST:
+        shown = ".".join(str(part) for part in version)
+        oldest, newest = (f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
+        raise Failure(
+            f"this is {implementation} {shown}, and CPython {oldest} to {newest} is needed:"
+            f" install one and use it, as in 'python{newest} bootstrap.py demo'",
+            2,
+        )
+
+
+def read_arguments(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command, and what comes after it."""
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    plain = len(rest) <= 1 and not any(word.startswith("-") for word in rest)
+    if command == "test" or (command == "demo" and plain):
+        return command, rest
+    raise Failure("usage: python bootstrap.py demo [FOLDER] | test [PYTEST ARGUMENT]...", 2)
+
+
+def prepare(requirements: list[str]) -> Path:
+    """Make `.venv` hold what the requirement files name; the folder of its programs."""
+    programs = VENV / ("Scripts" if os.name == "nt" else "bin")
+    installed, wanted = read_stamp(), wanted_stamp(requirements)
+    runs = any((programs / name).exists() for name in ("python", "python.exe"))
+    if runs and all(installed.get(key) == value for key, value in wanted.items()):
+        return programs
+    if not runs or installed.get("python") != wanted["python"]:
+        if VENV.exists() and not installed:
+            raise Failure(f"{VENV} is not bootstrap.py's: move it away, or install the requirements into it yourself")
+        make_environment()
+        installed = {}
+    print(f"installing {' and '.join(requirements)} (once, some minutes)", flush=True)
+    write_stamp(UNFINISHED)
+    files = [part for name in requirements for part in ("-r", name)]
+    run([programs / "python", "-m", "pip", "install", "--disable-pip-version-check", *files])
+    write_stamp({**installed, **wanted})
+    return programs
+
+
+def make_environment() -> None:
+    """An empty `.venv`; whatever an interrupted install has left there goes."""
+    print(f"making {VENV} with Python {platform.python_version()}", flush=True)
+    VENV.mkdir(exist_ok=True)
+    write_stamp(UNFINISHED)  # first, and it stays: an interrupted removal has to be known as ours too
+    for child in VENV.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        elif child.name != STAMP:
+            child.unlink()
+    # The interpreter behind an active environment: that environment may be the one that was just removed.
+    python = getattr(sys, "_base_executable", "") or sys.executable
+    hint = "on Debian and Ubuntu the package python3-venv has to be there"
+    run([python, "-m", "venv", VENV], shown=f"{python} -m venv ({hint})")
+
+
+def wanted_stamp(requirements: list[str]) -> dict[str, str]:
+    # The folder is part of it: the programs of an environment that was moved no longer start.
+    files = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in requirements}
+    return {"python": f"{platform.python_version()} in {VENV}", **files}
+
+
+def read_stamp() -> dict[str, str]:
+    """What `.venv` holds by its own account; nothing where it does not say."""
+    try:
+        stamp = json.loads((VENV / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def write_stamp(stamp: dict[str, str]) -> None:
+    temporary = VENV / f"{STAMP}.new"
+    temporary.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(VENV / STAMP)
+
+
+def run(command: list[str | Path], *, shown: str = "") -> None:
+    """Run a command from the repo root; a Failure names the one that failed."""
+    words = [str(word) for word in command]
+    code = subprocess.run(words, cwd=ROOT).returncode
+    if code:
+        raise Failure(f"exit code {code} from: {shown or shlex.join(words)}", code if code > 0 else 128 - code)
+
+
+def run_demo(programs: Path, folder: Path) -> None:
+    """Make the tiny model and the clips, run the five commands on them, and say where the results are."""
+    for words in demo_commands(folder):
+        shown = shlex.join(words)
+        print(f"\n$ {shown}", flush=True)
+        run([programs / words[0], *words[1:]], shown=shown)
+    previews = sorted((folder / "out" / "sample").glob("*.mp4"), key=lambda path: path.stat().st_mtime)
+    results = {
+        "LoRA": folder / "out" / "tiny.safetensors",
+        "LoRA for other tools": folder / "tiny_comfy.safetensors",
+        "preview": previews[-1] if previews else folder / "out" / "sample",
+        "video": folder / "tiny.mp4",
+    }
+    for name, path in results.items():
+        if not path.is_file():
+            raise Failure(f"all commands ran, but there is no {name} in {path}")
+    print("\nAll five commands ran. The results:")
+    for name, path in results.items():
+        print(f"  {name}: {path}")
+
+
+def demo_commands(folder: Path) -> list[list[str]]:
+    """The words of each command, for the folder (written from the repo root where it lies below it)."""
+    shown = (folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder).as_posix()
+    lines = [shlex.split(line) for line in DEMO.splitlines()]
+    return [[shown + word[3:] if word.split("/")[0] == "DIR" else word for word in words] for words in lines]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

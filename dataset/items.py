@@ -1,0 +1,42 @@
+"""What travels from a folder to the cache: source files with their captions, and the clips taken from them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.config import DatasetConfig
+from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, VAE_STRIDE
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image or video of a dataset, and its caption."""
+
+    config: DatasetConfig
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A run of frames of an item, as it is trained on; an image is a clip of one frame.
+
+    `frames` are the indices to decode, `start` is the first frame's number among those that `source_fps` keeps, `size`
+    the bucket and `source_size` the picture before resizing, both (width, height) in pixels.
+    """
+
+    item: Item
+    start: int
+    frames: tuple[int, ...]
+    size: tuple[int, int]
+    source_size: tuple[int, int]
+
+    @property
+    def num_frames(self) -> int:
+        """Pixel frames, 4k+1."""
+        return len(self.frames)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of its latents."""
+        width, height = self.size
+        return LATENT_CHANNELS, (self.num_frames - 1) // FRAME_STEP + 1, height // VAE_STRIDE, width // VAE_STRIDE

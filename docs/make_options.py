@@ -1,0 +1,66 @@
+"""Write what the settings of the tools say of themselves: the options pages and the frozen list of options.
+
+    python docs/make_options.py
+
+Run it after changing an option and read the difference: what disappears from the list breaks someone's script.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from wan_train.cli import Tool, describe, groups, options
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ROOT / "docs" / "options"
+FROZEN = ROOT / "tests" / "golden" / "options.json"
+
+
+def find_tools() -> dict[str, Tool]:
+    """The tool of each entry point: every script in the root that names one."""
+    tools = {}
+    for path in sorted(ROOT.glob("*.py")):
+        if "cli import run" not in path.read_text(encoding="utf-8"):
+            continue
+        spec = importlib.util.spec_from_file_location(f"entry_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        tools[path.stem] = next(value for value in vars(script).values() if isinstance(value, Tool))
+    return tools
+
+
+def list_options(tool: Tool) -> dict[str, str]:
+    """Every spelling of every option of a tool, with its default in words."""
+    listed = {}
+    for group in groups(tool.settings).values():
+        for field, described, _ in options(group):
+            default = "required" if described.required else repr(field.default)
+            listed |= {flag: default for flag in (f"--{field.name}", *described.flags)}
+            listed |= {flag: f"--{field.name} {value}" for flag, value in described.shortcuts.items()}
+    return dict(sorted(listed.items()))
+
+
+def freeze() -> str:
+    """The list of all tools' options, as its file holds it."""
+    return json.dumps({name: list_options(tool) for name, tool in find_tools().items()}, indent=1) + "\n"
+
+
+def main() -> None:
+    PAGES.mkdir(parents=True, exist_ok=True)
+    tools = find_tools()
+    for page in PAGES.glob("*.md"):
+        if page.stem not in tools:
+            page.unlink()
+    for name, tool in tools.items():
+        (PAGES / f"{name}.md").write_text(describe(tool), encoding="utf-8")
+    FROZEN.parent.mkdir(parents=True, exist_ok=True)
+    FROZEN.write_text(freeze(), encoding="utf-8")
+    print(f"wrote {len(tools)} pages to {PAGES} and {FROZEN}")
+
+
+if __name__ == "__main__":
+    main()

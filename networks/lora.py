@@ -1,0 +1,136 @@
+"""Low-rank adaptation (Hu et al. 2021): W x becomes W x + alpha/r * up (down x), r the rank.
+
+Legend: down (r, in), up (out, r), x (..., in), hidden (..., r), output (..., out).
+
+A branch is a child module of the Linear that it changes and acts by its hooks, so the Linear stays what it was: its
+parameters keep their names, and however it stores or streams its weight goes on unaware of the branch. Both products
+are added into tensors that exist anyway, the output on the way forward and the input's gradient on the way back: for
+wide layers another tensor of that size would cost more than the products themselves.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Factor(nn.Module):
+    """One matrix of a pair. Not a Linear, so that nothing which looks for Linears quantises or wraps it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class Branch(nn.Module):
+    """The pair of one Linear: `before` takes its input, `after` its output."""
+
+    def __init__(self, down: Tensor, up: Tensor, *, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.down, self.up = Factor(down), Factor(up)
+        self.scale, self.dropout = scale, dropout
+        self.hidden: Tensor | None = None  # on its way from `before` to `after`
+
+    def before(self, x: Tensor) -> Tensor:
+        """x (..., in) as the Linear shall get it; keeps the rank's activations of it."""
+        x = x.to(_product_dtype(x))
+        down = self.down.weight.to(x.dtype)
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            x, hidden = _Down.apply(x, down)  # type: ignore[no-untyped-call]
+        else:
+            hidden = F.linear(x, down)
+        self.hidden = drop(hidden, self.dropout) if self.training and self.dropout > 0 else hidden
+        return x
+
+    def after(self, output: Tensor) -> Tensor:
+        """The Linear's output (..., out) with the branch added, in place."""
+        assert self.hidden is not None
+        hidden, self.hidden = self.hidden.to(output.dtype), None
+        up = self.up.weight.to(output.dtype)
+        if torch.compiler.is_compiling():  # a compiler fuses the plain form by itself
+            return torch.add(output, F.linear(hidden, up), alpha=self.scale)
+        added: Tensor = _Up.apply(output, hidden, up, self.scale)  # type: ignore[no-untyped-call]
+        return added
+
+
+def drop(hidden: Tensor, probability: float) -> Tensor:
+    """Dropout of a rank's activations; the one place that draws for it."""
+    return F.dropout(hidden, probability)
+
+
+class _Down(torch.autograd.Function):
+    """(x, down) -> (x, x down^T). Only the Linear reads the returned x: its gradient is ours to add to in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, down)
+        return x.detach(), F.linear(x, down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        x, down = ctx.saved_tensors
+        rows = grad_hidden.flatten(0, -2)
+        return _add_product(grad_x, rows, down), rows.t() @ x.flatten(0, -2)
+
+
+class _Up(torch.autograd.Function):
+    """(output, hidden, up) -> output + scale * hidden up^T, in output's own memory."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(hidden, up)
+        ctx.scale = scale
+        # Detached it is no view to autograd, which would else copy the gradient, or refuse later work in place.
+        return _add_product(output, hidden.flatten(0, -2), up.t(), scale).detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        hidden, up = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_hidden = (rows @ up).mul_(ctx.scale).view_as(hidden)
+        grad_up = (hidden.flatten(0, -2).t() @ rows).mul_(ctx.scale).t()
+        return grad, grad_hidden, grad_up, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """total (..., n) + scale * left (rows, r) @ right (r, n), in place where the memory of `total` is contiguous."""
+    return total.flatten(0, -2).addmm_(left, right, alpha=scale).view(total.shape)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that the Linear will compute in: autocast's where it is on, else the input's."""
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
+
+
+def _before(linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    assert isinstance(linear.lora, Branch)
+    (x,) = inputs
+    return (linear.lora.before(x),)
+
+
+def _after(linear: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    assert isinstance(linear.lora, Branch)
+    return linear.lora.after(output)
+
+
+def attach_branch(linear: nn.Linear, branch: Branch) -> None:
+    """Let `branch` act on `linear`, as its child `lora`."""
+    assert not hasattr(linear, "lora"), "a Linear takes one branch"
+    linear.add_module("lora", branch)
+    linear.register_forward_pre_hook(_before)
+    linear.register_forward_hook(_after)
+
+
+def initial_down(name: str, shape: tuple[int, int], seed: int) -> Tensor:
+    """The first `down` (r, in) of the module `name`: the same whatever was drawn before, on whichever process."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

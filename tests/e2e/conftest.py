@@ -1,0 +1,38 @@
+"""A tiny model to run on, and a way to run the entry points as a user does."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from examples.tiny.make import make
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of examples/tiny: models under their official names, clips, data.toml and prompts.txt.
+
+    It is made once for all tests, so whoever writes (caches included) writes to a folder of his own.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_tool(root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_tool("script.py", *arguments, expect=0)`: run it from the repo root and check its exit code."""
+
+    def run(script: str, *arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, script, *map(str, arguments)]
+        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(command, cwd=root, env=os.environ | quiet, capture_output=True, text=True, timeout=600)
+        assert done.returncode == expect, (
+            f"{' '.join(command)}\nexit code {done.returncode}\n{done.stdout}{done.stderr}"
+        )
+        return done
+
+    return run

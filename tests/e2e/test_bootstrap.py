@@ -1,0 +1,168 @@
+"""bootstrap.py: what it asks of Python, what it makes of its arguments, and when it installs anything."""
+
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import bootstrap
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """An empty clone with its requirement files; the commands that would have run are listed, and none is."""
+    commands: list[list[str]] = []
+
+    def pretend(words: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(words)
+        if "venv" in words:
+            (tmp_path / ".venv" / "bin").mkdir()
+            (tmp_path / ".venv" / "bin" / "python").touch()
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    monkeypatch.setattr(bootstrap, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(bootstrap.subprocess, "run", pretend)
+    (tmp_path / "requirements.txt").write_text("torch==2.13.0\n")
+    (tmp_path / "requirements-dev.txt").write_text("pytest\n")
+    return commands
+
+
+def kinds(commands: list[list[str]]) -> list[str]:
+    return [next(word for word in words if word in ("venv", "pip", "pytest")) for words in commands]
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 14), (2, 7)])
+def test_another_python_is_told_which_one_is_needed(version: tuple[int, int]) -> None:
+    with pytest.raises(bootstrap.Failure, match=r"CPython 3\.11 to 3\.13 is needed") as failure:
+        bootstrap.check_python(version, "CPython")
+    assert failure.value.code == 2
+
+
+def test_each_supported_python_is_accepted_and_other_implementations_are_not() -> None:
+    for version in ((3, 11), (3, 12), (3, 13)):
+        bootstrap.check_python(version, "CPython")
+    with pytest.raises(bootstrap.Failure, match="this is PyPy"):
+        bootstrap.check_python((3, 11), "PyPy")
+
+
+@pytest.mark.parametrize("arguments", [[], ["run"], ["demo", "--fast"], ["demo", "here", "there"]])
+def test_what_it_does_not_know_ends_with_the_usage(root: Path, arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, root / "bootstrap.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: usage: python bootstrap.py demo")
+    assert not done.stdout
+
+
+def test_arguments_of_test_go_to_pytest(clone: list[list[str]]) -> None:
+    assert bootstrap.main(["test", "-k", "vae", "-x"]) == 0
+    assert clone[-1][1:] == ["-m", "pytest", "-k", "vae", "-x"]
+
+
+def test_the_exit_code_is_that_of_the_tests(clone: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    bootstrap.prepare(["requirements.txt", "requirements-dev.txt"])
+    monkeypatch.setattr(bootstrap.subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 5))
+    assert bootstrap.main(["test"]) == 5
+
+
+def test_the_second_run_installs_nothing(clone: list[list[str]]) -> None:
+    both = ["requirements.txt", "requirements-dev.txt"]
+    bootstrap.prepare(both)
+    assert kinds(clone) == ["venv", "pip"]
+    started = time.monotonic()
+    bootstrap.prepare(both)
+    bootstrap.prepare(both[:1])
+    assert kinds(clone) == ["venv", "pip"]
+    assert time.monotonic() - started < 1
+
+
+def test_the_tests_add_their_packages_to_the_environment_of_the_demo(clone: list[list[str]]) -> None:
+    bootstrap.prepare(["requirements.txt"])
+    bootstrap.prepare(["requirements.txt", "requirements-dev.txt"])
+    assert kinds(clone) == ["venv", "pip", "pip"]
+    assert clone[-1][-4:] == ["-r", "requirements.txt", "-r", "requirements-dev.txt"]
+
+
+def test_changed_requirements_are_installed(clone: list[list[str]], tmp_path: Path) -> None:
+    bootstrap.prepare(["requirements.txt"])
+    (tmp_path / "requirements.txt").write_text("torch==2.14.0\n")
+    bootstrap.prepare(["requirements.txt"])
+    assert kinds(clone) == ["venv", "pip", "pip"]
+
+
+def test_another_python_or_a_moved_clone_starts_over(clone: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    bootstrap.prepare(["requirements.txt"])
+    monkeypatch.setattr(bootstrap.platform, "python_version", lambda: "3.12.1")
+    bootstrap.prepare(["requirements.txt"])
+    assert kinds(clone) == ["venv", "pip"] * 2
+
+
+def test_an_interrupted_install_starts_over(clone: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend = bootstrap.subprocess.run
+
+    def interrupt(words: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if "pip" in words:
+            raise KeyboardInterrupt
+        return pretend(words)
+
+    monkeypatch.setattr(bootstrap.subprocess, "run", interrupt)
+    assert bootstrap.main(["test"]) == 130
+    left = bootstrap.VENV / "lib"
+    left.mkdir()
+    monkeypatch.setattr(bootstrap.subprocess, "run", pretend)
+    assert bootstrap.main(["test"]) == 0
+    assert kinds(clone) == ["venv", "venv", "pip", "pytest"]
+    assert not left.exists()
+
+
+def test_an_environment_of_someone_else_is_left_alone(clone: list[list[str]], tmp_path: Path) -> None:
+    mine = tmp_path / ".venv" / "mine.txt"
+    mine.parent.mkdir()
+    mine.touch()
+    with pytest.raises(bootstrap.Failure, match="move it away"):
+        bootstrap.prepare(["requirements.txt"])
+    assert mine.exists()
+    assert not clone
+
+
+def test_a_failing_command_ends_the_demo_with_its_code_and_name(
+    clone: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bootstrap.prepare(["requirements.txt"])
+    monkeypatch.setattr(
+        bootstrap.subprocess,
+        "run",
+        lambda words, **_: subprocess.CompletedProcess(words, 3 if "wan_cache_latents.py" in words else 0),
+    )
+    assert bootstrap.main(["demo"]) == 3
+    shown = capsys.readouterr()
+    assert "exit code 3 from: python wan_cache_latents.py --dataset_config demo/data.toml" in shown.err
+    assert "wan_train_network.py" not in shown.out
+
+
+def test_the_demo_runs_the_five_commands_in_the_folder_it_is_given(root: Path, tmp_path: Path) -> None:
+    commands = bootstrap.demo_commands(tmp_path / "a folder")
+    scripts = [next(word for word in words if word.endswith(".py")) for words in commands]
+    assert scripts == [
+        "examples/tiny/make.py",
+        "wan_cache_latents.py",
+        "wan_cache_text_encoder_outputs.py",
+        "wan_train_network.py",
+        "convert_lora.py",
+        "wan_generate_video.py",
+    ]
+    assert all((root / script).is_file() for script in scripts)
+    assert not any(word.startswith("DIR") for words in commands for word in words)
+    assert shlex.quote(f"{(tmp_path / 'a folder').as_posix()}/data.toml") in shlex.join(commands[1])
+
+
+def test_the_scripts_of_the_demo_are_the_parsers_own(root: Path) -> None:
+    """Every option of the demo is one that its tool takes."""
+    for words in bootstrap.demo_commands(root / "demo")[1:]:
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        shown = subprocess.run([sys.executable, words[script], "--help"], cwd=root, capture_output=True, text=True)
+        known = set(shown.stdout.replace(",", " ").split())
+        assert {word for word in words[script + 1 :] if word.startswith("--")} <= known

@@ -1,0 +1,140 @@
+import pytest
+import torch
+
+import wan_train
+from cache_tools import cache_text_encoder_outputs
+from cache_tools.settings import TEXT_TOOL
+from dataset.cache import has_text, read_text, text_path
+from dataset.config import read_config
+from dataset.sources import list_items
+from tests.unit.dataset.drawing import draw_image, write_toml
+from wan_train.cli import InputError, run
+from wan_train.storage import read_header
+
+TOML = """
+[[datasets]]
+image_directory = "one"
+cache_directory = "cache/one"
+[[datasets]]
+image_directory = "two"
+"""
+CAPTIONS = {"one/a": "a cat", "one/b": "a dog, running", "two/a": "a cat", "two/c": "grass"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, caption in CAPTIONS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        draw_image(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(caption)
+    write_toml(tmp_path / "data.toml", TOML)
+    return tmp_path
+
+
+def embed(caption):
+    """As many rows as letters, each the letter's number."""
+    return torch.tensor([[float(ord(letter))] * 4 for letter in caption or "."])
+
+
+class SpyEncoder:
+    """Stands in for the text encoder: notes the batches that it is given."""
+
+    def __init__(self):
+        self.calls, self.loads, self.checked = [], [], []
+
+    def __call__(self, captions):
+        assert isinstance(captions, list)
+        self.calls.append(captions)
+        return [embed(caption) for caption in captions]
+
+    def load(self, source, **options):
+        self.loads.append((source, options))
+        return self
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    spy = SpyEncoder()
+    monkeypatch.setattr(wan_train, "load_text_encoder", spy.load, raising=False)
+    monkeypatch.setattr(cache_text_encoder_outputs, "check_text_encoder", lambda *given: spy.checked.append(given))
+    return spy
+
+
+def cache(*more):
+    return run(TEXT_TOOL, ["--dataset_config", "data.toml", "--t5", "t5.pth", "--device", "cpu", *more])
+
+
+def all_items():
+    return [item for config in read_config("data.toml") for item in list_items(config, allow_missing_captions=True)]
+
+
+def test_every_item_has_its_own_unpadded_file(folder, spy, capsys):
+    assert cache() == 0
+    assert "4 encoded, 0 kept" in capsys.readouterr().err
+    items = all_items()
+    assert [text_path(item).relative_to(".").as_posix() for item in items] == [
+        "cache/one/a_wan_te.safetensors",
+        "cache/one/b_wan_te.safetensors",
+        "two/a_wan_te.safetensors",
+        "two/c_wan_te.safetensors",
+    ]
+    for item in items:
+        assert torch.equal(read_text(item), embed(item.caption).bfloat16())
+        assert list(read_header(text_path(item)).shapes) == ["varlen_t5_bfloat16"]
+
+
+def test_a_caption_shared_by_items_is_encoded_once(folder, spy):
+    cache("--batch_size", "2")
+    assert spy.calls == [["a cat", "a dog, running"], ["grass"]]
+
+
+def test_what_is_there_is_kept_and_no_model_loaded(folder, spy, capsys):
+    cache()
+    assert cache("--skip_existing") == 0
+    assert "0 encoded, 4 kept" in capsys.readouterr().err
+    assert len(spy.loads) == 1
+
+
+def test_a_changed_caption_is_encoded_again_and_alone(folder, spy, capsys):
+    cache()
+    (folder / "one/b.txt").write_text("a fox")
+    assert cache() == 0
+    assert "1 encoded, 3 kept" in capsys.readouterr().err
+    assert spy.calls[1:] == [["a fox"]]
+    assert all(map(has_text, all_items()))
+    assert torch.equal(read_text(all_items()[1]), embed("a fox").bfloat16())
+
+
+def test_options_reach_the_encoder(folder, spy):
+    cache("--tokenizer", "umt5")
+    assert spy.loads == [("t5.pth", {"tokenizer": "umt5", "device": torch.device("cpu")})]
+    assert spy.checked == [("t5.pth", "umt5")]
+
+
+def test_the_tokenizer_is_found_by_itself_otherwise(folder, spy):
+    cache()
+    assert spy.loads[0][1]["tokenizer"] == "auto"
+
+
+def test_missing_captions_stop_the_run_unless_allowed(folder, spy, capsys):
+    (folder / "two/c.txt").unlink()
+    assert cache() == 2
+    assert "c.png" in capsys.readouterr().err and not spy.loads
+    assert cache("--allow_missing_captions") == 0
+    assert spy.calls[0][-1] == ""
+    assert read_header(text_path(all_items()[-1])).metadata["caption1"] == ""
+
+
+def test_a_missing_t5_names_the_option(folder, spy, capsys):
+    assert run(TEXT_TOOL, ["--dataset_config", "data.toml"]) == 2
+    assert capsys.readouterr().err.startswith("error: --t5")
+
+
+def test_a_bad_t5_stops_before_anything_is_loaded(folder, spy, capsys, monkeypatch):
+    def refuse(*given):
+        raise InputError("t5.pth is a Wan DiT")
+
+    monkeypatch.setattr(cache_text_encoder_outputs, "check_text_encoder", refuse)
+    assert cache() == 2
+    assert not spy.loads

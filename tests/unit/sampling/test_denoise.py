@@ -1,0 +1,91 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wan_train.cli import InputError
+from wan_train.conditions import Conditions
+from wan_train.models.variants import VARIANTS
+from wan_train.sampling.denoise import initial_noise, sample_latents
+from wan_train.sampling.guidance import guided_steps
+from wan_train.sampling.request import parse_line, preview_defaults
+from wan_train.sampling.settings import CFG_SKIP_MODES
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("steps", "ratio", "mode", "pattern"),
+    [
+        (10, 0.6, "early", "SSSSAAAAAA"),
+        (10, 0.6, "late", "AAAAAASSSS"),
+        (10, 0.6, "middle", "AAASSSSAAA"),
+        (10, 0.6, "early_late", "SSAAAAAASS"),
+        (10, 0.6, "alternate", "SASAASASAS"),
+        (7, 0.4, "early", "SSSSSAA"),
+        (7, 0.4, "middle", "ASSSSSA"),
+        (7, 0.4, "early_late", "SSAASSS"),
+        (7, 0.4, "alternate", "SSASASS"),
+        (5, 0.0, "late", "SSSSS"),
+        (5, 1.0, "middle", "AAAAA"),
+    ],
+)
+def test_which_steps_are_guided(steps: int, ratio: float, mode: str, pattern: str) -> None:
+    assert "".join("SA"[guided] for guided in guided_steps(steps, mode, ratio)) == pattern
+
+
+def test_without_a_mode_or_a_ratio_all_steps_are_guided() -> None:
+    assert guided_steps(4) == guided_steps(4, "none", 0.5) == guided_steps(4, "early", None) == [True] * 4
+
+
+def test_unknown_modes_and_ratios_are_refused() -> None:
+    for mode, ratio in (("soon", 0.5), ("early", 1.5)):
+        with pytest.raises(InputError):
+            guided_steps(4, mode, ratio)
+    assert all(guided_steps(4, mode, 0.5) for mode in CFG_SKIP_MODES)
+
+
+class Recorder(nn.Module):
+    """A model whose velocity tells the conditions apart, and that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[float] = []
+
+    def forward(self, latents: Tensor, timestep: Tensor, context: list[Tensor]) -> Tensor:
+        value = float(context[0].mean())
+        self.calls.append(value)
+        return torch.full_like(latents, value)
+
+
+def sample(line: str, **changes: object) -> tuple[Recorder, Tensor, Tensor]:
+    from dataclasses import replace
+
+    request = parse_line(line, preview_defaults(VARIANTS["t2v-1.3B"]))
+    request = replace(request, solver="euler", **changes)  # type: ignore[arg-type]
+    model = Recorder()
+    positive, negative = Conditions((torch.ones(1, 4),)), Conditions((torch.zeros(1, 4),))
+    latents = sample_latents(model, request, positive, negative, device=CPU, quiet=True)
+    assert request.seed is not None
+    return model, latents, initial_noise(request.latent_shape, request.seed)[0]
+
+
+def test_guidance_extrapolates_from_the_negative_to_the_positive() -> None:
+    model, latents, noise = sample("a --d 3 --s 4 --l 2.5")
+    assert model.calls == [1.0, 0.0] * 4
+    torch.testing.assert_close(latents, noise - 2.5)
+
+
+def test_guidance_one_needs_no_second_pass() -> None:
+    model, latents, noise = sample("a --d 3 --s 4 --l 1")
+    assert model.calls == [1.0] * 4
+    torch.testing.assert_close(latents, noise - 1)
+
+
+def test_skipped_steps_are_not_guided() -> None:
+    model, _, _ = sample("a --d 3 --s 4 --l 3", cfg_skip_mode="late", cfg_apply_ratio=0.5)
+    assert model.calls == [1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+
+
+def test_noise_is_a_function_of_the_seed() -> None:
+    assert torch.equal(initial_noise((2, 3), 5), initial_noise((2, 3), 5))
+    assert not torch.equal(initial_noise((2, 3), 5), initial_noise((2, 3), 6))

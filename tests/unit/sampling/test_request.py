@@ -1,0 +1,76 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wan_train.cli import InputError
+from wan_train.models.variants import VARIANTS
+from wan_train.sampling.request import fitted, parse_line, preview_defaults, read_prompts
+
+DEFAULTS = preview_defaults(VARIANTS["t2v-1.3B"])
+
+
+def test_a_bare_line_takes_the_tasks_shift_and_guidance() -> None:
+    request = parse_line("a cat", DEFAULTS)
+    assert (request.prompt, request.width, request.height, request.frames) == ("a cat", 256, 256, 1)
+    assert (request.steps, request.shift, request.guidance, request.seed) == (20, 5.0, 5.0, None)
+    assert request.negative_prompt == VARIANTS["t2v-1.3B"].negative_prompt
+
+
+def test_every_letter_sets_its_field() -> None:
+    line = "a cat, w 3 wide --w 832 --h 480 --f 81 --d 7 --s 30 --g 6 --l 4.5 --fs 3 --n blurry, dark"
+    request = parse_line(line, DEFAULTS)
+    expected = replace(
+        DEFAULTS,
+        prompt="a cat, w 3 wide",
+        width=832,
+        height=480,
+        frames=81,
+        seed=7,
+        steps=30,
+        guidance=4.5,
+        shift=3.0,
+        negative_prompt="blurry, dark",
+    )
+    assert request == expected
+    assert request.latent_shape == (16, 21, 60, 104)
+
+
+def test_a_hyphen_in_the_words_is_not_an_option() -> None:
+    assert parse_line("a well--known cat -- in hats", DEFAULTS).prompt == "a well--known cat -- in hats"
+
+
+def test_sizes_and_lengths_are_made_to_fit() -> None:
+    request = parse_line("a cat --w 850 --h 500 --f 80", DEFAULTS)
+    assert (request.width, request.height, request.frames) == (848, 496, 77)
+    assert fitted(replace(DEFAULTS, frames=2)).frames == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("a cat --q 3", "known are --w"),
+        ("a cat --w wide", "--w wide"),
+        ("a cat --s 0", "1 to 1000"),
+        ("a cat --l", "nothing"),
+        ("a cat --i cat.png", "image"),
+        ("--w 832", "starts with the prompt"),
+    ],
+)
+def test_bad_lines_are_refused(line: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        parse_line(line, DEFAULTS)
+
+
+def test_a_file_gives_a_request_a_line_and_names_the_bad_one(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("# mine\n\na cat --w 832\n  a dog\n", encoding="utf-8")
+    assert [r.prompt for r in read_prompts(path, DEFAULTS)] == ["a cat", "a dog"]
+    path.write_text("a cat\na dog --zz 1\n", encoding="utf-8")
+    with pytest.raises(InputError, match="line 2"):
+        read_prompts(path, DEFAULTS)
+    path.write_text("# nothing\n", encoding="utf-8")
+    with pytest.raises(InputError, match="no prompt"):
+        read_prompts(path, DEFAULTS)
+    with pytest.raises(InputError, match=r"absent\.txt"):
+        read_prompts(tmp_path / "absent.txt", DEFAULTS)

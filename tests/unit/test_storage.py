@@ -1,0 +1,95 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wan_train.cli import InputError
+from wan_train.storage import check_writable, expand, read_header, read_tensors, replacing, save_tensors
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize("wrap", [None, "state_dict", "module", "model_state"])
+def test_pth_and_safetensors_read_alike(tmp_path: Path, wrap: str | None) -> None:
+    save_file(tensors(), tmp_path / "x.safetensors")
+    torch.save({wrap: tensors()} if wrap else tensors(), tmp_path / "x.pth")
+    for name in ("x.safetensors", "x.pth"):
+        header = read_header(tmp_path / name)
+        assert header.shapes == {"a.weight": (2, 3), "b": (2,)}
+        assert header.dtypes == {"a.weight": torch.float32, "b": torch.bfloat16}
+        read = dict(read_tensors(tmp_path / name))
+        assert all(torch.equal(read[key], value) for key, value in tensors().items())
+
+
+def test_the_old_pth_format_is_read(tmp_path: Path) -> None:
+    torch.save(tensors(), tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(dict(read_tensors(tmp_path / "x.pth"))["a.weight"], tensors()["a.weight"])
+
+
+def test_any_shard_names_its_whole_set(tmp_path: Path) -> None:
+    for index in (1, 2):
+        save_file({f"w{index}": torch.ones(index)}, tmp_path / f"m-0000{index}-of-00002.safetensors")
+    for source in (tmp_path / "m-00002-of-00002.safetensors", tmp_path):
+        assert set(read_header(source).shapes) == {"w1", "w2"}
+    (tmp_path / "m-00001-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match="m-00001-of-00002"):
+        expand(tmp_path / "m-00002-of-00002.safetensors")
+
+
+def test_a_folder_of_unrelated_files_is_ambiguous(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(InputError, match="name the one"):
+        expand(tmp_path)
+
+
+def test_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
+    whole = tmp_path / "x.safetensors"
+    save_file(tensors(), whole)
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(whole.read_bytes()[:-3])
+    torch.save(tensors(), tmp_path / "x.pth")
+    short_pth = tmp_path / "short.pth"
+    short_pth.write_bytes((tmp_path / "x.pth").read_bytes()[:-400])
+    text = tmp_path / "text.pth"
+    text.write_text("hello")
+    for bad in (short, short_pth, text, tmp_path / "absent.safetensors"):
+        with pytest.raises(InputError, match=bad.name):
+            read_header(bad)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("code ran",))
+
+
+def test_a_pickle_with_code_is_refused_unrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"w": torch.ones(1), "x": Payload()}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"x": Payload()}))
+    for name in ("zip.pth", "plain.pth"):
+        with pytest.raises(InputError, match=name):
+            read_header(tmp_path / name)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, tensors(), {"k": "v"})
+    assert read_header(path).metadata == {"k": "v"}
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert torch.equal(load_file(path)["a.weight"], tensors()["a.weight"])
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        check_writable(tmp_path / "file" / "folder")
+    with pytest.raises(InputError, match=r"x\.safetensors"):
+        save_tensors(tmp_path / "file" / "x.safetensors", tensors())

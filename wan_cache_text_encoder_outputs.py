@@ -1,0 +1,12 @@
+"""Cache the text embeddings of a dataset's captions."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from cache_tools.settings import TEXT_TOOL
+from wan_train.cli import run
+
+if __name__ == "__main__":
+    raise SystemExit(run(TEXT_TOOL))

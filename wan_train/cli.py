@@ -1,0 +1,261 @@
+"""The door between the command line and the settings dataclasses.
+
+A setting is one dataclass field made by `option`; a group of settings is a dataclass; a tool is a dataclass of groups.
+`run` is the only code that ever sees argparse. Nothing here imports torch, so `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import math
+import os
+import sys
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Settings = TypeVar("Settings")
+
+
+class InputError(ValueError):
+    """What the user gave cannot work; the message is one line that names the thing and the way out."""
+
+
+class RunError(RuntimeError):
+    """A run that had begun cannot go on; the message is one line that says where it stopped and what is kept."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field appears on the command line; see `option`."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    shortcuts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    minimum: float | None = None
+    maximum: float | None = None
+    required: bool = False
+    metavar: str | None = None
+
+
+def option(
+    default: Any = None,
+    help: str = "",
+    *,
+    choices: Iterable[str] = (),
+    flags: Sequence[str] = (),
+    shortcuts: Mapping[str, str] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    metavar: str | None = None,
+    required: bool = False,
+) -> Any:
+    """Declare a setting as a dataclass field.
+
+    The field's name is the flag (`--name`) and its annotation the type: `bool` is a switch, `tuple[int, int]` takes two
+    values, `tuple[str, ...]` any number. `flags` are further spellings; `shortcuts` are switches that set this field to
+    a fixed value (`{"--sdpa": "torch"}`); `minimum` and `maximum` are inclusive.
+    """
+    described = Option(
+        help,
+        tuple(choices),
+        tuple(flags),
+        dict(shortcuts or {}),
+        minimum,
+        maximum,
+        required,
+        metavar,
+    )
+    return dataclasses.field(default=default, metadata={"option": described})
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A command: what it is called, its dataclass of settings groups and the function that gets them."""
+
+    program: str
+    description: str
+    settings: type
+    main: str  # "module:function", imported only once the command line is known to be good
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the closest of the known names, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """The entry `name` of a table of choices; an unknown name is an error that lists the known ones."""
+    if name not in table:
+        raise InputError(f"unknown {kind} {name!r}: known are {', '.join(map(str, table))}")
+    return table[name]
+
+
+def parse(
+    settings: type[Settings], argv: Sequence[str] | None = None, *, program: str = "", about: str = ""
+) -> Settings:
+    """Read the command line into an instance of `settings`, a dataclass whose fields are groups of options."""
+    parser = _parser(settings, program, about)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise InputError(f"unknown option {name}{nearest(name, parser._option_string_actions)} (--help lists them all)")
+    return settings(**{group: _build(kind, vars(values)) for group, kind in groups(settings).items()})
+
+
+def run(tool: Tool, argv: Sequence[str] | None = None) -> int:
+    """Parse, call the tool, and turn bad input into one line on stderr and exit code 2, a failed run into 1."""
+    try:
+        settings: Any = parse(tool.settings, argv, program=tool.program, about=tool.description)
+        module, function = tool.main.split(":")
+        getattr(importlib.import_module(module), function)(settings)
+    except (InputError, RunError) as problem:
+        if os.environ.get("WAN_TRAIN_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
+        return 2 if isinstance(problem, InputError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def groups(settings: type) -> dict[str, type]:
+    """The groups of a tool's settings: field name to dataclass."""
+    hints: dict[str, type] = get_type_hints(settings)
+    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+
+
+def options(group: type) -> list[tuple[dataclasses.Field[Any], Option, Any]]:
+    """The fields of a group that are options, each with its description and annotated type."""
+    hints = get_type_hints(group)
+    return [(f, f.metadata["option"], hints[f.name]) for f in dataclasses.fields(group) if "option" in f.metadata]
+
+
+def describe(tool: Tool) -> str:
+    """A Markdown page of every option of a tool, made from the settings themselves."""
+    lines = [f"# {tool.program}", "", tool.description, ""]
+    for group in groups(tool.settings).values():
+        lines += [f"## {_title(group)}", "", "| option | default | meaning |", "|---|---|---|"]
+        for field, described, _ in options(group):
+            names = ", ".join(f"`{flag}`" for flag in (f"--{field.name}", *described.flags, *described.shortcuts))
+            default = "required" if described.required else _shown(field.default)
+            allowed = f" One of: {', '.join(described.choices)}." if described.choices else ""
+            bounds = _bounds(described)
+            lines.append(f"| {names} | {default} | {described.help}{allowed}{f' Range: {bounds}.' if bounds else ''} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the options)")
+
+
+def _parser(settings: type, program: str, about: str) -> _Parser:
+    parser = _Parser(prog=program or None, description=about, allow_abbrev=False)
+    for group in groups(settings).values():
+        section = parser.add_argument_group(_title(group))
+        for field, described, hint in options(group):
+            _add(section, field, described, hint)
+    return parser
+
+
+def _add(section: Any, field: dataclasses.Field[Any], described: Option, hint: Any) -> None:
+    kind, count = _kind(hint)
+    flags = (f"--{field.name}", *described.flags)
+    default = "" if described.required or not _shown(field.default) else f" (default {field.default})"
+    allowed = f" One of: {', '.join(described.choices)}." if described.choices else ""
+    about = f"{described.help}{allowed}{default}".replace("%", "%%")
+    shared = {"dest": field.name, "default": argparse.SUPPRESS, "help": about}
+    if kind is bool:
+        section.add_argument(*flags, action="store_true", **shared)
+        return
+    # Without a metavar of its own argparse would print every choice twice.
+    shown = described.metavar or kind.__name__.upper()
+    section.add_argument(
+        *flags,
+        type=_converter(kind, described),
+        nargs=count,
+        metavar=shown if count != 2 else (tuple(shown.split()) if " " in shown else (shown, shown)),
+        required=described.required,
+        **shared,
+    )
+    for flag, value in described.shortcuts.items():
+        section.add_argument(
+            flag,
+            dest=field.name,
+            action="store_const",
+            const=value,
+            default=argparse.SUPPRESS,
+            help=f"the same as --{field.name} {value}",
+        )
+
+
+def _kind(hint: Any) -> tuple[type, int | str | None]:
+    """The scalar type of an annotation and argparse's nargs."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        return parts[0], "*" if parts[-1] is Ellipsis else len(parts)
+    return hint, None
+
+
+def _converter(kind: type, described: Option) -> Any:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"takes {_article(kind)}, not {text!r}") from None
+        if described.choices and value not in described.choices:
+            known = ", ".join(described.choices)
+            raise argparse.ArgumentTypeError(
+                f"unknown value {text!r}{nearest(text, described.choices)}; known are {known}"
+            )
+        if not isinstance(value, str) and not _in_range(value, described):
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it takes {_bounds(described) or 'a number'}")
+        return value
+
+    return convert
+
+
+def _in_range(value: float, described: Option) -> bool:
+    low = -math.inf if described.minimum is None else described.minimum
+    high = math.inf if described.maximum is None else described.maximum
+    return low <= value <= high  # false for NaN, whatever the bounds
+
+
+def _bounds(described: Option) -> str:
+    if described.minimum is not None and described.maximum is not None:
+        return f"{described.minimum:g} to {described.maximum:g}"
+    if described.minimum is not None:
+        return f"{described.minimum:g} or more"
+    return f"at most {described.maximum:g}" if described.maximum is not None else ""
+
+
+def _article(kind: type) -> str:
+    return {int: "a whole number", float: "a number"}.get(kind, "text")
+
+
+def _build(group: type, values: Mapping[str, Any]) -> Any:
+    given = {}
+    for field, _, _ in options(group):
+        if field.name in values:
+            value = values[field.name]
+            given[field.name] = tuple(value) if isinstance(value, list) else value
+    return group(**given)
+
+
+def _title(group: type) -> str:
+    return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
+
+
+def _shown(default: Any) -> str:
+    if default is None or default is False or default in ("", ()):
+        return ""
+    return f"`{' '.join(map(str, default)) if isinstance(default, tuple) else default}`"

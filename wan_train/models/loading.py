@@ -1,0 +1,189 @@
+"""From a checkpoint to a DiT."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_train.cli import InputError
+from wan_train.models.attention import attention
+from wan_train.models.dit import Dit, DitConfig
+from wan_train.models.variants import VARIANTS, Variant
+from wan_train.models.weights import Shapes, check_names, dit_rename, fill, renamed, require_kind
+from wan_train.precision import compute_dtype
+from wan_train.storage import Header, TensorSource, read_header, read_tensors
+
+HEAD_WIDTH = 128  # of every published Wan model
+
+
+def load_dit(
+    source: TensorSource,
+    *,
+    config: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    attn_mode: str = "torch",
+) -> Dit:
+    """Load a DiT from a path (a file, a shard, a folder of shards, a `.pth`) or a state dict of any known naming.
+
+    `config` overrides what cannot be read off the tensors (`num_heads`, `eps`); without it a `config.json` beside the
+    file or the file's metadata is asked, and then num_heads = dim/128. `dtype` None keeps the file's. The weights need
+    no gradient. Raises InputError when the file is not a DiT or a tensor is missing, unexpected or misshapen.
+
+    The model: `model(latents (B,C,F,H,W), timestep (B,) or (B,F) in 0..1000, context)` -> velocity (B,C,F,H,W) float32,
+    `context` a list of (L_i, text_dim) or (B, 512, text_dim). Its parameters bear the official names and shapes.
+    """
+    header = read_header(source)
+    tensors = renamed(read_tensors(source), dit_rename(header.shapes))
+    return build_dit(header, tensors, source=source, config=config, device=device, dtype=dtype, attn_mode=attn_mode)
+
+
+def build_dit(
+    header: Header,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: TensorSource,
+    config: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    attn_mode: str = "torch",
+) -> Dit:
+    """`load_dit` for a stream of tensors under official names that something else may have changed on the way."""
+    what = describe(source)
+    model = _empty(official_shapes(header.shapes), source, header.metadata, config, what)
+    fill(model, tensors, device=device, dtype=dtype, what=what)
+    model.compute_dtype = compute_dtype(device, dtype or storage_dtype(header))
+    set_attention(model, attn_mode)
+    return model
+
+
+def check_dit(source: TensorSource, variant: Variant, *, flag: str = "--dit") -> str | None:
+    """Refuse a file that cannot serve a task, from its header alone; a warning when it can but is of another size.
+
+    Raises InputError when the file is no DiT, of another kind than the task's, or does not fit by name or shape.
+    """
+    header = read_header(source)
+    what = f"{flag} {describe(source)}"
+    require_kind(header.shapes, "DiT", what)
+    shapes = official_shapes(header.shapes)
+    in_dim = shapes["patch_embedding.weight"][1] if "patch_embedding.weight" in shapes else None
+    if in_dim is not None and in_dim != variant.in_dim:
+        others = [v.name for v in VARIANTS.values() if v.in_dim == in_dim]
+        way_out = f"use --task {others[0]}" if others else f"give a file of {variant.in_dim} channels"
+        raise InputError(
+            f"{what} reads {in_dim} channels, but --task {variant.name} is for {variant.in_dim}: {way_out}"
+        )
+    model = _empty(shapes, source, header.metadata, None, what)
+    found = model.config
+    if (found.dim, found.num_layers) != (variant.dim, variant.num_layers):
+        return (
+            f"{what} is {found.dim} wide with {found.num_layers} blocks; {variant.name} as published is "
+            f"{variant.dim} wide with {variant.num_layers}: going on with the file's own size"
+        )
+    return None
+
+
+def storage_dtype(header: Header) -> torch.dtype:
+    """The dtype that the file keeps its matrices in."""
+    matrices = [d for name, d in header.dtypes.items() if name.endswith("self_attn.q.weight") or "attn1.to_q" in name]
+    return matrices[0] if matrices else next(iter(header.dtypes.values()))
+
+
+def set_attention(model: Dit, name: str) -> None:
+    """Let every block attend by the named backend."""
+    attend = attention(name)
+    for block in model.blocks:
+        block.self_attn.attend = block.cross_attn.attend = attend  # type: ignore[union-attr]
+
+
+def linear_shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
+    """The shapes (out, in) of a checkpoint's matrices by official module name, from its header."""
+    shapes = official_shapes(read_header(source).shapes)
+    return {name.removesuffix(".weight"): s for name, s in shapes.items() if name.endswith(".weight") and len(s) == 2}
+
+
+def describe(source: TensorSource) -> str:
+    """How to name a source in a message."""
+    return "the state dict" if isinstance(source, Mapping) else str(source)
+
+
+def official_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The shapes of a DiT checkpoint under official names."""
+    rename = dit_rename(shapes)
+    return {rename(name): tuple(shape) for name, shape in shapes.items()}
+
+
+def _empty(
+    shapes: Shapes, source: TensorSource, metadata: Mapping[str, str], config: Mapping[str, Any] | None, what: str
+) -> Dit:
+    require_kind(shapes, "DiT", what)
+    dim = shapes.get("patch_embedding.weight", (0,))[0]
+    with torch.device("meta"):
+        model = Dit(_geometry(shapes, _extras(source, metadata, config, dim), what))
+    check_names(shapes, model, what)
+    return model
+
+
+def _geometry(shapes: Shapes, extras: Mapping[str, Any], what: str) -> DitConfig:
+    try:
+        dim, in_dim, *patch = shapes["patch_embedding.weight"]
+        text_dim = shapes["text_embedding.0.weight"][1]
+        freq_dim = shapes["time_embedding.0.weight"][1]
+        ffn_dim = shapes["blocks.0.ffn.0.weight"][0]
+        out = shapes["head.head.weight"][0]
+    except (KeyError, IndexError, ValueError) as problem:
+        raise InputError(f"{what} is not a whole Wan DiT: no usable {problem}") from None
+    num_layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    num_heads = int(extras.get("num_heads") or max(1, dim // HEAD_WIDTH))
+    if dim % num_heads or (dim // num_heads) % 2:
+        raise InputError(f"{what}: a width of {dim} does not divide into {num_heads} heads of even width")
+    patch_size = (patch[0], patch[1], patch[2])
+    return DitConfig(
+        dim=dim,
+        ffn_dim=ffn_dim,
+        num_heads=num_heads,
+        num_layers=num_layers,
+        in_dim=in_dim,
+        out_dim=out // (patch[0] * patch[1] * patch[2]),
+        text_dim=text_dim,
+        freq_dim=freq_dim,
+        patch_size=patch_size,
+        eps=float(extras.get("eps", 1e-6)),
+    )
+
+
+def _extras(
+    source: TensorSource, metadata: Mapping[str, str], config: Mapping[str, Any] | None, dim: int
+) -> dict[str, Any]:
+    """What is said of the model beside its tensors: the caller's word, then config.json, then the file's metadata."""
+    known: dict[str, Any] = {}
+    if "num_heads" in metadata:
+        known["num_heads"] = metadata["num_heads"]
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        beside = (path if path.is_dir() else path.parent) / "config.json"
+        if beside.is_file():
+            known |= _read_config(beside, dim)
+    given = dict(config or {})
+    if "num_attention_heads" in given:
+        given["num_heads"] = given.pop("num_attention_heads")
+    return known | given
+
+
+def _read_config(path: Path, dim: int) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, OSError) as problem:
+        raise InputError(f"{path} is not JSON ({problem}): repair it or move it away") from None
+    if not isinstance(found, dict):
+        return {}
+    heads, width = found.get("num_attention_heads"), found.get("attention_head_dim")
+    its_dim = found.get("dim") or (heads * width if heads and width else dim)
+    if its_dim != dim:  # the configuration of another model in the same folder
+        return {}
+    names = {"num_heads": "num_heads", "num_attention_heads": "num_heads", "eps": "eps"}
+    return {ours: found[theirs] for theirs, ours in names.items() if found.get(theirs) is not None}

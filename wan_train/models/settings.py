@@ -1,0 +1,39 @@
+"""Settings that name the models: shared by caching, training and generation."""
+
+from dataclasses import dataclass
+
+from wan_train.cli import option
+from wan_train.models.variants import VARIANTS
+
+PRECISIONS = ("fp32", "float32", "fp16", "float16", "bf16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class DitSettings:
+    """Diffusion transformer."""
+
+    task: str = option("t2v-14B", "What the model is and does.", choices=VARIANTS)
+    dit: str = option("", "DiT checkpoint: a safetensors file, any shard or folder of a set, or a .pth.", required=True)
+    attn_mode: str = option("torch", "Attention backend.", choices=("torch", "sdpa"), shortcuts={"--sdpa": "torch"})
+
+
+@dataclass(frozen=True)
+class VaeSettings:
+    """VAE."""
+
+    vae: str = option("", "VAE checkpoint (Wan2.1_VAE.pth or a safetensors file).")
+    vae_dtype: str = option(
+        "bf16", "Precision of the VAE and of cached latents; a CPU computes in float32.", choices=PRECISIONS
+    )
+    vae_cache_cpu: bool = option(False, "Keep the VAE's frame cache in main memory: less device memory, slower.")
+
+
+@dataclass(frozen=True)
+class TextEncoderSettings:
+    """Text encoder."""
+
+    t5: str = option("", "UMT5-XXL encoder checkpoint (.pth or safetensors).")
+    tokenizer: str = option(
+        "",
+        "Tokenizer folder; without it google/umt5-xxl beside the T5 file, then the one inside the file, then the hub.",
+    )

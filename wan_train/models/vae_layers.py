@@ -1,0 +1,205 @@
+"""Layers of the Wan video VAEs: causal in time, so that a clip streams through them chunk by chunk.
+
+B batch, C channels, F frames of the chunk, H W height and width at the level. A stream starts with a chunk of one frame;
+the chunks after it may have any length, and the result does not depend on how the frames were divided. The layers hold
+weights only: what they remember of earlier chunks lies in the `FeatureCache` that is handed through.
+
+The layers keep the memory layout of their input. Channels-last is the fast one: norms then reduce over neighbours, and
+frames, rows and columns merge without a copy.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class FeatureCache:
+    """The last frames that each layer has seen, for one stream through one encoder or decoder.
+
+    `on_cpu` keeps them in main memory between chunks, for devices that have little of their own.
+    """
+
+    def __init__(self, *, on_cpu: bool = False) -> None:
+        self._on_cpu = on_cpu
+        self._frames: dict[nn.Module, Tensor] = {}
+        self._started: set[nn.Module] = set()
+
+    def starts(self, layer: nn.Module) -> bool:
+        """Whether the layer asks for the first time in this stream."""
+        first = layer not in self._started
+        self._started.add(layer)
+        return first
+
+    def last(self, layer: nn.Module, device: torch.device) -> Tensor | None:
+        """The frames (B, C, n, H, W) that the layer kept of the chunk before."""
+        frames = self._frames.get(layer)
+        return None if frames is None else frames.to(device)
+
+    def keep(self, layer: nn.Module, frames: Tensor) -> None:
+        """Hold a copy of `frames` for the layer's next chunk: a slice would hold the whole chunk alive."""
+        self._frames[layer] = frames.to("cpu", copy=True) if self._on_cpu else frames.clone()
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution (B, C, F, H, W) -> (B, C', F, H, W) that sees no later frame; zeros lie before the first one."""
+
+    def __init__(self, channels: int, out_channels: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> None:
+        super().__init__(channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.context = kernel[0] - 1
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        if self.kernel_size == (1, 1, 1):
+            return mix_channels(x, self)
+        num_frames = x.shape[2]
+        past = cache.last(self, x.device)
+        if past is not None:
+            x = torch.cat([past, x], dim=2)
+        cache.keep(self, x[:, :, -self.context :])
+        missing = num_frames + self.context - x.shape[2]
+        if num_frames > 1:
+            return super().forward(F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x)
+        return self._make_frame(x, missing)
+
+    def _make_frame(self, x: Tensor, missing: int) -> Tensor:
+        """The one frame that `x` gives, without the `missing` taps that would see the zeros before the clip.
+
+        A sum of flat convolutions: torch's own three-dimensional one is slow when it makes a single frame on a CPU.
+        """
+        taps = self.weight.unbind(2)[missing:]
+        frames = x.unbind(2)
+        y = F.conv2d(frames[0], taps[0], self.bias, padding=self.padding[1:])
+        for frame, tap in zip(frames[1:], taps[1:], strict=True):
+            y += F.conv2d(frame, tap, padding=self.padding[1:])
+        return y.unsqueeze(2)
+
+
+def mix_channels(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+    """A convolution with a kernel of one position, (B, C, ...) -> (B, C', ...), as the Linear that it is."""
+    return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
+
+
+class RMSNorm(nn.Module):
+    """Each position's channel vector divided by its root mean square, times a gain; (B, C, ...) -> the same.
+
+    The gain is stored as (C, 1, 1) in attention and (C, 1, 1, 1) elsewhere, as in the published files.
+    """
+
+    def __init__(self, channels: int, num_axes: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * num_axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The published layer bounds the vector's length from below by 1e-12; eps is that, squared.
+        return F.rms_norm(x.movedim(1, -1), (x.shape[1],), self.gamma.flatten(), eps=1e-24).movedim(-1, 1)
+
+
+class ResidualBlock(nn.Module):
+    """Two rounds of norm, SiLU, causal convolution, beside a shortcut; (B, C, F, H, W) -> (B, C', F, H, W).
+
+    The keys are the positions in the published layer list, whose other entries have no weights.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": RMSNorm(channels),
+                "2": CausalConv3d(channels, out_channels),
+                "3": RMSNorm(out_channels),
+                "6": CausalConv3d(out_channels, out_channels),
+            }
+        )
+        self.shortcut = CausalConv3d(channels, out_channels, (1, 1, 1)) if channels != out_channels else None
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        y = F.silu(self.residual["0"](x), inplace=True)
+        y = self.residual["2"](y, cache)
+        y = F.silu(self.residual["3"](y), inplace=True)
+        y = self.residual["6"](y, cache)
+        return y.add_(x if self.shortcut is None else self.shortcut(x, cache))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention with one head among the positions of each frame; (B, C, F, H, W) -> the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels, num_axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        b, _, f, h, w = x.shape
+        qkv = mix_channels(self.norm(x), self.to_qkv)
+        q, k, v = rearrange(qkv, "b (three c) f h w -> three (b f) 1 (h w) c", three=3)
+        y = rearrange(F.scaled_dot_product_attention(q, k, v), "(b f) 1 (h w) c -> b c f h w", b=b, f=f, h=h, w=w)
+        return x + mix_channels(y, self.proj)
+
+
+class Downsample(nn.Module):
+    """Halve height and width, and with `temporal` the frames too: (B, C, F, H, W) -> (B, C, F or ceil(F/2), H/2, W/2).
+
+    The first frame of a clip stays a frame of its own; each pair after it becomes one.
+    """
+
+    def __init__(self, channels: int, *, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2)})
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        b = x.shape[0]
+        frames = F.pad(rearrange(x, "b c f h w -> (b f) c h w"), (0, 1, 0, 1))
+        x = rearrange(self.resample["1"](frames), "(b f) c h w -> b c f h w", b=b)
+        if self.time_conv is None:
+            return x
+        past = cache.last(self, x.device)
+        cache.keep(self, x[:, :, -1:])
+        return x if past is None else self.time_conv(torch.cat([past, x], dim=2))
+
+
+class Upsample(nn.Module):
+    """Double height and width, and with `temporal` the frames too: (B, C, F, H, W) -> (B, C', F or 2F, 2H, 2W).
+
+    The first frame of a clip stays a single one, and the frames after it do not see it.
+    """
+
+    def __init__(self, channels: int, out_channels: int, *, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3, padding=1)})
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        b = x.shape[0]
+        if self.time_conv is not None and not cache.starts(self):
+            # Channels go last before the two halves interleave, so that the layout survives the copy.
+            x = rearrange(self.time_conv(x, cache), "b (k c) f h w -> b (f k) h w c", k=2).movedim(-1, 1)
+        conv = self.resample["1"]
+        frames = convolve_doubled(rearrange(x, "b c f h w -> (b f) c h w"), conv.weight, conv.bias)
+        return rearrange(frames, "(b f) c h w -> b c f h w", b=b)
+
+
+def convolve_doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Each pixel of (B, C, H, W) doubled in both directions, then a 3x3 convolution; -> (B, C', 2H, 2W).
+
+    Of three neighbours in the doubled image two are the same pixel, so that every output pixel is a 2x2 convolution of
+    the small image, with one of four kernels: 4/9 of the work, and the doubled image is never made.
+    """
+    b, _, h, w = x.shape
+    kernels = _pair_taps(_pair_taps(weight.float(), 2), 3).to(weight.dtype)
+    y = torch.empty(
+        (b, weight.shape[0], 2 * h, 2 * w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    for row, column in itertools.product(range(2), repeat=2):
+        kernel = kernels[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        y[:, :, row::2, column::2] = F.conv2d(x, kernel, bias, padding=1)[:, :, row : row + h, column : column + w]
+    return y
+
+
+def _pair_taps(weight: Tensor, axis: int) -> Tensor:
+    """Three taps on a doubled axis as two taps on the axis itself, first for even outputs, then for odd ones."""
+    first, second, third = weight.unbind(axis)
+    return torch.stack([first, second + third, first + second, third], dim=axis)

@@ -1,0 +1,46 @@
+"""What each `--task` means, as rows of a table (published Wan2.1 configurations)."""
+
+from dataclasses import dataclass
+
+SIZE_STEP = 16  # pixels: VAE stride 8 times patch 2
+FRAME_STEP = 4  # pixel frames per latent frame after the first
+LATENT_CHANNELS = 16
+VAE_STRIDE = 8
+TEXT_LENGTH = 512
+
+# Negative prompt of the official Wan2.1 T2V configuration (sample_neg_prompt).
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One task: the geometry of its published file and the defaults of its sampler.
+
+    `size` is (width, height) in pixels, `frames` pixel frames, `shift` and `guidance` those of the official sampler.
+    """
+
+    name: str
+    in_dim: int
+    dim: int
+    num_layers: int
+    size: tuple[int, int]
+    frames: int
+    fps: int
+    steps: int
+    shift: float
+    guidance: float
+    negative_prompt: str = NEGATIVE_PROMPT
+
+
+VARIANTS: dict[str, Variant] = {
+    row.name: row
+    for row in (
+        Variant("t2v-1.3B", 16, 1536, 30, (832, 480), 81, 16, 50, 5.0, 5.0),
+        Variant("t2v-14B", 16, 5120, 40, (1280, 720), 81, 16, 50, 5.0, 5.0),
+        Variant("t2i-14B", 16, 5120, 40, (1024, 1024), 1, 16, 50, 5.0, 5.0),
+    )
+}

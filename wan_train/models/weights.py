@@ -1,0 +1,168 @@
+"""From a checkpoint's names to the model's: prefixes, foreign names, and the filling of a model made on `meta`."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from wan_train.cli import InputError
+
+Shapes = Mapping[str, tuple[int, ...]]
+Pairs = Iterable[tuple[str, Tensor]]
+Rename = Callable[[str], str]
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "transformer.")
+
+# A name (after its prefix) that only one kind of checkpoint has, most telling first.
+_MARKERS: tuple[tuple[str, str], ...] = (
+    ("lora_down.weight", "LoRA"),
+    ("lora_A.weight", "LoRA"),
+    ("head.modulation", "Wan DiT"),
+    ("condition_embedder.time_embedder.linear_1.weight", "Wan DiT"),
+    ("decoder.upsamples.0.upsamples.0.residual.2.weight", "Wan2.2 VAE"),
+    ("decoder.upsamples.0.residual.2.weight", "Wan2.1 VAE"),
+    ("decoder.up_blocks.0.resnets.0.conv1.weight", "Wan VAE (diffusers names)"),
+    ("blocks.0.pos_embedding.embedding.weight", "UMT5 encoder"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5 encoder"),
+    ("visual.patch_embedding.weight", "CLIP"),
+    ("vision_model.embeddings.patch_embedding.weight", "CLIP"),
+)
+
+
+def identify(shapes: Shapes) -> str:
+    """What kind of checkpoint has these names, in words, or 'unknown'."""
+    names = set(shapes) | {strip_prefix(name) for name in shapes}
+    for marker, kind in _MARKERS:
+        if marker in names or any(name.endswith("." + marker) for name in names):
+            return kind
+    return "unknown"
+
+
+def require_kind(shapes: Shapes, wanted: str, what: str) -> None:
+    """InputError unless the checkpoint `what` is of a kind whose description holds `wanted` ('VAE', 'DiT', 'T5')."""
+    found = identify(shapes)
+    if wanted not in found:
+        shown = "holds none of the known models" if found == "unknown" else f"is a {found}"
+        raise InputError(f"{what} {shown}, not a {wanted} checkpoint: give the right file")
+
+
+def strip_prefix(name: str) -> str:
+    """The name without the wrapper's prefix that other tools put in front of a whole DiT."""
+    for prefix in _PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def dit_rename(shapes: Shapes) -> Rename:
+    """The function from the names of this DiT checkpoint to the official ones."""
+    stripped = [strip_prefix(name) for name in shapes]
+    if "condition_embedder.time_embedder.linear_1.weight" in stripped:
+        return lambda name: official_name(strip_prefix(name))
+    return strip_prefix
+
+
+# diffusers' WanTransformer3DModel -> official, outside and inside a block. Every tensor keeps its shape.
+_OUTER = {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+_INNER = {
+    "scale_shift_table": "modulation",
+    "norm2": "norm3",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "proj_in": "before_proj",
+    "proj_out": "after_proj",
+    **{
+        f"{theirs}.{their_part}": f"{ours}.{our_part}"
+        for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for their_part, our_part in (
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+            ("to_out.0", "o"),
+            ("norm_q", "norm_q"),
+            ("norm_k", "norm_k"),
+            ("add_k_proj", "k_img"),
+            ("add_v_proj", "v_img"),
+            ("norm_added_k", "norm_k_img"),
+        )
+    },
+}
+
+
+def official_name(name: str) -> str:
+    """A diffusers name of a DiT tensor or module in official naming; other names come back as they are."""
+    parts = name.split(".")
+    if parts[0] in ("blocks", "vace_blocks") and len(parts) > 2:
+        return ".".join([*parts[:2], _replace_head(".".join(parts[2:]), _INNER)])
+    return _replace_head(name, _OUTER)
+
+
+def diffusers_name(name: str) -> str:
+    """The inverse of `official_name`."""
+    parts = name.split(".")
+    if parts[0] in ("blocks", "vace_blocks") and len(parts) > 2:
+        return ".".join([*parts[:2], _replace_head(".".join(parts[2:]), {v: k for k, v in _INNER.items()})])
+    return _replace_head(name, {v: k for k, v in _OUTER.items()})
+
+
+def _replace_head(name: str, table: Mapping[str, str]) -> str:
+    """Replace the longest run of leading parts that the table knows: whole parts, never substrings."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        head = ".".join(parts[:count])
+        if head in table:
+            return ".".join([table[head], *parts[count:]])
+    return name
+
+
+def renamed(tensors: Pairs, rename: Rename) -> Iterator[tuple[str, Tensor]]:
+    """A pipe that renames."""
+    for name, tensor in tensors:
+        yield rename(name), tensor
+
+
+def check_names(shapes: Shapes, model: nn.Module, what: str) -> None:
+    """InputError that lists the first ten tensors that are missing, unexpected or misshapen."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    faults = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in shapes]
+    faults += [f"unexpected {name} {list(shape)}" for name, shape in shapes.items() if name not in wanted]
+    faults += [
+        f"misshapen {name} {list(shapes[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in shapes and tuple(shapes[name]) != shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise InputError(f"{what} does not fit the model: {'; '.join(faults[:10])}{more}")
+
+
+def fill(model: nn.Module, tensors: Pairs, *, device: torch.device | str, dtype: torch.dtype | None, what: str) -> None:
+    """Give a model made on `meta` its weights, one tensor at a time, so that nothing is held twice.
+
+    `dtype` None keeps each tensor's own. Each tensor is copied: the file may go. Raises InputError as `check_names`.
+    """
+    slots = model.state_dict()
+    buffers = {name for name, _ in model.named_buffers()}
+    seen: dict[str, tuple[int, ...]] = {}
+    for name, tensor in tensors:
+        seen[name] = tuple(tensor.shape)
+        if name not in slots or slots[name].shape != tensor.shape:
+            continue  # named below, with all the others
+        owner_name, _, leaf = name.rpartition(".")
+        value = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        owner = model.get_submodule(owner_name)
+        setattr(owner, leaf, value if name in buffers else nn.Parameter(value, requires_grad=False))
+    check_names(seen, model, what)

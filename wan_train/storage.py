@@ -1,0 +1,238 @@
+"""Reading and writing tensors on disk: lazy, safe, atomic.
+
+Reading never unpickles code and never holds a file's tensors twice; writing goes to a hidden neighbour first and is
+renamed into place, so that a reader sees the old file or the whole new one.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wan_train.cli import InputError
+
+TensorSource = str | os.PathLike[str] | Mapping[str, Tensor]
+
+_SHARD = re.compile(r"^(.*?)(\d+)-of-(\d+)\.safetensors$")
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_WRAPPERS = ("state_dict", "module", "model_state")  # single-key dictionaries around a state dict
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint says of itself before any tensor is read."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_header(source: TensorSource) -> Header:
+    """Names, shapes, dtypes and metadata of a checkpoint (a file, one shard of a set, a folder or a state dict).
+
+    Raises InputError for a file that is missing, truncated, corrupt or holds more than tensors.
+    """
+    if isinstance(source, Mapping):
+        return Header({k: tuple(v.shape) for k, v in source.items()}, {k: v.dtype for k, v in source.items()})
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    metadata: dict[str, str] = {}
+    for path in expand(source):
+        if path.suffix in _PICKLES:
+            state = _open_pickle(path)
+            shapes |= {k: tuple(v.shape) for k, v in state.items()}
+            dtypes |= {k: v.dtype for k, v in state.items()}
+            continue
+        with _opened(path) as file:
+            metadata |= file.metadata() or {}
+            for key in list(file.keys()):
+                piece = file.get_slice(key)
+                shapes[key] = tuple(piece.get_shape())
+                dtypes[key] = _DTYPES[piece.get_dtype()]
+    return Header(shapes, dtypes, metadata)
+
+
+def read_tensors(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of a checkpoint, one at a time; the tensors are views of the mapped file where possible."""
+    if isinstance(source, Mapping):
+        yield from source.items()
+        return
+    for path in expand(source):
+        if path.suffix in _PICKLES:
+            state = _open_pickle(path)
+            while state:
+                key = next(iter(state))
+                yield key, state.pop(key)
+            continue
+        with _opened(path) as file:
+            for key in list(file.keys()):
+                yield key, file.get_tensor(key)
+
+
+def expand(source: str | os.PathLike[str]) -> list[Path]:
+    """The files behind a checkpoint path: itself, all shards of its set, or those of a folder."""
+    path = Path(source)
+    if path.is_dir():
+        return _in_folder(path)
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    shard = _SHARD.match(path.name)
+    if not shard:
+        return [path]
+    stem, width, total = shard[1], len(shard[2]), shard[3]
+    paths = [path.with_name(f"{stem}{i:0{width}d}-of-{total}.safetensors") for i in range(1, int(total) + 1)]
+    missing = [p.name for p in paths if not p.is_file()]
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} of {total} shards are missing ({', '.join(missing[:3])}): download them too"
+        )
+    return paths
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        try:
+            names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{indexes[0]} is not an index of shards: download it again") from None
+        # Only plain names: an index may not lead out of its folder.
+        paths = [folder / Path(name).name for name in names]
+        missing = [p.name for p in paths if not p.is_file()]
+        if missing:
+            raise InputError(f"{folder}: {len(missing)} files of its index are missing ({', '.join(missing[:3])})")
+        return paths
+    files = sorted(folder.glob("*.safetensors"))
+    sets = {m[1] for f in files if (m := _SHARD.match(f.name))}
+    if len(files) == 1 or (files and len(sets) == 1 and all(_SHARD.match(f.name) for f in files)):
+        return expand(files[0])
+    raise InputError(f"{folder} holds {len(files)} safetensors files and no index: name the one to load")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        # "r" maps the file: a tensor that is only read costs no memory of its own.
+        handle = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as problem:
+        raise InputError(f"{path} is not a whole safetensors file ({problem}): copy or download it again") from None
+    with handle as file:
+        try:
+            yield file
+        except SafetensorError as problem:
+            raise InputError(f"{path} cannot be read ({problem}): copy or download it again") from None
+
+
+def _open_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        state = _load_pickle(path)
+    except pickle.UnpicklingError as problem:
+        refused = re.search(r"GLOBAL (\S+)", str(problem))
+        if refused:
+            raise InputError(
+                f"{path} holds code ({refused[1]}), not only tensors, and is refused: use a safetensors file"
+            ) from None
+        raise InputError(f"{path} is not a readable checkpoint: copy or download it again") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as problem:
+        raise InputError(f"{path} cannot be read ({str(problem).splitlines()[0]}): copy or download it again") from None
+    while isinstance(state, dict) and len(state) == 1 and next(iter(state)) in _WRAPPERS:
+        state = next(iter(state.values()))
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} is not a state dict of tensors")
+    return dict(state)
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as problem:
+        if "mmap can only be used" not in str(problem):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # the format before zip cannot be mapped
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden file beside `path` to write to; flushed and renamed over `path` at the end, removed on failure."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The suffix stays: some writers choose their format by it.
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.stem[:100]}.", suffix=target.suffix, dir=target.parent)
+    except OSError as problem:
+        raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush(temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    except OSError as problem:
+        raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically; tensors are moved to the CPU and made contiguous."""
+    whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(whole, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as problem:
+            raise InputError(f"cannot write {path}: {problem}") from None
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Fail now, with the folder's name, if a file cannot be written there later."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".probe"):
+            pass
+    except OSError as problem:
+        raise InputError(f"cannot write to {path}: {problem.strerror or problem}") from None
+
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}

@@ -1,0 +1,25 @@
+"""accelerate, set up so that precision is ours: it launches, places and synchronises."""
+
+import os
+import random
+
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, broadcast_object_list
+
+from wan_train.training.settings import LoopSettings
+
+
+def make_accelerator(loop: LoopSettings) -> Accelerator:
+    """The accelerator of this process. Autocast stays off: the model itself says what it computes in."""
+    if loop.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    return Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=[AutocastKwargs(enabled=False)])
+
+
+def agree_on_seed(seed: int | None) -> int:
+    """The given seed, or one drawn by the first process for all of them."""
+    if seed is not None:
+        return seed
+    drawn = [random.SystemRandom().randrange(2**32)]
+    broadcast_object_list(drawn)
+    return int(drawn[0])

@@ -1,0 +1,97 @@
+"""The metadata of a saved LoRA: what was trained, on what, how (the `ss_*` and `modelspec.*` keys of the niche)."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import wan_train
+from wan_train.models.variants import VARIANTS
+from wan_train.training.settings import TrainSettings
+
+# What a loader needs to rebuild the network; `--no_metadata` keeps these alone.
+MINIMAL = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run once it starts."""
+
+    seed: int
+    num_items: int
+    batches_per_epoch: int
+    num_epochs: int
+    max_steps: int
+    warmup: int
+    mixed_precision: str
+    datasets: str  # JSON
+    started_at: float
+    session_id: int
+
+
+def training_metadata(settings: TrainSettings, facts: RunFacts, network: Mapping[str, str]) -> dict[str, str]:
+    """The `ss_*` rows that hold for the whole run; every value is text."""
+    loop, optimizer, timesteps = settings.loop, settings.optimizer, settings.timesteps
+    arguments = f"({', '.join(optimizer.optimizer_args)})" if optimizer.optimizer_args else ""
+    rows: dict[str, object] = {
+        "ss_session_id": facts.session_id,
+        "ss_training_started_at": facts.started_at,
+        "ss_output_name": settings.save.output_name,
+        "ss_learning_rate": optimizer.learning_rate,
+        "ss_num_train_items": facts.num_items,
+        "ss_num_batches_per_epoch": facts.batches_per_epoch,
+        "ss_num_epochs": facts.num_epochs,
+        "ss_gradient_checkpointing": loop.gradient_checkpointing,
+        "ss_gradient_checkpointing_cpu_offload": False,
+        "ss_gradient_accumulation_steps": loop.gradient_accumulation_steps,
+        "ss_max_train_steps": facts.max_steps,
+        "ss_lr_warmup_steps": facts.warmup,
+        "ss_lr_scheduler": optimizer.lr_scheduler,
+        "ss_base_model_version": "wan",
+        "ss_mixed_precision": facts.mixed_precision,
+        "ss_seed": facts.seed,
+        "ss_training_comment": settings.save.training_comment,
+        "ss_optimizer": optimizer.optimizer_type + arguments,
+        "ss_max_grad_norm": loop.max_grad_norm,
+        "ss_fp8_base": False,
+        "ss_full_fp16": False,
+        "ss_full_bf16": False,
+        "ss_weighting_scheme": "none",
+        "ss_timestep_sampling": timesteps.timestep_sampling,
+        "ss_sigmoid_scale": timesteps.sigmoid_scale,
+        "ss_discrete_flow_shift": timesteps.discrete_flow_shift,
+        "ss_datasets": facts.datasets,
+        "ss_sd_model_name": Path(settings.dit.dit).name,
+        "ss_vae_name": Path(settings.vae.vae).name if settings.vae.vae else None,
+        "ss_wan_task": settings.dit.task,
+        "ss_wan_train_version": wan_train.__version__,
+    }
+    return {key: str(value) for key, value in rows.items()} | dict(network)
+
+
+def saved_metadata(settings: TrainSettings, common: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:
+    """The metadata of one file: the run's, where in the run it was saved, and the model specification."""
+    if settings.save.no_metadata:
+        return {key: common[key] for key in MINIMAL if key in common}
+    moment = {"ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(time.time())}
+    return dict(common) | moment | _model_spec(settings)
+
+
+def _model_spec(settings: TrainSettings) -> dict[str, str]:
+    """The sai_model_spec 1.0.0 rows that model managers show."""
+    save, size = settings.save, VARIANTS[settings.dit.task].size
+    rows = {
+        "sai_model_spec": "1.0.0",
+        "architecture": "wan2.1/lora",
+        "implementation": "https://github.com/Wan-Video/Wan2.1",
+        "title": save.metadata_title or save.output_name,
+        "resolution": f"{size[0]}x{size[1]}",
+        "date": datetime.now(UTC).replace(microsecond=0, tzinfo=None).isoformat(),
+        "author": save.metadata_author,
+        "description": save.metadata_description,
+        "license": save.metadata_license,
+        "tags": save.metadata_tags,
+        "timestep_range": "0,1000",
+    }
+    return {f"modelspec.{key}": value for key, value in rows.items() if value is not None}
