@@ -4,6 +4,8 @@ Weights may be stored in fewer bits than they compute in: on a CPU bf16 and fp16
 every product is taken in float32, since half-precision matrix products are slow and coarse there.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ def compute_dtype(device: torch.device | str, stored: torch.dtype) -> torch.dtyp
 
 def default_device(name: str | None = None) -> torch.device:
     """The named device, or the first accelerator there is, or the CPU. InputError for one that is not there."""
-    if name is None:
+    if not name:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found or torch.device("cpu")
     try:
@@ -105,6 +107,6 @@ def upcast_on_use(module: nn.Module, dtype: torch.dtype) -> None:
                 part.__class__ = _BlockLinear
             elif type(part) is nn.Embedding:
                 part.__class__ = _RowEmbedding
-                part.compute_dtype = dtype
+                cast(_RowEmbedding, part).compute_dtype = dtype
             else:
                 parametrize.register_parametrization(part, name, _Upcast(dtype), unsafe=True)

@@ -1,7 +1,7 @@
 """Reads the reference cases in tests/data/golden.
 
-A case stores what a reference implementation returned, in float32 on a CPU. Its weights and inputs are drawn by name, so
-that they need no file: the seed of NumPy's frozen legacy generator is the CRC-32 of the name, plus the case's salt.
+A case stores what a reference implementation returned, in float32 on a CPU. Its weights and inputs are drawn by name,
+so that they need no file: the seed of NumPy's frozen legacy generator is the CRC-32 of the name, plus the case's salt.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Our Wan2.1 VAE against the official one's stored outputs, against diffusers', and against the published names."""
+"""Our Wan2.1 VAE against the official one's stored outputs, diffusers' and the published names."""
 
 from pathlib import Path
 

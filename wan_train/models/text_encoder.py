@@ -53,7 +53,7 @@ class TextEncoder(nn.Module):
         encoder has no tokenizer.
         """
         if self.tokenizer is None:
-            raise InputError("this text encoder was loaded with tokenizer=None and takes ids only: load it with a tokenizer")
+            raise InputError("this text encoder takes ids only: load it with a tokenizer")
         if isinstance(texts, str):
             raise TypeError("a list of texts is wanted, not a single text")
         rows = [torch.tensor(ids) for ids in self.tokenizer(texts)]
@@ -66,7 +66,7 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids (B, L) and their mask (B, L), 1 for a token and 0 for padding -> (B, L, dim), padding rows included."""
+        """Token ids (B, L) and their mask (B, L), 1 for a token, 0 for padding -> (B, L, dim), padding rows too."""
         device = self.model.device
         encoded: Tensor = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
         return encoded
@@ -93,7 +93,7 @@ def load_text_encoder(
     if tokenizer is not None:
         reader = _read_tokenizer(tokenizer, source, embedded=EMBEDDED_TOKENIZER in header.shapes, what=what)
         if reader.num_tokens > (known := model.config.vocab_size):
-            raise InputError(f"the tokenizer has {reader.num_tokens} tokens, {what} knows {known}: give its own tokenizer")
+            raise InputError(f"the tokenizer has {reader.num_tokens} tokens, {what} knows {known}: give its own")
     dropped = _dropped(header.shapes)
     tensors = ((name, tensor) for name, tensor in read_tensors(source) if name not in dropped)
     dtype = dtype or _storage_dtype(header.dtypes)
@@ -104,7 +104,9 @@ def load_text_encoder(
     return TextEncoder(model, reader).eval()
 
 
-def check_text_encoder(source: TensorSource, tokenizer: str | os.PathLike[str] | None = "auto", flag: str = "--t5") -> None:
+def check_text_encoder(
+    source: TensorSource, tokenizer: str | os.PathLike[str] | None = "auto", flag: str = "--t5"
+) -> None:
     """Raise InputError unless `load_text_encoder` would take the file, by its header, and the tokenizer is found.
 
     A tokenizer that only the hub has is downloaded now: that may fail, and then in good time.

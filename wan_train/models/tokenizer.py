@@ -1,7 +1,7 @@
 """From a prompt to the token ids of UMT5: cleaning, finding a tokenizer, reading it.
 
-A tokenizer is a `tokenizer.json`, used exactly as it says, or a SentencePiece model: a `spiece.model`, or the same bytes
-inside a text encoder's file. Both are read here, without the network and without code from the folder.
+A tokenizer is a `tokenizer.json`, used exactly as it says, or a SentencePiece model: a `spiece.model`, or the same
+bytes inside a text encoder's file. Both are read here, without the network and without code from the folder.
 """
 
 import html
@@ -50,15 +50,16 @@ class Tokenizer:
         encodings = [self._backend.encode(clean(text)) for text in texts]
         num_cut = sum(bool(encoding.overflowing) for encoding in encodings)
         if num_cut:
-            logger.warning("%d of %d texts are longer than %d tokens: the rest of each is cut off", num_cut, len(texts), TEXT_LENGTH)
+            told = "%d of %d texts are longer than %d tokens: their ends are cut off"
+            logger.warning(told, num_cut, len(texts), TEXT_LENGTH)
         return [encoding.ids for encoding in encodings]
 
 
 def find_tokenizer(wanted: str | os.PathLike[str], source: TensorSource, *, embedded: bool) -> Path | None:
     """The tokenizer file for the text encoder `source`; None stands for the one embedded in it.
 
-    `wanted` is a folder or file, or "auto": the folder google/umt5-xxl beside the encoder's file, else the embedded one,
-    else Hugging Face's, from its local cache or the network. Raises InputError when there is none.
+    `wanted` is a folder or file, or "auto": the folder google/umt5-xxl beside the encoder's file, else the embedded
+    one, else Hugging Face's, from its local cache or the network. Raises InputError when there is none.
     """
     if wanted != "auto":
         return _file_of(Path(wanted))
@@ -96,8 +97,8 @@ def _fetch() -> Path:
         except OSError as problem:
             logger.warning("the download failed: %s", problem)
     raise InputError(
-        f"no tokenizer is at hand and the Hugging Face hub cannot be reached: {_DOWNLOAD} into a folder {HUB_ID} beside "
-        "the text encoder's file, or name their folder with --tokenizer"
+        f"no tokenizer is at hand and the Hugging Face hub cannot be reached: {_DOWNLOAD} into a folder {HUB_ID} "
+        "beside the text encoder's file, or name their folder with --tokenizer"
     )
 
 
@@ -149,7 +150,7 @@ def _parse_model(model: bytes) -> tuple[list[tuple[str, float]], int, bytes]:
     The numbers are those of sentencepiece_model.proto.
     """
     vocabulary: list[tuple[str, float]] = []
-    unknown, character_map = 0, b""
+    unknown, character_map = 0, None
     for number, value in _read_fields(model):
         fields = dict(_read_fields(value)) if isinstance(value, bytes) else {}
         if number == 1:
@@ -160,6 +161,8 @@ def _parse_model(model: bytes) -> tuple[list[tuple[str, float]], int, bytes]:
             raise ValueError("it is of another type")
         elif number == 3:
             character_map = fields.get(2, b"")
+    if character_map is None:  # the last of the three
+        raise ValueError("it is cut short")
     return vocabulary, unknown, character_map
 
 

@@ -7,14 +7,13 @@ w = W / 8. Pixels are in [-1, 1]; latents are normalised. Module and parameter n
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import mode
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_train.cli import InputError
+from wan_train.models.vae_geometry import Geometry, read_geometry
 from wan_train.models.vae_layers import (
     AttentionBlock,
     CausalConv3d,
@@ -42,21 +41,6 @@ LATENT_STD = (
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a VAE; the defaults are the published ones.
-
-    `base` channels after the first convolution, `widths` channels of each level from the pixels down, `num_blocks`
-    residual blocks per level of the encoder (one more in the decoder), `temporal` whether each step down halves time.
-    """
-
-    base: int = 96
-    widths: tuple[int, ...] = (96, 192, 384, 384)
-    num_blocks: int = 2
-    temporal: tuple[bool, ...] = (False, True, True)
-    latent_channels: int = LATENT_CHANNELS
-
-
 class Encoder(nn.Module):
     """A chunk of pixels (B, 3, F, H, W) -> mean and log variance (B, 2 * latent channels, T, h, w), not yet mixed."""
 
@@ -78,7 +62,8 @@ class Encoder(nn.Module):
         x = self.conv1(x, cache)
         for layer in itertools.chain(self.downsamples, self.middle):
             x = layer(x, cache)
-        return self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
+        x = self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
+        return x
 
 
 class Decoder(nn.Module):
@@ -103,7 +88,8 @@ class Decoder(nn.Module):
         x = self.conv1(x, cache)
         for layer in itertools.chain(self.middle, self.upsamples):
             x = layer(x, cache)
-        return self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
+        x = self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
+        return x
 
 
 def _make_middle(channels: int) -> nn.ModuleList:
@@ -142,12 +128,10 @@ class WanVAE(nn.Module):
         """
         self._check_pixels(pixels.shape)
         cache = FeatureCache(on_cpu=self.cache_on_cpu)
-        means = [
-            self.conv1(self.encoder(self._place(chunk), cache), cache)
-            .chunk(2, dim=1)[0]
-            .to(pixels.device, torch.float32)
-            for chunk in _chunks(pixels, self.frame_stride)
-        ]
+        means: list[Tensor] = []
+        for chunk in _chunks(pixels, self.frame_stride):
+            mean, _log_variance = self.conv1(self.encoder(self._place(chunk), cache), cache).chunk(2, dim=1)
+            means.append(mean.to(pixels.device, torch.float32))
         return normalise(torch.cat(means, dim=2))
 
     @torch.no_grad()
@@ -249,38 +233,3 @@ def _make_empty(shapes: Shapes, what: str) -> WanVAE:
         model = WanVAE(geometry)
     check_names(official, model, what)
     return model
-
-
-def read_geometry(shapes: Shapes) -> Geometry:
-    """The geometry that official names and shapes describe; where they do not, the published one.
-
-    Each size is the one that most tensors agree on, so that a single wrong tensor is later reported as just that.
-    """
-    widths: list[list[int]] = [[]]
-    num_blocks = [0]
-    temporal: list[bool] = []
-    for index in itertools.count():
-        layer = _below(shapes, f"encoder.downsamples.{index}.")
-        if not layer:
-            break
-        if any(name.startswith("resample.") for name in layer):
-            temporal.append(any(name.startswith("time_conv.") for name in layer))
-            widths.append([])
-            num_blocks.append(0)
-        else:
-            num_blocks[-1] += 1
-            widths[-1] += _sizes(layer, "residual.2.bias", "residual.3.gamma", "residual.6.bias")
-    ends = _sizes(shapes, "encoder.conv1.weight", "encoder.conv1.bias", "encoder.downsamples.0.residual.0.gamma")
-    latents = _sizes(shapes, "conv2.weight", "conv2.bias")
-    if not ends or not latents or not all(widths):
-        return Geometry()
-    return Geometry(mode(ends), tuple(map(mode, widths)), mode(num_blocks), tuple(temporal), mode(latents))
-
-
-def _below(shapes: Shapes, prefix: str) -> Shapes:
-    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-
-
-def _sizes(shapes: Shapes, *names: str) -> list[int]:
-    """The first size of each of these tensors that is there."""
-    return [shapes[name][0] for name in names if shapes.get(name)]

@@ -1,14 +1,15 @@
 """Layers of the Wan video VAEs: causal in time, so that a clip streams through them chunk by chunk.
 
-B batch, C channels, F frames of the chunk, H W height and width at the level. A stream starts with a chunk of one frame;
-the chunks after it may have any length, and the result does not depend on how the frames were divided. The layers hold
-weights only: what they remember of earlier chunks lies in the `FeatureCache` that is handed through.
+B batch, C channels, F frames of the chunk, H W height and width at the level. A stream starts with a chunk of one
+frame; the chunks after it may have any length, and the result does not depend on how the frames were divided. The
+layers hold weights only: what they remember of earlier chunks lies in the `FeatureCache` that is handed through.
 
 The layers keep the memory layout of their input. Channels-last is the fast one: norms then reduce over neighbours, and
 frames, rows and columns merge without a copy.
 """
 
 import itertools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
         self.context = kernel[0] - 1
 
-    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:  # type: ignore[override]
         if self.kernel_size == (1, 1, 1):
             return mix_channels(x, self)
         num_frames = x.shape[2]
@@ -115,11 +116,12 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(channels, out_channels, (1, 1, 1)) if channels != out_channels else None
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        y = F.silu(self.residual["0"](x), inplace=True)
+        y: Tensor = F.silu(self.residual["0"](x), inplace=True)
         y = self.residual["2"](y, cache)
         y = F.silu(self.residual["3"](y), inplace=True)
         y = self.residual["6"](y, cache)
-        return y.add_(x if self.shortcut is None else self.shortcut(x, cache))
+        y += x if self.shortcut is None else self.shortcut(x, cache)
+        return y
 
 
 class AttentionBlock(nn.Module):
@@ -177,12 +179,12 @@ class Upsample(nn.Module):
         if self.time_conv is not None and not cache.starts(self):
             # Channels go last before the two halves interleave, so that the layout survives the copy.
             x = rearrange(self.time_conv(x, cache), "b (k c) f h w -> b (f k) h w c", k=2).movedim(-1, 1)
-        conv = self.resample["1"]
+        conv = cast(nn.Conv2d, self.resample["1"])
         frames = convolve_doubled(rearrange(x, "b c f h w -> (b f) c h w"), conv.weight, conv.bias)
         return rearrange(frames, "(b f) c h w -> b c f h w", b=b)
 
 
-def convolve_doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def convolve_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Each pixel of (B, C, H, W) doubled in both directions, then a 3x3 convolution; -> (B, C', 2H, 2W).
 
     Of three neighbours in the doubled image two are the same pixel, so that every output pixel is a 2x2 convolution of

@@ -1,4 +1,7 @@
-"""Names of the Wan2.1 VAE's tensors: official, and those of diffusers' AutoencoderKLWan. Every tensor keeps its shape."""
+"""Names of the Wan2.1 VAE's tensors: the official ones and those of diffusers' AutoencoderKLWan.
+
+Every tensor keeps its shape.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -42,8 +45,8 @@ def official_name(name: str, *, stage_blocks: int = STAGE_BLOCKS) -> str:
         case ["encoder", "down_blocks", index, *tail]:
             return _join("encoder", ["downsamples", index, *_renamed(tail, _BLOCK)])
         case ["decoder", "up_blocks", stage, "resnets", block, *tail] if stage.isdecimal() and block.isdecimal():
-            index = int(stage) * (stage_blocks + 1) + int(block)
-            return _join("decoder", ["upsamples", str(index), *_renamed(tail, _BLOCK)])
+            number = int(stage) * (stage_blocks + 1) + int(block)
+            return _join("decoder", ["upsamples", str(number), *_renamed(tail, _BLOCK)])
         case ["decoder", "up_blocks", stage, "upsamplers", "0", *tail] if stage.isdecimal():
             return _join("decoder", ["upsamples", str(int(stage) * (stage_blocks + 1) + stage_blocks), *tail])
     return name

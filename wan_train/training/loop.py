@@ -72,34 +72,21 @@ def run_length(batches_per_epoch: int, settings: TrainSettings) -> Length:
 
 def train(run: Run) -> Path:
     """Train to the end and return the path of the final file."""
-    loop, average = run.settings.loop, RunningMean()
-    step = 0
+    average = RunningMean()
     if run.settings.preview.sample_at_first:
         make_previews(run, "e000000")
-    bar = tqdm(total=run.length.steps, desc="steps", disable=not run.accelerator.is_main_process)
-    for epoch in range(1, run.length.epochs + 1):
-        run.batches.set_epoch(epoch)
-        for window in windows(run.loader, loop.gradient_accumulation_steps):
-            began = time.perf_counter()
-            loss, norm = take_step(run, window, epoch, step + 1)
-            step += 1
-            metrics = StepMetrics(
-                step=step,
-                epoch=epoch,
-                loss=loss,
-                loss_average=average.add(loss),
-                lr=run.schedule.get_last_lr()[0],
-                grad_norm=norm,
-                seconds=time.perf_counter() - began,
-                memory_mib=peak_memory_mib(run.accelerator.device),
-            )
-            run.schedule.step()
-            report(run, bar, metrics)
-            after_step(run, step, epoch)
-            if step == run.length.steps:
-                break
-        after_epoch(run, step, epoch)
-    bar.close()
+    step = 0
+    # The bar is closed on every way out, so that an error begins a line of its own.
+    with tqdm(total=run.length.steps, desc="steps", disable=not run.accelerator.is_main_process) as bar:
+        for epoch in range(1, run.length.epochs + 1):
+            run.batches.set_epoch(epoch)
+            for window in windows(run.loader, run.settings.loop.gradient_accumulation_steps):
+                step += 1
+                report(run, bar, take_step(run, window, epoch, step, average))
+                after_step(run, step, epoch)
+                if step == run.length.steps:
+                    break
+            after_epoch(run, step, epoch)
     path = final_path(run.settings.save)
     save(run, path, step, run.length.epochs)
     return path
@@ -117,8 +104,9 @@ def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def take_step(run: Run, window: list[Batch], epoch: int, step: int) -> tuple[float, float]:
-    """One optimizer step over a window of batches: the mean loss over all processes, and the gradient's norm."""
+def take_step(run: Run, window: list[Batch], epoch: int, step: int, average: RunningMean) -> StepMetrics:
+    """One optimizer step over a window of batches; the loss is the mean over all processes."""
+    began, learning_rate = time.perf_counter(), run.schedule.get_last_lr()[0]
     losses, drawn = [], []
     for index, batch in enumerate(window):
         draws = draw(batch.keys, batch.latents.shape[1:], run.settings.timesteps, seed=run.seed, epoch=epoch)
@@ -135,7 +123,17 @@ def take_step(run: Run, window: list[Batch], epoch: int, step: int) -> tuple[flo
     norm = clip(run)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return mean, norm
+    run.schedule.step()
+    return StepMetrics(
+        step=step,
+        epoch=epoch,
+        loss=mean,
+        loss_average=average.add(mean),
+        lr=learning_rate,
+        grad_norm=norm,
+        seconds=time.perf_counter() - began,
+        memory_mib=peak_memory_mib(run.accelerator.device),
+    )
 
 
 def batch_loss(run: Run, batch: Batch, draws: Draws) -> torch.Tensor:

@@ -55,7 +55,8 @@ def main(settings: TrainSettings) -> None:
     seed = agree_on_seed(settings.loop.seed)
     set_seed(seed % 2**32)
     run = build(settings, plan, dataset, accelerator, seed)
-    log.info("training %d steps over %d epochs on %s", run.length.steps, run.length.epochs, accelerator.device)
+    length, processes = run.length, accelerator.num_processes
+    log.info("%d steps, %d epochs, %d process(es) on %s", length.steps, length.epochs, processes, accelerator.device)
     try:
         path = train(run)
     finally:

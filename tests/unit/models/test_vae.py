@@ -102,7 +102,9 @@ def test_the_cache_can_lie_in_main_memory(vae: WanVAE, monkeypatch: pytest.Monke
     plain = vae.encode(pixels), vae.decode(latents)
     made: list[bool] = []
     build = FeatureCache.__init__
-    monkeypatch.setattr(FeatureCache, "__init__", lambda self, *, on_cpu: made.append(on_cpu) or build(self, on_cpu=on_cpu))
+    monkeypatch.setattr(
+        FeatureCache, "__init__", lambda self, *, on_cpu: made.append(on_cpu) or build(self, on_cpu=on_cpu)
+    )
     monkeypatch.setattr(vae, "cache_on_cpu", True)
     assert torch.equal(vae.encode(pixels), plain[0])
     assert torch.equal(vae.decode(latents), plain[1])
@@ -126,7 +128,12 @@ def test_the_cache_leaves_an_accelerator() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "complaint"),
-    [((1, 3, 4, 16, 16), "4n \\+ 1"), ((1, 3, 5, 12, 16), "multiples of 8"), ((3, 5, 16, 16), "B, 3, F"), ((1, 1, 1, 8, 8), "B, 3")],
+    [
+        ((1, 3, 4, 16, 16), "4n \\+ 1"),
+        ((1, 3, 5, 12, 16), "multiples of 8"),
+        ((3, 5, 16, 16), "B, 3, F"),
+        ((1, 1, 1, 8, 8), "B, 3"),
+    ],
 )
 def test_odd_pixels_are_refused(vae: WanVAE, shape: tuple[int, ...], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -155,7 +162,9 @@ def test_files_and_names_load_alike(vae: WanVAE, tmp_path: Path, suffix: str, na
         save_file(state, path)
     check_vae(path)
     loaded = load_vae(path)
-    assert {name: tuple(p.shape) for name, p in loaded.named_parameters()} == {n: tuple(t.shape) for n, t in WEIGHTS.items()}
+    assert {name: tuple(p.shape) for name, p in loaded.named_parameters()} == {
+        n: tuple(t.shape) for n, t in WEIGHTS.items()
+    }
     assert not any(p.requires_grad for p in loaded.parameters())
     pixels = draw_pixels(1, 3, 5, 16, 16)
     assert torch.equal(loaded.encode(pixels), vae.encode(pixels))
@@ -188,7 +197,10 @@ CHANGED = "decoder.upsamples.7.time_conv.weight"
         (lambda state: state.pop(CHANGED), f"missing {CHANGED}"),
         (lambda state: state.update({CHANGED + "s": state.pop(CHANGED)}), f"unexpected {CHANGED}s"),
         (lambda state: state.update({CHANGED: state[CHANGED][1:]}), f"misshapen {CHANGED}"),
-        (lambda state: state.pop("encoder.downsamples.6.residual.6.bias"), "missing encoder.downsamples.6.residual.6.bias"),
+        (
+            lambda state: state.pop("encoder.downsamples.6.residual.6.bias"),
+            "missing encoder.downsamples.6.residual.6.bias",
+        ),
         (lambda state: state.pop("encoder.conv1.weight"), "missing encoder.conv1.weight"),
     ],
 )

@@ -3,7 +3,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_train.models.vae_layers import AttentionBlock, CausalConv3d, Downsample, FeatureCache, RMSNorm, Upsample, convolve_doubled
+from wan_train.models.vae_layers import (
+    AttentionBlock,
+    CausalConv3d,
+    Downsample,
+    FeatureCache,
+    RMSNorm,
+    Upsample,
+    convolve_doubled,
+)
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last_3d)
 

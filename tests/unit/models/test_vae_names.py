@@ -38,9 +38,15 @@ def test_each_naming_is_recognised() -> None:
 
 
 def test_the_number_of_blocks_per_stage_is_counted() -> None:
-    foreign = [diffusers_name(name, stage_blocks=2) for name in ("decoder.upsamples.2.resample.1.bias", "decoder.upsamples.3.shortcut.bias")]
+    foreign = [
+        diffusers_name(name, stage_blocks=2)
+        for name in ("decoder.upsamples.2.resample.1.bias", "decoder.upsamples.3.shortcut.bias")
+    ]
     shapes = dict.fromkeys([*foreign, "decoder.up_blocks.0.resnets.0.x", "decoder.up_blocks.0.resnets.1.x"], (1,))
-    assert [vae_rename(shapes)(name) for name in foreign] == ["decoder.upsamples.2.resample.1.bias", "decoder.upsamples.3.shortcut.bias"]
+    assert [vae_rename(shapes)(name) for name in foreign] == [
+        "decoder.upsamples.2.resample.1.bias",
+        "decoder.upsamples.3.shortcut.bias",
+    ]
 
 
 def test_other_names_stay() -> None:

@@ -1,0 +1,119 @@
+"""Our DiT against the official one's stored outputs, against diffusers, and against the published files' names."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from networks.adapter import create
+from networks.formats import LoraDelta, read_lora
+from networks.merge import merged
+from networks.settings import NetworkSettings
+from tests.parity.golden import TOLERANCE, Case, load_case, load_manifest, normal, relative_error
+from wan_train.cli import InputError
+from wan_train.models.dit import Dit
+from wan_train.models.loading import check_dit, load_dit
+from wan_train.models.variants import VARIANTS
+from wan_train.models.weights import diffusers_name
+
+
+def load(case: Case, weights: dict[str, Tensor] | None = None) -> Dit:
+    return load_dit(weights or case.state_dict(), config={"num_heads": case.spec["config"]["num_heads"]})
+
+
+def run(model: Dit, case: Case) -> Tensor:
+    spec = case.spec
+    latents = case.normal("x", (spec["batch"], 16, *spec["latent"]))
+    context = [case.normal(f"context.{i}", (n, 48)) for i, n in enumerate(spec["context_lens"])]
+    return model(latents, torch.tensor(spec["timesteps"]), context)
+
+
+@pytest.mark.parametrize("name", ["wan21_t2v", "wan21_t2i"])
+def test_output(name: str) -> None:
+    case = load_case(name)
+    assert relative_error(run(load(case), case), case.outputs["out"]) < TOLERANCE
+
+
+def test_loss_and_gradients() -> None:
+    case = load_case("wan21_t2v")
+    model = load(case).requires_grad_(True)
+    out = run(model, case)
+    loss = (out - case.normal("target", out.shape)).square().mean()
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert relative_error(loss.detach().view(1), case.outputs["loss"].view(1)) < TOLERANCE
+    norms = torch.stack([grads[name].norm() for name in case.spec["grad_norm_keys"]])
+    assert ((norms - case.outputs["grad_norms"]).abs() < TOLERANCE * case.outputs["grad_norms"]).all()
+    for key, stored in case.outputs.items():
+        if key.startswith("grad."):
+            assert relative_error(grads[key.removeprefix("grad.")], stored) < TOLERANCE
+
+
+def lora_file(case: Case) -> dict[str, Tensor]:
+    rank, alpha = case.spec["lora"]
+    tensors = {}
+    for name, shape in case.spec["shapes"].items():
+        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2:
+            key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            down, up = f"{key}.lora_down.weight", f"{key}.lora_up.weight"
+            tensors[down] = case.normal(down, (rank, shape[1])) / shape[1] ** 0.5
+            tensors[up] = case.normal(up, (shape[0], rank)) / rank**0.5
+            tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def linears(model: Dit) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+def test_lora_merged() -> None:
+    case = load_case("wan21_t2v_lora")
+    deltas: dict[str, LoraDelta] = read_lora(lora_file(case), linears(load(case)))
+    model = load(case, dict(merged(case.state_dict().items(), [(deltas, 1.0)])))
+    assert relative_error(run(model, case), case.outputs["out"]) < TOLERANCE
+
+
+def test_lora_attached() -> None:
+    case = load_case("wan21_t2v_lora")
+    model = load(case)
+    rank, alpha = case.spec["lora"]
+    create(model, NetworkSettings(network_dim=rank, network_alpha=alpha)).load(lora_file(case))
+    assert relative_error(run(model, case), case.outputs["out"]) < TOLERANCE
+
+
+def test_diffusers_model_and_names() -> None:
+    from diffusers import WanTransformer3DModel
+
+    theirs = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=16,
+        out_channels=16,
+        text_dim=20,
+        freq_dim=64,
+        ffn_dim=80,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    )
+    weights = {name: 0.3 * normal(name, tuple(value.shape)) for name, value in theirs.state_dict().items()}
+    theirs.load_state_dict(weights)
+    ours = load_dit(weights, config={"num_attention_heads": 2})
+    latents, text = normal("latents", (2, 16, 3, 4, 6)), normal("text", (2, 512, 20))
+    timestep = torch.tensor([37.0, 901.0])
+    expected = theirs(latents, timestep, text, return_dict=False)[0]
+    assert relative_error(ours(latents, timestep, text), expected) < TOLERANCE
+    assert {diffusers_name(name) for name in ours.state_dict()} == set(weights)
+
+
+@pytest.mark.parametrize(("name", "task"), [("wan2.1-t2v-1.3B", "t2v-1.3B"), ("wan2.1-t2v-14B", "t2v-14B")])
+def test_every_published_name_and_shape_is_accepted(name: str, task: str) -> None:
+    manifest = load_manifest(name)
+    with torch.device("meta"):
+        state = {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in manifest.items()}
+    model = load_dit(state, device="meta")
+    assert {key: tuple(p.shape) for key, p in model.named_parameters()} == manifest
+    assert model.config.num_heads == model.config.dim // 128
+    assert check_dit(state, VARIANTS[task]) is None
+    state.pop("blocks.3.norm3.weight")
+    with pytest.raises(InputError, match=r"missing blocks\.3\.norm3\.weight"):
+        check_dit(state, VARIANTS[task])
