@@ -1,6 +1,5 @@
 """accelerate, set up so that precision is ours: it launches, places and synchronises."""
 
-import os
 import random
 
 from accelerate import Accelerator
@@ -11,8 +10,6 @@ from wan_train.training.settings import LoopSettings
 
 def make_accelerator(loop: LoopSettings) -> Accelerator:
     """The accelerator of this process. Autocast stays off: the model itself says what it computes in."""
-    if loop.device == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
     return Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=[AutocastKwargs(enabled=False)])
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import time
 from dataclasses import dataclass
 from typing import cast
@@ -73,6 +74,9 @@ def preflight(settings: TrainSettings) -> Plan:
     check_output_name(settings.save.output_name)
     check_module(settings.network)
     check_optimizer(settings.optimizer)
+    warmup_steps(
+        settings.optimizer.lr_warmup_steps, total=sys.maxsize
+    )  # how it reads; its size once the run's is known
     configs = read_config(settings.data.dataset_config)
     requests = check_previews(settings, variant)
     if warning := check_dit(settings.dit.dit, variant):

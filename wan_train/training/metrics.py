@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from wan_train.log import get_logger
 from wan_train.training.settings import LogSettings, SaveSettings
+
+log = get_logger(__name__)
 
 MEBIBYTE = 2**20
 
@@ -46,11 +49,7 @@ class MetricsWriter:
     def __init__(self, logs: LogSettings, save: SaveSettings) -> None:
         folder = Path(save.output_dir)
         self._file = (folder / f"{save.output_name}.metrics.jsonl").open("w", encoding="utf-8")
-        self._board: Any = None
-        if logs.log_with == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(Path(logs.logging_dir or folder / "logs") / save.output_name))
+        self._board = open_board(logs, save) if logs.log_with == "tensorboard" else None
 
     def write(self, metrics: StepMetrics) -> None:
         """Record one step; the line is on disk when this returns."""
@@ -65,6 +64,16 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def open_board(logs: LogSettings, save: SaveSettings) -> Any:
+    """TensorBoard's writer, or None with a warning where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning("the package tensorboard is not installed: curves go to %s.metrics.jsonl alone", save.output_name)
+        return None
+    return SummaryWriter(str(Path(logs.logging_dir or Path(save.output_dir) / "logs") / save.output_name))
 
 
 def peak_memory_mib(device: torch.device) -> int:

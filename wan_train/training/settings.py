@@ -30,9 +30,6 @@ class LoopSettings:
     )
     max_data_loader_n_workers: int = option(8, "Processes that read batches; 0 reads in the trainer.", minimum=0)
     persistent_data_loader_workers: bool = option(False, "Keep the readers between epochs.")
-    device: str | None = option(
-        None, "Where to train a single process; without it the first accelerator, else the CPU."
-    )
 
 
 @dataclass(frozen=True)
