@@ -35,7 +35,7 @@ def find_tools() -> dict[str, Tool]:
 
 def list_options(tool: Tool) -> dict[str, str]:
     """Every spelling of every option of a tool, with its default in words."""
-    listed = {}
+    listed: dict[str, str] = {}
     for group in groups(tool.settings).values():
         for field, described, _ in options(group):
             default = "required" if described.required else repr(field.default)

@@ -56,7 +56,7 @@ class TextEncoder(nn.Module):
             raise InputError("this text encoder takes ids only: load it with a tokenizer")
         if isinstance(texts, str):
             raise TypeError("a list of texts is wanted, not a single text")
-        rows = [torch.tensor(ids) for ids in self.tokenizer(texts)]
+        rows = [torch.tensor(ids, dtype=torch.long) for ids in self.tokenizer(texts)]
         if not rows:
             return []
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)

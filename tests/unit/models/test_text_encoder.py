@@ -77,6 +77,14 @@ def test_half_weights_stay_so_and_compute_in_float32(dtype: torch.dtype) -> None
     assert torch.equal(converted(TEXTS)[0], stored(TEXTS)[0])
 
 
+@pytest.mark.gpu
+def test_an_accelerator_computes_as_stored(encoder: TextEncoder) -> None:
+    there = load_text_encoder(WEIGHTS, tokenizer=TOKENIZER, device="cuda", dtype=torch.bfloat16)
+    for ours, theirs in zip(there(TEXTS), encoder(TEXTS), strict=True):
+        assert ours.dtype is torch.bfloat16 and ours.device.type == "cuda"
+        assert relative_error(ours.cpu(), theirs) < 0.05
+
+
 def test_plain_eight_bit_weights_become_bfloat16() -> None:
     eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in WEIGHTS.items()}
     encoder = load_text_encoder(eight, tokenizer=None)
