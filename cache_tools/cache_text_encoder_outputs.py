@@ -13,7 +13,7 @@ from dataset.sources import list_items
 from wan_train.cli import InputError
 from wan_train.log import get_logger
 from wan_train.models.text_encoder import check_text_encoder
-from wan_train.precision import default_device
+from wan_train.precision import default_device, published_dtype
 from wan_train.storage import check_writable
 
 logger = get_logger(__name__)
@@ -33,7 +33,8 @@ def main(settings: CacheTextSettings) -> None:
     items = [item for config in configs for item in list_items(config, allow_missing_captions=allowed)]
     due = [item for item in items if not has_text(item)]
     if due:
-        encoder = wan_train.load_text_encoder(source, tokenizer=tokenizer, device=device)
+        dtype = published_dtype(device)
+        encoder = wan_train.load_text_encoder(source, tokenizer=tokenizer, device=device, dtype=dtype)
         with tqdm(desc="captions", total=len(due), unit="file") as bar:
             for batch in batch_captions(due, settings.run.batch_size):
                 with torch.no_grad():

@@ -57,7 +57,7 @@ def read_frames(path: Path, wanted: Collection[int]) -> Iterator[tuple[int, NDAr
     remaining = set(wanted)
     with _opened_video(path) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream.thread_type = "NONE"  # with threads the decoder does not report all damage
         for index, frame in enumerate(container.decode(stream)):
             # A damaged frame spoils all that are predicted from it, wanted or not.
             if frame.is_corrupt:

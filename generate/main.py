@@ -12,16 +12,17 @@ from networks.formats import check_lora
 from wan_train.assemble import WeightedLora, assemble_dit
 from wan_train.cli import InputError
 from wan_train.log import get_logger
-from wan_train.models.loading import check_dit, linear_shapes
+from wan_train.models.loading import check_dit, linear_shapes, storage_dtype
 from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.vae import check_vae
 from wan_train.models.variants import VARIANTS, Variant
-from wan_train.precision import default_device
+from wan_train.precision import default_device, published_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import sample_latents
 from wan_train.sampling.encode import encode_prompts
 from wan_train.sampling.request import SampleRequest, fitted
 from wan_train.sampling.settings import SamplingSettings
+from wan_train.storage import read_header
 
 log = get_logger(__name__)
 
@@ -55,7 +56,10 @@ def generate_latents(
     """Latents (C, F, H, W) of the request; each model lives only as long as its step."""
     conditions = encode_prompts([request], settings.text, device)
     log.info("loading %s%s", settings.dit.dit, "".join(f" + {lora.multiplier:g} x {lora.path}" for lora in loras))
-    model = assemble_dit(settings.dit, device=device, loras=loras)
+    # An accelerator computes float32 files in bfloat16, as the official sampler does.
+    wide = storage_dtype(read_header(settings.dit.dit)) is torch.float32
+    dtype = published_dtype(device) if wide else None
+    model = assemble_dit(settings.dit, device=device, dtype=dtype, loras=loras)
     positive, negative = conditions[request.prompt], conditions[request.negative_prompt]
     return sample_latents(model, request, positive, negative, device=device)
 

@@ -4,11 +4,12 @@ Weights may be stored in fewer bits than they compute in: on a CPU bf16 and fp16
 every product is taken in float32, since half-precision matrix products are slow and coarse there.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from wan_train.cli import InputError, choose
@@ -40,6 +41,11 @@ def compute_dtype(device: torch.device | str, stored: torch.dtype) -> torch.dtyp
     return torch.float32 if torch.device(device).type == "cpu" else stored
 
 
+def published_dtype(device: torch.device) -> torch.dtype | None:
+    """What the official code runs frozen models in on an accelerator, bfloat16; None, the file's own, on a CPU."""
+    return None if device.type == "cpu" else torch.bfloat16
+
+
 def default_device(name: str | None = None) -> torch.device:
     """The named device, or the first accelerator there is, or the CPU. InputError for one that is not there."""
     if not name:
@@ -58,7 +64,24 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        if self.weight.dtype == x.dtype or self.weight.requires_grad or (bias is not None and bias.requires_grad):
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        return _FrozenProduct.apply(x, self.weight, bias)  # type: ignore[no-untyped-call]
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T + b with a frozen W, cast again for the backward pass: autograd would keep the wide copy until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None, None
 
 
 class _BlockLinear(nn.Linear):

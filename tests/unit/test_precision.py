@@ -33,3 +33,27 @@ def test_a_device_that_is_not_there_is_named() -> None:
     for name in ("toaster", "meta0", "xpu:7"):
         with pytest.raises(InputError, match=name):
             default_device(name)
+
+
+def test_a_frozen_half_linear_keeps_no_wide_copy_for_the_backward_pass() -> None:
+    torch.manual_seed(0)
+    layer = Linear(64, 32).to(torch.bfloat16).requires_grad_(False)
+    x, saved = torch.randn(2, 5, 64, requires_grad=True), []
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        out = layer(x)
+    assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
+    out.sum().backward()
+    expected = torch.ones(2, 5, 32) @ layer.weight.float()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_trainable_half_weights_get_their_gradient() -> None:
+    layer = Linear(8, 4).to(torch.bfloat16)
+    layer(torch.randn(3, 8)).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype is torch.bfloat16

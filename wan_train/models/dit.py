@@ -38,8 +38,8 @@ class DitConfig:
     eps: float = 1e-6
 
 
-class SelfAttention(nn.Module):
-    """Attention of every token to every token, with rotary positions."""
+class Attention(nn.Module):
+    """Attention of tokens to themselves or to the text (padding included: the model was trained so)."""
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
@@ -50,32 +50,21 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, config.eps)
         self.norm_k = RMSNorm(dim, config.eps)
 
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        """x (B, L, d), turns (2, L, 1, D) -> (B, L, d)."""
+    def forward(self, x: Tensor, source: Tensor, turns: Tensor | None = None) -> Tensor:
+        """x (B, L, d) attends to source (B, S, d), both turned by `turns` (2, L, 1, D) if given -> (B, L, d)."""
         query = self.norm_q(self.q(x), self.num_heads, turns)
-        key = self.norm_k(self.k(x), self.num_heads, turns)
-        value = rearrange(self.v(x), "B L (N D) -> B L N D", N=self.num_heads)
+        key = self.norm_k(self.k(source), self.num_heads, turns)
+        value = rearrange(self.v(source), "B S (N D) -> B S N D", N=self.num_heads)
         return self.o(rearrange(self.attend(query, key, value), "B L N D -> B L (N D)"))
 
 
-class CrossAttention(nn.Module):
-    """Attention of every token to the text, padding included: the model was trained so."""
+class GELU(nn.Module):
+    """GELU in its tanh form (Hendrycks and Gimpel 2016), in the memory of its input where no gradient needs that."""
 
-    def __init__(self, config: DitConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.num_heads = config.num_heads
-        self.attend: Attend = attend_torch
-        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
-        self.norm_q = RMSNorm(dim, config.eps)
-        self.norm_k = RMSNorm(dim, config.eps)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, L, d), context (B, T, d) -> (B, L, d)."""
-        query = self.norm_q(self.q(x), self.num_heads)
-        key = self.norm_k(self.k(context), self.num_heads)
-        value = rearrange(self.v(context), "B T (N D) -> B T N D", N=self.num_heads)
-        return self.o(rearrange(self.attend(query, key, value), "B L N D -> B L (N D)"))
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -85,18 +74,19 @@ class Block(nn.Module):
         super().__init__()
         dim = config.dim
         self.norm1 = LayerNorm(dim, config.eps, elementwise_affine=False)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = Attention(config)
         self.norm3 = LayerNorm(dim, config.eps)
-        self.cross_attn = CrossAttention(config)
+        self.cross_attn = Attention(config)
         self.norm2 = LayerNorm(dim, config.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), GELU(), Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor, turns: Tensor) -> Tensor:
         """x (B, L, d) float32, context (B, T, d), time (B, G, 6, d) float32, turns (2, L, 1, D) -> like x."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unbind(2)
         dtype = context.dtype
-        x = gated(x, self.self_attn(modulate(self.norm1(x), shift1, scale1).to(dtype), turns), gate1)
+        modulated = modulate(self.norm1(x), shift1, scale1).to(dtype)
+        x = gated(x, self.self_attn(modulated, modulated, turns), gate1)
         x = x + self.cross_attn(self.norm3(x).to(dtype), context)
         return gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2).to(dtype)), gate2)
 
@@ -126,7 +116,7 @@ class Dit(nn.Module):
         self.compute_dtype = torch.float32
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
-        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU("tanh"), Linear(dim, dim))
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), GELU(), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))

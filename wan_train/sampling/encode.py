@@ -8,6 +8,7 @@ from wan_train.conditions import Conditions
 from wan_train.log import get_logger
 from wan_train.models.settings import TextEncoderSettings
 from wan_train.models.text_encoder import load_text_encoder
+from wan_train.precision import published_dtype
 from wan_train.sampling.request import SampleRequest
 
 log = get_logger(__name__)
@@ -19,7 +20,8 @@ def encode_prompts(
     """Conditions of every prompt and negative prompt of the requests, by their text; each text is encoded once."""
     texts = list(dict.fromkeys(text for r in requests for text in (r.prompt, r.negative_prompt)))
     log.info("encoding %d prompts with %s", len(texts), settings.t5)
-    encoder = load_text_encoder(settings.t5, tokenizer=settings.tokenizer or "auto", device=device)
+    tokenizer, dtype = settings.tokenizer or "auto", published_dtype(device)
+    encoder = load_text_encoder(settings.t5, tokenizer=tokenizer, device=device, dtype=dtype)
     with torch.no_grad():
         # One at a time: equal, bit for bit, whatever prompts are beside it.
         return {text: Conditions((encoder([text])[0].cpu(),)) for text in texts}
