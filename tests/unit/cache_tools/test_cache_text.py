@@ -108,7 +108,7 @@ def test_a_changed_caption_is_encoded_again_and_alone(folder, spy, capsys):
 
 def test_options_reach_the_encoder(folder, spy):
     cache("--tokenizer", "umt5")
-    assert spy.loads == [("t5.pth", {"tokenizer": "umt5", "device": torch.device("cpu")})]
+    assert spy.loads == [("t5.pth", {"tokenizer": "umt5", "device": torch.device("cpu"), "dtype": None})]
     assert spy.checked == [("t5.pth", "umt5")]
 
 
