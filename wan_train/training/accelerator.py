@@ -1,11 +1,15 @@
 """accelerate, set up so that precision is ours: it launches, places and synchronises."""
 
+import logging
 import random
 
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, broadcast_object_list
 
 from wan_train.training.settings import LoopSettings
+
+# Whoever imports bitsandbytes without a GPU, accelerate too, is warned of a 4-bit kernel that nobody here asks for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def make_accelerator(loop: LoopSettings) -> Accelerator:

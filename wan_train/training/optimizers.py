@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -58,8 +57,6 @@ def _resolve(name: str) -> OptimizerClass:
 
 
 def _adamw8bit() -> OptimizerClass:
-    # Without a GPU it warns of a 4-bit kernel that no optimizer uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as problem:
