@@ -4,15 +4,15 @@ Keys and defaults are those that musubi-tuner's users have in their files; a val
 that does not set it.
 """
 
-import math
 import os
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.frames import EXTRACTIONS, floor_frames
+from dataset.config_keys import SHARED_KEYS, SOURCE_KEYS, VIDEO_KEYS
+from dataset.frames import floor_frames
 from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
 from wan_train.models.variants import SIZE_STEP
@@ -24,7 +24,8 @@ logger = get_logger(__name__)
 class DatasetConfig:
     """One `[[datasets]]` table with everything resolved; sizes are (width, height) in pixels.
 
-    `number` counts from 1 in the order of the file; `target_frames` are sorted, distinct and of the form 4k+1.
+    `number` counts from 1 in the order of the file; `target_frames` are sorted, distinct and of the form 4k+1;
+    `listing` is a JSONL or CSV file that names the media in place of `directory`.
     """
 
     source: Path
@@ -41,7 +42,19 @@ class DatasetConfig:
     target_frames: tuple[int, ...] = (1,)
     frame_extraction: str = "head"
     frame_sample: int = 1
+    frame_stride: int = 1
+    max_frames: int = 129
     source_fps: float | None = None
+    listing: Path | None = None
+    recursive: bool = False
+    control_directory: Path | None = None
+    mask_directory: Path | None = None
+    caption_prefix: str = ""
+    caption_variants: str = "none"
+    caption_dropout_rate: float = 0.0
+    flip_augment: bool = False
+    weight: float | None = None
+    drop_last: bool = False
 
     def __str__(self) -> str:
         return f"dataset {self.number} ({self.directory})"
@@ -65,9 +78,9 @@ def read_config(path: str | os.PathLike[str]) -> tuple[DatasetConfig, ...]:
         raise InputError(f"{source}: no datasets: add a [[datasets]] with video_directory or image_directory")
     place = f"{source}: [general]"
     for key in general:
-        if key in _SOURCE_KEYS or key in _VIDEO_KEYS:
+        if key in SOURCE_KEYS or key in VIDEO_KEYS:
             raise InputError(f"{place}: {key} is each dataset's own: move it below [[datasets]]")
-    _refuse_unknown(general, _SHARED_KEYS, place, "key")
+    _refuse_unknown(general, SHARED_KEYS, place, "key")
     defaults = _convert(general, place)
     configs = tuple(_read_dataset(source, number, table, defaults) for number, table in enumerate(tables, 1))
     _refuse_shared_caches(configs)
@@ -87,12 +100,12 @@ def _parse(source: Path) -> dict[str, Any]:
 
 def _read_dataset(source: Path, number: int, table: Mapping[str, Any], defaults: Mapping[str, Any]) -> DatasetConfig:
     place = f"{source}: dataset {number}"
-    _refuse_unknown(table, {**_SHARED_KEYS, **_SOURCE_KEYS, **_VIDEO_KEYS}, place, "key")
+    _refuse_unknown(table, {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS}, place, "key")
     values = {**defaults, **_convert(table, place)}
     videos, images = values.pop("video_directory", None), values.pop("image_directory", None)
     if (videos is None) == (images is None):
         raise InputError(f"{place}: takes one of video_directory and image_directory")
-    if images and (misplaced := sorted(table.keys() & _VIDEO_KEYS.keys())):
+    if images and (misplaced := sorted(table.keys() & VIDEO_KEYS.keys())):
         raise InputError(f"{place}: {misplaced[0]} is for videos and this dataset has image_directory: remove it")
     directory: Path = videos or images
     if not directory.is_dir():
@@ -143,7 +156,7 @@ def _refuse_unknown(table: Mapping[str, Any], known: Collection[str], place: str
 
 
 def _convert(table: Mapping[str, Any], place: str) -> dict[str, Any]:
-    readers = {**_SHARED_KEYS, **_SOURCE_KEYS, **_VIDEO_KEYS}
+    readers = {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS}
     values = {}
     for key, value in table.items():
         try:
@@ -151,81 +164,3 @@ def _convert(table: Mapping[str, Any], place: str) -> dict[str, Any]:
         except ValueError as problem:
             raise InputError(f"{place}: {key} = {value!r}: takes {problem}") from None
     return values
-
-
-def _whole(value: Any, what: str, minimum: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(what)
-    return value
-
-
-def _read_count(value: Any) -> int:
-    return _whole(value, "a whole number of 1 or more")
-
-
-def _read_switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _read_size(value: Any) -> tuple[int, int]:
-    sides = value if isinstance(value, list) else [value, value]
-    what = f"[width, height] or one whole number, {SIZE_STEP} or more"
-    if len(sides) != 2:
-        raise ValueError(what)
-    return _whole(sides[0], what, SIZE_STEP), _whole(sides[1], what, SIZE_STEP)
-
-
-def _read_extension(value: Any) -> str:
-    if not isinstance(value, str) or not value or "/" in value:
-        raise ValueError('the end of a caption file\'s name, such as ".txt"')
-    return value if "." in value else f".{value}"
-
-
-def _read_folder(value: Any) -> Path:
-    if not isinstance(value, str) or not value:
-        raise ValueError("the path of a folder")
-    return Path(value).expanduser()
-
-
-def _read_frames(value: Any) -> tuple[int, ...]:
-    what = "whole numbers of 1 or more, such as [1, 25, 81]"
-    given = value if isinstance(value, list) else [value]
-    if not given:
-        raise ValueError(what)
-    return tuple(sorted({floor_frames(_whole(frames, what)) for frames in given}))
-
-
-def _read_extraction(value: Any) -> str:
-    if value not in EXTRACTIONS:
-        hint = nearest(value, EXTRACTIONS) if isinstance(value, str) else ""
-        raise ValueError(f"one of {', '.join(EXTRACTIONS)}{hint}")
-    return str(value)
-
-
-def _read_rate(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError("frames per second, a number above 0")
-    return float(value)
-
-
-_SHARED_KEYS: dict[str, Callable[[Any], Any]] = {
-    "resolution": _read_size,
-    "caption_extension": _read_extension,
-    "batch_size": _read_count,
-    "num_repeats": _read_count,
-    "enable_bucket": _read_switch,
-    "bucket_no_upscale": _read_switch,
-}
-_SOURCE_KEYS: dict[str, Callable[[Any], Any]] = {
-    "video_directory": _read_folder,
-    "image_directory": _read_folder,
-    "cache_directory": _read_folder,
-}
-_VIDEO_KEYS: dict[str, Callable[[Any], Any]] = {
-    "target_frames": _read_frames,
-    "frame_extraction": _read_extraction,
-    "frame_sample": _read_count,
-    "source_fps": _read_rate,
-}
