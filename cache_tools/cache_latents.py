@@ -1,8 +1,10 @@
 """Encode every clip that a dataset file describes and keep its latents beside it, or in its cache folder."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,18 +15,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 import wan_train
-from cache_tools.runner import summarise_run, work_ahead
-from cache_tools.settings import CacheLatentsSettings
+from cache_tools.extras import ExtraPictures, encode_extras, load_extras
+from cache_tools.fitting import encode_fitting
+from cache_tools.plan import show_plan
+from cache_tools.runner import rank_device, summarise_run, work_ahead
+from cache_tools.settings import CacheLatentsSettings, check_run
+from cache_tools.show import show_clips
+from cache_tools.survey import Survey, clear_remains, count_kinds, prune_caches, report_findings, survey_caches
 from dataset.buckets import describe_size
-from dataset.cache import has_latents, save_latents
-from dataset.config import read_config
+from dataset.cache import latents_path, save_latents
+from dataset.config import DatasetConfig, read_config
 from dataset.items import Clip, Item
+from dataset.manifest import Manifest
 from dataset.media import load_clips
-from dataset.sources import list_items, plan_clips, warn_too_short
+from dataset.probes import note_broken
+from dataset.recipe import Fingerprint, Recipe, take_fingerprint
+from dataset.settings import DatasetSettings
+from dataset.sources import Plan, list_items, plan_clips, warn_too_short
+from dataset.staleness import latents_state
 from wan_train.cli import InputError
+from wan_train.distributed import Place, find_place
 from wan_train.log import get_logger
 from wan_train.models.vae import check_vae
-from wan_train.precision import default_device, dtype_of
+from wan_train.precision import dtype_of, name_of
+from wan_train.sampling.decode import set_up
 from wan_train.storage import check_writable
 
 logger = get_logger(__name__)
@@ -32,41 +46,103 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """A clip with its pictures (F, H, W, 3) in uint8."""
+    """A clip with its pictures (F, H, W, 3) in uint8, the file that they are from, and what goes with them."""
 
     clip: Clip
     pictures: NDArray[np.uint8]
+    source: Fingerprint
+    extras: ExtraPictures = field(default_factory=ExtraPictures)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A VAE, the file that it is from, where it computes, and the dtype of what it leaves."""
+
+    vae: Any
+    model: Fingerprint
+    device: torch.device
+    dtype: torch.dtype
 
 
 def main(settings: CacheLatentsSettings) -> None:
     """Check everything, then encode what is not there yet; a run that finds nothing to do loads no model."""
+    check_run(settings.run)
     configs = read_config(settings.dataset.dataset_config)
+    if settings.inspect.plan or settings.inspect.plan_json:
+        show_plan(make_plans(configs, settings.dataset), settings.inspect.plan_json)
+        return
+    if settings.inspect.debug_mode:
+        show_clips(make_plans(configs, settings.dataset), settings.inspect)
+        return
     if not settings.vae.vae:
         raise InputError("--vae is missing: name the VAE's file, such as Wan2.1_VAE.pth")
     check_vae(settings.vae.vae)
-    device = default_device(settings.run.device)
+    place = find_place()
     for config in configs:
         check_writable(config.cache_directory)
-    allowed = settings.dataset.allow_missing_captions
-    plans = [plan_clips(config, list_items(config, allow_missing_captions=allowed)) for config in configs]
-    dtype = dtype_of(settings.vae.vae_dtype)
-    due = [[clip for clip in plan.clips if not has_latents(clip, dtype)] for plan in plans]
-    num_due = sum(map(len, due))
-    if num_due:
-        vae = wan_train.load_vae(settings.vae.vae, device=device, dtype=dtype)
-        vae.cache_on_cpu = settings.vae.vae_cache_cpu
-        with tqdm(desc="latents", total=num_due, unit="clip") as bar:
-            for plan, clips in zip(plans, due, strict=True):
-                logger.info("%s: %s", plan.config, _describe(clips, num_all=len(plan.clips)))
-                batch_size = min(plan.config.batch_size, settings.run.batch_size or plan.config.batch_size)
-                loaded = _load(clips, settings.run.num_workers)
-                for batch in batch_clips(loaded, batch_size):
-                    _encode_batch(vae, batch, device, dtype)
-                    bar.update(len(batch))
-    num_kept = sum(len(plan.clips) for plan in plans) - num_due
-    num_too_short = sum(len(plan.too_short) for plan in plans)
+        clear_remains(config)
+    plans = make_plans(configs, settings.dataset)
+    surveys = [survey_plan(plan, settings, place) for plan in plans]
+    for survey in surveys:
+        (prune_caches if settings.run.prune else report_findings)(survey)
+    encoded = _encode(surveys, settings, place) if any(survey.due for survey in surveys) else []
     warn_too_short(plans)
-    logger.info(summarise_run("latents", num_encoded=num_due, num_kept=num_kept, num_too_short=num_too_short))
+    num_too_short = sum(len(plan.too_short) for plan in plans)
+    undecodable = {clip.item for survey in surveys for clip in survey.due} - {clip.item for clip in encoded}
+    num_broken = sum(len(plan.broken) for plan in plans) + len(undecodable)
+    summarise_run(
+        "latents",
+        count_kinds(surveys),
+        place,
+        num_encoded=len(encoded),
+        left_out={"too short": num_too_short, "broken": num_broken},
+    )
+
+
+def make_plans(configs: Sequence[DatasetConfig], settings: DatasetSettings) -> list[Plan]:
+    """What each dataset yields, from the headers of its files."""
+    allowed, skip_broken = settings.allow_missing_captions, settings.skip_broken
+    return [
+        plan_clips(config, list_items(config, allow_missing_captions=allowed), skip_broken=skip_broken)
+        for config in configs
+    ]
+
+
+def survey_plan(plan: Plan, settings: CacheLatentsSettings, place: Place) -> Survey[Clip]:
+    """What there is for a dataset's clips, and which of them this process has to encode."""
+    mine = set(place.share(plan.items))
+    dtype, model = dtype_of(settings.vae.vae_dtype), Path(settings.vae.vae)
+    return survey_caches(
+        plan.config,
+        [clip for clip in plan.clips if clip.item in mine],
+        lambda clip, manifest: latents_state(clip, manifest, dtype=dtype, model=model),
+        planned=[latents_path(clip) for clip in plan.clips],
+        place=place,
+    )
+
+
+def _encode(surveys: Sequence[Survey[Clip]], settings: CacheLatentsSettings, place: Place) -> list[Clip]:
+    """Encode what is due; the clips that could be."""
+    device, dtype = rank_device(settings.run.device, place), dtype_of(settings.vae.vae_dtype)
+    with Manifest(surveys[0].config.cache_directory) as manifest:
+        model = take_fingerprint(Path(settings.vae.vae), manifest)
+    encoder = Encoder(wan_train.load_vae(settings.vae.vae, device=device, dtype=dtype), model, device, dtype)
+    set_up(encoder.vae, settings.vae)
+    num_due = sum(len(survey.due) for survey in surveys)
+    num_kept = sum(len(survey.states) for survey in surveys) - num_due
+    encoded: list[Clip] = []
+    with tqdm(desc="latents", total=num_due, unit="clip", postfix={"kept": num_kept}) as bar:
+        for survey in surveys:
+            config = survey.config
+            logger.info("%s: %s", config, _describe(survey.due, num_all=len(survey.states)))
+            batch_size = min(config.batch_size, settings.run.batch_size or config.batch_size)
+            with Manifest(config.cache_directory) as manifest:
+                loaded = _load(survey.due, manifest, settings.run.num_workers, skip_broken=settings.dataset.skip_broken)
+                for batch in batch_clips(loaded, batch_size):
+                    encode_fitting(encoder.vae, batch, functools.partial(_encode_batch, encoder), name=_name)
+                    encoded += [one.clip for one in batch]
+                    bar.update(len(batch))
+    return encoded
 
 
 def batch_clips(loaded: Iterable[LoadedClip], batch_size: int) -> Iterator[list[LoadedClip]]:
@@ -92,21 +168,67 @@ def to_pixels(pictures: Tensor) -> Tensor:
     return rearrange(pictures, "b f h w c -> b c f h w").float().div_(127.5).sub_(1.0)
 
 
-def _load(clips: Sequence[Clip], num_workers: int) -> Iterator[LoadedClip]:
-    """The pictures of clips, sorted by size; all clips of one item come from one decode."""
+def _load(clips: Sequence[Clip], manifest: Manifest, num_workers: int, *, skip_broken: bool) -> Iterator[LoadedClip]:
+    """The pictures of clips, sorted by size; all clips of one item come from one decode.
+
+    `skip_broken` names the items that cannot be decoded and goes on without them.
+    """
     by_item: dict[Item, list[Clip]] = {}
     for clip in sorted(clips, key=lambda clip: clip.size):
         by_item.setdefault(clip.item, []).append(clip)
-    groups = list(by_item.values())
-    for group, pictures in zip(groups, work_ahead(load_clips, groups, num_workers), strict=True):
-        yield from map(LoadedClip, group, pictures)
+
+    def load(group: Sequence[Clip]) -> list[LoadedClip]:
+        path = group[0].item.path
+        try:
+            # Before the pictures: a file that is changed meanwhile is then stale.
+            source = take_fingerprint(path, manifest)
+            pictures = load_clips(group)
+        except OSError as problem:
+            raise InputError(f"{path} cannot be read: {problem.strerror or problem}") from None
+        except InputError as problem:
+            if not skip_broken:
+                raise
+            note_broken(manifest, path, problem)
+            logger.warning("skipped: %s", problem)
+            return []
+        extras = load_extras(group, manifest)
+        return [
+            LoadedClip(clip, its, source, beside) for clip, its, beside in zip(group, pictures, extras, strict=True)
+        ]
+
+    for loaded in work_ahead(load, list(by_item.values()), num_workers):
+        yield from loaded
 
 
 @torch.no_grad()
-def _encode_batch(vae: Any, batch: Sequence[LoadedClip], device: torch.device, dtype: torch.dtype) -> None:
-    pictures = torch.from_numpy(np.stack([one.pictures for one in batch])).to(device)
-    for one, latents in zip(batch, vae.encode(to_pixels(pictures)), strict=True):
-        save_latents(one.clip, latents, dtype)
+def _encode_batch(encoder: Encoder, batch: Sequence[LoadedClip]) -> None:
+    pictures = torch.from_numpy(np.stack([one.pictures for one in batch])).to(encoder.device)
+    latents = encoder.vae.encode(to_pixels(pictures))
+    extras = encode_extras(
+        [one.clip for one in batch],
+        pictures,
+        [one.extras for one in batch],
+        lambda others: encoder.vae.encode(to_pixels(others)),
+    )
+    for one, its, beside in zip(batch, latents, extras, strict=True):
+        save_latents(one.clip, its, encoder.dtype, _make_recipe(one, encoder), extras=beside)
+
+
+def _name(one: LoadedClip) -> str:
+    return f"{one.clip.item.path} from frame {one.clip.start}"
+
+
+def _make_recipe(one: LoadedClip, encoder: Encoder) -> Recipe:
+    clip = one.clip
+    return Recipe(
+        model=encoder.model,
+        dtype=name_of(encoder.dtype),
+        source=one.source,
+        start=clip.start,
+        frames=clip.frames,
+        size=clip.size,
+        extras=one.extras.sources,
+    )
 
 
 def _describe(clips: Sequence[Clip], *, num_all: int) -> str:

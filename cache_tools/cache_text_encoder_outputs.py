@@ -1,55 +1,115 @@
 """Encode every caption that a dataset file describes and keep its embedding in the cache folder."""
 
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import wan_train
-from cache_tools.runner import summarise_run
-from cache_tools.settings import CacheTextSettings
-from dataset.cache import has_text, save_text
-from dataset.config import read_config
+from cache_tools.runner import rank_device, summarise_run
+from cache_tools.settings import CacheTextSettings, check_run
+from cache_tools.survey import Survey, clear_remains, count_kinds, prune_caches, report_findings, survey_caches
+from dataset.cache import save_text, text_names, text_path
+from dataset.config import DatasetConfig, read_config
 from dataset.items import Item
+from dataset.manifest import Manifest
+from dataset.recipe import Recipe, take_fingerprint
 from dataset.sources import list_items
+from dataset.staleness import text_state
 from wan_train.cli import InputError
-from wan_train.log import get_logger
+from wan_train.distributed import Place, find_place
 from wan_train.models.text_encoder import check_text_encoder
-from wan_train.precision import default_device, published_dtype
+from wan_train.precision import name_of, published_dtype
 from wan_train.storage import check_writable
 
-logger = get_logger(__name__)
+_STRETCH = 16  # batches of which the texts are sorted together
 
 
 def main(settings: CacheTextSettings) -> None:
     """Check everything, then encode what is not there yet; a run that finds nothing to do loads no model."""
+    check_run(settings.run)
     configs = read_config(settings.dataset.dataset_config)
     source, tokenizer = settings.text_encoder.t5, settings.text_encoder.tokenizer or "auto"
     if not source:
         raise InputError("--t5 is missing: name the text encoder's file, such as models_t5_umt5-xxl-enc-bf16.pth")
     check_text_encoder(source, tokenizer)
-    device = default_device(settings.run.device)
+    place = find_place()
+    device = rank_device(settings.run.device, place)
     for config in configs:
         check_writable(config.cache_directory)
-    allowed = settings.dataset.allow_missing_captions
-    items = [item for config in configs for item in list_items(config, allow_missing_captions=allowed)]
-    due = [item for item in items if not has_text(item)]
+        clear_remains(config)
+    surveys = [survey_items(config, settings, place) for config in configs]
+    for survey in surveys:
+        (prune_caches if settings.run.prune else report_findings)(survey)
+    due = [item for survey in surveys for item in survey.due]
     if due:
+        with Manifest(configs[0].cache_directory) as manifest:
+            model = take_fingerprint(Path(source), manifest)
         dtype = published_dtype(device)
         encoder = wan_train.load_text_encoder(source, tokenizer=tokenizer, device=device, dtype=dtype)
         with tqdm(desc="captions", total=len(due), unit="file") as bar:
-            for batch in batch_captions(due, settings.run.batch_size):
-                with torch.no_grad():
-                    embeddings = encoder(list(batch))
-                for sharing, embedding in zip(batch.values(), embeddings, strict=True):
-                    for item in sharing:
-                        save_text(item, embedding)
-                    bar.update(len(sharing))
-    logger.info(summarise_run("captions", num_encoded=len(due), num_kept=len(items) - len(due)))
+            for item, embeddings in encode_items(encoder, due, settings.run.batch_size):
+                save_text(item, embeddings, Recipe(model, name_of(torch.bfloat16)))
+                bar.update()
+    summarise_run("captions", count_kinds(surveys), place, num_encoded=len(due))
 
 
-def batch_captions(items: list[Item], batch_size: int) -> list[dict[str, list[Item]]]:
-    """Distinct captions, at most `batch_size` together, each with the items that share it."""
-    by_caption: dict[str, list[Item]] = {}
-    for item in items:
-        by_caption.setdefault(item.caption, []).append(item)
-    captions = list(by_caption.items())
-    return [dict(captions[start : start + batch_size]) for start in range(0, len(captions), batch_size)]
+def survey_items(config: DatasetConfig, settings: CacheTextSettings, place: Place) -> Survey[Item]:
+    """What there is for a dataset's captions, and which of them this process has to encode."""
+    items = list_items(config, allow_missing_captions=settings.dataset.allow_missing_captions)
+    model = Path(settings.text_encoder.t5)
+    return survey_caches(
+        config,
+        place.share(items),
+        lambda item, manifest: text_state(item, manifest, model=model),
+        planned=[text_path(item) for item in items],
+        place=place,
+        is_text=True,
+    )
+
+
+def encode_items(
+    encoder: Callable[[list[str]], Sequence[Tensor]], items: Sequence[Item], batch_size: int
+) -> Iterator[tuple[Item, dict[str, Tensor]]]:
+    """Each item with the embeddings of its texts, as soon as it has them all; a text that items share is encoded once.
+
+    An embedding is let go when no further item needs it.
+    """
+    lacking = [set(text_names(item).values()) for item in items]
+    uses = Counter(text for texts in lacking for text in texts)
+    sharing: dict[str, list[int]] = defaultdict(list)
+    for index, texts in enumerate(lacking):
+        for text in texts:
+            sharing[text].append(index)
+    known: dict[str, Tensor] = {}
+    for batch in batch_texts(items, batch_size):
+        with torch.no_grad():
+            known |= {text: found.cpu() for text, found in zip(batch, encoder(batch), strict=True)}
+        for done, index in ((text, index) for text in batch for index in sharing[text]):
+            lacking[index].remove(done)
+            if not lacking[index]:
+                texts = set(text_names(items[index]).values())
+                yield items[index], {text: known[text] for text in texts}
+                uses.subtract(texts)
+                for last in (text for text in texts if not uses[text]):
+                    del known[last]
+
+
+def batch_texts(items: Sequence[Item], batch_size: int) -> list[list[str]]:
+    """The distinct texts of items, those of about one length together, so that little is padded.
+
+    All texts of an item lie within a short stretch, so that few embeddings wait for the rest of their item.
+    """
+    per_item = [list(text_names(item).values()) for item in items]
+    ordered = sorted(per_item, key=lambda texts: max(map(len, texts)))
+    distinct = list(dict.fromkeys(text for texts in ordered for text in texts))
+    stretches = split(distinct, _STRETCH * batch_size)
+    return [batch for stretch in stretches for batch in split(sorted(stretch, key=len), batch_size)]
+
+
+def split(texts: list[str], size: int) -> list[list[str]]:
+    """A list in parts of `size`, the last perhaps smaller."""
+    return [texts[start : start + size] for start in range(0, len(texts), size)]

@@ -1,9 +1,16 @@
 """What the cache tools share: working ahead in threads, and the last line of a run."""
 
+import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+import torch
+
+from wan_train.distributed import Place
+from wan_train.log import get_logger
+from wan_train.precision import default_device
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -31,7 +38,31 @@ def work_ahead(function: Callable[[Task], Result], tasks: Iterable[Task], num_wo
                 future.cancel()
 
 
-def summarise_run(what: str, *, num_encoded: int, num_kept: int, num_too_short: int = 0) -> str:
-    """The last line of a run."""
-    short = f", {num_too_short} files gave no clip (too short)" if num_too_short else ""
-    return f"{what}: {num_encoded} encoded, {num_kept} kept{short}"
+def rank_device(name: str, place: Place) -> torch.device:
+    """The named device or the first there is; of several processes each takes the device of its number."""
+    device = default_device(name)
+    if device.type == "cpu" or device.index is not None or place.num_ranks == 1:
+        return device
+    return torch.device(device.type, place.local_rank)
+
+
+def summarise_run(
+    what: str,
+    kinds: Mapping[str, int],
+    place: Place,
+    *,
+    num_encoded: int,
+    left_out: Mapping[str, int] | None = None,
+) -> None:
+    """Log the last line of a run: what became of the caches by kind, and the files left out by reason.
+
+    Each of several processes says it of its own share.
+    """
+    num_kept = kinds.get("up to date", 0) + kinds.get("adopted", 0)
+    parts = [f"{num_encoded} encoded", f"{num_kept} kept"]
+    parts += [f"{count} {kind}" for kind, count in kinds.items() if count and kind not in ("up to date", "missing")]
+    parts += [f"{count} files gave no clip ({why})" for why, count in (left_out or {}).items() if count]
+    who = f" (process {place.rank + 1} of {place.num_ranks})" if place.num_ranks > 1 else ""
+    summary = get_logger("summary")
+    summary.setLevel(logging.INFO)  # processes after the first say nothing else at this level
+    summary.info("%s%s: %s", what, who, ", ".join(parts))

@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 
 from dataset.settings import DatasetSettings
-from wan_train.cli import Tool, option
+from wan_train.cli import InputError, Tool, option
 from wan_train.models.settings import TextEncoderSettings, VaeSettings
 
 _DEVICE_HELP = "Device to encode on, such as cuda or cpu; without it the first accelerator there is."
-_SKIP_HELP = "Accepted for old commands: what is cached for the same clip and caption is always kept."
+_SKIP_HELP = "Accepted for old commands: what is cached and up to date is always kept, what is stale made again."
+_KEEP_HELP = "Accepted for old commands: nothing is deleted without --prune."
+_PRUNE_HELP = "Delete the caches that belong to nothing in the dataset file, and the stale ones, which are made again."
+SHOWN = ("image", "console", "video")
+CONSOLE_COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the order of ANSI
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,27 @@ class LatentRunSettings:
         2, "Videos decoded ahead while the VAE computes; 0 decodes in turn and takes the least memory.", minimum=0
     )
     skip_existing: bool = option(False, _SKIP_HELP)
+    keep_cache: bool = option(False, _KEEP_HELP)
+    prune: bool = option(False, _PRUNE_HELP)
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """Looking in place of caching."""
+
+    plan: bool = option(
+        False, "Print what would be cached: each file's rates, clips and bucket, what is lost and why. Needs no model."
+    )
+    plan_json: str = option("", "Write what --plan tells to this file, for programs; - prints it.", metavar="FILE")
+    debug_mode: str = option(
+        "", "Show each clip as it would be cached: a picture of all frames, the terminal, or an mp4.", choices=SHOWN
+    )
+    debug_dir: str = option("cache_debug", "Folder for what --debug_mode image and video write.")
+    console_width: int = option(80, "Characters in a line of --debug_mode console.", minimum=8)
+    console_back: str = option("", "A rim of this colour around --debug_mode console.", choices=CONSOLE_COLOURS)
+    console_num_images: int | None = option(
+        None, "At most so many clips of each dataset with --debug_mode; without it all.", minimum=1
+    )
 
 
 @dataclass(frozen=True)
@@ -31,6 +56,8 @@ class TextRunSettings:
     device: str = option("", _DEVICE_HELP)
     batch_size: int = option(4, "Captions in one call of the text encoder.", minimum=1)
     skip_existing: bool = option(False, _SKIP_HELP)
+    keep_cache: bool = option(False, _KEEP_HELP)
+    prune: bool = option(False, _PRUNE_HELP)
 
 
 @dataclass(frozen=True)
@@ -40,6 +67,7 @@ class CacheLatentsSettings:
     dataset: DatasetSettings
     vae: VaeSettings
     run: LatentRunSettings
+    inspect: InspectSettings
 
 
 @dataclass(frozen=True)
@@ -49,6 +77,12 @@ class CacheTextSettings:
     dataset: DatasetSettings
     text_encoder: TextEncoderSettings
     run: TextRunSettings
+
+
+def check_run(run: LatentRunSettings | TextRunSettings) -> None:
+    """Refuse options that contradict each other."""
+    if run.keep_cache and run.prune:
+        raise InputError("--keep_cache keeps every cache and --prune deletes some: give one of them")
 
 
 LATENTS_TOOL = Tool(

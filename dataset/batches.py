@@ -1,55 +1,55 @@
-"""Cached clips as a torch dataset, and the order in which an epoch takes them."""
+"""Cached clips as a torch dataset, and how they are stacked."""
 
 import itertools
-import json
-import math
-import random
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.buckets import describe_size
-from dataset.cache import has_latents, has_text, latents_path, read_latents, read_text, text_path
+from dataset.cache import latents_path, read_extra, read_latents, read_text
 from dataset.config import DatasetConfig
+from dataset.extras import FLIPPED, MASK
 from dataset.items import Clip
-from dataset.sources import Plan, list_items, name_some, plan_clips, warn_too_short
-from wan_train.cli import InputError
-
-
-@dataclass(frozen=True)
-class SampleKey:
-    """What a sample is called on every machine: folder and name of its cache file, and which of its repeats it is."""
-
-    item: str
-    repeat: int
+from dataset.opening import check_caches
+from dataset.order import Pick, SampleKey, draw_flip, draw_variant
+from dataset.sources import Plan, list_items, plan_clips, warn_too_short
+from dataset.trusted import plan_from_caches
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One cached clip: normalised latents (C, F, H, W) and text (L, dim), in the dtypes of their files."""
+    """One cached clip: normalised latents (C, F, H, W) and text (L, dim), in the dtypes of their files.
+
+    `weights` (F, H, W), in float32 and 1 in the mean, say how much each latent cell counts; without them all the same.
+    """
 
     key: SampleKey
     latents: Tensor
     context: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one bucket: latents (B, C, F, H, W) and for each its text (L_i, dim)."""
+    """Samples of one bucket: latents (B, C, F, H, W) and for each its text (L_i, dim).
+
+    `weights` (B, 1, F, H, W) are there where one of the samples has some; those of the others are 1.
+    """
 
     keys: tuple[SampleKey, ...]
     latents: Tensor
     context: list[Tensor]
+    weights: Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory; a DataLoader with `pin_memory` calls this."""
-        return Batch(self.keys, self.latents.pin_memory(), [text.pin_memory() for text in self.context])
+        weights = None if self.weights is None else self.weights.pin_memory()
+        return Batch(self.keys, self.latents.pin_memory(), [text.pin_memory() for text in self.context], weights)
 
 
 class Bucket(NamedTuple):
@@ -63,11 +63,14 @@ class Bucket(NamedTuple):
 class CachedDataset(Dataset[Sample]):
     """The cached clips of all datasets, each as often as its `num_repeats` says; read when asked for.
 
-    Indexed by position or by `SampleKey`. `buckets` holds the positions of each bucket's samples, in order.
+    Indexed by position, by `SampleKey` or by `Pick`, which alone says which caption and whether mirrored; the others
+    take the first and not.
+    `buckets` holds the positions of each bucket's samples, in order, and `configs` each dataset's settings by number.
     """
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         self.plans = tuple(plans)
+        self.configs = {plan.config.number: plan.config for plan in plans}
         self.keys: list[SampleKey] = []
         self.buckets: dict[Bucket, list[int]] = {}
         self._clips: list[Clip] = []
@@ -89,129 +92,78 @@ class CachedDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, index: int | SampleKey) -> Sample:
+    def __getitem__(self, index: int | SampleKey | Pick) -> Sample:
         position = self._positions[index] if isinstance(index, SampleKey) else index
-        clip = self._clips[position]
-        return Sample(self.keys[position], read_latents(clip), read_text(clip.item))
+        pick = position if isinstance(position, Pick) else Pick(position)
+        clip = self._clips[pick.position]
+        latents = read_extra(clip, FLIPPED) if pick.flipped else read_latents(clip)
+        text = read_text(clip.item, pick.variant)
+        return Sample(self.key_of(pick), latents, text, _read_weights(clip, flipped=pick.flipped))
+
+    def key_of(self, pick: Pick) -> SampleKey:
+        """What a picked sample is called; when one is taken again in an epoch its repeats are counted on."""
+        key, config = self.keys[pick.position], self._clips[pick.position].item.config
+        return SampleKey(key.item, key.repeat + pick.turn * config.num_repeats)
+
+    def pick(self, position: int, turn: int, *, seed: int, epoch: int) -> Pick:
+        """A sample as an epoch takes it, with the caption and the side that are drawn for it."""
+        item = self._clips[position].item
+        key = self.key_of(Pick(position, turn=turn))
+        variant = draw_variant(
+            key,
+            seed=seed,
+            epoch=epoch,
+            num_captions=len(item.captions),
+            dropout_rate=item.config.caption_dropout_rate,
+        )
+        return Pick(position, variant, turn, item.config.flip_augment and draw_flip(key, seed=seed, epoch=epoch))
 
 
-class EpochBatches:
-    """Batches of positions in a `CachedDataset`, each of one bucket: the batch sampler of a DataLoader.
-
-    The order of items and of batches depends on (seed, epoch) alone: not on the number of processes, not on the global
-    generator. Process `rank` of `num_ranks` takes every num_ranks-th batch; where they do not divide, the first batches
-    of the epoch are given out again, so that every process has as many. The last batch of a bucket may be smaller.
-    """
-
-    def __init__(self, dataset: CachedDataset, *, seed: int, rank: int = 0, num_ranks: int = 1) -> None:
-        assert 0 <= rank < num_ranks
-        batch_sizes = {plan.config.number: plan.config.batch_size for plan in dataset.plans}
-        self._buckets = [
-            (positions, batch_sizes[bucket.dataset]) for bucket, positions in sorted(dataset.buckets.items())
-        ]
-        self._seed, self._rank, self._num_ranks = seed, rank, num_ranks
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order that the next iteration takes."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        """Batches of one process in an epoch."""
-        total = sum(math.ceil(len(positions) / size) for positions, size in self._buckets)
-        return math.ceil(total / self._num_ranks)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        # Text as a seed is hashed whole, so that neighbouring seeds and epochs have nothing in common.
-        order = random.Random(f"{self._seed} {self._epoch}")
-        batches: list[list[int]] = []
-        for positions, size in self._buckets:
-            shuffled = order.sample(positions, len(positions))
-            batches += [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
-        order.shuffle(batches)
-        padded = itertools.islice(itertools.cycle(batches), len(self) * self._num_ranks)
-        return itertools.islice(padded, self._rank, None, self._num_ranks)
-
-
-def open_cached(configs: Sequence[DatasetConfig], *, allow_missing_captions: bool) -> CachedDataset:
+def open_cached(
+    configs: Sequence[DatasetConfig], *, allow_missing_captions: bool, skip_broken: bool = False
+) -> CachedDataset:
     """The samples that the TOML describes now, all of them cached; no frame is decoded.
 
-    Raises InputError, with the command to run, where a cache is missing, unreadable, or was made for another size or
-    caption; and whatever `list_items` and `plan_clips` raise.
+    Raises InputError, with the command to run, where a cache is missing, unreadable, or was made of something else; and
+    whatever `list_items` and `plan_clips` raise.
     """
     plans = [
-        plan_clips(config, list_items(config, allow_missing_captions=allow_missing_captions)) for config in configs
+        plan_clips(config, list_items(config, allow_missing_captions=allow_missing_captions), skip_broken=skip_broken)
+        for config in configs
     ]
     warn_too_short(plans)
-    clips = [clip for plan in plans for clip in plan.clips]
-    items = list(dict.fromkeys(clip.item for clip in clips))
-    no_latents = [latents_path(clip).name for clip in clips if not has_latents(clip)]
-    no_text = [text_path(item).name for item in items if not has_text(item)]
     options = f"--dataset_config {shlex.quote(str(configs[0].source))}"
-    options += " --allow_missing_captions" * allow_missing_captions
-    problems = [
-        f"{len(names)} of {total} {kind} caches are missing or not for what the TOML describes now"
-        f" ({name_some(names)}): run `python {program} {options} {model} ...`"
-        for names, total, kind, program, model in (
-            (no_latents, len(clips), "latent", "wan_cache_latents.py", "--vae"),
-            (no_text, len(items), "text", "wan_cache_text_encoder_outputs.py", "--t5"),
-        )
-        if names
-    ]
-    if problems:
-        raise InputError("; ".join(problems))
+    options += " --allow_missing_captions" * allow_missing_captions + " --skip_broken" * skip_broken
+    check_caches(plans, options)
     return CachedDataset(plans)
+
+
+def open_trusted(configs: Sequence[DatasetConfig]) -> CachedDataset:
+    """The samples that the cache folders hold; the sources are not looked at. Raises what `plan_from_caches` raises."""
+    return CachedDataset([plan_from_caches(config) for config in configs])
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one bucket."""
     latents = torch.stack([sample.latents for sample in samples])
-    return Batch(tuple(sample.key for sample in samples), latents, [sample.context for sample in samples])
+    context, weights = [sample.context for sample in samples], _stack_weights(samples)
+    return Batch(tuple(sample.key for sample in samples), latents, context, weights)
 
 
-def summarise(dataset: CachedDataset) -> str:
-    """Lines for the log: files, clips and repeats of each dataset, samples and batches of each of its buckets."""
-    lines = []
-    for plan in dataset.plans:
-        config, kind = plan.config, "videos" if plan.config.is_video else "images"
-        lines.append(f"{config}: {len(plan.items)} {kind}, {len(plan.clips)} clips, num_repeats {config.num_repeats}")
-        lines += [
-            f"  {describe_size(bucket.size)}, {bucket.num_frames} frames: {len(positions)} samples"
-            f" in {math.ceil(len(positions) / config.batch_size)} batches of {config.batch_size}"
-            for bucket, positions in sorted(dataset.buckets.items())
-            if bucket.dataset == config.number
-        ]
-    return "\n".join(lines)
+def _stack_weights(samples: Sequence[Sample]) -> Tensor | None:
+    if all(sample.weights is None for sample in samples):
+        return None
+    even = torch.ones(samples[0].latents.shape[1:])
+    return torch.stack([even if sample.weights is None else sample.weights for sample in samples]).unsqueeze(1)
 
 
-def metadata(dataset: CachedDataset, configs: Sequence[DatasetConfig]) -> str:
-    """JSON for a LoRA's `ss_datasets`: each dataset's settings and samples, and its folders without their path."""
-    return json.dumps([_describe(config, dataset) for config in configs])
-
-
-def _describe(config: DatasetConfig, dataset: CachedDataset) -> dict[str, Any]:
-    shared = {
-        "resolution": config.resolution,
-        "caption_extension": config.caption_extension,
-        "batch_size_per_device": config.batch_size,
-        "num_repeats": config.num_repeats,
-        "enable_bucket": config.enable_bucket,
-        "bucket_no_upscale": config.bucket_no_upscale,
-        "cache_directory": config.cache_directory.name,
-        "num_train_items": sum(
-            len(found) for bucket, found in dataset.buckets.items() if bucket.dataset == config.number
-        ),
-    }
-    if not config.is_video:
-        return {"image_directory": config.directory.name, **shared}
-    return {
-        "video_directory": config.directory.name,
-        **shared,
-        "target_frames": config.target_frames,
-        "frame_extraction": config.frame_extraction,
-        "frame_sample": config.frame_sample,
-        "source_fps": config.source_fps,
-    }
+def _read_weights(clip: Clip, *, flipped: bool) -> Tensor | None:
+    """A clip's loss mask, scaled so that its mean is 1 and a masked clip counts as much as another."""
+    if clip.item.mask is None:
+        return None
+    mask = read_extra(clip, MASK).float()
+    weights = mask / mask.mean()
+    return weights.flip(-1) if flipped else weights
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

@@ -1,20 +1,23 @@
 """The cache files: names, keys and metadata, with one writer and one reader; the format is musubi-tuner's."""
 
+import math
 import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dataset.extras import MASK, MASK_DTYPE, extra_key, extra_pattern
 from dataset.items import Clip, Item
+from dataset.recipe import RECIPE_KEY, Recipe, write_recipe
 from wan_train.cli import InputError
 from wan_train.precision import name_of
-from wan_train.storage import Header, read_header, read_tensors, save_tensors
+from wan_train.storage import read_tensors, save_tensors
 
-_ARCHITECTURE = "wan"
+ARCHITECTURE = "wan"
 _FORMAT_VERSION = "1.0.1"
-_LATENTS = re.compile(r"latents_\d+x\d+x\d+_\w+")
-_TEXT = re.compile(r"varlen_t5_\w+")
+LATENTS_KEY = re.compile(r"latents_\d+x\d+x\d+_\w+")
 
 
 def latents_path(clip: Clip) -> Path:
@@ -22,86 +25,123 @@ def latents_path(clip: Clip) -> Path:
     config, stem = clip.item.config, clip.item.path.stem
     width, height = clip.size if config.is_video else clip.source_size
     span = f"{clip.start:05d}-{clip.num_frames:03d}_" if config.is_video else ""
-    return config.cache_directory / f"{stem}_{span}{width:04d}x{height:04d}_{_ARCHITECTURE}.safetensors"
+    return config.cache_directory / f"{stem}_{span}{width:04d}x{height:04d}_{ARCHITECTURE}.safetensors"
 
 
 def text_path(item: Item) -> Path:
     """Where an item's text embedding is kept; its clips share it."""
-    return item.config.cache_directory / f"{item.path.stem}_{_ARCHITECTURE}_te.safetensors"
+    return item.config.cache_directory / f"{item.path.stem}_{ARCHITECTURE}_te.safetensors"
 
 
-def has_latents(clip: Clip, dtype: torch.dtype | None = None) -> bool:
-    """Whether whole latents of this very clip are there, in `dtype` if one is named."""
-    header = _header(latents_path(clip))
-    if header is None:
-        return False
-    if dtype is not None:
-        return header.shapes.get(_latents_key(clip, dtype)) == clip.latent_shape
-    return any(_LATENTS.fullmatch(key) and shape == clip.latent_shape for key, shape in header.shapes.items())
+def find_text_misfit(item: Item, names: Collection[str], metadata: Mapping[str, str]) -> str:
+    """Why a file with these tensors and this metadata is not the item's text, in words; nothing where it is.
+
+    What it holds beyond that does not matter.
+    """
+    if any(metadata.get(f"caption{number}") != caption for number, caption in enumerate(item.captions, 1)):
+        return "another caption"
+    lacking = [text for name, text in text_names(item).items() if not find_key(_text_key(name), names)]
+    return ("no embedding in it" if any(lacking) else "no embedding of empty text in it") if lacking else ""
 
 
-def has_text(item: Item) -> bool:
-    """Whether an embedding of this item's present caption is there."""
-    header = _header(text_path(item))
-    return (
-        header is not None
-        and header.metadata.get("caption1") == item.caption
-        and any(map(_TEXT.fullmatch, header.shapes))
-    )
+def text_names(item: Item) -> dict[str, str]:
+    """Every text that training may take for an item, under the name of its tensor without the dtype.
+
+    The first is named as musubi-tuner names its only one; empty text is among them where captions are dropped.
+    """
+    texts = {_text_name(variant): caption for variant, caption in enumerate(item.captions)}
+    return texts | ({_text_name(None): ""} if item.config.caption_dropout_rate else {})
 
 
-def save_latents(clip: Clip, latents: Tensor, dtype: torch.dtype) -> None:
-    """Write a clip's normalised latents (C, F, H, W); InputError where they are not finite numbers."""
+def save_latents(
+    clip: Clip,
+    latents: Tensor,
+    dtype: torch.dtype,
+    recipe: Recipe | None = None,
+    *,
+    extras: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a clip's normalised latents (C, F, H, W) and, by kind, what `dataset.extras` names beside them.
+
+    Raises InputError where they are not finite numbers.
+    """
     assert latents.shape == clip.latent_shape
-    stored = latents.to(dtype)
-    if not torch.isfinite(stored).all():
+    tensors = {_latents_key(clip, dtype): latents.to(dtype)}
+    for kind, tensor in (extras or {}).items():
+        tensors[extra_key(kind, clip, dtype)] = tensor.to(MASK_DTYPE if kind == MASK else dtype)
+    if not all(map(_is_finite, tensors.values())):
         raise InputError(
             f"{clip.item.path}, from frame {clip.start}: its latents are not finite in {name_of(dtype)}:"
             " take --vae_dtype fp32, or the file out of its folder"
         )
     width, height = clip.size if clip.item.config.is_video else clip.source_size
     metadata = {
-        "architecture": _ARCHITECTURE,
+        "architecture": ARCHITECTURE,
         "width": str(width),
         "height": str(height),
         "format_version": _FORMAT_VERSION,
     }
     if clip.item.config.is_video:
         metadata["frame_count"] = str(clip.num_frames)
-    save_tensors(latents_path(clip), {_latents_key(clip, dtype): stored}, metadata)
+    if recipe:
+        metadata[RECIPE_KEY] = write_recipe(recipe)
+    save_tensors(latents_path(clip), tensors, metadata)
 
 
-def save_text(item: Item, embedding: Tensor) -> None:
-    """Write an item's text embedding (L, dim) in bfloat16; InputError where it is not finite numbers."""
-    stored = embedding.to(torch.bfloat16)
-    if not torch.isfinite(stored).all():
+def save_text(item: Item, embeddings: Mapping[str, Tensor], recipe: Recipe | None = None) -> None:
+    """Write the embeddings (L, dim) of an item's texts in bfloat16, out of those of `embeddings`, which go by text.
+
+    Raises InputError where they are not finite numbers.
+    """
+    dtype = torch.bfloat16
+    stored = {f"{name}_{name_of(dtype)}": embeddings[text].to(dtype) for name, text in text_names(item).items()}
+    if not all(map(_is_finite, stored.values())):
         raise InputError(f"{item.path}: the embedding of its caption is not finite: check --t5 and the caption")
-    metadata = {"architecture": _ARCHITECTURE, "caption1": item.caption, "format_version": _FORMAT_VERSION}
-    save_tensors(text_path(item), {f"varlen_t5_{name_of(stored.dtype)}": stored}, metadata)
+    metadata = {"architecture": ARCHITECTURE, "format_version": _FORMAT_VERSION}
+    metadata |= {f"caption{number}": caption for number, caption in enumerate(item.captions, 1)}
+    if recipe:
+        metadata[RECIPE_KEY] = write_recipe(recipe)
+    save_tensors(text_path(item), stored, metadata)
 
 
 def read_latents(clip: Clip) -> Tensor:
     """A clip's normalised latents (C, F, H, W), in the dtype of the file."""
-    return _read(latents_path(clip), _LATENTS)
+    return _read(latents_path(clip), LATENTS_KEY)
 
 
-def read_text(item: Item) -> Tensor:
-    """An item's text embedding (L, dim), in the dtype of the file."""
-    return _read(text_path(item), _TEXT)
+def read_extra(clip: Clip, kind: str) -> Tensor:
+    """What a clip's file holds of a kind that `dataset.extras.wanted_extras` names for it, in the dtype of the file."""
+    return _read(latents_path(clip), extra_pattern(kind))
+
+
+def read_text(item: Item, variant: int | None = 0) -> Tensor:
+    """The embedding (L, dim) of one of an item's captions, or with None of empty text, in the dtype of the file."""
+    return _read(text_path(item), _text_key(_text_name(variant)))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The extremes carry every NaN and infinity, and are found twenty times as fast as isfinite looks at each number.
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def find_key(pattern: re.Pattern[str], names: Iterable[str]) -> str | None:
+    """The first of a file's tensors whose name is of this kind."""
+    return next(filter(pattern.fullmatch, names), None)
+
+
+def _text_name(variant: int | None) -> str:
+    if variant is None:
+        return "varlen_t5_empty"
+    return f"varlen_t5_v{variant + 1}" if variant else "varlen_t5"
+
+
+def _text_key(name: str) -> re.Pattern[str]:
+    """Matches this text's tensor in any dtype, and none of the others."""
+    return re.compile(rf"{name}_(?!v\d+_|empty_)\w+")
 
 
 def _latents_key(clip: Clip, dtype: torch.dtype) -> str:
     return f"latents_{'x'.join(map(str, clip.latent_shape[1:]))}_{name_of(dtype)}"
-
-
-def _header(path: Path) -> Header | None:
-    """The header of a whole file, or None."""
-    if not path.is_file():
-        return None
-    try:
-        return read_header(path)
-    except InputError:
-        return None
 
 
 def _read(path: Path, key: re.Pattern[str]) -> Tensor:

@@ -1,17 +1,18 @@
-"""The TOML file that describes the data, read into one `DatasetConfig` for each `[[datasets]]` table.
+"""The TOML or JSON file that describes the data, read into one `DatasetConfig` for each table of `datasets`.
 
 Keys and defaults are those that musubi-tuner's users have in their files; a value of `[general]` holds for every table
 that does not set it.
 """
 
+import json
 import os
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dataset.config_keys import SHARED_KEYS, SOURCE_KEYS, VIDEO_KEYS
+from dataset.config_keys import MEDIA_KEYS, SHARED_KEYS, SOURCE_KEYS, VIDEO_KEYS
 from dataset.frames import floor_frames
 from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
@@ -25,7 +26,7 @@ class DatasetConfig:
     """One `[[datasets]]` table with everything resolved; sizes are (width, height) in pixels.
 
     `number` counts from 1 in the order of the file; `target_frames` are sorted, distinct and of the form 4k+1;
-    `listing` is a JSONL or CSV file that names the media in place of `directory`.
+    `listing` is a JSONL or CSV file that names the media in place of `directory`, which is then the file's folder.
     """
 
     source: Path
@@ -44,7 +45,7 @@ class DatasetConfig:
     frame_sample: int = 1
     frame_stride: int = 1
     max_frames: int = 129
-    source_fps: float | None = None
+    source_fps: float | Literal["auto"] | None = None
     listing: Path | None = None
     recursive: bool = False
     control_directory: Path | None = None
@@ -57,14 +58,15 @@ class DatasetConfig:
     drop_last: bool = False
 
     def __str__(self) -> str:
-        return f"dataset {self.number} ({self.directory})"
+        return f"dataset {self.number} ({self.listing or self.directory})"
 
 
-def read_config(path: str | os.PathLike[str]) -> tuple[DatasetConfig, ...]:
-    """Every dataset of a TOML file, in its order. Relative folders start at the working directory, as users know it.
+def read_config(path: str | os.PathLike[str], *, with_sources: bool = True) -> tuple[DatasetConfig, ...]:
+    """Every dataset of a TOML file, or of a `.json` file with the same keys, in its order.
 
-    Raises InputError for a file that does not parse (with the line), unknown or misplaced keys, wrong types, values out
-    of range, missing folders and datasets that share a cache folder; the message names dataset and key.
+    Relative paths start at the working directory, as users know it. Raises InputError for a file that does not parse
+    (with the line), unknown or misplaced keys, wrong types, values out of range, missing folders and datasets that
+    share a cache folder; the message names dataset and key. Without `with_sources` the media need not be there.
     """
     source = Path(path)
     document = _parse(source)
@@ -83,41 +85,71 @@ def read_config(path: str | os.PathLike[str]) -> tuple[DatasetConfig, ...]:
     _refuse_unknown(general, SHARED_KEYS, place, "key")
     defaults = _convert(general, place)
     configs = tuple(_read_dataset(source, number, table, defaults) for number, table in enumerate(tables, 1))
+    for config in configs if with_sources else ():
+        _refuse_missing(config)
     _refuse_shared_caches(configs)
     return configs
 
 
 def _parse(source: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(source.read_text(encoding="utf-8-sig"))
+        text = source.read_text(encoding="utf-8-sig")
+        document = json.loads(text) if source.suffix.lower() == ".json" else tomllib.loads(text)
     except OSError as problem:
         raise InputError(f"cannot read {source}: {problem.strerror or problem}") from None
     except UnicodeDecodeError:
         raise InputError(f"{source} is not text in UTF-8: save it as UTF-8") from None
     except tomllib.TOMLDecodeError as problem:
         raise InputError(f"{source} is not valid TOML: {problem}") from None
+    except json.JSONDecodeError as problem:
+        raise InputError(f"{source} is not valid JSON: {problem}") from None
+    if not isinstance(document, dict):
+        raise InputError(f'{source}: takes an object with "datasets"')
+    return document
 
 
 def _read_dataset(source: Path, number: int, table: Mapping[str, Any], defaults: Mapping[str, Any]) -> DatasetConfig:
     place = f"{source}: dataset {number}"
     _refuse_unknown(table, {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS}, place, "key")
     values = {**defaults, **_convert(table, place)}
-    videos, images = values.pop("video_directory", None), values.pop("image_directory", None)
-    if (videos is None) == (images is None):
-        raise InputError(f"{place}: takes one of video_directory and image_directory")
-    if images and (misplaced := sorted(table.keys() & VIDEO_KEYS.keys())):
-        raise InputError(f"{place}: {misplaced[0]} is for videos and this dataset has image_directory: remove it")
-    directory: Path = videos or images
-    if not directory.is_dir():
-        raise InputError(f"{place}: no such folder: {directory} (relative folders start at {Path.cwd()})")
-    values.setdefault("cache_directory", directory)
-    config = DatasetConfig(source=source, number=number, is_video=videos is not None, directory=directory, **values)
+    media = [key for key in MEDIA_KEYS if key in values]
+    if len(media) != 1:
+        raise InputError(f"{place}: takes one of {', '.join(MEDIA_KEYS)}")
+    is_video = media[0].startswith("video")
+    if not is_video and (misplaced := sorted(table.keys() & VIDEO_KEYS.keys())):
+        raise InputError(f"{place}: {misplaced[0]} is for videos and this dataset has {media[0]}: remove it")
+    values |= _find_media(media[0], values.pop(media[0]), values, place)
+    config = DatasetConfig(source=source, number=number, is_video=is_video, **values)
+    if config.listing and "recursive" in table:
+        raise InputError(f"{place}: recursive is for folders and this dataset has {media[0]}: remove it")
     _check_size(config, place)
     if asked := table.get("target_frames"):
         _warn_floored(asked, config, place)
-    if config.frame_extraction == "uniform" and config.frame_sample == 1:
-        logger.warning('%s: frame_extraction "uniform" with frame_sample 1 takes the same clip as "head"', place)
+    _warn_idle(table, config, place)
     return config
+
+
+def _find_media(key: str, path: Path, values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """`directory`, `listing` and `cache_directory` of a dataset whose media are where `key` says."""
+    if key.endswith("_directory"):
+        return {"directory": path, "cache_directory": values.get("cache_directory", path)}
+    if "cache_directory" not in values:
+        raise InputError(f"{place}: {key} names files anywhere: say with cache_directory where their caches go")
+    return {"directory": path.parent, "listing": path}
+
+
+def _refuse_missing(config: DatasetConfig) -> None:
+    place = f"{config.source}: dataset {config.number}"
+    if config.listing and not config.listing.is_file():
+        raise InputError(f"{place}: no such file: {config.listing} (relative paths start at {Path.cwd()})")
+    folders = {
+        "": None if config.listing else config.directory,
+        "mask_directory: ": config.mask_directory,
+        "control_directory: ": config.control_directory,
+    }
+    for key, folder in folders.items():
+        if folder and not folder.is_dir():
+            raise InputError(f"{place}: {key}no such folder: {folder} (relative folders start at {Path.cwd()})")
 
 
 def _check_size(config: DatasetConfig, place: str) -> None:
@@ -135,6 +167,19 @@ def _warn_floored(asked: int | list[int], config: DatasetConfig, place: str) -> 
     if changed:
         taken = ", ".join(map(str, config.target_frames))
         logger.warning("%s: target_frames are 4k+1: %s; taken are %s", place, ", ".join(changed), taken)
+
+
+def _warn_idle(table: Mapping[str, Any], config: DatasetConfig, place: str) -> None:
+    """Say which of the keys about clips change nothing."""
+    extraction = config.frame_extraction
+    if extraction == "uniform" and config.frame_sample == 1:
+        logger.warning('%s: frame_extraction "uniform" with frame_sample 1 takes the same clip as "head"', place)
+    users = {"frame_sample": "uniform", "frame_stride": "slide", "max_frames": "full"}
+    for key, user in users.items():
+        if key in table and extraction != user:
+            logger.warning('%s: %s is for frame_extraction "%s" and changes nothing here', place, key, user)
+    if "target_frames" in table and extraction == "full":
+        logger.warning('%s: frame_extraction "full" takes whole videos: target_frames changes nothing', place)
 
 
 def _refuse_shared_caches(configs: tuple[DatasetConfig, ...]) -> None:

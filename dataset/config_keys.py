@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dataset.captions import VARIANTS
 from dataset.frames import EXTRACTIONS, floor_frames
 from wan_train.cli import nearest
 from wan_train.models.variants import SIZE_STEP
@@ -46,6 +47,23 @@ def _read_folder(value: Any) -> Path:
     return Path(value).expanduser()
 
 
+def _read_listing(suffix: str) -> Callable[[Any], Path]:
+    """A reader for the path of a file that lists media. Only CSV is known by its suffix."""
+
+    def read(value: Any) -> Path:
+        if not isinstance(value, str) or not value or (Path(value).suffix.lower() == ".csv") != (suffix == ".csv"):
+            raise ValueError(f"the path of a {suffix} file")
+        return Path(value).expanduser()
+
+    return read
+
+
+def _read_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("text in quotes")
+    return value
+
+
 def _read_frames(value: Any) -> tuple[int, ...]:
     what = "whole numbers of 1 or more, such as [1, 25, 81]"
     given = value if isinstance(value, list) else [value]
@@ -54,16 +72,39 @@ def _read_frames(value: Any) -> tuple[int, ...]:
     return tuple(sorted({floor_frames(_whole(frames, what)) for frames in given}))
 
 
-def _read_extraction(value: Any) -> str:
-    if value not in EXTRACTIONS:
-        hint = nearest(value, EXTRACTIONS) if isinstance(value, str) else ""
-        raise ValueError(f"one of {', '.join(EXTRACTIONS)}{hint}")
-    return str(value)
+def _read_word(*words: str) -> Callable[[Any], str]:
+    """A reader for one of these words."""
+
+    def read(value: Any) -> str:
+        if value not in words:
+            hint = nearest(value, words) if isinstance(value, str) else ""
+            raise ValueError(f"one of {', '.join(words)}{hint}")
+        return str(value)
+
+    return read
 
 
-def _read_rate(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError("frames per second, a number above 0")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_share(value: Any) -> float:
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError("a number from 0 to 1")
+    return float(value)
+
+
+def _read_weight(value: Any) -> float:
+    if not _is_number(value) or value <= 0:
+        raise ValueError("a number above 0")
+    return float(value)
+
+
+def _read_rate(value: Any) -> float | str:
+    if value == "auto":
+        return "auto"
+    if not _is_number(value) or value <= 0:
+        raise ValueError('frames per second, a number above 0, or "auto"')
     return float(value)
 
 
@@ -74,15 +115,34 @@ SHARED_KEYS: dict[str, Callable[[Any], Any]] = {
     "num_repeats": _read_count,
     "enable_bucket": _read_switch,
     "bucket_no_upscale": _read_switch,
+    "recursive": _read_switch,
+    "flip_augment": _read_switch,
+    "caption_prefix": _read_text,
+    "caption_variants": _read_word(*VARIANTS),
+    "caption_dropout_rate": _read_share,
+    "drop_last": _read_switch,
 }
-SOURCE_KEYS: dict[str, Callable[[Any], Any]] = {
+# One of them says where a dataset's media are, and of which kind they are.
+MEDIA_KEYS: dict[str, Callable[[Any], Any]] = {
     "video_directory": _read_folder,
     "image_directory": _read_folder,
+    "video_jsonl_file": _read_listing(".jsonl"),
+    "image_jsonl_file": _read_listing(".jsonl"),
+    "video_csv_file": _read_listing(".csv"),
+    "image_csv_file": _read_listing(".csv"),
+}
+SOURCE_KEYS: dict[str, Callable[[Any], Any]] = {
+    **MEDIA_KEYS,
     "cache_directory": _read_folder,
+    "weight": _read_weight,
+    "mask_directory": _read_folder,
+    "control_directory": _read_folder,
 }
 VIDEO_KEYS: dict[str, Callable[[Any], Any]] = {
     "target_frames": _read_frames,
-    "frame_extraction": _read_extraction,
+    "frame_extraction": _read_word(*EXTRACTIONS),
     "frame_sample": _read_count,
+    "frame_stride": _read_count,
+    "max_frames": _read_count,
     "source_fps": _read_rate,
 }

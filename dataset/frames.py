@@ -1,12 +1,17 @@
 """Which frames of a video make which clips: pure arithmetic, the same as musubi-tuner's."""
 
-from collections.abc import Callable, Sequence
+import bisect
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import numpy as np
 
 from wan_train.models.variants import FRAME_STEP
 
+EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 TARGET_FPS = 16.0  # the rate that Wan2.1 was trained at
+_ROUNDING = 0.0011  # seconds; two stamps, each rounded to a millisecond
 
 
 def floor_frames(num_frames: int) -> int:
@@ -26,26 +31,45 @@ def kept_frames(num_frames: int, source_fps: float | None, *, target_fps: float 
     return tuple(i for i in range(num_frames) if i == 0 or int(i * ratio) != int((i - 1) * ratio))
 
 
+def timed_frames(times: Sequence[float], *, target_fps: float = TARGET_FPS) -> tuple[int, ...]:
+    """Index of the frame on screen at each k / `target_fps` s, so that a second of the source is a second of the clip.
+
+    `times` are the seconds, sorted and from 0, at which each frame begins, and at last the one at which the last ends.
+    A frame that stays longer than a step is repeated; one that comes and goes between two steps is left out.
+    """
+    # Containers round to a millisecond: a frame that begins half of one late is still the one for its step.
+    starts, end = times[:-1], times[-1] - _ROUNDING
+    steps = itertools.takewhile(lambda second: second < end, (k / target_fps for k in itertools.count()))
+    return tuple(bisect.bisect_right(starts, second + _ROUNDING) - 1 for second in steps)
+
+
 def clip_positions(
-    num_frames: int, target_frames: Sequence[int], extraction: str, *, frame_sample: int = 1
+    num_frames: int,
+    target_frames: Sequence[int],
+    extraction: str,
+    *,
+    frame_sample: int = 1,
+    frame_stride: int = 1,
+    max_frames: int = 129,
 ) -> tuple[tuple[int, int], ...]:
     """(first frame, length) of each clip of a video with `num_frames` (kept) frames, without repeats.
 
-    A target longer than the video gives none.
+    `extraction` is one of `EXTRACTIONS`. A target longer than the video gives none; "full" takes one clip, whatever the
+    targets are. All counts are 1 or more.
     """
-    starts = EXTRACTIONS[extraction]
-    found = ((start, n) for n in target_frames if n <= num_frames for start in starts(num_frames, n, frame_sample))
-    return tuple(dict.fromkeys(found))
+    if extraction == "full":
+        return ((0, floor_frames(min(num_frames, max_frames))),) if num_frames else ()
 
+    def starts(length: int) -> Iterable[int]:
+        last = num_frames - length
+        match extraction:
+            case "head":
+                return (0,)
+            case "chunk":
+                return range(0, last + 1, length)
+            case "slide":
+                return range(0, last + 1, frame_stride)
+        assert extraction == "uniform", extraction
+        return cast("list[int]", np.linspace(0, last, frame_sample, dtype=int).tolist())
 
-def _head(num_frames: int, length: int, frame_sample: int) -> list[int]:
-    return [0]
-
-
-def _uniform(num_frames: int, length: int, frame_sample: int) -> list[int]:
-    starts: list[int] = np.linspace(0, num_frames - length, frame_sample, dtype=int).tolist()
-    return starts
-
-
-# First frames of the clips, from (frames of the video, frames of a clip, clips wanted).
-EXTRACTIONS: dict[str, Callable[[int, int, int], list[int]]] = {"head": _head, "uniform": _uniform}
+    return tuple(dict.fromkeys((start, n) for n in target_frames if n <= num_frames for start in starts(n)))

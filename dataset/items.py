@@ -9,11 +9,21 @@ from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, VAE_STRIDE
 
 @dataclass(frozen=True)
 class Item:
-    """One image or video of a dataset, and its caption."""
+    """One image or video of a dataset, and its captions: one or more, of which training takes one each time.
+
+    `control` and `mask` are the pictures, videos or folders of frames that go with it.
+    """
 
     config: DatasetConfig
     path: Path
-    caption: str
+    captions: tuple[str, ...]
+    control: Path | None = None
+    mask: Path | None = None
+
+    @property
+    def caption(self) -> str:
+        """The first caption, which is the one that musubi-tuner knows."""
+        return self.captions[0]
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,23 @@
 """From a dataset's folder to its items, and from items to the clips that they yield. Nothing is decoded."""
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dataset.buckets import choose_bucket, describe_size
 from dataset.config import DatasetConfig
-from dataset.frames import clip_positions, kept_frames
+from dataset.frames import TARGET_FPS, clip_positions, kept_frames, timed_frames
 from dataset.items import Clip, Item
-from dataset.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaInfo, probe
+from dataset.listings import find_entries
+from dataset.manifest import Manifest
+from dataset.media import MediaInfo
+from dataset.partners import find_controls, find_masks
+from dataset.probes import recall_header
 from wan_train.cli import InputError
 from wan_train.log import get_logger
 from wan_train.models.variants import SIZE_STEP
@@ -21,68 +26,85 @@ logger = get_logger(__name__)
 
 _NUM_PROBES = 4  # headers read at once; opening files waits more than it computes
 _NUM_SHOWN = 10
+_RATE_TOLERANCE = 0.1  # frames per second; average rates of short files are not exact
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a dataset yields: its items, their clips in order, and the items too short for any clip."""
+    """What a dataset yields: its items, their clips in order, the items too short for any clip and those left out.
+
+    `infos` is what each file that could be read says of itself.
+    """
 
     config: DatasetConfig
     items: tuple[Item, ...]
     clips: tuple[Clip, ...]
     too_short: tuple[Item, ...]
+    broken: tuple[Item, ...] = ()
+    infos: Mapping[Item, MediaInfo] = field(default_factory=dict)
 
 
 def list_items(config: DatasetConfig, *, allow_missing_captions: bool) -> list[Item]:
-    """Every image or video of a dataset's folder with its caption, sorted by name; hidden files are passed over.
+    """Every image or video of a dataset with its captions, in the order of `find_entries`.
 
-    Raises InputError for a folder without any, for two files of one stem (their caches would collide) and for missing
-    captions, which `allow_missing_captions` turns into empty text and a warning.
+    Raises InputError as that does, for two files of one stem (their caches would collide) and for missing captions,
+    which `allow_missing_captions` turns into empty text and a warning. `caption_prefix` goes before all of them.
     """
-    suffixes = VIDEO_SUFFIXES if config.is_video else IMAGE_SUFFIXES
-    try:
-        found = sorted(config.directory.iterdir())
-    except OSError as problem:
-        raise InputError(f"{config}: cannot read the folder: {problem.strerror}") from None
-    paths = [p for p in found if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()]
-    if not paths:
-        kind = "videos" if config.is_video else "images"
-        raise InputError(f"{config}: no {kind} in the folder; read are {', '.join(suffixes)}")
-    _refuse_equal_stems(config, paths)
-    captions = {path: config.directory / f"{path.stem}{config.caption_extension}" for path in paths}
-    missing = [path.name for path, caption in captions.items() if not caption.is_file()]
+    entries = find_entries(config)
+    _refuse_equal_stems(config, [entry.path for entry in entries])
+    missing = [entry.path.name for entry in entries if not entry.captions]
     if missing and not allow_missing_captions:
+        what = "caption" if config.listing else f"{config.caption_extension} caption"
         raise InputError(
-            f"{config}: {len(missing)} of {len(paths)} files have no {config.caption_extension} caption"
-            f" ({name_some(missing)}): write them, or train on empty text with --allow_missing_captions"
+            f"{config}: {len(missing)} of {len(entries)} files have no {what} ({name_some(missing)}):"
+            " write them, or train on empty text with --allow_missing_captions"
         )
     if missing:
         logger.warning("%s: empty text for %d files without a caption (%s)", config, len(missing), name_some(missing))
-    items = [Item(config, path, _read_caption(caption)) for path, caption in captions.items()]
-    blank = [item.path.name for item in items if not item.caption and item.path.name not in missing]
+    blank = [entry.path.name for entry in entries if "" in entry.captions]
     if blank:
         logger.warning("%s: %d captions are empty (%s)", config, len(blank), name_some(blank))
-    return items
+    prefix = config.caption_prefix
+    masks = find_masks(config, [entry.path for entry in entries])
+    unmasked = [entry.path.name for entry, mask in zip(entries, masks, strict=True) if mask is None]
+    if config.mask_directory and unmasked:
+        told = f"{len(unmasked)} of {len(entries)} files have no mask ({name_some(unmasked)})"
+        logger.warning("%s: %s: all of their picture counts", config, told)
+    controls = find_controls(config, entries)
+    return [
+        Item(config, entry.path, tuple(f"{prefix}{caption}".strip() for caption in entry.captions or ("",)), *beside)
+        for entry, *beside in zip(entries, controls, masks, strict=True)
+    ]
 
 
-def plan_clips(config: DatasetConfig, items: Sequence[Item]) -> Plan:
-    """The clips that a dataset's items yield, from the headers of the files alone.
+def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: bool = False) -> Plan:
+    """The clips that a dataset's items yield, from the headers of the files alone; those known are not read again.
 
-    Raises InputError when there is none, or for a file that cannot be read.
+    Raises InputError when there is none, or for a file that cannot be read, which `skip_broken` leaves out.
     """
-    with ThreadPoolExecutor(_NUM_PROBES) as pool:
-        headers = pool.map(probe, [item.path for item in items])
+    with Manifest(config.cache_directory) as manifest, ThreadPoolExecutor(_NUM_PROBES) as pool:
+        with_times = config.source_fps == "auto"
+        read = functools.partial(recall_header, manifest=manifest, with_times=with_times, skip_broken=skip_broken)
+        headers = pool.map(read, [item.path for item in items])
         # The bar appears only when there is time to look at it.
         shown = tqdm(headers, desc="reading headers", total=len(items), unit="file", delay=2, leave=False)
-        clips = {item: _clips_of(item, header) for item, header in zip(items, shown, strict=True)}
+        infos = {item: header for item, header in zip(items, shown, strict=True) if header}
+    broken = tuple(item for item in items if item not in infos)
+    if broken:
+        names = name_some(item.path.name for item in broken)
+        logger.warning("%s: %d files cannot be read and are skipped (%s)", config, len(broken), names)
+    clips = {item: _clips_of(item, header) for item, header in infos.items()}
+    _warn_other_rate(config, infos)
     found = tuple(clip for of_item in clips.values() for clip in of_item)
     too_short = tuple(item for item, of_item in clips.items() if not of_item)
+    if not infos:
+        raise InputError(f"{config}: none of {len(items)} files can be read ({name_some(i.path.name for i in broken)})")
     if not found:
         raise InputError(
-            f"{config}: no clip at all: each of {len(items)} videos is shorter than {min(config.target_frames)} frames"
-            f"{_after_rate(config)} ({name_some(item.path.name for item in items)}): lower target_frames"
+            f"{config}: no clip at all: each of {len(infos)} videos is shorter than {min(config.target_frames)} frames"
+            f"{_after_rate(config)} ({name_some(item.path.name for item in infos)}): lower target_frames"
         )
-    return Plan(config, tuple(items), found, too_short)
+    return Plan(config, tuple(items), found, too_short, broken, infos)
 
 
 def warn_too_short(plans: Iterable[Plan]) -> None:
@@ -107,6 +129,12 @@ def name_some(names: Iterable[str]) -> str:
     return ", ".join(known[:_NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
+def used_frames(config: DatasetConfig, header: MediaInfo) -> tuple[int, ...]:
+    """The frames of a video that remain at the rate that `source_fps` asks for, of which clips are cut."""
+    rate = config.source_fps
+    return timed_frames(header.times) if rate == "auto" else kept_frames(header.num_frames, rate)
+
+
 def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
     config = item.config
     source_size = (header.width, header.height)
@@ -119,9 +147,14 @@ def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
         )
     if not config.is_video:
         return [Clip(item, 0, (0,), size, source_size)]
-    kept = kept_frames(header.num_frames, config.source_fps)
+    kept = used_frames(config, header)
     positions = clip_positions(
-        len(kept), config.target_frames, config.frame_extraction, frame_sample=config.frame_sample
+        len(kept),
+        config.target_frames,
+        config.frame_extraction,
+        frame_sample=config.frame_sample,
+        frame_stride=config.frame_stride,
+        max_frames=config.max_frames,
     )
     return [Clip(item, start, kept[start : start + length], size, source_size) for start, length in positions]
 
@@ -129,22 +162,40 @@ def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
 def _refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
     stems = defaultdict(list)
     for path in paths:
-        stems[path.stem].append(path.name)
-    clashes = [" and ".join(names) for names in stems.values() if len(names) > 1]
+        stems[path.stem].append(path)
+    clashes = [
+        " and ".join(path.name if len({p.parent for p in same}) == 1 else str(path) for path in same)
+        for same in stems.values()
+        if len(same) > 1
+    ]
     if clashes:
         raise InputError(
-            f"{config}: files of one name share a caption and a cache ({name_some(clashes)}): rename one of each"
+            f"{config}: files of one name share their caches in {config.cache_directory} ({name_some(clashes)}):"
+            " rename one of each, or give them datasets with cache folders of their own"
         )
 
 
-def _read_caption(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({problem}): save it as UTF-8") from None
-
-
 def _after_rate(config: DatasetConfig) -> str:
-    return f" after source_fps {config.source_fps:g}" if config.source_fps else ""
+    return f" at {TARGET_FPS:g} a second after source_fps {config.source_fps}" if config.source_fps else ""
+
+
+def _warn_other_rate(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) -> None:
+    """Say once which files would play at another speed, where all frames are used as they are."""
+    stills = config.target_frames == (1,) and config.frame_extraction != "full"
+    if not config.is_video or config.source_fps is not None or stills:
+        return
+    other = [
+        f"{item.path.name} ({info.fps:.4g})"
+        for item, info in infos.items()
+        if info.fps is not None and abs(info.fps - TARGET_FPS) > _RATE_TOLERANCE
+    ]
+    if other:
+        logger.warning(
+            "%s: %d of %d videos are not at %g frames a second (%s) and all their frames are used, so that they move at"
+            ' another speed than the model\'s: source_fps = "auto" keeps their speed',
+            config,
+            len(other),
+            len(infos),
+            TARGET_FPS,
+            name_some(other),
+        )

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pickle
+import platform
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,9 @@ from torch import Tensor
 from wan_train.cli import InputError
 
 TensorSource = str | os.PathLike[str] | Mapping[str, Tensor]
+
+# Stands in the names of temporary files, so that those of dead processes can be told from those of living ones.
+HOST = re.sub(r"[^\w-]", "", platform.node())[:40] or "host"
 
 _SHARD = re.compile(r"^(.*?)(\d+)-of-(\d+)\.safetensors$")
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -164,12 +168,18 @@ def _load_pickle(path: Path) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A hidden file beside `path` to write to; flushed and renamed over `path` at the end, removed on failure."""
+    """A hidden file beside `path` to write to; flushed and renamed over `path` at the end, removed on failure.
+
+    Its name tells machine and process: `.STEM.HOST~PROCESS~RANDOM.SUFFIX`.
+    """
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # The suffix stays: some writers choose their format by it.
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.stem[:100]}.", suffix=target.suffix, dir=target.parent)
+        # File systems limit a name's bytes, and letters take up to four.
+        stem = os.fsencode(target.stem)[:100].decode(errors="ignore")
+        prefix = f".{stem}.{HOST}~{os.getpid()}~"
+        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=target.suffix, dir=target.parent)
     except OSError as problem:
         raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None
     os.close(descriptor)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from wan_train.cli import option
+from wan_train.cli import InputError, option
 from wan_train.models.variants import VARIANTS
 
 PRECISIONS = ("fp32", "float32", "fp16", "float16", "bf16", "bfloat16")
@@ -26,6 +26,18 @@ class VaeSettings:
         "bf16", "Precision of the VAE and of cached latents; a CPU computes in float32.", choices=PRECISIONS
     )
     vae_cache_cpu: bool = option(False, "Keep the VAE's frame cache in main memory: less device memory, slower.")
+    vae_tiling: bool = option(
+        False, "Encode and decode in tiles that overlap and blend: much less device memory for big pictures, slower."
+    )
+    vae_tile_size: int = option(34, "Side of a tile with --vae_tiling, in latent cells of 8 pixels.", minimum=2)
+    vae_tile_overlap: int = option(8, "What two tiles have in common, in latent cells; 8 and more are safe.", minimum=0)
+
+    def __post_init__(self) -> None:
+        if self.vae_tile_overlap >= self.vae_tile_size:
+            raise InputError(
+                f"--vae_tile_overlap {self.vae_tile_overlap} leaves nothing of --vae_tile_size {self.vae_tile_size}:"
+                " give less than the size"
+            )
 
 
 @dataclass(frozen=True)

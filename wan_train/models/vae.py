@@ -4,9 +4,8 @@ B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent pos
 w = W / 8. Pixels are in [-1, 1]; latents are normalised. Module and parameter names are those of the official file.
 """
 
-import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from wan_train.models.vae_layers import (
     Upsample,
 )
 from wan_train.models.vae_names import vae_rename
+from wan_train.models.vae_tiling import Tiling, blend_tiles
 from wan_train.models.variants import LATENT_CHANNELS
 from wan_train.models.weights import Shapes, check_names, fill, renamed, require_kind
 from wan_train.storage import TensorSource, read_header, read_tensors
@@ -37,6 +37,8 @@ LATENT_STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
+
+Layers = Callable[[Tensor, FeatureCache], Tensor]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
 
@@ -59,8 +61,18 @@ class Encoder(nn.Module):
         self.head = _make_head(channels, 2 * geometry.latent_channels)
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        return self.finish(self.narrow(x, cache), cache)
+
+    def narrow(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """The part that sees a neighbourhood only: pixels to features (B, C, T, h, w)."""
         x = self.conv1(x, cache)
-        for layer in itertools.chain(self.downsamples, self.middle):
+        for layer in self.downsamples:
+            x = layer(x, cache)
+        return x
+
+    def finish(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """The part that sees the whole picture, in one size."""
+        for layer in self.middle:
             x = layer(x, cache)
         x = self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
         return x
@@ -85,8 +97,18 @@ class Decoder(nn.Module):
         self.head = _make_head(channels, 3)
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        return self.widen(self.begin(x, cache), cache)
+
+    def begin(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """The part that sees the whole picture, in one size: to features (B, C, T, h, w)."""
         x = self.conv1(x, cache)
-        for layer in itertools.chain(self.middle, self.upsamples):
+        for layer in self.middle:
+            x = layer(x, cache)
+        return x
+
+    def widen(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """The part that sees a neighbourhood only: features to pixels."""
+        for layer in self.upsamples:
             x = layer(x, cache)
         x = self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
         return x
@@ -107,11 +129,16 @@ class WanVAE(nn.Module):
 
     Memory beyond input and output does not grow with the number of frames. `cache_on_cpu` (settable) keeps what the
     layers remember between chunks in main memory.
+
+    With `tiling` (settable) the layers above the latents' own size work in tiles, and their memory does not grow with
+    the picture either; the features between them and the layers that see the whole picture are then held for all
+    frames.
     """
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self.cache_on_cpu = False
+        self.tiling: Tiling | None = None
         self.stride = 2 ** len(geometry.temporal)
         self.frame_stride = 2 ** sum(geometry.temporal)
         self.encoder = Encoder(geometry)
@@ -127,12 +154,24 @@ class WanVAE(nn.Module):
         H and W are multiples of 8.
         """
         self._check_pixels(pixels.shape)
-        cache = FeatureCache(on_cpu=self.cache_on_cpu)
-        means: list[Tensor] = []
-        for chunk in _chunks(pixels, self.frame_stride):
-            mean, _log_variance = self.conv1(self.encoder(self._place(chunk), cache), cache).chunk(2, dim=1)
-            means.append(mean.to(pixels.device, torch.float32))
-        return normalise(torch.cat(means, dim=2))
+        num_frames = 1 + (pixels.shape[2] - 1) // self.frame_stride
+
+        def narrow(tile: Tensor) -> Tensor:
+            return self._stream(self.encoder.narrow, tile, step=self.frame_stride, num_frames=num_frames)
+
+        def finish(x: Tensor, cache: FeatureCache) -> Tensor:
+            return self.conv1(self.encoder.finish(x, cache), cache).chunk(2, dim=1)[0]
+
+        if self.tiling and self.tiling.divides(pixels.shape[-2] // self.stride, pixels.shape[-1] // self.stride):
+            features = blend_tiles(narrow, pixels, self.tiling, cell=self.stride, out_cell=1)
+            return normalise(self._stream(finish, features, step=1, num_frames=num_frames))
+        whole = self._stream(
+            lambda x, cache: finish(self.encoder.narrow(x, cache), cache),
+            pixels,
+            step=self.frame_stride,
+            num_frames=num_frames,
+        )
+        return normalise(whole)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -142,16 +181,35 @@ class WanVAE(nn.Module):
         """
         if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
             raise ValueError(f"latents are (B, {LATENT_CHANNELS}, T, h, w), not {tuple(latents.shape)}")
-        b, _, t, h, w = latents.shape
-        size = (b, 3, 1 + (t - 1) * self.frame_stride, h * self.stride, w * self.stride)
-        pixels = torch.empty(size, dtype=torch.float32, device=latents.device)
+        num_latents = latents.shape[2]
+        num_frames = 1 + (num_latents - 1) * self.frame_stride
+
+        def begin(x: Tensor, cache: FeatureCache) -> Tensor:
+            return self.decoder.begin(self.conv2(x, cache), cache)
+
+        def widen(tile: Tensor) -> Tensor:
+            return self._stream(self.decoder.widen, tile, step=1, num_frames=num_frames).clamp_(-1, 1)
+
+        x = denormalise(latents.float())
+        if self.tiling and self.tiling.divides(*latents.shape[-2:]):
+            features = self._stream(begin, x, step=1, num_frames=num_latents)
+            return blend_tiles(widen, features, self.tiling, cell=1, out_cell=self.stride)
+        whole = self._stream(
+            lambda x, cache: self.decoder.widen(begin(x, cache), cache), x, step=1, num_frames=num_frames
+        )
+        return whole.clamp_(-1, 1)
+
+    def _stream(self, layers: Layers, x: Tensor, *, step: int, num_frames: int) -> Tensor:
+        """What the layers give for each chunk of `x`, float32, on its device."""
         cache = FeatureCache(on_cpu=self.cache_on_cpu)
-        done = 0
-        for chunk in _chunks(denormalise(latents.float()), 1):
-            frames = self.decoder(self.conv2(self._place(chunk), cache), cache)
-            pixels[:, :, done : done + frames.shape[2]] = frames.clamp_(-1, 1)
-            done += frames.shape[2]
-        return pixels
+        whole, done = torch.empty(0), 0
+        for chunk in _chunks(x, step):
+            part = layers(self._place(chunk), cache)
+            if not done:
+                whole = x.new_empty((*part.shape[:2], num_frames, *part.shape[3:]), dtype=torch.float32)
+            whole[:, :, done : done + part.shape[2]] = part
+            done += part.shape[2]
+        return whole
 
     def _place(self, chunk: Tensor) -> Tensor:
         weight = self.conv2.weight

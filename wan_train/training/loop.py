@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.batches import Batch, EpochBatches
+from dataset.ahead import read_ahead
+from dataset.batches import Batch
+from dataset.epochs import EpochBatches
 from networks.adapter import Adapter
 from wan_train.cli import RunError
 from wan_train.conditions import Conditions
@@ -80,7 +82,7 @@ def train(run: Run) -> Path:
     with tqdm(total=run.length.steps, desc="steps", disable=not run.accelerator.is_main_process) as bar:
         for epoch in range(1, run.length.epochs + 1):
             run.batches.set_epoch(epoch)
-            for window in windows(run.loader, run.settings.loop.gradient_accumulation_steps):
+            for window in windows(read_ahead(run.loader), run.settings.loop.gradient_accumulation_steps):
                 step += 1
                 report(run, bar, take_step(run, window, epoch, step, average))
                 after_step(run, step, epoch)
@@ -141,7 +143,8 @@ def batch_loss(run: Run, batch: Batch, draws: Draws) -> torch.Tensor:
     device = run.accelerator.device
     conditions = Conditions(tuple(batch.context)).to(device)
     placed = Draws(draws.t.to(device), draws.noise.to(device))
-    return flow_loss(run.model, batch.latents.to(device), conditions, placed)
+    weights = None if batch.weights is None else batch.weights.to(device)
+    return flow_loss(run.model, batch.latents.to(device), conditions, placed, weights=weights)
 
 
 def clip(run: Run) -> float:

@@ -12,8 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.batches import Batch, CachedDataset, EpochBatches, collate, metadata, open_cached, summarise
+from dataset.batches import Batch, CachedDataset, collate, open_cached, open_trusted
 from dataset.config import DatasetConfig, read_config
+from dataset.epochs import EpochBatches
+from dataset.summary import metadata, summarise
 from networks.adapter import check_module
 from wan_train.assemble import assemble_dit, attach_adapter
 from wan_train.cli import InputError
@@ -51,7 +53,7 @@ class Plan:
 def main(settings: TrainSettings) -> None:
     """Train as the settings say. Raises InputError, before a model is loaded, for what cannot work."""
     plan = preflight(settings)
-    dataset = open_cached(plan.configs, allow_missing_captions=settings.data.allow_missing_captions)
+    dataset = open_dataset(plan.configs, settings)
     accelerator = make_accelerator(settings.loop)
     seed = agree_on_seed(settings.loop.seed)
     set_seed(seed % 2**32)
@@ -68,6 +70,14 @@ def main(settings: TrainSettings) -> None:
     accelerator.end_training()
 
 
+def open_dataset(configs: tuple[DatasetConfig, ...], settings: TrainSettings) -> CachedDataset:
+    """What the caches hold, compared with the sources unless they are trusted."""
+    if settings.caches.trust_cache:
+        return open_trusted(configs)
+    data = settings.data
+    return open_cached(configs, allow_missing_captions=data.allow_missing_captions, skip_broken=data.skip_broken)
+
+
 def preflight(settings: TrainSettings) -> Plan:
     """Refuse what cannot work, from options and headers alone."""
     variant = VARIANTS[settings.dit.task]
@@ -77,7 +87,7 @@ def preflight(settings: TrainSettings) -> Plan:
     warmup_steps(
         settings.optimizer.lr_warmup_steps, total=sys.maxsize
     )  # how it reads; its size once the run's is known
-    configs = read_config(settings.data.dataset_config)
+    configs = read_config(settings.data.dataset_config, with_sources=not settings.caches.trust_cache)
     requests = check_previews(settings, variant)
     if warning := check_dit(settings.dit.dit, variant):
         log.warning(warning)

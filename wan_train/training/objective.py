@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset.batches import SampleKey
+from dataset.order import SampleKey
 from wan_train.cli import choose
 from wan_train.conditions import Conditions
 from wan_train.flow.path import interpolate, velocity
@@ -45,9 +45,16 @@ def draw(
     return Draws(torch.stack(levels), torch.stack(noises))
 
 
-def flow_loss(model: nn.Module, latents: Tensor, conditions: Conditions, draws: Draws) -> Tensor:
-    """Mean squared error of the predicted velocity, in float32; all tensors on the model's device."""
+def flow_loss(
+    model: nn.Module, latents: Tensor, conditions: Conditions, draws: Draws, *, weights: Tensor | None = None
+) -> Tensor:
+    """Mean squared error of the predicted velocity, in float32; all tensors on the model's device.
+
+    `weights`, of a shape that broadcasts to the latents', say how much each error counts; their mean is 1.
+    """
     data = latents.float()
     noisy = interpolate(data, draws.noise, draws.t)
     predicted = model(noisy, draws.t * NUM_TIMESTEPS, **conditions.inputs())
-    return F.mse_loss(predicted.float(), velocity(data, draws.noise))
+    if weights is None:
+        return F.mse_loss(predicted.float(), velocity(data, draws.noise))
+    return ((predicted.float() - velocity(data, draws.noise)).square() * weights).mean()

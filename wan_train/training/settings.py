@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dataset.settings import DatasetSettings
+from dataset.settings import CacheReadSettings, DatasetSettings
 from networks.settings import NetworkSettings
 from wan_train.cli import Tool, option
 from wan_train.models.settings import DitSettings, TextEncoderSettings, VaeSettings
@@ -96,6 +96,7 @@ class TrainSettings:
     vae: VaeSettings
     text: TextEncoderSettings
     data: DatasetSettings
+    caches: CacheReadSettings
     network: NetworkSettings
     loop: LoopSettings
     optimizer: OptimizerSettings

@@ -9,13 +9,15 @@ import wan_train
 from cache_tools.cache_latents import to_pixels
 from cache_tools.settings import LATENTS_TOOL
 from dataset.batches import open_cached
-from dataset.cache import has_latents, latents_path, read_latents
+from dataset.cache import latents_path, read_latents
 from dataset.config import read_config
 from dataset.media import load_clips
 from dataset.sources import list_items, plan_clips
 from tests.unit.dataset.drawing import draw_image, draw_video, make_clips, write_toml
+from tests.unit.dataset.lookup import has_latents
 from wan_train.cli import run
 from wan_train.models.vae import Geometry, WanVAE
+from wan_train.models.vae_tiling import Tiling
 from wan_train.storage import read_header, save_tensors
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -170,8 +172,9 @@ def test_decoding_ahead_changes_nothing(folder, vae_path, num_workers):
 
 
 def test_vae_options_reach_the_vae_and_the_files(folder, vae_path, spy):
-    cache(vae_path, "--vae_dtype", "fp16", "--vae_cache_cpu")
-    assert spy.cache_on_cpu is True
+    tiling = ("--vae_tiling", "--vae_tile_size", "20", "--vae_tile_overlap", "4")
+    cache(vae_path, "--vae_dtype", "fp16", "--vae_cache_cpu", *tiling)
+    assert spy.cache_on_cpu is True and spy.tiling == Tiling(20, 4)
     assert spy.loads[0]["dtype"] == torch.float16
     assert spy.loads[0]["device"] == torch.device("cpu")
     for clip in all_clips():

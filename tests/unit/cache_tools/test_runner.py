@@ -2,8 +2,11 @@ import threading
 import time
 
 import pytest
+import torch
 
-from cache_tools.runner import work_ahead
+from cache_tools import runner
+from cache_tools.runner import rank_device, work_ahead
+from wan_train.distributed import Place
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
@@ -51,3 +54,12 @@ def test_an_error_reaches_the_caller_and_ends_the_work(num_workers):
     with pytest.raises(ValueError, match="third"):
         list(work_ahead(work, range(100), num_workers))
     assert len(done) < 10
+
+
+@pytest.mark.parametrize(
+    ("found", "num_ranks", "expected"),
+    [("cuda", 4, "cuda:1"), ("cuda", 1, "cuda"), ("cuda:3", 4, "cuda:3"), ("cpu", 4, "cpu")],
+)
+def test_each_process_takes_the_device_of_its_number(monkeypatch, found, num_ranks, expected):
+    monkeypatch.setattr(runner, "default_device", lambda name: torch.device(found))
+    assert rank_device("", Place(min(3, num_ranks - 1), num_ranks, local_rank=1)) == torch.device(expected)

@@ -30,16 +30,30 @@ def draw_noise(number: int, width: int, height: int) -> np.ndarray:
 
 
 def draw_video(
-    path: Path, num_frames: int, *, size=(64, 48), fps=16, codec="libx264", options=None, draw=draw_frame
+    path: Path,
+    num_frames: int,
+    *,
+    size=(64, 48),
+    fps=16,
+    codec="libx264",
+    options=None,
+    draw=draw_frame,
+    pix_fmt="yuv420p",
+    times=None,
+    turned=None,
 ) -> Path:
+    """`times` are milliseconds, in place of `fps`; `turned` are the degrees to the left by which players turn it."""
+    rate = Fraction(fps) if times is None else Fraction(1000)
     # The index goes to the front, so that a file that is cut off can still be opened.
     with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
-        stream = container.add_stream(codec, rate=fps, options=options or {})
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
+        if turned is not None:
+            stream.set_display_rotation(turned)
         for number in range(num_frames):
             frame = av.VideoFrame.from_ndarray(draw(number, *size), "rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, fps)
+            frame.pts, frame.time_base = number if times is None else times[number], 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -62,3 +76,16 @@ def make_clips(folder: Path, lengths: dict[str, int], **drawn) -> Path:
         draw_video(folder / f"{name}.mp4", length, **drawn)
         (folder / f"{name}.txt").write_text(f"caption of {name}\n")
     return folder
+
+
+def cut_video(whole: Path, cut: Path, seconds: Fraction) -> Path:
+    """A copy without re-encoding whose edit list leaves out the first seconds."""
+    with av.open(str(whole)) as source, av.open(str(cut), "w", options={"avoid_negative_ts": "disabled"}) as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                shift = int(seconds / stream.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                target.mux(packet)
+    return cut

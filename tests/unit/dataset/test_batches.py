@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.batches import CachedDataset, EpochBatches, SampleKey, collate, metadata, open_cached, summarise
+from dataset.batches import CachedDataset, collate, open_cached
 from dataset.cache import latents_path, save_latents, save_text, text_path
 from dataset.config import read_config
+from dataset.epochs import EpochBatches
+from dataset.order import SampleKey
 from dataset.sources import list_items, plan_clips
+from dataset.summary import metadata, summarise
 from tests.unit.dataset.drawing import draw_image, draw_video, make_clips, write_toml
 from wan_train.cli import InputError
 
@@ -44,7 +47,7 @@ def make_cache(folder):
     for config in configs:
         plan = plan_clips(config, list_items(config, allow_missing_captions=False))
         for position, item in enumerate(plan.items):
-            save_text(item, torch.full((3 + position, 8), float(position)))
+            save_text(item, {item.caption: torch.full((3 + position, 8), float(position))})
         for position, clip in enumerate(plan.clips):
             save_latents(clip, torch.full(clip.latent_shape, float(position)), torch.bfloat16)
     return configs
@@ -78,7 +81,7 @@ def dataset(configs) -> CachedDataset:
 
 
 def keys_of(dataset, batches):
-    return [[dataset.keys[index] for index in batch] for batch in batches]
+    return [[dataset.key_of(pick) for pick in batch] for batch in batches]
 
 
 def test_every_clip_comes_as_often_as_it_repeats(dataset):
@@ -146,7 +149,9 @@ def test_order_is_keyed_by_seed_and_epoch_alone(dataset):
     others = [epoch(42, 1), epoch(43, 0), epoch(4, 20)]
     assert all(other != first for other in others)
     # Buckets are mixed, and mixed anew in each epoch.
-    orders = {tuple(dataset.keys[batch[0]].item.split("_", 1)[1] for batch in batches) for batches in [first, *others]}
+    orders = {
+        tuple(dataset.key_of(batch[0]).item.split("_", 1)[1] for batch in batches) for batches in [first, *others]
+    }
     assert len(orders) == 4
     # Items change places within their bucket, not only whole batches.
     assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in others[0]}

@@ -1,11 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dataset.cache import (
-    has_latents,
-    has_text,
     latents_path,
     read_latents,
     read_text,
@@ -15,12 +14,13 @@ from dataset.cache import (
 )
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
+from tests.unit.dataset.lookup import has_latents, has_text
 from wan_train.cli import InputError
 from wan_train.storage import read_header, save_tensors
 
 
 def make_item(folder, *, is_video=True, name="press_a.mp4", caption="a press"):
-    return Item(DatasetConfig(folder / "data.toml", 1, is_video, folder, folder / "cache"), folder / name, caption)
+    return Item(DatasetConfig(folder / "data.toml", 1, is_video, folder, folder / "cache"), folder / name, (caption,))
 
 
 def make_clip(folder, **item):
@@ -70,11 +70,46 @@ def test_what_an_image_file_holds(tmp_path):
 def test_what_a_text_file_holds(tmp_path):
     item = make_item(tmp_path)
     embedding = torch.randn(9, 32)
-    save_text(item, embedding)
+    save_text(item, {item.caption: embedding})
     header = read_header(text_path(item))
     assert header.shapes == {"varlen_t5_bfloat16": (9, 32)}
     assert header.metadata == {"architecture": "wan", "caption1": "a press", "format_version": "1.0.1"}
     assert torch.equal(read_text(item), embedding.bfloat16())
+
+
+def with_captions(folder, *captions, rate=0.0):
+    item = make_item(folder)
+    return replace(item, captions=captions, config=replace(item.config, caption_dropout_rate=rate))
+
+
+def test_a_file_holds_every_variant_and_the_empty_text(tmp_path):
+    item = with_captions(tmp_path, "one", "two", "one", rate=0.1)
+    found = {text: torch.randn(length, 8) for length, text in ((1, ""), (4, "one"), (5, "two"), (6, "of another item"))}
+    save_text(item, found)
+    header = read_header(text_path(item))
+    assert header.shapes == {
+        "varlen_t5_bfloat16": (4, 8),
+        "varlen_t5_v2_bfloat16": (5, 8),
+        "varlen_t5_v3_bfloat16": (4, 8),
+        "varlen_t5_empty_bfloat16": (1, 8),
+    }
+    captions = {f"caption{number}": caption for number, caption in enumerate(item.captions, 1)}
+    assert header.metadata == {"architecture": "wan", "format_version": "1.0.1", **captions}
+    for variant, text in ((None, ""), (0, "one"), (1, "two"), (2, "one")):
+        assert torch.equal(read_text(item, variant), found[text].bfloat16())
+
+
+def test_text_counts_only_with_every_variant_and_the_empty_text_if_needed(tmp_path):
+    found = {text: torch.randn(3, 8) for text in ("", "one", "two", "three")}
+    save_text(with_captions(tmp_path, "one", "two"), found)
+    assert has_text(with_captions(tmp_path, "one", "two"))
+    assert has_text(with_captions(tmp_path, "one"))
+    assert not has_text(with_captions(tmp_path, "one", "three"))
+    assert not has_text(with_captions(tmp_path, "two", "one"))
+    assert not has_text(with_captions(tmp_path, "one", "two", "three"))
+    assert not has_text(with_captions(tmp_path, "one", "two", rate=0.5))
+    save_text(with_captions(tmp_path, "one", "two", rate=0.5), found)
+    assert has_text(with_captions(tmp_path, "one", "two", rate=0.5))
 
 
 def test_latents_count_only_for_this_clip(tmp_path):
@@ -94,7 +129,7 @@ def test_latents_count_only_for_this_clip(tmp_path):
 def test_half_a_file_does_not_count(tmp_path, length):
     clip = make_clip(tmp_path)
     save_latents(clip, random_latents(clip), torch.bfloat16)
-    save_text(clip.item, torch.randn(40, 32))
+    save_text(clip.item, {clip.item.caption: torch.randn(40, 32)})
     for path in (latents_path(clip), text_path(clip.item)):
         path.write_bytes(path.read_bytes()[:length])
     assert not has_latents(clip)
@@ -102,7 +137,7 @@ def test_half_a_file_does_not_count(tmp_path, length):
 
 
 def test_text_counts_only_for_this_caption(tmp_path):
-    save_text(make_item(tmp_path), torch.randn(9, 32))
+    save_text(make_item(tmp_path), {"a press": torch.randn(9, 32)})
     assert has_text(make_item(tmp_path))
     assert not has_text(make_item(tmp_path, caption="another press"))
     assert not has_text(make_item(tmp_path, name="press_b.mp4"))
@@ -133,7 +168,7 @@ def test_numbers_that_are_not_finite_are_refused_with_the_clip(tmp_path):
     with pytest.raises(InputError, match="finite in float16"):
         save_latents(clip, random_latents(clip) * 1e6, torch.float16)
     with pytest.raises(InputError, match=r"press_a\.mp4"):
-        save_text(clip.item, torch.full((2, 4), float("inf")))
+        save_text(clip.item, {"a press": torch.full((2, 4), float("inf"))})
     assert not (tmp_path / "cache").exists()
 
 

@@ -55,6 +55,12 @@ def test_general_holds_where_a_dataset_says_nothing(folder):
     assert (images.is_video, images.enable_bucket, images.caption_extension) == (False, False, ".caption")
 
 
+def test_whole_numbers_may_stand_for_others(folder):
+    lines = "weight = 2\ncaption_dropout_rate = 0\nsource_fps = 24"
+    (config,) = read(folder, f'[[datasets]]\nvideo_directory = "clips"\n{lines}')
+    assert [repr(n) for n in (config.weight, config.caption_dropout_rate, config.source_fps)] == ["2.0", "0.0", "24.0"]
+
+
 def test_target_frames_are_floored_sorted_and_distinct_with_a_warning(folder, capsys):
     (config,) = read(folder, '[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [45, 24, 21, 1]')
     assert config.target_frames == (1, 21, 45)
@@ -69,6 +75,22 @@ def test_fitting_target_frames_give_no_warning(folder, capsys):
 def test_uniform_with_one_sample_says_that_it_is_head(folder, capsys):
     read(folder, '[[datasets]]\nvideo_directory = "clips"\nframe_extraction = "uniform"')
     assert "head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lines", "idle"),
+    [
+        ("frame_stride = 4", "frame_stride"),
+        ('frame_extraction = "chunk"\nmax_frames = 9', "max_frames"),
+        ('frame_extraction = "full"\ntarget_frames = [9]', "target_frames"),
+        ('frame_extraction = "slide"\nframe_stride = 4', ""),
+        ('frame_extraction = "full"\nmax_frames = 9', ""),
+    ],
+)
+def test_keys_that_change_nothing_are_told(folder, capsys, lines, idle):
+    read(folder, f'[[datasets]]\nvideo_directory = "clips"\n{lines}')
+    error = capsys.readouterr().err
+    assert (idle in error and "changes nothing" in error) if idle else error == ""
 
 
 def test_a_caption_extension_may_lack_its_dot(folder):
@@ -93,14 +115,25 @@ def test_a_caption_extension_may_lack_its_dot(folder):
         ("target_frames = [0]", ["target_frames", "1 or more"]),
         ("target_frames = [2.5]", ["target_frames", "whole"]),
         ('frame_extraction = "heads"', ["frame_extraction", "did you mean head"]),
-        ("frame_extraction = 3", ["frame_extraction", "head, uniform"]),
+        ("frame_extraction = 3", ["frame_extraction", "head, chunk"]),
         ("frame_sample = 0", ["frame_sample"]),
+        ("frame_stride = 0", ["frame_stride", "1 or more"]),
+        ("max_frames = 2.5", ["max_frames", "whole number"]),
         ("source_fps = 0", ["source_fps", "above 0"]),
         ("source_fps = nan", ["source_fps"]),
         ("source_fps = inf", ["source_fps"]),
-        ('image_directory = "stills"', ["one of video_directory and image_directory"]),
+        ('image_directory = "stills"', ["takes one of video_directory, image_directory"]),
         ("cache_directory = 3", ["cache_directory", "folder"]),
         ('caption_extension = ""', ["caption_extension"]),
+        ("caption_prefix = 3", ["caption_prefix", "text in quotes"]),
+        ('caption_variants = "line"', ["caption_variants", "did you mean lines"]),
+        ("caption_dropout_rate = 1.5", ["caption_dropout_rate", "0 to 1"]),
+        ("caption_dropout_rate = true", ["caption_dropout_rate", "0 to 1"]),
+        ("caption_dropout_rate = nan", ["caption_dropout_rate", "0 to 1"]),
+        ("weight = 0", ["weight", "above 0"]),
+        ("weight = inf", ["weight", "above 0"]),
+        ("drop_last = 1", ["drop_last", "true or false"]),
+        ('recursive = "yes"', ["recursive", "true or false"]),
     ],
 )
 def test_a_bad_line_is_named_with_its_dataset_and_the_way_out(folder, line, parts):
@@ -116,6 +149,7 @@ def test_a_bad_line_is_named_with_its_dataset_and_the_way_out(folder, line, part
         ('[[datasets]]\nvideo_directory = "nowhere"', ["dataset 1", "no such folder", "nowhere"]),
         ('[[datasets]]\nimage_directory = "stills"\ntarget_frames = [1]', ["target_frames", "videos"]),
         ('[general]\ntarget_frames = [1]\n[[datasets]]\nvideo_directory = "clips"', ["[general]", "target_frames"]),
+        ('[general]\nweight = 1\n[[datasets]]\nvideo_directory = "clips"', ["[general]", "weight"]),
         ('[general]\nbatchsize = 1\n[[datasets]]\nvideo_directory = "clips"', ["[general]", "batch_size"]),
         ('[genral]\nbatch_size = 1\n[[datasets]]\nvideo_directory = "clips"', ["genral", "general"]),
         ('[datasets]\nvideo_directory = "clips"', ["[[datasets]]"]),

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dataset.media import probe, read_frames, read_image
-from tests.unit.dataset.drawing import draw_image, draw_noise, draw_video, read_number
+from tests.unit.dataset.drawing import cut_video, draw_frame, draw_image, draw_noise, draw_video, read_number
 from wan_train.cli import InputError
 
 
@@ -27,15 +27,7 @@ def test_headers_and_frames_of_containers(tmp_path, name, codec):
 
 
 def test_frames_that_an_edit_list_cuts_away_do_not_count(tmp_path):
-    whole, cut = draw_video(tmp_path / "whole.mp4", 30), tmp_path / "cut.mp4"
-    with av.open(str(whole)) as source, av.open(str(cut), "w", options={"avoid_negative_ts": "disabled"}) as target:
-        stream = source.streams.video[0]
-        copy = target.add_stream_from_template(stream)
-        for packet in source.demux(stream):
-            if packet.dts is not None:
-                shift = int(Fraction(10, 16) / stream.time_base)
-                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
-                target.mux(packet)
+    cut = cut_video(draw_video(tmp_path / "whole.mp4", 30), tmp_path / "cut.mp4", Fraction(10, 16))
     assert probe(cut).num_frames == 20
     assert numbers(cut, range(20)) == [(i, i + 10) for i in range(20)]
 
@@ -107,3 +99,99 @@ def test_a_cut_off_image_is_named(tmp_path):
     path.write_bytes(b"no image")
     with pytest.raises(InputError, match=r"cut\.png"):
         probe(path)
+
+
+@pytest.mark.parametrize("turned", [0, 90, 180, 270])
+def test_videos_are_shown_the_way_up_that_they_say(tmp_path, turned):
+    def draw(number, width, height):
+        picture = np.zeros((height, width, 3), np.uint8)
+        picture[: height // 4, : width // 4] = 255  # white in the upper left corner
+        return picture
+
+    path = draw_video(tmp_path / "a.mp4", 2, size=(64, 32), draw=draw, turned=turned)
+    info = probe(path)
+    assert (info.width, info.height) == ((32, 64) if turned % 180 else (64, 32))
+    ((_, picture),) = read_frames(path, [0])
+    assert picture.shape == (info.height, info.width, 3)
+    # A quarter turn to the left takes the upper left corner to the lower left.
+    corner = {0: (2, 2), 90: (-3, 2), 180: (-3, -3), 270: (2, -3)}[turned]
+    assert picture[corner].min() > 200
+    assert picture.mean() < 40
+
+
+def test_images_are_shown_the_way_up_that_they_say(tmp_path):
+    image = Image.new("RGB", (40, 24))
+    image.putpixel((0, 0), (255, 255, 255))
+    tags = image.getexif()
+    tags[0x0112] = 6  # to be turned to the right
+    image.save(tmp_path / "a.png", exif=tags)
+    assert (probe(tmp_path / "a.png").width, probe(tmp_path / "a.png").height) == (24, 40)
+    picture = read_image(tmp_path / "a.png")
+    assert picture.shape == (40, 24, 3)
+    assert picture[0, -1].min() == 255
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt", "size"),
+    [
+        ("odd.mkv", "ffv1", "yuv444p", (67, 49)),
+        ("odd420.mkv", "ffv1", "yuv420p", (67, 49)),
+        ("deep.mkv", "ffv1", "yuv420p10le", (64, 48)),
+        ("alpha.mov", "png", "rgba", (64, 48)),
+    ],
+)
+def test_unusual_pictures_are_decoded(tmp_path, name, codec, pix_fmt, size):
+    path = draw_video(tmp_path / name, 6, size=size, codec=codec, pix_fmt=pix_fmt)
+    assert (probe(path).width, probe(path).height, probe(path).num_frames) == (*size, 6)
+    assert numbers(path, range(6)) == [(i, i) for i in range(6)]
+    assert next(read_frames(path, [0]))[1].shape == (size[1], size[0], 3)
+
+
+def test_ten_bits_keep_their_grey(tmp_path):
+    path = draw_video(
+        tmp_path / "a.mkv",
+        1,
+        codec="ffv1",
+        pix_fmt="yuv420p10le",
+        draw=lambda number, width, height: np.full((height, width, 3), 100, np.uint8),
+    )
+    assert np.abs(next(read_frames(path, [0]))[1].astype(int) - 100).max() <= 2
+
+
+def test_a_sound_track_changes_nothing(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        sound, stream = container.add_stream("aac", rate=48000), container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(8):
+            frame = av.VideoFrame.from_ndarray(draw_frame(number), "rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 16)
+            container.mux(stream.encode(frame))
+        for start in range(0, 48000, 1024):
+            noise = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), "fltp", "stereo")
+            noise.pts, noise.sample_rate = start, 48000
+            container.mux(sound.encode(noise))
+        container.mux([*stream.encode(), *sound.encode()])
+    assert probe(path, with_times=True).times == pytest.approx([i / 16 for i in range(9)])
+    assert numbers(path, range(8)) == [(i, i) for i in range(8)]
+
+
+def test_frames_that_are_never_shown_do_not_count(tmp_path):
+    path = draw_video(
+        tmp_path / "a.webm", 40, codec="libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16", "b": "200k"}
+    )
+    assert probe(path).num_frames == 40
+    assert [index for index, _ in read_frames(path, range(40))] == list(range(40))
+
+
+def test_a_folder_of_frames_is_sorted_by_number_and_of_one_size(tmp_path):
+    for number in (0, 2, 10, 9):
+        Image.fromarray(draw_frame(number)).save(tmp_path / f"shot{number}.png")
+    assert (probe(tmp_path).num_frames, probe(tmp_path).fps) == (4, 16)
+    assert [found for _, found in numbers(tmp_path, range(4))] == [0, 2, 9, 10]
+    draw_image(tmp_path / "shot11.png", (32, 32))
+    with pytest.raises(InputError, match=r"shot11\.png has another size"):
+        numbers(tmp_path, [4])
+    with pytest.raises(InputError, match="holds no pictures"):
+        (tmp_path / "none").mkdir()
+        probe(tmp_path / "none")

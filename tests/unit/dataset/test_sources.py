@@ -89,6 +89,23 @@ def test_clips_hold_exactly_the_planned_frames(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("lines", "spans"),
+    [
+        ('frame_extraction = "chunk"\ntarget_frames = [9]', [(0, 9), (9, 9), (18, 9)]),
+        ('frame_extraction = "slide"\ntarget_frames = [17]\nframe_stride = 5', [(0, 17), (5, 17), (10, 17)]),
+        ('frame_extraction = "full"', [(0, 29)]),
+        ('frame_extraction = "full"\nmax_frames = 20', [(0, 17)]),
+    ],
+)
+def test_every_extraction_decodes_exactly_its_frames(tmp_path, lines, spans):
+    make_clips(tmp_path / "clips", {"a": 30})
+    found = plan(configure(tmp_path, lines)).clips
+    assert [(clip.start, clip.num_frames) for clip in found] == spans
+    for clip, pictures in zip(found, load_clips(found), strict=True):
+        assert [read_number(picture) for picture in pictures] == list(range(clip.start, clip.start + clip.num_frames))
+
+
+@pytest.mark.parametrize(
     ("lines", "size"),
     [
         ("", (64, 48)),
@@ -145,3 +162,21 @@ def test_a_broken_file_is_named_before_anything_is_encoded(tmp_path):
 def test_names_are_cut_after_ten():
     assert name_some(["a", "b"]) == "a, b"
     assert name_some(map(str, range(12))) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+
+
+def test_videos_of_another_rate_are_told_once_where_all_frames_are_used(tmp_path, capsys):
+    folder = make_clips(tmp_path / "clips", {"a": 9, "b": 9}, fps=16)
+    make_clips(folder, {"fast": 9}, fps=30)
+    plan(configure(tmp_path, "target_frames = [5]"))
+    told = capsys.readouterr().err
+    assert told.count("WARNING") == 1
+    assert "1 of 3 videos are not at 16 frames a second (fast.mp4 (30))" in told
+    for quiet in ('source_fps = "auto"\ntarget_frames = [5]', "source_fps = 30\ntarget_frames = [5]", ""):
+        plan(configure(tmp_path, quiet))
+        assert "frames a second" not in capsys.readouterr().err
+
+
+def test_a_rate_in_words_is_auto_alone(tmp_path):
+    (tmp_path / "clips").mkdir()
+    with pytest.raises(InputError, match=r'source_fps = .*or "auto"'):
+        configure(tmp_path, 'source_fps = "automatic"')

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor, nn
 
-from dataset.batches import SampleKey
+from dataset.order import SampleKey
 from wan_train.conditions import Conditions
 from wan_train.training.objective import Draws, draw, flow_loss
 from wan_train.training.settings import TimestepSettings
@@ -60,3 +60,18 @@ def test_the_loss_of_half_precision_latents_is_taken_in_float32() -> None:
     loss = flow_loss(Oracle(data.float()), data, Conditions((torch.zeros(1, 4),) * 3), draws)
     assert loss.dtype is torch.float32
     assert loss < 1e-9
+
+
+def test_weights_say_what_counts() -> None:
+    data, draws = torch.zeros(3, *SHAPE), drawn(KEYS)
+    wrong = data.clone()
+    wrong[..., 0] = 1.0  # a third of the columns
+    conditions = Conditions((torch.zeros(1, 4),) * 3)
+    model = Oracle(data + wrong * draws.t.view(-1, 1, 1, 1, 1))
+    even = flow_loss(model, data, conditions, draws)
+    torch.testing.assert_close(even, torch.tensor(1 / 3))
+    torch.testing.assert_close(flow_loss(model, data, conditions, draws, weights=torch.ones(3, 1, 1, 3, 3)), even)
+    weights = torch.zeros(3, 1, 1, 3, 3)
+    weights[..., 0] = 3.0
+    torch.testing.assert_close(flow_loss(model, data, conditions, draws, weights=weights), torch.tensor(1.0))
+    assert flow_loss(model, data, conditions, draws, weights=1.5 - weights / 2) < 1e-12

@@ -1,0 +1,98 @@
+"""How long it takes to find out that nothing changed: a second caching run, and the plan of many known files.
+
+    python benchmarks/known.py [--items 1000] [--planned 10000]
+
+Prints JSON: seconds beyond imports of `wan_cache_latents.py` over `items` videos whose latents are up to date, and of
+planning `planned` videos whose headers the manifest knows; each the median of five, with the first look beside it.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from cache_tools.settings import LATENTS_TOOL
+from dataset.cache import save_latents
+from dataset.config import DatasetConfig, read_config
+from dataset.manifest import Manifest
+from dataset.recipe import Recipe, take_fingerprint
+from dataset.sources import Plan, list_items, plan_clips
+from examples.tiny.make import VAE, draw_clips, make_models
+from wan_train.cli import run
+
+REPEATS = 5
+TOML = """
+[[datasets]]
+video_directory = "{clips}"
+cache_directory = "{cache}"
+resolution = [96, 64]
+target_frames = [17]
+"""
+
+
+def make_data(folder: Path, num_items: int) -> Path:
+    """So many copies of a drawn video with captions, and the TOML over them."""
+    draw_clips(folder / "drawn")
+    source, clips = next((folder / "drawn").glob("*.mp4")), folder / "clips"
+    clips.mkdir()
+    for number in range(num_items):
+        shutil.copy(source, clips / f"{number:06d}.mp4")
+        (clips / f"{number:06d}.txt").write_text(f"clip {number}")
+    data = folder / "data.toml"
+    data.write_text(TOML.format(clips=clips, cache=folder / "cache"))
+    return data
+
+
+def plan_all(config: DatasetConfig) -> Plan:
+    return plan_clips(config, list_items(config, allow_missing_captions=False))
+
+
+def time_runs(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds of the first run, and the median of those after it."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return {"first": round(seconds[0], 3), "again": round(statistics.median(seconds[1:]), 3)}
+
+
+def time_caching(folder: Path, num_items: int) -> dict[str, float]:
+    """A caching run over latents that are all there; they are written here, as the tool writes them."""
+    data = make_data(folder, num_items)
+    make_models(folder / "models")
+    vae = folder / "models" / VAE
+    (config,) = read_config(data)
+    with Manifest(config.cache_directory) as manifest:
+        model = take_fingerprint(vae, manifest)
+        for clip in plan_all(config).clips:
+            source = take_fingerprint(clip.item.path, manifest)
+            recipe = Recipe(model, "bfloat16", source, clip.start, clip.frames, clip.size)
+            save_latents(clip, torch.zeros(clip.latent_shape), torch.bfloat16, recipe)
+    command = ["--dataset_config", str(data), "--vae", str(vae), "--device", "cpu"]
+    return time_runs(lambda: run(LATENTS_TOOL, command))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=1000)
+    parser.add_argument("--planned", type=int, default=10000)
+    wanted = parser.parse_args()
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        cached = time_caching(Path(one), wanted.items)
+        (config,) = read_config(make_data(Path(two), wanted.planned))
+        planned = time_runs(lambda: plan_all(config))
+    print(json.dumps({"cached": {"items": wanted.items, **cached}, "planned": {"files": wanted.planned, **planned}}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What caching would make of the files, as a table for people and as JSON for programs; no model is needed."""
+
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dataset.batches import Bucket, CachedDataset
+from dataset.buckets import Size
+from dataset.config import DatasetConfig
+from dataset.epochs import count_batches, epoch_sizes
+from dataset.frames import TARGET_FPS
+from dataset.items import Clip, Item
+from dataset.media import MediaInfo
+from dataset.sources import Plan, name_some, used_frames
+from wan_train.storage import replacing
+
+_VERSION = 1
+_NAME_WIDTH = 25  # with the other columns a line of 80
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """What becomes of a file; rates in frames per second, None for an image. `why` says what the lost seconds are."""
+
+    path: str
+    fps_in: float | None
+    fps_out: float | None
+    frames: int
+    frames_at_rate: int
+    clips: int
+    bucket: Size | None
+    seconds: float
+    seconds_used: float
+    why: str
+
+    @property
+    def seconds_lost(self) -> float:
+        """Seconds that no clip shows."""
+        return self.seconds - self.seconds_used
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """Clips of one size (width, height) and length, the samples that an epoch makes of them, and its batches."""
+
+    size: Size
+    frames: int
+    clips: int
+    samples: int
+    batches: int
+
+
+@dataclass(frozen=True)
+class DatasetPlan:
+    """What becomes of a dataset; `empty_targets` are lengths that no file has."""
+
+    number: int
+    name: str
+    batch_size: int
+    files: tuple[FilePlan, ...]
+    buckets: tuple[BucketPlan, ...]
+    empty_targets: tuple[int, ...]
+
+
+def describe_plans(plans: Sequence[Plan]) -> list[DatasetPlan]:
+    """The facts of each dataset's plan; the samples of an epoch are those that training takes."""
+    sizes = epoch_sizes(CachedDataset(plans))
+    return [_describe_plan(plan, sizes) for plan in plans]
+
+
+def _describe_plan(plan: Plan, sizes: Mapping[Bucket, int]) -> DatasetPlan:
+    config = plan.config
+    by_item: dict[Item, list[Clip]] = defaultdict(list)
+    for clip in plan.clips:
+        by_item[clip.item].append(clip)
+    files = tuple(_describe_file(item, by_item[item], plan.infos.get(item)) for item in plan.items)
+    counts = Counter((clip.size, clip.num_frames) for clip in plan.clips)
+    buckets = []
+    for (size, frames), count in sorted(counts.items()):
+        samples = sizes[Bucket(config.number, size, frames)]
+        buckets.append(BucketPlan(size, frames, count, samples, count_batches(samples, config)))
+    wanted = () if config.frame_extraction == "full" or not config.is_video else config.target_frames
+    empty = tuple(frames for frames in wanted if frames not in {frames for _, frames in counts})
+    return DatasetPlan(config.number, str(config), config.batch_size, files, tuple(buckets), empty)
+
+
+def _describe_file(item: Item, clips: Sequence[Clip], info: MediaInfo | None) -> FilePlan:
+    if info is None:
+        return FilePlan(str(item.path), None, None, 0, 0, 0, None, 0.0, 0.0, "cannot be read")
+    bucket = clips[0].size if clips else None
+    if not item.config.is_video:
+        return FilePlan(str(item.path), None, None, 1, 1, len(clips), bucket, 0.0, 0.0, "")
+    kept = len(used_frames(item.config, info))
+    shown = len({number for clip in clips for number in range(clip.start, clip.start + clip.num_frames)})
+    seconds = info.times[-1] if info.times else info.num_frames / info.fps if info.fps else 0.0
+    return FilePlan(
+        str(item.path),
+        info.fps,
+        _rate_out(item.config, info.fps),
+        info.num_frames,
+        kept,
+        len(clips),
+        bucket,
+        seconds,
+        seconds * shown / kept if kept else 0.0,
+        "" if shown == kept else _why_lost(item.config, kept, num_clips=len(clips)),
+    )
+
+
+def _rate_out(config: DatasetConfig, fps: float | None) -> float | None:
+    """Frames of a clip for each second of the file."""
+    if config.source_fps == "auto":
+        return TARGET_FPS
+    if fps is None or config.source_fps is None:
+        return fps
+    return fps * min(1.0, TARGET_FPS / float(config.source_fps))
+
+
+def _why_lost(config: DatasetConfig, num_frames: int, *, num_clips: int) -> str:
+    if not num_clips:
+        return f"shorter than {min(config.target_frames)} frames"
+    match config.frame_extraction:
+        case "head":
+            return "head takes the start only"
+        case "uniform":
+            return "between and beside the samples"
+        case "full":
+            return "after max_frames" if num_frames > config.max_frames else "a length is 4n+1"
+    return "the rest at the end is too short"
+
+
+def total(datasets: Sequence[DatasetPlan]) -> dict[str, Any]:
+    """Sums over all datasets; `coverage` is the share of the footage that some clip shows, None without videos."""
+    files = [file for dataset in datasets for file in dataset.files]
+    buckets = [bucket for dataset in datasets for bucket in dataset.buckets]
+    seconds, used = sum(file.seconds for file in files), sum(file.seconds_used for file in files)
+    return {
+        "files": len(files),
+        "files_without_clips": sum(not file.clips for file in files),
+        "clips": sum(bucket.clips for bucket in buckets),
+        "samples": sum(bucket.samples for bucket in buckets),
+        "batches": sum(bucket.batches for bucket in buckets),
+        "seconds": seconds,
+        "seconds_used": used,
+        "coverage": used / seconds if seconds else None,
+    }
+
+
+def format_json(datasets: Sequence[DatasetPlan]) -> str:
+    """All facts, for programs."""
+    listed = [
+        {**asdict(dataset), "files": [{**asdict(file), "seconds_lost": file.seconds_lost} for file in dataset.files]}
+        for dataset in datasets
+    ]
+    return json.dumps({"version": _VERSION, "datasets": listed, "total": total(datasets)}, indent=1)
+
+
+def format_table(datasets: Sequence[DatasetPlan]) -> str:
+    """All facts, for people; lines of 80 characters but for names in lists."""
+    sums = total(datasets)
+    lines = [line for dataset in datasets for line in (*_format_dataset(dataset), "")]
+    counts = f"{sums['files']} files, {sums['clips']} clips, {sums['samples']} samples in {sums['batches']} batches"
+    lines.append(f"total: {counts} an epoch")
+    if sums["coverage"] is not None:
+        used = f"{sums['seconds_used']:.1f} of {sums['seconds']:.1f} s"
+        lines.append(f"video that some clip shows: {used}, {100 * sums['coverage']:.0f}%")
+    return "\n".join(lines)
+
+
+def _format_dataset(dataset: DatasetPlan) -> list[str]:
+    titles = _row("file", "fps in > out", "frames", "clips", "w x h", "used s", "lost s")
+    lines = [dataset.name, titles, *map(_format_file, dataset.files)]
+    lost: dict[str, float] = defaultdict(float)
+    for file in dataset.files:
+        lost[file.why] += file.seconds_lost if file.clips else 0
+    lines += [f"lost {seconds:.1f} s: {why}" for why, seconds in lost.items() if seconds]
+    nothing = [f"{Path(file.path).name} ({file.why})" for file in dataset.files if not file.clips]
+    if nothing:
+        lines.append(f"nothing from {len(nothing)} of {len(dataset.files)} files: {name_some(nothing)}")
+    if dataset.empty_targets:
+        lines.append(f"no file is as long as these target_frames: {', '.join(map(str, dataset.empty_targets))}")
+    lines += _format_rates(dataset.files)
+    lines.append(f"{'bucket w x h':<15}{'frames':>8}{'clips':>8}{'samples':>9}  batches of {dataset.batch_size}")
+    for bucket in dataset.buckets:
+        empty = "" if bucket.batches else "  too few for a batch: drop_last drops them all"
+        size = f"{bucket.size[0]} x {bucket.size[1]}"
+        lines.append(f"{size:<15}{bucket.frames:>8}{bucket.clips:>8}{bucket.samples:>9}{bucket.batches:>9}{empty}")
+    return lines
+
+
+def _format_rates(files: Sequence[FilePlan]) -> list[str]:
+    lines = []
+    if dropped := sum(max(file.frames - file.frames_at_rate, 0) for file in files):
+        lines.append(f"the rate leaves out {dropped} of {sum(file.frames for file in files)} frames")
+    other = [Path(f.path).name for f in files if f.fps_out and f.frames > 1 and abs(f.fps_out - TARGET_FPS) > 0.1]
+    if other:
+        lines.append(f"not at {TARGET_FPS:g} frames a second, they move at another speed: {name_some(other)}")
+    return lines
+
+
+def _format_file(file: FilePlan) -> str:
+    rates = "" if file.fps_in is None else f"{file.fps_in:.4g} > {file.fps_out or 0:.4g}"
+    size = f"{file.bucket[0]} x {file.bucket[1]}" if file.bucket else "-"
+    seconds = (f"{file.seconds_used:.1f}", f"{file.seconds_lost:.1f}") if file.seconds else ("", "")
+    return _row(Path(file.path).name, rates, str(file.frames), str(file.clips), size, *seconds)
+
+
+def _row(name: str, rates: str, frames: str, clips: str, size: str, *seconds: str) -> str:
+    short = name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH // 2]}…{name[-(_NAME_WIDTH // 2) :]}"
+    return f"{short:<{_NAME_WIDTH}}{rates:>14}{frames:>7}{clips:>6}{size:>12}{seconds[0]:>8}{seconds[1]:>8}".rstrip()
+
+
+def show_plan(plans: Sequence[Plan], json_path: str) -> None:
+    """Print the table; with `json_path` write the facts there, or with "-" print them in place of the table."""
+    datasets = describe_plans(plans)
+    if json_path == "-":
+        print(format_json(datasets))
+        return
+    if json_path:
+        with replacing(json_path) as temporary:
+            temporary.write_text(format_json(datasets) + "\n", encoding="utf-8")
+    sys.stdout.write(format_table(datasets) + "\n")

@@ -1,0 +1,85 @@
+"""Show what would be cached, in place of caching it: as pictures, as videos, or in the terminal."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image
+
+from cache_tools.settings import CONSOLE_COLOURS, InspectSettings
+from dataset.buckets import describe_size
+from dataset.cache import latents_path
+from dataset.frames import TARGET_FPS
+from dataset.media import load_clips
+from dataset.sources import Plan
+from wan_train.media_out import write_image, write_video
+
+Picture = NDArray[np.uint8]
+
+_SHEET_WIDTH = 2048
+_CELL_ASPECT = 2  # a character is about twice as high as wide, and shows two pixels above one another
+
+
+def show_clips(plans: Sequence[Plan], settings: InspectSettings) -> None:
+    """Show the clips of each dataset, each with its caption, the way that `debug_mode` names.
+
+    "image" writes a sheet of each clip's frames and "video" an mp4, below `debug_dir`; "console" prints first frames.
+    """
+    for plan in plans:
+        folder = Path(settings.debug_dir) / f"dataset_{plan.config.number}"
+        for clip in plan.clips[: settings.console_num_images]:
+            (pictures,) = load_clips([clip])
+            print(f"{clip.item.path} from frame {clip.start}: {describe_size(clip.size)}, {clip.num_frames} frames")
+            print(f"  {clip.item.caption}")
+            if settings.debug_mode == "console":
+                print("\n".join(draw_blocks(pictures[0], settings.console_width, settings.console_back)))
+            else:
+                print(f"  {_write(folder / latents_path(clip).stem, pictures, settings.debug_mode)}")
+
+
+def draw_blocks(picture: Picture, width: int, back: str = "") -> Iterator[str]:
+    """Lines of a terminal that show a picture (H, W, 3), `width` characters wide and two pixels to a character.
+
+    The colours are 24-bit escape sequences. `back`, one of `CONSOLE_COLOURS`, lays a rim of that colour around it.
+    """
+    rim = f"\x1b[{40 + CONSOLE_COLOURS.index(back)}m  \x1b[0m" if back else ""
+    inner = max(width - 4 * bool(back), 1)
+    rows = max(round(picture.shape[0] * inner / picture.shape[1] / _CELL_ASPECT), 1)
+    small = np.asarray(Image.fromarray(picture).resize((inner, 2 * rows), Image.Resampling.BOX))
+    edge = rim * (width // 2)
+    if rim:
+        yield edge
+    for upper, lower in rearrange(small, "(row half) column colour -> row half column colour", half=2):
+        cells = (f"\x1b[38;2;{_rgb(above)};48;2;{_rgb(below)}m▀" for above, below in zip(upper, lower, strict=True))
+        yield f"{rim}{''.join(cells)}\x1b[0m{rim}"
+    if rim:
+        yield edge
+
+
+def make_sheet(pictures: Picture) -> Picture:
+    """Pictures (F, H, W, 3) in rows, in one picture; made smaller where they would be wider than 2048 together."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    if columns > 1 and columns * pictures.shape[2] > _SHEET_WIDTH:
+        width = _SHEET_WIDTH // columns
+        size = (width, max(pictures.shape[1] * width // pictures.shape[2], 1))
+        pictures = np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BOX)) for p in pictures])
+    missing = -len(pictures) % columns
+    filled = np.concatenate([pictures, np.zeros((missing, *pictures.shape[1:]), np.uint8)])
+    return rearrange(filled, "(row column) h w colour -> (row h) (column w) colour", column=columns)
+
+
+def _write(stem: Path, pictures: Picture, mode: str) -> Path:
+    if mode == "video" and len(pictures) > 1:
+        path = stem.with_name(f"{stem.name}.mp4")
+        write_video(path, pictures, fps=int(TARGET_FPS))
+    else:
+        path = stem.with_name(f"{stem.name}.png")
+        write_image(path, make_sheet(pictures))
+    return path
+
+
+def _rgb(colour: NDArray[np.uint8]) -> str:
+    return ";".join(map(str, colour.tolist()))

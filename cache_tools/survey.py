@@ -1,0 +1,98 @@
+"""What there is in the cache folders and what is to be made: looked up, counted, named, and cleared away on demand."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from dataset.config import DatasetConfig
+from dataset.manifest import Manifest
+from dataset.remains import remove_remains
+from dataset.sources import name_some
+from dataset.staleness import Kind, State, list_orphans
+from wan_train.distributed import Place
+from wan_train.log import get_logger
+
+logger = get_logger(__name__)
+
+Wanted = TypeVar("Wanted")
+
+
+@dataclass(frozen=True)
+class Survey(Generic[Wanted]):
+    """The caches of one kind in a dataset's folder.
+
+    `due` is what this process has to make, in order; `states` are those of all that it answers for; `orphans` are the
+    files that belong to nothing planned.
+    """
+
+    config: DatasetConfig
+    due: tuple[Wanted, ...]
+    states: tuple[State, ...]
+    orphans: tuple[Path, ...]
+
+    def named(self, *kinds: Kind) -> list[State]:
+        """The states of these kinds."""
+        return [state for state in self.states if state.kind in kinds]
+
+
+def survey_caches(
+    config: DatasetConfig,
+    wanted: Sequence[Wanted],
+    look: Callable[[Wanted, Manifest], State],
+    *,
+    planned: Sequence[Path],
+    place: Place,
+    is_text: bool = False,
+) -> Survey[Wanted]:
+    """Look up the caches of what is `wanted` of this process; `planned` are the files of all.
+
+    The first process answers for the orphans.
+    """
+    with Manifest(config.cache_directory) as manifest:
+        states = tuple(look(one, manifest) for one in wanted)
+    due = tuple(one for one, state in zip(wanted, states, strict=True) if not state.usable)
+    orphans = list_orphans(config.cache_directory, planned, is_text=is_text) if place.rank == 0 else []
+    return Survey(config, due, states, tuple(orphans))
+
+
+def clear_remains(config: DatasetConfig) -> None:
+    """Delete what killed runs left in a dataset's cache folder."""
+    if removed := remove_remains(config.cache_directory):
+        logger.info("%s: %d unfinished files of runs that are gone were deleted", config, len(removed))
+
+
+def report_findings(survey: Survey[Wanted]) -> None:
+    """Name what is stale, cut off, adopted or orphaned."""
+    config = survey.config
+    if bad := survey.named(Kind.STALE, Kind.TRUNCATED):
+        logger.info("%s: %d caches are made again: %s", config, len(bad), name_some(map(str, bad)))
+    if adopted := survey.named(Kind.FOREIGN):
+        some = name_some(state.path.name for state in adopted)
+        logger.info("%s: %d caches without a recipe fit and are adopted: %s", config, len(adopted), some)
+    if survey.orphans:
+        some = name_some(path.name for path in survey.orphans)
+        logger.info(
+            "%s: %d caches belong to nothing here (--prune deletes them): %s", config, len(survey.orphans), some
+        )
+
+
+def prune_caches(survey: Survey[Wanted]) -> int:
+    """Delete the orphaned and the stale caches of a folder; say which and how many."""
+    bad = [state.path for state in survey.named(Kind.STALE, Kind.TRUNCATED)]
+    for path in (*survey.orphans, *bad):
+        path.unlink(missing_ok=True)
+    if survey.orphans:
+        some = name_some(path.name for path in survey.orphans)
+        logger.info("%s: %d orphaned caches deleted: %s", survey.config, len(survey.orphans), some)
+    if bad:
+        logger.info("%s: %d stale caches deleted: %s", survey.config, len(bad), name_some(path.name for path in bad))
+    return len(survey.orphans) + len(bad)
+
+
+def count_kinds(surveys: Sequence[Survey[Wanted]]) -> Counter[str]:
+    """How many caches of each kind there are, by its name; orphans too."""
+    counts = Counter(state.kind.value for survey in surveys for state in survey.states)
+    counts["orphaned"] = sum(len(survey.orphans) for survey in surveys)
+    return counts

@@ -1,0 +1,71 @@
+"""Which file of another folder goes with a clip: its loss mask and its control, matched by name."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from dataset.config import DatasetConfig
+from dataset.listings import Entry
+from dataset.media import VIDEO_SUFFIXES, is_video
+from dataset.stills import IMAGE_SUFFIXES
+from wan_train.cli import InputError
+
+
+def find_masks(config: DatasetConfig, paths: Sequence[Path]) -> list[Path | None]:
+    """The mask of each media file, or None: the video or folder of frames that goes with it, else a picture."""
+    if config.mask_directory is None:
+        return [None] * len(paths)
+    known = _by_stem(config.mask_directory)
+    return [_choose(path, known, video=config.is_video, still=True) for path in paths]
+
+
+def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[Path | None]:
+    """The control of each media file: what its listing names, else what `control_directory` has; all None without both.
+
+    A video takes the video of its whole name, else a folder of frames or a video with its stem; an image takes the
+    picture with its stem, else the first of `stem_0`, `stem_1`. Raises InputError with the names of those without.
+    """
+    if config.control_directory is None and not any(entry.control for entry in entries):
+        return [None] * len(entries)
+    known = _by_stem(config.control_directory) if config.control_directory else {}
+    is_still = not config.is_video
+    found = [entry.control or _choose(entry.path, known, video=config.is_video, still=is_still) for entry in entries]
+    missing = [entry.path.name for entry, control in zip(entries, found, strict=True) if control is None]
+    if missing:
+        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        where = f"in {config.control_directory}" if config.control_directory else f"as control_path in {config.listing}"
+        raise InputError(f"{config}: {len(missing)} of {len(entries)} files have no control {where} ({shown})")
+    return found
+
+
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
+    """All that lies in a folder and below it, sorted, by stem; the pictures in a folder of frames by the folder's."""
+    known: dict[str, list[Path]] = defaultdict(list)
+    try:
+        for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+            for name in sorted(name for name in (*folders, *names) if not name.startswith(".")):
+                known[Path(name).stem].append(Path(root, name))
+    except OSError as problem:
+        raise InputError(f"cannot read {folder}: {problem.strerror or problem}") from None
+    return known
+
+
+def _choose(path: Path, known: dict[str, list[Path]], *, video: bool, still: bool) -> Path | None:
+    if video:
+        videos = [p for p in known.get(path.stem, ()) if p.suffix.lower() in VIDEO_SUFFIXES or p.is_dir()]
+        # The whole name first, then a folder of frames.
+        videos.sort(key=lambda p: (p.name != path.name, not p.is_dir()))
+        if found := next(filter(is_video, videos), None):
+            return found
+    if not still:
+        return None
+    numbered = [stem for stem in known if re.fullmatch(rf"{re.escape(path.stem)}_\d+", stem)] if not video else []
+    numbered.sort(key=lambda stem: int(stem.rpartition("_")[2]))
+    pictures = (p for stem in (path.stem, *numbered) for p in known.get(stem, ()))
+    return next((p for p in pictures if p.suffix.lower() in IMAGE_SUFFIXES), None)
+
+
+def _refuse(problem: OSError) -> None:
+    raise problem

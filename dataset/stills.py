@@ -1,0 +1,112 @@
+"""Pictures kept one by one: image files, folders of them that are a video, and WebP animations."""
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from dataset.frames import TARGET_FPS
+from wan_train.cli import InputError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+
+_EXIF_ORIENTATION = 0x0112
+_ON_ITS_SIDE = (5, 6, 7, 8)  # values of the EXIF tag above that swap width and height
+# What Pillow raises for files that are cut off, damaged, or claim absurd sizes.
+_PROBLEMS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as it is shown, from its header."""
+    with _opened(path) as image:
+        turned = image.getexif().get(_EXIF_ORIENTATION) in _ON_ITS_SIDE
+        return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """An image as RGB, the way up that its EXIF data says; transparency is dropped."""
+    with _opened(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The pictures of a folder, by the numbers in their names: 2.png before 10.png; hidden files are passed over."""
+    try:
+        found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    except OSError as problem:
+        raise InputError(f"cannot read {folder}: {problem.strerror or problem}") from None
+    return sorted(found, key=lambda path: _natural(path.name))
+
+
+def folder_times(folder: Path) -> tuple[float, ...]:
+    """When each picture of a folder begins and the last one ends, in seconds: 16 of them are a second."""
+    return tuple(i / TARGET_FPS for i in range(len(frame_files(folder)) + 1))
+
+
+def read_folder(folder: Path, wanted: Collection[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """(index, picture) of the wanted pictures of a folder; InputError where they are not all of one size."""
+    files = frame_files(folder)
+    _refuse_beyond(folder, wanted, len(files))
+    size = image_size(files[0])
+    for index in sorted(set(wanted)):
+        picture = read_image(files[index])
+        if picture.shape[1::-1] != size:
+            raise InputError(f"{files[index]} has another size than {files[0].name}: frames of a video have one size")
+        yield index, picture
+
+
+def is_animation(path: Path) -> bool:
+    """Whether a WebP file holds several frames; False for what cannot be read."""
+    if path.suffix.lower() != ".webp" or not path.is_file():
+        return False
+    try:
+        with _opened(path) as image:
+            return bool(getattr(image, "is_animated", False))
+    except InputError:
+        return False
+
+
+def animation_times(path: Path) -> tuple[float, ...]:
+    """When each frame of a WebP animation begins and the last one ends, in seconds; nothing is decoded."""
+    times, position, data = [0.0], 12, path.read_bytes()
+    while position + 24 <= len(data):
+        length = int.from_bytes(data[position + 4 : position + 8], "little")
+        if data[position : position + 4] == b"ANMF":
+            # The duration, in milliseconds, follows four fields of three bytes.
+            times.append(times[-1] + int.from_bytes(data[position + 20 : position + 23], "little") / 1000)
+        position += 8 + length + length % 2
+    return tuple(times)
+
+
+def read_animation(path: Path, wanted: Collection[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """(index, picture) of the wanted frames of a WebP animation, in order."""
+    with _opened(path) as image:
+        _refuse_beyond(path, wanted, getattr(image, "n_frames", 1))
+        for index in sorted(set(wanted)):
+            image.seek(index)
+            yield index, np.asarray(image.convert("RGB"))
+
+
+def _refuse_beyond(path: Path, wanted: Collection[int], num_frames: int) -> None:
+    if max(wanted) >= num_frames:
+        raise InputError(f"{path} ends before frame {max(wanted)}: it has {num_frames}; replace it")
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts if part]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except _PROBLEMS as problem:
+        if isinstance(problem, InputError):
+            raise
+        raise InputError(f"{path} is not a whole image ({problem}): replace it or take it out of its folder") from None

@@ -1,0 +1,68 @@
+"""A dataset in words: for the log, and for a LoRA's metadata."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from dataset.batches import CachedDataset
+from dataset.buckets import describe_size
+from dataset.config import DatasetConfig
+from dataset.epochs import count_batches, epoch_sizes
+
+
+def summarise(dataset: CachedDataset) -> str:
+    """Lines for the log: files, clips and repeats of each dataset, samples and batches of each of its buckets."""
+    lines = []
+    for plan in dataset.plans:
+        config, kind = plan.config, "videos" if plan.config.is_video else "images"
+        weight = "" if config.weight is None else f", weight {config.weight:g}"
+        found = f"{len(plan.items)} {kind}, {len(plan.clips)} clips"
+        lines.append(f"{config}: {found}, num_repeats {config.num_repeats}{weight}")
+        lines += [
+            f"  {describe_size(bucket.size)}, {bucket.num_frames} frames: {size} samples"
+            f" in {count_batches(size, config)} batches of {config.batch_size}"
+            for bucket, size in epoch_sizes(dataset).items()
+            if bucket.dataset == config.number
+        ]
+    return "\n".join(lines)
+
+
+def metadata(dataset: CachedDataset, configs: Sequence[DatasetConfig]) -> str:
+    """JSON for a LoRA's `ss_datasets`: each dataset's settings and samples, and its folders without their path."""
+    return json.dumps([_describe(config, dataset) for config in configs])
+
+
+def _describe(config: DatasetConfig, dataset: CachedDataset) -> dict[str, Any]:
+    shared = {
+        "resolution": config.resolution,
+        "caption_extension": config.caption_extension,
+        "batch_size_per_device": config.batch_size,
+        "num_repeats": config.num_repeats,
+        "enable_bucket": config.enable_bucket,
+        "bucket_no_upscale": config.bucket_no_upscale,
+        "cache_directory": config.cache_directory.name,
+        "num_train_items": sum(
+            size for bucket, size in epoch_sizes(dataset).items() if bucket.dataset == config.number
+        ),
+    }
+    source = _describe_source(config)
+    if not config.is_video:
+        return {**source, **shared}
+    return {
+        **source,
+        **shared,
+        "target_frames": config.target_frames,
+        "frame_extraction": config.frame_extraction,
+        "frame_sample": config.frame_sample,
+        "frame_stride": config.frame_stride,
+        "max_frames": config.max_frames,
+        "source_fps": config.source_fps,
+    }
+
+
+def _describe_source(config: DatasetConfig) -> dict[str, str]:
+    kind = "video" if config.is_video else "image"
+    if config.listing is None:
+        return {f"{kind}_directory": config.directory.name}
+    table = "csv" if config.listing.suffix.lower() == ".csv" else "jsonl"
+    return {f"{kind}_{table}_file": config.listing.name}

@@ -1,0 +1,149 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from cache_tools.plan import describe_plans, format_table, total
+from cache_tools.settings import LATENTS_TOOL
+from dataset.config import read_config
+from dataset.sources import list_items, plan_clips
+from tests.unit.dataset.drawing import draw_image, draw_video, make_clips, write_toml
+from wan_train.cli import run
+
+TOML = """
+[general]
+resolution = [64, 48]
+[[datasets]]
+video_directory = "clips"
+cache_directory = "cache"
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_clips(tmp_path / "clips", {"a": 32, "b": 6})
+    return tmp_path
+
+
+def describe(more: str):
+    (config,) = read_config(write_toml(Path("data.toml"), TOML + more))
+    return describe_plans([plan_clips(config, list_items(config, allow_missing_captions=True))])[0]
+
+
+def tell(*more: str) -> int:
+    return run(LATENTS_TOOL, ["--dataset_config", "data.toml", *more])
+
+
+@pytest.mark.parametrize(
+    ("keys", "used", "why"),
+    [
+        ("target_frames = [5, 17]", 17, "head takes the start only"),
+        ("target_frames = [9]\nframe_extraction = 'chunk'", 27, "the rest at the end is too short"),
+        ("target_frames = [9]\nframe_extraction = 'slide'\nframe_stride = 4", 29, "the rest at the end is too short"),
+        ("target_frames = [9]\nframe_extraction = 'uniform'\nframe_sample = 2", 18, "between and beside the samples"),
+        ("frame_extraction = 'full'\nmax_frames = 21", 21, "after max_frames"),
+        ("frame_extraction = 'full'", 29, "a length is 4n+1"),
+    ],
+)
+def test_each_mode_tells_what_it_uses_and_why_the_rest_is_lost(keys, used, why):
+    long = describe(keys).files[0]
+    assert (long.fps_in, long.fps_out, long.frames, long.why) == (16, 16, 32, why)
+    assert long.seconds == 2 and long.seconds_used == pytest.approx(used / 16)
+    assert long.seconds_lost == pytest.approx((32 - used) / 16)
+
+
+def test_nothing_lost_has_no_reason():
+    (file, _) = describe("target_frames = [1]\nframe_extraction = 'chunk'").files
+    assert (file.clips, file.seconds_lost, file.why) == (32, 0, "")
+
+
+def test_rates_are_those_of_the_file_and_of_its_clips(folder):
+    draw_video(folder / "clips/fast.mp4", 60, fps=30)
+    rates = {}
+    for rate in ('"auto"', "30", "60"):
+        by_name = {file.path: file for file in describe(f"target_frames = [1]\nsource_fps = {rate}").files}
+        fast = by_name["clips/fast.mp4"]
+        rates[rate] = (fast.fps_in, fast.fps_out, fast.frames, fast.frames_at_rate)
+    assert rates == {'"auto"': (30, 16, 60, 32), "30": (30, 16, 60, 32), "60": (30, 8, 60, 16)}
+    table = format_table([describe("target_frames = [1]\nsource_fps = 30")])
+    assert "30 > 16" in table and "16 > 8.5" in table
+    assert "another speed: a.mp4, b.mp4" in table
+
+
+def test_what_yields_nothing_is_named():
+    plan = describe("target_frames = [17, 81]")
+    table = format_table([plan])
+    assert "nothing from 1 of 2 files: b.mp4 (shorter than 17 frames)" in table
+    assert "no file is as long as these target_frames: 81" in table
+    assert total([plan])["files_without_clips"] == 1
+
+
+def test_a_bucket_that_drop_last_empties_is_named():
+    plan = describe("target_frames = [5]\nbatch_size = 3\ndrop_last = true")
+    assert [(bucket.samples, bucket.batches) for bucket in plan.buckets] == [(2, 0)]
+    assert "drop_last drops them all" in format_table([plan])
+
+
+def test_weights_share_out_the_epoch_as_training_does():
+    text = TOML + "target_frames = [5]\nweight = 3\n"
+    text += '[[datasets]]\nvideo_directory = "clips"\ncache_directory = "other"\ntarget_frames = [5]'
+    configs = read_config(write_toml(Path("data.toml"), text))
+    plans = [plan_clips(config, list_items(config, allow_missing_captions=True)) for config in configs]
+    assert [plan.buckets[0].samples for plan in describe_plans(plans)] == [3, 1]
+
+
+def test_samples_batches_and_coverage_are_summed(folder):
+    (folder / "stills").mkdir()
+    draw_image(folder / "stills/s.png")
+    plan = describe("target_frames = [5]\nnum_repeats = 3\nbatch_size = 4")
+    (bucket,) = plan.buckets
+    assert (bucket.size, bucket.frames, bucket.clips, bucket.samples, bucket.batches) == ((64, 48), 5, 2, 6, 2)
+    sums = total([plan])
+    assert sums["coverage"] == pytest.approx(10 / 38)
+    assert (sums["files"], sums["clips"], sums["samples"], sums["batches"]) == (2, 2, 6, 2)
+
+
+def test_the_table_fits_a_terminal_and_needs_no_model(folder, capsys):
+    make_clips(folder / "clips", {"a_very_long_name_that_a_camera_gave_0001": 40}, fps=30)
+    describe('target_frames = [5]\nsource_fps = "auto"')
+    assert tell("--plan") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[2].split() == ["a.mp4", "16", ">", "16", "32", "1", "64", "x", "48", "0.3", "1.7"]
+    assert lines[-2].startswith("total: 3 files, 3 clips") and lines[-1].endswith("%")
+    assert not list(folder.glob("cache/*.safetensors"))
+
+
+@pytest.mark.parametrize("to_file", [True, False])
+def test_programs_read_the_same_facts(folder, capsys, to_file):
+    plan = describe("target_frames = [5]")
+    assert tell("--plan_json", "plan.json" if to_file else "-") == 0
+    out = capsys.readouterr().out
+    found = json.loads((folder / "plan.json").read_text() if to_file else out)
+    assert to_file == out.startswith("dataset 1")
+    (dataset,) = found["datasets"]
+    assert [file["path"] for file in dataset["files"]] == ["clips/a.mp4", "clips/b.mp4"]
+    assert dataset["files"][0]["seconds_lost"] == plan.files[0].seconds_lost
+    assert dataset["buckets"] == [{"size": [64, 48], "frames": 5, "clips": 2, "samples": 2, "batches": 2}]
+    assert found["total"] == total([plan]) and found["version"] == 1
+
+
+def test_a_broken_file_is_named_and_skipped_on_demand(folder, capsys):
+    describe("target_frames = [5]")
+    (folder / "clips/broken.mp4").write_bytes(b"no video")
+    (folder / "clips/broken.txt").write_text("text")
+    assert tell("--plan") == 2
+    assert "broken.mp4" in capsys.readouterr().err
+    assert tell("--plan", "--skip_broken") == 0
+    assert "broken.mp4 (cannot be read)" in capsys.readouterr().out
+
+
+def test_images_have_no_seconds(folder, capsys):
+    (folder / "stills").mkdir()
+    draw_image(folder / "stills/s.png", (100, 50))
+    (folder / "stills/s.txt").write_text("a still")
+    (folder / "data.toml").write_text('[[datasets]]\nimage_directory = "stills"\nresolution = 64')
+    assert tell("--plan") == 0
+    out = capsys.readouterr().out
+    assert "s.png" in out and "64 x 64" in out and "%" not in out

@@ -1,0 +1,40 @@
+import threading
+
+import pytest
+
+from dataset.ahead import read_ahead
+
+
+def test_everything_comes_in_order() -> None:
+    assert list(read_ahead(range(5))) == [0, 1, 2, 3, 4]
+    assert list(read_ahead([])) == []
+
+
+def test_one_more_is_fetched_while_the_last_is_in_use() -> None:
+    taken: list[int] = []
+    fetched = [threading.Event() for _ in range(5)]
+
+    def load():
+        for number in range(5):
+            taken.append(number)
+            fetched[number].set()
+            yield number
+
+    ahead = read_ahead(load())
+    assert next(ahead) == 0
+    assert fetched[1].wait(5)
+    assert taken == [0, 1]
+    assert next(ahead) == 1
+    ahead.close()
+    assert taken[-1] <= 2
+
+
+def test_an_error_comes_in_its_turn() -> None:
+    def load():
+        yield 1
+        raise ValueError("a broken cache")
+
+    ahead = read_ahead(load())
+    assert next(ahead) == 1
+    with pytest.raises(ValueError, match="a broken cache"):
+        next(ahead)
