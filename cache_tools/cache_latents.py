@@ -131,16 +131,19 @@ def _encode(surveys: Sequence[Survey[Clip]], settings: CacheLatentsSettings, pla
     num_due = sum(len(survey.due) for survey in surveys)
     num_kept = sum(len(survey.states) for survey in surveys) - num_due
     encoded: list[Clip] = []
+    broken: list[Clip] = []
     with tqdm(desc="latents", total=num_due, unit="clip", postfix={"kept": num_kept}) as bar:
         for survey in surveys:
             config = survey.config
             logger.info("%s: %s", config, _describe(survey.due, num_all=len(survey.states)))
             batch_size = min(config.batch_size, settings.run.batch_size or config.batch_size)
             with Manifest(config.cache_directory) as manifest:
-                loaded = _load(survey.due, manifest, settings.run.num_workers, skip_broken=settings.dataset.skip_broken)
+                skipped = broken if settings.dataset.skip_broken else None
+                loaded = _load(survey.due, manifest, settings.run.num_workers, skipped=skipped)
                 for batch in batch_clips(loaded, batch_size):
                     encode_fitting(encoder.vae, batch, functools.partial(_encode_batch, encoder), name=_name)
                     encoded += [one.clip for one in batch]
+                    bar.set_postfix(kept=num_kept, skipped=len(broken), refresh=False)
                     bar.update(len(batch))
     return encoded
 
@@ -168,10 +171,12 @@ def to_pixels(pictures: Tensor) -> Tensor:
     return rearrange(pictures, "b f h w c -> b c f h w").float().div_(127.5).sub_(1.0)
 
 
-def _load(clips: Sequence[Clip], manifest: Manifest, num_workers: int, *, skip_broken: bool) -> Iterator[LoadedClip]:
+def _load(
+    clips: Sequence[Clip], manifest: Manifest, num_workers: int, *, skipped: list[Clip] | None
+) -> Iterator[LoadedClip]:
     """The pictures of clips, sorted by size; all clips of one item come from one decode.
 
-    `skip_broken` names the items that cannot be decoded and goes on without them.
+    With a list for what is `skipped`, items that cannot be decoded are named and their clips put there.
     """
     by_item: dict[Item, list[Clip]] = {}
     for clip in sorted(clips, key=lambda clip: clip.size):
@@ -186,8 +191,9 @@ def _load(clips: Sequence[Clip], manifest: Manifest, num_workers: int, *, skip_b
         except OSError as problem:
             raise InputError(f"{path} cannot be read: {problem.strerror or problem}") from None
         except InputError as problem:
-            if not skip_broken:
+            if skipped is None:
                 raise
+            skipped.extend(group)
             note_broken(manifest, path, problem)
             logger.warning("skipped: %s", problem)
             return []
