@@ -60,7 +60,7 @@ def survey_caches(
 def clear_remains(config: DatasetConfig) -> None:
     """Delete what killed runs left in a dataset's cache folder."""
     if removed := remove_remains(config.cache_directory):
-        logger.info("%s: %d unfinished files of runs that are gone were deleted", config, len(removed))
+        logger.info("%s: %d unfinished writes of runs that are gone were deleted", config, len(removed))
 
 
 def report_findings(survey: Survey[Wanted]) -> None:

@@ -137,13 +137,17 @@ def _probe_video(path: Path, container: Any, *, with_times: bool) -> MediaInfo:
 
 def _find_turn(stream: Any, packets: Iterator[Any]) -> tuple[list[Any], Turn]:
     """The packets up to the first decoded frame, and how it is turned; damage is for the decoding to report."""
-    seen = []
+    seen, decoder = [], stream.codec_context
     for packet in packets:
         seen.append(packet)
         try:
-            for frame in stream.codec_context.decode(packet):
-                return seen, _turn_of(frame)
+            # Emptied at once: the decoder would wait for the pictures that are shown before and after.
+            frames = decoder.decode(packet) or (decoder.decode(None) if packet.is_keyframe else [])
         except av.FFmpegError:
+            break
+        if frames:
+            return seen, _turn_of(frames[0])
+        if packet.is_keyframe:
             break
     return seen, Turn()
 

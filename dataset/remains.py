@@ -1,13 +1,14 @@
-"""What runs that were killed leave in a cache folder: hidden files, which no reader takes for caches."""
+"""What runs that were killed leave in a cache folder: hidden folders and files, which no reader takes for caches."""
 
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
 from wan_train.storage import HOST
 
-_TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)~(?P<process>\d+)~\w+\.(safetensors|db)")
+_TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)~(?P<process>\d+)~\w+")
 _PROBE = re.compile(r"\.probe\w{8}")
 _DAY = 24 * 60 * 60
 
@@ -18,7 +19,7 @@ def remove_remains(folder: Path) -> list[Path]:
     for path in folder.iterdir():
         try:
             if path.name.startswith(".") and _is_left_over(path):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path)
         except OSError:  # another run was faster, or owns it
             continue

@@ -10,6 +10,7 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -168,34 +169,29 @@ def _load_pickle(path: Path) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A hidden file beside `path` to write to; flushed and renamed over `path` at the end, removed on failure.
+    """A path to write to in a hidden folder beside `path`; flushed and renamed over `path` at the end.
 
-    Its name tells machine and process: `.STEM.HOST~PROCESS~RANDOM.SUFFIX`.
+    The folder goes in any case; what a killed process leaves of it tells machine and process by its name,
+    `.STEM.HOST~PROCESS~RANDOM`. It is a folder because writers make temporaries of their own beside what they write.
     """
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The suffix stays: some writers choose their format by it.
         # File systems limit a name's bytes, and letters take up to four.
         stem = os.fsencode(target.stem)[:100].decode(errors="ignore")
-        prefix = f".{stem}.{HOST}~{os.getpid()}~"
-        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=target.suffix, dir=target.parent)
+        folder = Path(tempfile.mkdtemp(prefix=f".{stem}.{HOST}~{os.getpid()}~", dir=target.parent))
     except OSError as problem:
         raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = folder / f"new{target.suffix}"  # the suffix stays: some writers choose their format by it
     try:
         yield temporary
         _flush(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, target)
         _flush(target.parent)
     except OSError as problem:
         raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

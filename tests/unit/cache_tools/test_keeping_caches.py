@@ -152,17 +152,21 @@ def test_prune_and_keep_contradict_each_other(folder, capsys):
 def test_what_dead_runs_left_goes_at_the_next_start(folder, capsys):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    living = folder / f"cache/.a_wan.{HOST}~{os.getpid()}~abcdefgh.safetensors"
-    elsewhere = folder / f"cache/.a_wan.far-{HOST}~{gone.pid}~abcdefgh.safetensors"
-    old = folder / f"cache/.b_wan.far-{HOST}~{gone.pid}~abcdefgh.safetensors"
-    dead = folder / f"cache/.a_wan.{HOST}~{gone.pid}~abcdefgh.safetensors"
+    living = folder / f"cache/.a_wan.{HOST}~{os.getpid()}~abcdefgh"
+    elsewhere = folder / f"cache/.a_wan.far-{HOST}~{gone.pid}~abcdefgh"
+    old = folder / f"cache/.b_wan.far-{HOST}~{gone.pid}~abcdefgh"
+    dead = folder / f"cache/.a_wan.{HOST}~{gone.pid}~abcdefgh"
     other, probe = folder / "cache/.hidden", folder / "cache/.probeabcd_123"
-    for path in (living, elsewhere, old, dead, other, probe):
+    for path in (living, elsewhere, old, dead):
+        path.mkdir()
+        (path / "new.safetensors").write_bytes(b"half")
+        (path / ".tmp123456").write_bytes(b"what a writer wrote before that")
+    for path in (other, probe):
         path.write_bytes(b"half")
     for path in (old, other, probe):
         os.utime(path, (0, time.time() - 2 * 24 * 60 * 60))
     assert cache() == 0
-    assert "3 unfinished files of runs that are gone were deleted" in capsys.readouterr().err
+    assert "3 unfinished writes of runs that are gone were deleted" in capsys.readouterr().err
     assert living.exists() and elsewhere.exists() and other.exists()
     assert not old.exists() and not dead.exists() and not probe.exists()
 
