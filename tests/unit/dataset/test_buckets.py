@@ -42,7 +42,7 @@ def all_buckets(width, height):
 
 def test_random_sizes_agree_with_a_search_of_every_bucket():
     chance = random.Random(0)
-    for _ in range(2000):
+    for _ in range(10_000):
         resolution = chance.randrange(16, 2000), chance.randrange(16, 2000)
         size = chance.randrange(1, 5000), chance.randrange(1, 5000)
         buckets = all_buckets(*resolution)

@@ -103,7 +103,7 @@ def walk_positions(num_frames, targets, extraction, sample, stride, limit):
 
 def test_random_videos_agree_with_a_walk_over_their_frames():
     chance = random.Random(0)
-    for number in range(5000):
+    for number in range(10_000):
         num_frames, limit = chance.randrange(1, 400), chance.randrange(1, 300)
         targets = sorted({4 * chance.randrange(0, 40) + 1 for _ in range(chance.randrange(1, 4))})
         sample, stride = chance.randrange(1, 12), chance.randrange(1, 60)
