@@ -48,8 +48,8 @@ def main(settings: CacheTextSettings) -> None:
     if due:
         with Manifest(configs[0].cache_directory) as manifest:
             model = take_fingerprint(Path(source), manifest)
-        dtype = published_dtype(device)
-        encoder = wan_train.load_text_encoder(source, tokenizer=tokenizer, device=device, dtype=dtype)
+        dtype, fp8 = published_dtype(device), settings.text_encoder.fp8_t5
+        encoder = wan_train.load_text_encoder(source, tokenizer=tokenizer, device=device, dtype=dtype, fp8=fp8)
         with tqdm(desc="captions", total=len(due), unit="file") as bar:
             for item, embeddings in encode_items(encoder, due, settings.run.batch_size):
                 save_text(item, embeddings, Recipe(model, name_of(torch.bfloat16)))

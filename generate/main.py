@@ -9,10 +9,11 @@ import torch
 from generate.output import check_output, write_outputs
 from generate.settings import GenerateSettings, LoraSettings
 from networks.formats import check_lora
-from wan_train.assemble import WeightedLora, assemble_dit
+from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, check_model, finish_dit
 from wan_train.cli import InputError
 from wan_train.log import get_logger
-from wan_train.models.loading import check_dit, linear_shapes, storage_dtype
+from wan_train.models.loading import linear_shapes
+from wan_train.models.stored import storage_dtype
 from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.vae import check_vae
 from wan_train.models.variants import VARIANTS, Variant
@@ -34,8 +35,8 @@ def main(settings: GenerateSettings) -> None:
     variant = VARIANTS[settings.dit.task]
     request = make_request(settings.sampling, variant)
     loras = weighted_loras(settings.lora)
-    preflight(settings, variant, loras)
     device = default_device(settings.output.device)
+    preflight(settings, variant, loras, device)
     log.info(
         "%d wide, %d high, %d frames, %d steps, shift %g, guidance %g, seed %d, on %s",
         *(request.width, request.height, request.frames, request.steps),
@@ -59,9 +60,15 @@ def generate_latents(
     # An accelerator computes float32 files in bfloat16, as the official sampler does.
     wide = storage_dtype(read_header(settings.dit.dit)) is torch.float32
     dtype = published_dtype(device) if wide else None
-    model = assemble_dit(settings.dit, device=device, dtype=dtype, loras=loras)
+    model = assemble_dit(model_settings(settings), device=device, dtype=dtype, loras=loras)
+    finish_dit(model, model_settings(settings), device)
     positive, negative = conditions[request.prompt], conditions[request.negative_prompt]
     return sample_latents(model, request, positive, negative, device=device)
+
+
+def model_settings(settings: GenerateSettings) -> ModelSettings:
+    """What the settings say about the DiT."""
+    return ModelSettings(settings.dit, settings.weights, settings.stream, settings.activations, settings.compile)
 
 
 def make_request(sampling: SamplingSettings, variant: Variant) -> SampleRequest:
@@ -104,10 +111,10 @@ def weighted_loras(settings: LoraSettings) -> list[WeightedLora]:
     return [WeightedLora(str(path), float(multiplier)) for path, multiplier in pairs]
 
 
-def preflight(settings: GenerateSettings, variant: Variant, loras: list[WeightedLora]) -> None:
-    """Refuse what cannot work by headers alone, before a model is loaded."""
+def preflight(settings: GenerateSettings, variant: Variant, loras: list[WeightedLora], device: torch.device) -> None:
+    """Refuse what cannot work by headers and tiny trials alone, before a model is loaded."""
     check_output(settings.output)
-    if warning := check_dit(settings.dit.dit, variant):
+    if warning := check_model(model_settings(settings), variant, device):
         log.warning(warning)
     if not settings.text.t5:
         raise InputError("--t5 is missing: give the UMT5-XXL encoder file")

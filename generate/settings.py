@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from wan_train.cli import Tool, option
+from wan_train.memory.settings import ActivationSettings, CompileSettings, FastWeightSettings, StreamSettings
 from wan_train.models.settings import DitSettings, TextEncoderSettings, VaeSettings
 from wan_train.sampling.settings import SamplingSettings
 
@@ -32,6 +33,10 @@ class GenerateSettings:
     """All settings of the generator."""
 
     dit: DitSettings
+    weights: FastWeightSettings
+    stream: StreamSettings
+    activations: ActivationSettings
+    compile: CompileSettings
     vae: VaeSettings
     text: TextEncoderSettings
     lora: LoraSettings

@@ -38,23 +38,29 @@ class Branch(nn.Module):
     def before(self, x: Tensor) -> Tensor:
         """x (..., in) as the Linear shall get it; keeps the rank's activations of it."""
         x = x.to(_product_dtype(x))
+        if torch.compiler.is_compiling():  # then `after` does it all: a graph leaves nothing behind on a module
+            return x
         down = self.down.weight.to(x.dtype)
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if x.requires_grad and torch.is_grad_enabled():
             x, hidden = _Down.apply(x, down)  # type: ignore[no-untyped-call]
         else:
             hidden = F.linear(x, down)
-        self.hidden = drop(hidden, self.dropout) if self.training and self.dropout > 0 else hidden
+        self.hidden = self._dropped(hidden)
         return x
 
-    def after(self, output: Tensor) -> Tensor:
-        """The Linear's output (..., out) with the branch added, in place."""
-        assert self.hidden is not None
-        hidden, self.hidden = self.hidden.to(output.dtype), None
+    def after(self, x: Tensor, output: Tensor) -> Tensor:
+        """The Linear's output (..., out) for x, what `before` returned, with the branch added in place."""
         up = self.up.weight.to(output.dtype)
         if torch.compiler.is_compiling():  # a compiler fuses the plain form by itself
-            return torch.add(output, F.linear(hidden, up), alpha=self.scale)
+            hidden = self._dropped(F.linear(x, self.down.weight.to(x.dtype)))
+            return torch.add(output, F.linear(hidden.to(output.dtype), up), alpha=self.scale)
+        assert self.hidden is not None
+        hidden, self.hidden = self.hidden.to(output.dtype), None
         added: Tensor = _Up.apply(output, hidden, up, self.scale)  # type: ignore[no-untyped-call]
         return added
+
+    def _dropped(self, hidden: Tensor) -> Tensor:
+        return drop(hidden, self.dropout) if self.training and self.dropout > 0 else hidden
 
 
 def drop(hidden: Tensor, probability: float) -> Tensor:
@@ -116,9 +122,10 @@ def _before(linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]
     return (linear.lora.before(x),)
 
 
-def _after(linear: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _after(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     assert isinstance(linear.lora, Branch)
-    return linear.lora.after(output)
+    (x,) = inputs
+    return linear.lora.after(x, output)
 
 
 def attach_branch(linear: nn.Linear, branch: Branch) -> None:

@@ -1,7 +1,9 @@
-"""The one ordered list of what is done to a DiT: read, rename, merge, fill, attach, recompute."""
+"""The one ordered list of what is done to a DiT: read, rename, merge, quantise, fill, attach; then, from the bare block
+outwards, chunk, compile, stream and recompute: what the backward pass computes again goes through the streaming again.
+"""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -9,12 +11,57 @@ from networks.adapter import Adapter, create
 from networks.formats import read_lora
 from networks.merge import merged
 from networks.settings import NetworkSettings
+from wan_train.log import get_logger
+from wan_train.memory.chunks import apply_chunks
+from wan_train.memory.compile import apply_compile, apply_device_flags, check_compile
+from wan_train.memory.lanes import make_lane
+from wan_train.memory.quantize import SCALE, check_fp8_product, quantised
 from wan_train.memory.recompute import apply_recompute
+from wan_train.memory.settings import (
+    ActivationSettings,
+    CompileSettings,
+    FastWeightSettings,
+    RecomputeSettings,
+    StreamSettings,
+    WeightSettings,
+    check_recompute,
+    check_stream,
+)
+from wan_train.memory.stream import Stream, apply_stream, streamed_blocks
+from wan_train.models.attention import check_attention
 from wan_train.models.dit import Dit
-from wan_train.models.loading import build_dit, linear_shapes
+from wan_train.models.loading import (
+    Placement,
+    build_dit,
+    check_dit,
+    linear_shapes,
+    num_blocks,
+    official_shapes,
+    set_attention,
+)
 from wan_train.models.settings import DitSettings
+from wan_train.models.stored import check_storage, in_blocks, plan_storage, read_scales, unscaled
+from wan_train.models.variants import Variant
 from wan_train.models.weights import dit_rename, renamed
 from wan_train.storage import read_header, read_tensors
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """All that says how a DiT is put together."""
+
+    dit: DitSettings
+    weights: WeightSettings = field(default_factory=WeightSettings)
+    stream: StreamSettings = field(default_factory=StreamSettings)
+    activations: ActivationSettings = field(default_factory=ActivationSettings)
+    compile: CompileSettings = field(default_factory=CompileSettings)
+
+    @property
+    def recompute(self) -> RecomputeSettings | None:
+        """What the backward pass computes again; None where nothing is trained."""
+        return self.activations if isinstance(self.activations, RecomputeSettings) else None
 
 
 @dataclass(frozen=True)
@@ -25,24 +72,92 @@ class WeightedLora:
     multiplier: float = 1.0
 
 
+def check_model(settings: ModelSettings, variant: Variant, device: torch.device) -> str | None:
+    """Refuse what cannot be put together, from the file's header and tiny trials on the device; a warning when the
+    model's size is another one than the task's."""
+    path, recompute = settings.dit.dit, settings.recompute
+    warning = check_dit(path, variant)
+    check_storage(read_header(path), settings.weights, f"--dit {path}")
+    check_stream(settings.stream, num_blocks(path), recompute=recompute.recompute if recompute else None)
+    check_attention(settings.dit.attn_mode, device=device, training=recompute is not None)
+    if recompute is not None:
+        check_recompute(recompute, settings.compile)
+    check_compile(settings.compile, device=device, blocks_to_swap=settings.stream.blocks_to_swap)
+    if _multiplies_fp8(settings.weights):
+        check_fp8_product(device)
+    return warning
+
+
+def _multiplies_fp8(weights: WeightSettings) -> bool:
+    return isinstance(weights, FastWeightSettings) and weights.fp8_fast
+
+
 def assemble_dit(
-    settings: DitSettings,
+    settings: ModelSettings,
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    computing: torch.dtype | None = None,
     loras: Sequence[WeightedLora] = (),
 ) -> Dit:
-    """The DiT with LoRA files merged into its weights in float32 while they stream in. `dtype` None: the file's."""
-    header = read_header(settings.dit)
-    names = linear_shapes(settings.dit) if loras else {}
+    """The DiT with LoRA files merged into its weights in float32, and these quantised, while they stream in.
+
+    `dtype` None keeps the file's, `computing` None takes products in that too. `finish_dit` is still to be called, once
+    an adapter is attached or none will be.
+    """
+    path = settings.dit.dit
+    header = read_header(path)
+    rename, shapes = dit_rename(header.shapes), official_shapes(header.shapes)
+    names = linear_shapes(path) if loras else {}
     deltas = [(read_lora(lora.path, names), lora.multiplier) for lora in loras]
-    tensors = renamed(read_tensors(settings.dit), dit_rename(header.shapes))
-    stream = merged(tensors, deltas) if deltas else tensors
-    return build_dit(header, stream, source=settings.dit, device=device, dtype=dtype, attn_mode=settings.attn_mode)
+    scales = read_scales(path, header, rename, shapes)
+    touched = {module for delta, _ in deltas for module in delta}
+    plan = plan_storage(header, shapes, scales, settings.weights, touched)
+    tensors = unscaled(renamed(read_tensors(path), rename), scales, plan.kept)
+    if deltas:
+        tensors = merged(tensors, deltas, unrounded=plan.schemes)
+    place = Placement(device, dtype, streamed_names(settings.stream, shapes))
+    stream = quantised(tensors, plan.schemes, device)
+    model = build_dit(header, stream, source=path, place=place, plan=plan)
+    model.compute_dtype = computing or model.compute_dtype
+    training = settings.recompute is not None
+    set_attention(model, settings.dit.attn_mode, device=device, training=training, split=settings.dit.split_attn)
+    return model
 
 
-def attach_adapter(model: Dit, network: NetworkSettings, *, seed: int, recompute: str) -> Adapter:
-    """Make the model trainable through an adapter, its blocks recomputed in the backward pass as `recompute` says."""
+def streamed_names(stream: StreamSettings, shapes: dict[str, tuple[int, ...]]) -> Callable[[str], bool]:
+    """Which tensors stay in main memory because their block is brought to the device when it is its turn."""
+    count = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")), default=0)
+    prefixes = tuple(f"blocks.{index}." for index in streamed_blocks(count, stream.blocks_to_swap))
+
+    def is_streamed(name: str) -> bool:
+        weight = name.replace(f".{SCALE}", ".weight")
+        return name.startswith(prefixes) and in_blocks(weight, shapes.get(weight, ()))
+
+    return is_streamed
+
+
+def attach_adapter(model: Dit, network: NetworkSettings, *, seed: int, device: torch.device) -> Adapter:
+    """Make the model trainable through an adapter, whose parameters are on `device` wherever those of the model are."""
     adapter = create(model, network, seed=seed)
-    apply_recompute(model.blocks, recompute)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(device)
     return adapter
+
+
+def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Stream:
+    """Let the blocks use less memory or time as the settings say; the result tells what streams."""
+    apply_device_flags(settings.compile)
+    blocks = list(model.blocks)
+    apply_chunks(blocks, settings.activations.ffn_chunks)
+    apply_compile(blocks, settings.compile)
+    stream = apply_stream(blocks, settings.stream, make_lane(device))
+    if settings.stream.blocks_to_swap:
+        log.info(
+            "%d of %d blocks are brought to the device for their turn: %.2f GiB of main memory, %.2f GiB on the device",
+            *(settings.stream.blocks_to_swap, len(blocks), stream.host_bytes / 2**30, stream.device_bytes / 2**30),
+        )
+    if settings.recompute is not None:
+        apply_recompute(blocks, settings.recompute, device)
+    return stream

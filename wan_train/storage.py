@@ -64,6 +64,10 @@ def read_header(source: TensorSource) -> Header:
             for key in list(file.keys()):
                 piece = file.get_slice(key)
                 shapes[key] = tuple(piece.get_shape())
+                if piece.get_dtype() not in _DTYPES:
+                    raise InputError(
+                        f"{path} stores {key} as {piece.get_dtype()}, which is not known: give another file"
+                    )
                 dtypes[key] = _DTYPES[piece.get_dtype()]
     return Header(shapes, dtypes, metadata)
 

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from torch import Tensor
 from wan_train.cli import InputError
 from wan_train.models.attention import attention
 from wan_train.models.dit import Dit, DitConfig
+from wan_train.models.stored import (
+    NOTHING_QUANTISED,
+    StoragePlan,
+    install_plan,
+    is_beside,
+    read_scales,
+    rounded,
+    storage_dtype,
+    unscaled,
+)
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.models.weights import Shapes, check_names, dit_rename, fill, renamed, require_kind
 from wan_train.precision import compute_dtype
@@ -38,8 +49,25 @@ def load_dit(
     `context` a list of (L_i, text_dim) or (B, 512, text_dim). Its parameters bear the official names and shapes.
     """
     header = read_header(source)
-    tensors = renamed(read_tensors(source), dit_rename(header.shapes))
-    return build_dit(header, tensors, source=source, config=config, device=device, dtype=dtype, attn_mode=attn_mode)
+    rename = dit_rename(header.shapes)
+    scales = read_scales(source, header, rename, official_shapes(header.shapes))
+    tensors = unscaled(renamed(read_tensors(source), rename), scales, kept=())
+    model = build_dit(header, tensors, source=source, config=config, place=Placement(torch.device(device), dtype))
+    set_attention(model, attn_mode, device=device)
+    return model
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where weights go and what they are kept in.
+
+    `dtype` None keeps the file's; tensors that `on_host` names stay in main memory, which something else brings to the
+    device when they are needed.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    on_host: Callable[[str], bool] = lambda name: False
 
 
 def build_dit(
@@ -47,17 +75,25 @@ def build_dit(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     source: TensorSource,
+    place: Placement,
     config: Mapping[str, Any] | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    attn_mode: str = "torch",
+    plan: StoragePlan = NOTHING_QUANTISED,
 ) -> Dit:
-    """`load_dit` for a stream of tensors under official names that something else may have changed on the way."""
+    """`load_dit` for a stream of tensors under official names that something else may have changed on the way.
+
+    The modules of `plan` arrive as codes, with a scale behind those that have one.
+    """
     what = describe(source)
-    model = _empty(official_shapes(header.shapes), source, header.metadata, config, what)
-    fill(model, tensors, device=device, dtype=dtype, what=what)
-    model.compute_dtype = compute_dtype(device, dtype or storage_dtype(header))
-    set_attention(model, attn_mode)
+    shapes = official_shapes(header.shapes)
+    model = _empty(shapes, source, header.metadata, config, what)
+    install_plan(model, plan, shapes)
+    rename = dit_rename(header.shapes)
+    dtypes = {rename(name): dtype for name, dtype in header.dtypes.items()}
+    stream = rounded(tensors, dtypes, place.dtype, plan.codes())
+    host = torch.device("cpu")
+    fill(model, stream, device=lambda name: host if place.on_host(name) else place.device, what=what)
+    stored = place.dtype or storage_dtype(header)
+    model.compute_dtype = compute_dtype(place.device, torch.bfloat16 if stored.itemsize == 1 else stored)
     return model
 
 
@@ -87,15 +123,18 @@ def check_dit(source: TensorSource, variant: Variant, *, flag: str = "--dit") ->
     return None
 
 
-def storage_dtype(header: Header) -> torch.dtype:
-    """The dtype that the file keeps its matrices in."""
-    matrices = [d for name, d in header.dtypes.items() if name.endswith("self_attn.q.weight") or "attn1.to_q" in name]
-    return matrices[0] if matrices else next(iter(header.dtypes.values()))
+def num_blocks(source: TensorSource) -> int:
+    """How many blocks a DiT checkpoint has, from its header."""
+    return _count_blocks(official_shapes(read_header(source).shapes))
 
 
-def set_attention(model: Dit, name: str) -> None:
-    """Let every block attend by the named backend."""
-    attend = attention(name)
+def set_attention(
+    model: Dit, name: str, *, device: torch.device | str, training: bool = False, split: bool = False
+) -> None:
+    """Let every block attend by the named backend on `device`, one sample at a time if `split`; see `attention`."""
+    width = model.config.dim // model.config.num_heads
+    dtype = model.compute_dtype
+    attend = attention(name, device=device, dtype=dtype, training=training, split=split, head_width=width)
     for block in model.blocks:
         block.self_attn.attend = block.cross_attn.attend = attend  # type: ignore[union-attr]
 
@@ -112,9 +151,9 @@ def describe(source: TensorSource) -> str:
 
 
 def official_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """The shapes of a DiT checkpoint under official names."""
+    """The shapes of a DiT checkpoint's weights under official names."""
     rename = dit_rename(shapes)
-    return {rename(name): tuple(shape) for name, shape in shapes.items()}
+    return {rename(name): tuple(shape) for name, shape in shapes.items() if not is_beside(name)}
 
 
 def _empty(
@@ -137,7 +176,7 @@ def _geometry(shapes: Shapes, extras: Mapping[str, Any], what: str) -> DitConfig
         out = shapes["head.head.weight"][0]
     except (KeyError, IndexError, ValueError) as problem:
         raise InputError(f"{what} is not a whole Wan DiT: no usable {problem}") from None
-    num_layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    num_layers = _count_blocks(shapes)
     num_heads = int(extras.get("num_heads") or max(1, dim // HEAD_WIDTH))
     if dim % num_heads or (dim // num_heads) % 2:
         raise InputError(f"{what}: a width of {dim} does not divide into {num_heads} heads of even width")
@@ -154,6 +193,10 @@ def _geometry(shapes: Shapes, extras: Mapping[str, Any], what: str) -> DitConfig
         patch_size=patch_size,
         eps=float(extras.get("eps", 1e-6)),
     )
+
+
+def _count_blocks(shapes: Shapes) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
 
 
 def _extras(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from wan_train.cli import InputError, option
 from wan_train.models.variants import VARIANTS
 
+ATTENTION_MODES = ("torch", "sdpa", "xformers", "flash", "flash2", "flash3", "sageattn")
 PRECISIONS = ("fp32", "float32", "fp16", "float16", "bf16", "bfloat16")
 
 
@@ -14,7 +15,19 @@ class DitSettings:
 
     task: str = option("t2v-14B", "What the model is and does.", choices=VARIANTS)
     dit: str = option("", "DiT checkpoint: a safetensors file, any shard or folder of a set, or a .pth.", required=True)
-    attn_mode: str = option("torch", "Attention backend.", choices=("torch", "sdpa"), shortcuts={"--sdpa": "torch"})
+    attn_mode: str = option(
+        "torch",
+        "Attention backend; torch and sdpa are one, flash and flash2 too; sageattn cannot train.",
+        choices=ATTENTION_MODES,
+        shortcuts={
+            "--sdpa": "torch",
+            "--xformers": "xformers",
+            "--flash_attn": "flash",
+            "--flash3": "flash3",
+            "--sage_attn": "sageattn",
+        },
+    )
+    split_attn: bool = option(False, "Attend for one sample of a batch at a time: less memory with some backends.")
 
 
 @dataclass(frozen=True)
@@ -48,4 +61,9 @@ class TextEncoderSettings:
     tokenizer: str = option(
         "",
         "Tokenizer folder; without it google/umt5-xxl beside the T5 file, then the one inside the file, then the hub.",
+    )
+    fp8_t5: bool = option(
+        False,
+        "Keep the text encoder's matrices in fp8 and its token table in main memory: 5 GB on the device in place of 11,"
+        " embeddings a little off. Captions that are cached are not encoded again for it.",
     )

@@ -20,8 +20,13 @@ def encode_prompts(
     """Conditions of every prompt and negative prompt of the requests, by their text; each text is encoded once."""
     texts = list(dict.fromkeys(text for r in requests for text in (r.prompt, r.negative_prompt)))
     log.info("encoding %d prompts with %s", len(texts), settings.t5)
-    tokenizer, dtype = settings.tokenizer or "auto", published_dtype(device)
-    encoder = load_text_encoder(settings.t5, tokenizer=tokenizer, device=device, dtype=dtype)
+    encoder = load_text_encoder(
+        settings.t5,
+        tokenizer=settings.tokenizer or "auto",
+        device=device,
+        dtype=published_dtype(device),
+        fp8=settings.fp8_t5,
+    )
     with torch.no_grad():
         # One at a time: equal, bit for bit, whatever prompts are beside it.
         return {text: Conditions((encoder([text])[0].cpu(),)) for text in texts}

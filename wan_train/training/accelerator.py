@@ -1,11 +1,18 @@
 """accelerate, set up so that precision is ours: it launches, places and synchronises."""
 
 import logging
+import os
 import random
+from itertools import chain
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, broadcast_object_list
+from accelerate.utils import AutocastKwargs, DynamoBackend, broadcast_object_list
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from wan_train.cli import InputError
+from wan_train.precision import default_device
 from wan_train.training.settings import LoopSettings
 
 # Whoever imports bitsandbytes without a GPU, accelerate too, is warned of a 4-bit kernel that nobody here asks for.
@@ -14,7 +21,13 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 def make_accelerator(loop: LoopSettings) -> Accelerator:
     """The accelerator of this process. Autocast stays off: the model itself says what it computes in."""
-    return Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=[AutocastKwargs(enabled=False)])
+    accelerator = Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=[AutocastKwargs(enabled=False)])
+    dynamo = accelerator.state.dynamo_plugin.backend
+    if dynamo != DynamoBackend.NO:
+        raise InputError(
+            f"accelerate is set to compile with {dynamo.value}: set its dynamo_backend to no, give --compile"
+        )
+    return accelerator
 
 
 def agree_on_seed(seed: int | None) -> int:
@@ -24,3 +37,19 @@ def agree_on_seed(seed: int | None) -> int:
     drawn = [random.SystemRandom().randrange(2**32)]
     broadcast_object_list(drawn)
     return int(drawn[0])
+
+
+def launched_device() -> torch.device:
+    """The kind of device that `make_accelerator` will find, before it is called."""
+    return default_device("cpu" if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else None)
+
+
+def prepare_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model as accelerate runs it. It stays where it is: some of it may live in main memory on purpose.
+
+    What is frozen is the same on every process already, and may be in a dtype that cannot be sent, so it is not.
+    """
+    named = chain(model.named_parameters(), model.named_buffers())
+    frozen = [name for name, tensor in named if not tensor.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    return accelerator.prepare_model(model, device_placement=False)

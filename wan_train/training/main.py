@@ -17,10 +17,9 @@ from dataset.config import DatasetConfig, read_config
 from dataset.epochs import EpochBatches
 from dataset.summary import metadata, summarise
 from networks.adapter import check_module
-from wan_train.assemble import assemble_dit, attach_adapter
+from wan_train.assemble import ModelSettings, assemble_dit, attach_adapter, check_model, finish_dit
 from wan_train.cli import InputError
 from wan_train.log import get_logger
-from wan_train.models.loading import check_dit
 from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.vae import check_vae
 from wan_train.models.variants import VARIANTS, Variant
@@ -29,7 +28,7 @@ from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_prompts
 from wan_train.sampling.request import SampleRequest, preview_defaults, read_prompts
 from wan_train.storage import check_writable
-from wan_train.training.accelerator import agree_on_seed, make_accelerator
+from wan_train.training.accelerator import agree_on_seed, launched_device, make_accelerator, prepare_model
 from wan_train.training.loop import Run, run_length, train
 from wan_train.training.metadata import RunFacts, training_metadata
 from wan_train.training.metrics import MetricsWriter
@@ -89,10 +88,15 @@ def preflight(settings: TrainSettings) -> Plan:
     )  # how it reads; its size once the run's is known
     configs = read_config(settings.data.dataset_config, with_sources=not settings.caches.trust_cache)
     requests = check_previews(settings, variant)
-    if warning := check_dit(settings.dit.dit, variant):
+    if warning := check_model(model_settings(settings), variant, launched_device()):
         log.warning(warning)
     check_writable(settings.save.output_dir)
     return Plan(variant, configs, requests)
+
+
+def model_settings(settings: TrainSettings) -> ModelSettings:
+    """What the settings say about the DiT."""
+    return ModelSettings(settings.dit, settings.weights, settings.stream, settings.activations, settings.compile)
 
 
 def check_output_name(name: str) -> None:
@@ -126,11 +130,11 @@ def build(settings: TrainSettings, plan: Plan, dataset: CachedDataset, accelerat
     previewer = make_previewer(settings, plan, accelerator, seed) if accelerator.is_main_process else None
     dtype = None if accelerator.mixed_precision == "no" else dtype_of(accelerator.mixed_precision)
     log.info("loading %s%s", settings.dit.dit, f" in {name_of(dtype)}" if dtype else "")
-    model = assemble_dit(settings.dit, device=accelerator.device, dtype=dtype)
-    if accelerator.mixed_precision == "no":
-        model.compute_dtype = torch.float32
-    recompute = "full" if settings.loop.gradient_checkpointing else "none"
-    adapter = attach_adapter(model, settings.network, seed=seed, recompute=recompute)
+    model = assemble_dit(
+        model_settings(settings), device=accelerator.device, dtype=dtype, computing=None if dtype else torch.float32
+    )
+    adapter = attach_adapter(model, settings.network, seed=seed, device=accelerator.device)
+    finish_dit(model, model_settings(settings), accelerator.device)
     log.info(adapter.describe())
     optimizer = make_optimizer(adapter.parameter_groups(settings.optimizer.learning_rate), settings.optimizer)
     facts = RunFacts(
@@ -150,7 +154,7 @@ def build(settings: TrainSettings, plan: Plan, dataset: CachedDataset, accelerat
         settings=settings,
         accelerator=accelerator,
         dit=model,
-        model=accelerator.prepare_model(model),
+        model=prepare_model(model, accelerator),
         adapter=adapter,
         optimizer=accelerator.prepare_optimizer(optimizer),
         schedule=make_schedule(optimizer, settings.optimizer, total=length.steps),

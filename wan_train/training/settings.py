@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from dataset.settings import CacheReadSettings, DatasetSettings
 from networks.settings import NetworkSettings
 from wan_train.cli import Tool, option
+from wan_train.memory.settings import CompileSettings, RecomputeSettings, StreamSettings, WeightSettings
 from wan_train.models.settings import DitSettings, TextEncoderSettings, VaeSettings
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
@@ -24,7 +25,6 @@ class LoopSettings:
     mixed_precision: str | None = option(
         None, "Precision of the frozen model; without it the launcher's, or none.", choices=MIXED_PRECISIONS
     )
-    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass, to save memory.")
     seed: int | None = option(
         None, "Seed of noise, timesteps, order and LoRA; without it one is drawn and printed.", minimum=0
     )
@@ -93,6 +93,10 @@ class TrainSettings:
     """All settings of the trainer."""
 
     dit: DitSettings
+    weights: WeightSettings
+    stream: StreamSettings
+    activations: RecomputeSettings
+    compile: CompileSettings
     vae: VaeSettings
     text: TextEncoderSettings
     data: DatasetSettings

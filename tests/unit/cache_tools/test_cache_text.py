@@ -114,8 +114,17 @@ def test_a_changed_caption_is_encoded_again_and_alone(folder, spy, capsys):
 
 def test_options_reach_the_encoder(folder, spy):
     cache("--tokenizer", "umt5")
-    assert spy.loads == [("t5.pth", {"tokenizer": "umt5", "device": torch.device("cpu"), "dtype": None})]
+    assert spy.loads == [("t5.pth", {"tokenizer": "umt5", "device": torch.device("cpu"), "dtype": None, "fp8": False})]
     assert spy.checked == [("t5.pth", "umt5")]
+
+
+def test_fp8_reaches_the_encoder_and_makes_nothing_stale(folder, spy, capsys):
+    cache("--fp8_t5")
+    assert spy.loads[0][1]["fp8"] is True
+    for more in ((), ("--fp8_t5",)):
+        assert cache(*more) == 0
+        assert "0 encoded, 4 kept" in capsys.readouterr().err.splitlines()[-1]
+    assert len(spy.loads) == 1
 
 
 def test_the_tokenizer_is_found_by_itself_otherwise(folder, spy):

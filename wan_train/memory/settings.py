@@ -1,0 +1,132 @@
+"""Settings that trade precision or time for memory: how weights are stored, where they live, what is computed twice."""
+
+from dataclasses import dataclass
+
+from wan_train.cli import InputError, option
+
+RECOMPUTE_MODES = ("none", "full", "keep_attention")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_DYNAMIC = ("true", "false", "auto")
+
+
+@dataclass(frozen=True)
+class WeightSettings:
+    """Precision of the frozen weights."""
+
+    fp8_base: bool = option(False, "Keep the matrices of the blocks in fp8 (e4m3): half of bf16.", flags=("--fp8",))
+    fp8_scaled: bool = option(False, "Scale every 64 inputs of those matrices apart: much closer; needs --fp8_base.")
+    int8_base: bool = option(
+        False, "Keep the matrices of the blocks in int8 and multiply in int8, inputs rounded too.", flags=("--int8",)
+    )
+    int8_ffn2: bool = option(False, "With --int8_base, the second matrix of the feed-forward as well: it errs most.")
+
+    def __post_init__(self) -> None:
+        if self.fp8_scaled and not self.fp8_base:
+            raise InputError("--fp8_scaled scales what --fp8_base (or --fp8) stores: give that too")
+        if self.int8_base and self.fp8_base:
+            raise InputError("--int8_base and --fp8_base both say how weights are stored: give one of them")
+        if self.int8_ffn2 and not self.int8_base:
+            raise InputError("--int8_ffn2 widens what --int8_base covers: give that too")
+
+
+@dataclass(frozen=True)
+class FastWeightSettings(WeightSettings):
+    """Precision of the weights."""
+
+    fp8_fast: bool = option(False, "Multiply in fp8 where the device can, inputs rounded too; needs --fp8_scaled.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp8_fast and not self.fp8_scaled:
+            raise InputError("--fp8_fast multiplies what --fp8_scaled stores: give --fp8 --fp8_scaled too")
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """Block swap."""
+
+    blocks_to_swap: int = option(
+        0,
+        "Keep so many blocks in main memory and bring each to the device for its turn; all but one at most.",
+        minimum=0,
+    )
+    block_swap_ring_size: int = option(2, "Blocks that are on the device at once for that, at least 2.", minimum=2)
+    use_pinned_memory_for_block_swap: bool = option(
+        False, "Accepted for old commands: the main memory of these blocks is always pinned."
+    )
+    block_swap_h2d_only: bool = option(
+        False, "Accepted for old commands: blocks are only ever copied to the device, never back."
+    )
+
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """Activations."""
+
+    ffn_chunks: int = option(
+        1, "Take the tokens through the feed-forward in so many parts, one after another: a lower peak.", minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class RecomputeSettings(ActivationSettings):
+    """Activations."""
+
+    recompute: str = option(
+        "none",
+        "What the backward pass computes again: nothing, each block, or each block but its attention.",
+        choices=RECOMPUTE_MODES,
+        shortcuts={"--gradient_checkpointing": "full"},
+    )
+    gradient_checkpointing_cpu_offload: bool = option(
+        False, "Keep the blocks' inputs in main memory until the backward pass; needs --gradient_checkpointing."
+    )
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing_cpu_offload and self.recompute == "none":
+            raise InputError(
+                "--gradient_checkpointing_cpu_offload moves what --gradient_checkpointing keeps: give that too"
+            )
+
+
+@dataclass(frozen=True)
+class CompileSettings:
+    """Compilation."""
+
+    compile: bool = option(False, "Compile the blocks with torch.compile: a slower start, faster steps.")
+    compile_backend: str = option("inductor", "Backend of torch.compile.")
+    compile_mode: str = option("default", "Mode of torch.compile.", choices=COMPILE_MODES)
+    compile_dynamic: str = option(
+        "auto",
+        "Whether one compilation serves all sizes; auto lets the number of tokens vary.",
+        choices=COMPILE_DYNAMIC,
+    )
+    compile_fullgraph: bool = option(False, "Fail rather than compile a block in pieces.")
+    compile_cache_size_limit: int | None = option(
+        None, "Compilations kept for each block; without it torch's own limit.", minimum=1
+    )
+    cuda_allow_tf32: bool = option(False, "Let products of float32 numbers be taken in TF32: faster, 10 bits exact.")
+    cuda_cudnn_benchmark: bool = option(False, "Let cuDNN try its kernels for each new size and keep the fastest.")
+
+
+def check_stream(settings: StreamSettings, num_blocks: int, *, recompute: str | None) -> None:
+    """InputError for a number of blocks that cannot be swapped; `recompute` is None where nothing is trained."""
+    count = settings.blocks_to_swap
+    if count >= num_blocks:
+        raise InputError(
+            f"--blocks_to_swap {count} is too many for a model of {num_blocks} blocks: give at most {num_blocks - 1}"
+        )
+    if count and recompute == "none":
+        raise InputError(
+            f"--blocks_to_swap {count} needs the blocks computed again in the backward pass:"
+            " add --gradient_checkpointing"
+        )
+
+
+def check_recompute(recompute: RecomputeSettings, compile: CompileSettings) -> None:
+    """InputError for blocks that must be compiled whole and yet leave their attention out of the compilation."""
+    if recompute.recompute == "keep_attention" and compile.compile and compile.compile_fullgraph:
+        raise InputError(
+            "--compile_fullgraph wants each block in one piece, --recompute keep_attention leaves attention out of it:"
+            " give --recompute full, or leave out --compile_fullgraph"
+        )

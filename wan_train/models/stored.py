@@ -1,0 +1,199 @@
+"""How a checkpoint stores the matrices of a DiT's blocks, and how they shall be stored in memory.
+
+Files of eight bits: plain ones are all e4m3; scaled ones (ComfyUI's, musubi-tuner's) have a float32 scale beside each
+matrix, for the whole of it, for each output, or for groups of inputs. `M` below is a module's official dotted name.
+"""
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from wan_train.cli import InputError
+from wan_train.memory.quantize import MULTIPLES, SCALE, SCHEMES, Scheme, install, scale_shape
+from wan_train.memory.settings import FastWeightSettings, WeightSettings
+from wan_train.models.weights import Rename
+from wan_train.precision import widened
+from wan_train.storage import Header, TensorSource, read_tensors
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_SCALES = (".scale_weight", ".weight_scale")
+_BESIDE = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
+_MARKER = "scaled_fp8"
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class StoragePlan:
+    """How matrices of the blocks are stored in memory, by module: those in neither table as they are.
+
+    `schemes`: quantised while they stream in. `kept`: the file's own codes with their scale (out or 1, groups, 1), or
+    None where they have none, and the kind of product.
+    """
+
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    kept: Mapping[str, Tensor | None] = field(default_factory=dict)
+    scheme_of_kept: Scheme = SCHEMES["fp8"]
+
+    def codes(self) -> set[str]:
+        """The names of tensors that hold codes or scales, which no later step may round."""
+        modules = set(self.schemes) | set(self.kept)
+        return {f"{module}.{leaf}" for module in modules for leaf in ("weight", SCALE)}
+
+
+NOTHING_QUANTISED = StoragePlan()
+
+
+def install_plan(model: nn.Module, plan: StoragePlan, shapes: Shapes) -> None:
+    """Let the Linears of a model on `meta` expect what the plan stores; `shapes` of the weights by official name."""
+    linears = {module: scheme.linear for module, scheme in plan.schemes.items()}
+    scales = {module: scale_shape(scheme, shapes[f"{module}.weight"]) for module, scheme in plan.schemes.items()}
+    for module, scale in plan.kept.items():
+        linears[module] = plan.scheme_of_kept.linear
+        scales[module] = None if scale is None else tuple(scale.shape)
+    install(model, linears, {module: shape for module, shape in scales.items() if shape is not None})
+
+
+def is_beside(name: str) -> bool:
+    """Whether a tensor of a scaled file describes weights and is none itself."""
+    return name.endswith(_BESIDE) or name.rpartition(".")[2] == _MARKER
+
+
+def in_blocks(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor, under its official name, is a matrix that low-precision modes store in fewer bits."""
+    return name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2 and "norm" not in name
+
+
+def storage_dtype(header: Header) -> torch.dtype:
+    """The dtype that the file keeps its matrices in."""
+    matrices = [d for name, d in header.dtypes.items() if name.endswith("self_attn.q.weight") or "attn1.to_q" in name]
+    return matrices[0] if matrices else next(iter(header.dtypes.values()))
+
+
+def is_scaled(header: Header) -> bool:
+    """Whether the file has scales beside its matrices."""
+    return any(name.endswith(_SCALES) for name in header.shapes)
+
+
+def check_storage(header: Header, settings: WeightSettings, what: str) -> None:
+    """InputError for a precision that cannot be had from this file."""
+    stored = storage_dtype(header)
+    if stored not in (*_FP8, *_WIDE):
+        raise InputError(f"{what} stores its matrices as {stored}: give a bf16, fp16, fp32 or fp8 file")
+    if stored not in _FP8:
+        return
+    if not (settings.fp8_base or settings.int8_base):
+        raise InputError(f"{what} is an fp8 file: add --fp8_base (--fp8 in the generator), or give a bf16 or fp16 file")
+    if settings.fp8_scaled and not is_scaled(header):
+        raise InputError(
+            f"{what} is an fp8 file without scales, and --fp8_scaled cannot bring back what its rounding lost: "
+            "leave out --fp8_scaled, or give a bf16 or fp16 file"
+        )
+
+
+def plan_storage(
+    header: Header, shapes: Shapes, scales: Mapping[str, Tensor], settings: WeightSettings, touched: Container[str] = ()
+) -> StoragePlan:
+    """How the matrices of a file are to be stored: `shapes` under official names, `scales` as `read_scales` gives them.
+
+    What a LoRA has changed (`touched`) is quantised anew, with scales, even where the file's codes are kept.
+    """
+    modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if in_blocks(name, shape)}
+    wanted = _scheme_name(settings)
+    if wanted is None:
+        return StoragePlan()
+    schemes: dict[str, Scheme] = {}
+    kept: dict[str, Tensor | None] = {}
+    fp8_file = storage_dtype(header) in _FP8
+    for module, shape in modules.items():
+        name = _scheme_for(module, shape, wanted, settings)
+        if fp8_file and module not in touched and _can_keep(name, scales.get(module)):
+            kept[module] = scales.get(module)
+        elif name is not None:
+            schemes[module] = SCHEMES["fp8_scaled" if fp8_file and name == "fp8" else name]
+    return StoragePlan(schemes, kept, SCHEMES["fp8_fast" if wanted == "fp8_fast" else "fp8"])
+
+
+def _scheme_name(settings: WeightSettings) -> str | None:
+    if settings.int8_base:
+        return "int8"
+    if isinstance(settings, FastWeightSettings) and settings.fp8_fast:
+        return "fp8_fast"
+    if settings.fp8_base:
+        return "fp8_scaled" if settings.fp8_scaled else "fp8"
+    return None
+
+
+def _scheme_for(module: str, shape: tuple[int, ...], wanted: str, settings: WeightSettings) -> str | None:
+    if wanted == "int8" and module.endswith("ffn.2") and not settings.int8_ffn2:
+        return None
+    if any(side % MULTIPLES.get(wanted, 1) for side in shape):
+        return "fp8_scaled" if wanted == "fp8_fast" else None
+    return wanted
+
+
+def _can_keep(name: str | None, scale: Tensor | None) -> bool:
+    """Whether the codes of an fp8 file serve as they are: not for int8, and for fp8 products with one scale a row."""
+    if name == "int8":
+        return False
+    return name != "fp8_fast" or (scale is not None and scale.shape[1] == 1)
+
+
+def read_scales(source: TensorSource, header: Header, rename: Rename, shapes: Shapes) -> dict[str, Tensor]:
+    """The scales of a scaled file by module, each (out or 1, groups, 1) float32."""
+    if not is_scaled(header):
+        return {}
+    found = {}
+    for name, tensor in read_tensors(source):
+        ending = next((ending for ending in _SCALES if name.endswith(ending)), None)
+        if ending is not None:
+            module = rename(name.removesuffix(ending))
+            if tensor.dtype not in _WIDE:
+                raise InputError(f"the scale of {module} is stored as {tensor.dtype}: give a file with float32 scales")
+            found[module] = _three_axes(module, tensor.to(torch.float32), shapes.get(f"{module}.weight"))
+    return found
+
+
+def _three_axes(module: str, scale: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """A scale as files have it, from () and (out,) to (out, groups, 1), as (out or 1, groups, 1)."""
+    if scale.ndim < 3:
+        scale = scale.reshape(1, 1, 1) if scale.numel() == 1 else scale.reshape(len(scale), -1, 1)
+    fits = shape is not None and len(shape) == 2 and scale.ndim == 3 and scale.shape[2] == 1
+    if not fits or scale.shape[0] not in (1, shape[0]) or shape[1] % scale.shape[1]:  # type: ignore[index]
+        raise InputError(f"the scale of {module} has the shape {list(scale.shape)}, its matrix {list(shape or ())}")
+    return scale.clone()
+
+
+def unscaled(
+    tensors: Iterable[tuple[str, Tensor]], scales: Mapping[str, Tensor], kept: Container[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """A pipe from a scaled file's tensors to weights: each code times its scale, float32, but `kept` ones as stored
+    with their scale behind them; what is no weight is left out."""
+    for name, tensor in tensors:
+        if is_beside(name):
+            continue
+        module = name.removesuffix(".weight")
+        scale = scales.get(module) if name != module else None
+        if scale is None:
+            yield name, tensor
+        elif module in kept:
+            yield name, tensor
+            yield f"{module}.{SCALE}", scale
+        else:
+            yield name, widened(tensor, scale, torch.float32)
+
+
+def rounded(
+    tensors: Iterable[tuple[str, Tensor]], dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None, codes: set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """A pipe that gives each tensor the dtype that it is kept in: `dtype`, or without one the file's own (`dtypes`, by
+    name), bfloat16 where that has eight bits. Codes and their scales pass."""
+    for name, tensor in tensors:
+        if name in codes:
+            yield name, tensor
+            continue
+        own = dtypes.get(name, tensor.dtype)
+        yield name, tensor.to(dtype or (torch.bfloat16 if own.itemsize == 1 else own))
