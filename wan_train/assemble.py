@@ -153,7 +153,12 @@ def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Str
     apply_chunks(blocks, settings.activations.ffn_chunks)
     apply_compile(blocks, settings.compile)
     stream = apply_stream(blocks, settings.stream, make_lane(device))
-    if settings.stream.blocks_to_swap:
+    if 0 < settings.stream.blocks_to_swap <= settings.stream.block_swap_ring_size:
+        log.warning(
+            "--blocks_to_swap %d saves nothing: --block_swap_ring_size lets as many be on the device at once",
+            settings.stream.blocks_to_swap,
+        )
+    elif settings.stream.blocks_to_swap:
         log.info(
             "%d of %d blocks are brought to the device for their turn: %.2f GiB of main memory, %.2f GiB on the device",
             *(settings.stream.blocks_to_swap, len(blocks), stream.host_bytes / 2**30, stream.device_bytes / 2**30),

@@ -44,8 +44,11 @@ class Bench:
         return load_file(self.folder / "out" / f"{name}.safetensors")
 
     def losses(self, name: str) -> list[float]:
+        return self.rows(name, "loss")
+
+    def rows(self, name: str, what: str) -> list[float]:
         lines = (self.folder / "out" / f"{name}.metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
+        return [json.loads(line)[what] for line in lines]
 
     def generate(self, name: str, *more: object) -> None:
         self.run(
@@ -168,6 +171,8 @@ def test_adapters_learn_on_every_base_as_on_bf16(bench: Bench) -> None:
         bench.train(name, "--gradient_checkpointing", *options, steps=200)
         losses = bench.losses(name)
         assert sum(losses[-50:]) < 0.8 * 50 / 5 * sum(losses[:5])
+        peaks = bench.rows(name, "memory_mib")
+        assert peaks[-1] <= 1.01 * peaks[20]  # nothing grows with the steps
         return sum(losses[-50:]) / 50
 
     reference = level("bf16")

@@ -14,10 +14,15 @@ from tests.parity.golden import Case, load_case, relative_error
 from tests.parity.test_dit import lora_file, run
 from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, check_model
 from wan_train.cli import InputError
+from wan_train.memory.quantize import Fp8Linear
 from wan_train.memory.settings import FastWeightSettings
 from wan_train.models.dit import Dit
+from wan_train.models.loading import official_shapes
 from wan_train.models.settings import DitSettings
+from wan_train.models.stored import plan_storage
 from wan_train.models.variants import VARIANTS
+from wan_train.precision import Linear
+from wan_train.storage import read_header
 
 CPU = torch.device("cpu")
 CASES = ("wan21_t2v", "wan21_t2i")
@@ -122,6 +127,44 @@ def test_scaled_fp8_file(name: str, prefix: str, tmp_path: Path) -> None:
         assert model.text_embedding[0].weight.dtype is torch.bfloat16
         assert error(model, case) < 0.05
     assert error(build(path, **INT8), case) < 0.05
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_fp8_file_with_a_block_in_half_precision(block: int, tmp_path: Path) -> None:
+    """Which block that is makes no difference: codes are kept, and so are the numbers that the file keeps wide."""
+    case = load_case("wan21_t2v")
+    wide, tensors = case.state_dict(), scaled_file(case.state_dict())
+    for key in [key for key in tensors if key.startswith(f"blocks.{block}.") and key.endswith("scale_weight")]:
+        weight = key.replace("scale_weight", "weight")
+        tensors[weight] = wide[weight].half()
+        del tensors[key]
+    path = file_of(case, tmp_path, tensors)
+    with pytest.raises(InputError, match=r"is an fp8 file: add --fp8_base"):
+        check_model(settings_of(path), VARIANTS["t2v-1.3B"], CPU)
+    for weights in (FP8, SCALED):
+        model = build(path, **weights)
+        assert model.blocks[block].self_attn.q.weight.dtype is torch.float16
+        kept = model.blocks[1 - block].self_attn.q.weight.view(torch.uint8)
+        assert torch.equal(kept, tensors[f"blocks.{1 - block}.self_attn.q.weight"].view(torch.uint8))
+
+
+def test_fp8_products_take_e4m3_of_whole_tiles_only(tmp_path: Path) -> None:
+    """CUDA refuses other codes and other sides, a CPU takes them: such matrices are rounded anew."""
+    case = load_case("wan21_t2v")
+    fast = {**SCALED, "fp8_fast": True}
+    tensors = scaled_file(case.state_dict())
+    model = build(file_of(case, tmp_path, tensors), **fast)
+    assert type(model.blocks[0].self_attn.q) is Fp8Linear
+    header = read_header(str(tmp_path / "dit.safetensors"))
+    shapes = official_shapes(header.shapes)
+    settings = FastWeightSettings(**fast)
+    q, scale = "blocks.0.self_attn.q", torch.ones(1, 1, 1)
+    plan = plan_storage(header, {**shapes, f"{q}.weight": (96, 100)}, {q: scale}, settings)
+    assert plan.schemes[q].linear is Linear
+    e5m2 = {k: t.to(torch.float8_e5m2) if t.dtype is torch.float8_e4m3fn else t for k, t in tensors.items()}
+    model = build(file_of(case, tmp_path, e5m2), **fast)
+    assert model.blocks[0].self_attn.q.weight.dtype is torch.float8_e4m3fn
+    assert error(model, case) < 0.15  # e5m2 itself errs by a tenth
 
 
 def test_musubi_scales_of_64_inputs(tmp_path: Path) -> None:

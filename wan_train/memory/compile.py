@@ -38,14 +38,12 @@ def apply_compile(
         block.forward = _called(_compiled(block.forward, settings), vary, replays=replays)
 
 
-def check_compile(
-    settings: CompileSettings, *, device: torch.device | str, blocks_to_swap: int = 0, recompute: str = "none"
-) -> None:
+def check_compile(settings: CompileSettings, *, device: torch.device | str, blocks_to_swap: int = 0) -> None:
     """Compile a trivial function for `device` as the settings say. InputError for what is unknown, does not work, or
-    does not go with the swapping and recomputing that is to act on the blocks."""
+    does not go with the swapping that is to act on the blocks."""
     if not settings.compile:
         return
-    _check_companions(settings, blocks_to_swap, recompute)
+    _check_companions(settings, blocks_to_swap)
     known = torch._dynamo.list_backends()
     if settings.compile_backend not in torch._dynamo.list_backends(exclude_tags=()):
         raise InputError(f"unknown --compile_backend {settings.compile_backend!r}: known are {', '.join(known)}")
@@ -58,7 +56,7 @@ def check_compile(
         ) from None
 
 
-def _check_companions(settings: CompileSettings, blocks_to_swap: int, recompute: str) -> None:
+def _check_companions(settings: CompileSettings, blocks_to_swap: int) -> None:
     if settings.compile_mode != "default" and settings.compile_backend != "inductor":
         raise InputError(
             f"--compile_mode {settings.compile_mode} is a mode of inductor, not of --compile_backend"
@@ -68,11 +66,6 @@ def _check_companions(settings: CompileSettings, blocks_to_swap: int, recompute:
         raise InputError(
             f"--compile_mode {settings.compile_mode} records the places of weights, --blocks_to_swap {blocks_to_swap}"
             " moves them: use --compile_mode default or max-autotune-no-cudagraphs"
-        )
-    if settings.compile_fullgraph and recompute == "keep_attention":
-        raise InputError(
-            "--compile_fullgraph wants a block in one piece, --recompute keep_attention takes its attention out:"
-            " leave out --compile_fullgraph, or use --recompute full"
         )
 
 

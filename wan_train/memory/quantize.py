@@ -233,6 +233,7 @@ def install(model: nn.Module, linears: Mapping[str, type[Linear]], scales: Mappi
 
 
 def scale_shape(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of the scales that the scheme gives a matrix of this shape; None for none."""
-    scale = scheme.quantise(torch.empty(shape, device="meta")).scale
-    return None if scale is None else tuple(scale.shape)
+    """The shape (out, groups, 1) of the scales that the scheme gives a matrix of this shape; None for none."""
+    # Seen on one row, since a model has hundreds of matrices and each would go through all of the arithmetic.
+    scale = scheme.quantise(torch.zeros(1, shape[1], device="cpu")).scale
+    return None if scale is None else (shape[0], *scale.shape[1:])

@@ -76,13 +76,15 @@ class RecomputeSettings(ActivationSettings):
         "none",
         "What the backward pass computes again: nothing, each block, or each block but its attention.",
         choices=RECOMPUTE_MODES,
-        shortcuts={"--gradient_checkpointing": "full"},
     )
+    gradient_checkpointing: bool = option(False, "The same as --recompute full, unless that says keep_attention.")
     gradient_checkpointing_cpu_offload: bool = option(
         False, "Keep the blocks' inputs in main memory until the backward pass; needs --gradient_checkpointing."
     )
 
     def __post_init__(self) -> None:
+        if self.gradient_checkpointing and self.recompute == "none":
+            object.__setattr__(self, "recompute", "full")
         if self.gradient_checkpointing_cpu_offload and self.recompute == "none":
             raise InputError(
                 "--gradient_checkpointing_cpu_offload moves what --gradient_checkpointing keeps: give that too"

@@ -104,13 +104,6 @@ class Stream:
         ours = {id(tensor) for cargo in self._cargos for tensor in cargo.tensors}
         return {name for name, tensor in _named_tensors(model) if id(tensor) in ours}
 
-    def place(self, model: nn.Module) -> None:
-        """Move all of `model` that does not stream to the device."""
-        ours = self.names(model)
-        for name, tensor in _named_tensors(model):
-            if name not in ours:
-                tensor.data = tensor.data.to(self._lane.device)
-
     def settle(self) -> None:
         """Let all tensors be views of their masters until their blocks are called again."""
         for cargo in self._cargos:

@@ -68,9 +68,9 @@ def in_blocks(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def storage_dtype(header: Header) -> torch.dtype:
-    """The dtype that the file keeps its matrices in."""
+    """The dtype that the file keeps its matrices in; the narrowest, since fp8 files leave some blocks wide."""
     matrices = [d for name, d in header.dtypes.items() if name.endswith("self_attn.q.weight") or "attn1.to_q" in name]
-    return matrices[0] if matrices else next(iter(header.dtypes.values()))
+    return min(matrices or header.dtypes.values(), key=lambda dtype: dtype.itemsize)
 
 
 def is_scaled(header: Header) -> bool:
@@ -107,10 +107,12 @@ def plan_storage(
         return StoragePlan()
     schemes: dict[str, Scheme] = {}
     kept: dict[str, Tensor | None] = {}
-    fp8_file = storage_dtype(header) in _FP8
+    stored = storage_dtype(header)
+    fp8_file = stored in _FP8
     for module, shape in modules.items():
         name = _scheme_for(module, shape, wanted, settings)
-        if fp8_file and module not in touched and _can_keep(name, scales.get(module)):
+        serves = wanted != "fp8_fast" or (name == wanted and _can_multiply(stored, scales.get(module)))
+        if fp8_file and module not in touched and serves and name != "int8":
             kept[module] = scales.get(module)
         elif name is not None:
             schemes[module] = SCHEMES["fp8_scaled" if fp8_file and name == "fp8" else name]
@@ -135,11 +137,9 @@ def _scheme_for(module: str, shape: tuple[int, ...], wanted: str, settings: Weig
     return wanted
 
 
-def _can_keep(name: str | None, scale: Tensor | None) -> bool:
-    """Whether the codes of an fp8 file serve as they are: not for int8, and for fp8 products with one scale a row."""
-    if name == "int8":
-        return False
-    return name != "fp8_fast" or (scale is not None and scale.shape[1] == 1)
+def _can_multiply(stored: torch.dtype, scale: Tensor | None) -> bool:
+    """Whether fp8 products take a file's codes as they are: CUDA wants e4m3 and at most one scale for each output."""
+    return stored is torch.float8_e4m3fn and scale is not None and scale.shape[1] == 1
 
 
 def read_scales(source: TensorSource, header: Header, rename: Rename, shapes: Shapes) -> dict[str, Tensor]:

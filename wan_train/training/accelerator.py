@@ -41,7 +41,10 @@ def agree_on_seed(seed: int | None) -> int:
 
 def launched_device() -> torch.device:
     """The kind of device that `make_accelerator` will find, before it is called."""
-    return default_device("cpu" if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else None)
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return torch.device("cpu")
+    device = default_device()
+    return device if device.type == "cpu" else torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def prepare_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -290,11 +290,6 @@ def test_a_missing_compiler_is_refused_by_name(tmp_path: Path, monkeypatch: pyte
             check_compile(CompileSettings(compile=True), device="cpu")
 
 
-def test_one_piece_and_kept_attention_exclude_each_other() -> None:
-    with pytest.raises(InputError, match=r"--compile_fullgraph.*--recompute keep_attention"):
-        check_compile(TRACED, device="cpu", recompute="keep_attention")
-
-
 def test_recorded_graphs_and_swapped_blocks_exclude_each_other() -> None:
     settings = CompileSettings(compile=True, compile_mode="reduce-overhead")
     with pytest.raises(InputError, match=r"--compile_mode reduce-overhead.*--blocks_to_swap 3"):

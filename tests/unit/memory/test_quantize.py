@@ -1,5 +1,7 @@
 """Matrices in eight bits: their errors, their products, their gradients."""
 
+import time
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,6 +141,37 @@ def test_products_in_eight_bits_keep_what_few_tokens_are() -> None:
         linear = loaded(scheme, weight)
         assert type(linear) is kind
         assert torch.equal(linear(loud)[:4], linear(quiet))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tokens", [1, 16, 17, 200])
+def test_an_accelerator_multiplies_as_a_cpu_does(scheme, tokens) -> None:
+    if scheme == "fp8_fast" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this device has no fp8 product")
+    here = loaded(scheme, matrix(48, 64), matrix(1, 48, seed=2)[0])
+    x = torch.randn(1, tokens, 64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        there = loaded(scheme, matrix(48, 64), matrix(1, 48, seed=2)[0]).cuda()
+        far = x.to("cuda", dtype).requires_grad_()
+        y = there(far)
+        assert y.dtype is dtype and error(y.detach().cpu().float(), here(x)) < 0.04
+        y.float().sum().backward()
+        near = x.clone().requires_grad_()
+        here(near).sum().backward()
+        assert error(far.grad.cpu().float(), near.grad) < 0.04
+
+
+def test_shapes_of_scales_cost_no_quantising() -> None:
+    """A start asks for those of hundreds of matrices: going through the arithmetic took minutes in the 14B model."""
+    started = time.perf_counter()
+    assert [scale_shape(SCHEMES[name], (13824, 5120)) for name in ("fp8", "fp8_scaled", "fp8_fast", "int8")] == [
+        None,
+        (13824, 80, 1),
+        (13824, 1, 1),
+        (13824, 1, 1),
+    ]
+    assert time.perf_counter() - started < 0.2
 
 
 def test_fp8_product_is_tried() -> None:

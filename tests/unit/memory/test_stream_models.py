@@ -127,7 +127,9 @@ def test_real_streams(count: int, ring: int, stored: torch.dtype) -> None:
         start = torch.cuda.memory_allocated()
         settings_ = StreamSettings(blocks_to_swap=streamed, block_swap_ring_size=ring)
         stream = apply_stream(dit.blocks, settings_, make_lane(device))
-        stream.place(dit)
+        for name, tensor in (*dit.named_parameters(), *dit.named_buffers()):
+            if name not in stream.names(dit):
+                tensor.data = tensor.data.to(device)
         assert stream.names(dit) == {n for n, t in dit.state_dict().items() if t.device.type == "cpu"}
         checkpointed(dit.blocks)
         optimizer = torch.optim.AdamW([p for p in dit.parameters() if p.requires_grad], lr=1e-3)
