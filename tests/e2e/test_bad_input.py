@@ -86,7 +86,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setattr("wan_train.models.weights.fill", Forbidden)
     monkeypatch.setattr("wan_train.models.loading.fill", Forbidden)
     monkeypatch.setattr("wan_train.models.vae.fill", Forbidden)
-    monkeypatch.setattr("wan_train.models.text_encoder.fill", Forbidden)
+    monkeypatch.setattr("wan_train.models.text_encoder_files.fill", Forbidden)
 
     def check(job: str, **changes: object) -> str:
         tool, words = JOBS[job]

@@ -133,7 +133,8 @@ def test_sage_cannot_train(calls: Calls) -> None:
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_an_absent_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, BACKENDS[name].module.split(".")[0], None)
+    for module in {BACKENDS[name].module, BACKENDS[name].module.split(".")[0]}:
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=f"--attn_mode {name} needs {BACKENDS[name].package.split()[0]}.*--sdpa"):
         check_attention(name, device="cpu", training=False)
 
