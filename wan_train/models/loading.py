@@ -16,10 +16,10 @@ from wan_train.models.dit import Dit, DitConfig
 from wan_train.models.stored import (
     NOTHING_QUANTISED,
     StoragePlan,
+    dtypes_kept,
     install_plan,
     is_beside,
     read_scales,
-    rounded,
     storage_dtype,
     unscaled,
 )
@@ -89,9 +89,14 @@ def build_dit(
     install_plan(model, plan, shapes)
     rename = dit_rename(header.shapes)
     dtypes = {rename(name): dtype for name, dtype in header.dtypes.items()}
-    stream = rounded(tensors, dtypes, place.dtype, plan.codes())
     host = torch.device("cpu")
-    fill(model, stream, device=lambda name: host if place.on_host(name) else place.device, what=what)
+    fill(
+        model,
+        tensors,
+        device=lambda name: host if place.on_host(name) else place.device,
+        dtype=dtypes_kept(dtypes, place.dtype, plan.codes()),
+        what=what,
+    )
     stored = place.dtype or storage_dtype(header)
     model.compute_dtype = compute_dtype(place.device, torch.bfloat16 if stored.itemsize == 1 else stored)
     return model

@@ -4,7 +4,7 @@ Files of eight bits: plain ones are all e4m3; scaled ones (ComfyUI's, musubi-tun
 matrix, for the whole of it, for each output, or for groups of inputs. `M` below is a module's official dotted name.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -186,14 +186,16 @@ def unscaled(
             yield name, widened(tensor, scale, torch.float32)
 
 
-def rounded(
-    tensors: Iterable[tuple[str, Tensor]], dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None, codes: set[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """A pipe that gives each tensor the dtype that it is kept in: `dtype`, or without one the file's own (`dtypes`, by
-    name), bfloat16 where that has eight bits. Codes and their scales pass."""
-    for name, tensor in tensors:
+def dtypes_kept(
+    stored: Mapping[str, torch.dtype], dtype: torch.dtype | None, codes: set[str]
+) -> Callable[[str, Tensor], torch.dtype]:
+    """The dtype that each tensor is kept in, from its name and itself: `dtype`, or without one the file's own
+    (`stored`, by name), bfloat16 where that has eight bits. Codes and their scales stay what they are."""
+
+    def kept(name: str, tensor: Tensor) -> torch.dtype:
         if name in codes:
-            yield name, tensor
-            continue
-        own = dtypes.get(name, tensor.dtype)
-        yield name, tensor.to(dtype or (torch.bfloat16 if own.itemsize == 1 else own))
+            return tensor.dtype
+        own = stored.get(name, tensor.dtype)
+        return dtype or (torch.bfloat16 if own.itemsize == 1 else own)
+
+    return kept

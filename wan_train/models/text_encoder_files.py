@@ -14,7 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from wan_train.cli import InputError
 from wan_train.memory.quantize import SCALE, SCHEMES, quantised, scale_shape
-from wan_train.models.stored import StoragePlan, is_beside, read_scales, rounded, unscaled
+from wan_train.models.stored import StoragePlan, dtypes_kept, is_beside, read_scales, unscaled
 from wan_train.models.weights import Rename, Shapes, check_names, fill, renamed, require_kind
 from wan_train.precision import name_of
 from wan_train.storage import Header, TensorSource, read_header, read_tensors
@@ -91,8 +91,9 @@ def fill_fp8(model: UMT5EncoderModel, source: TensorSource, *, device: torch.dev
     host = torch.device("cpu")
     fill(
         model,
-        rounded(tensors, stored, dtype, plan.codes()),
+        tensors,
         device=lambda name: host if name == _TABLE else device,
+        dtype=dtypes_kept(stored, dtype, plan.codes()),
         what=describe(source),
     )
 

@@ -154,13 +154,13 @@ def fill(
     tensors: Pairs,
     *,
     device: torch.device | str | Callable[[str], torch.device],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Callable[[str, Tensor], torch.dtype] | None = None,
     what: str,
 ) -> None:
     """Give a model made on `meta` its weights, one tensor at a time, so that nothing is held twice.
 
-    `device` may be a function of the name. `dtype` None keeps each tensor's own. Each tensor is copied: the file may
-    go. Raises InputError as `check_names`.
+    `device` may be a function of the name, `dtype` of name and tensor; `dtype` None keeps each tensor's own. Each
+    tensor is copied: the file may go. Raises InputError as `check_names`.
     """
     slots = model.state_dict()
     buffers = {name for name, _ in model.named_buffers()}
@@ -170,7 +170,9 @@ def fill(
         if name not in slots or slots[name].shape != tensor.shape:
             continue  # named below, with all the others
         owner_name, _, leaf = name.rpartition(".")
-        value = tensor.to(device=device(name) if callable(device) else device, dtype=dtype or tensor.dtype, copy=True)
+        where = device(name) if callable(device) else device
+        kind = dtype(name, tensor) if callable(dtype) else dtype
+        value = tensor.to(device=where, dtype=kind or tensor.dtype, copy=True)
         owner = model.get_submodule(owner_name)
         setattr(owner, leaf, value if name in buffers else nn.Parameter(value, requires_grad=False))
     check_names(seen, model, what)
