@@ -3,7 +3,7 @@
 import itertools
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,30 +26,37 @@ class Sample:
     """One cached clip: normalised latents (C, F, H, W) and text (L, dim), in the dtypes of their files.
 
     `weights` (F, H, W), in float32 and 1 in the mean, say how much each latent cell counts; without them all the same.
+    `loss_weight` and `is_reg` are the dataset's.
     """
 
     key: SampleKey
     latents: Tensor
     context: Tensor
     weights: Tensor | None = None
+    loss_weight: float = 1.0
+    is_reg: bool = False
 
 
 @dataclass(frozen=True)
 class Batch:
     """Samples of one bucket: latents (B, C, F, H, W) and for each its text (L_i, dim).
 
-    `weights` (B, 1, F, H, W) are there where one of the samples has some; those of the others are 1.
+    `weights` (B, 1, F, H, W) are there where one of the samples has some; those of the others are 1. The loss counts
+    `loss_weight` times; `is_reg`: what the model knows already and shall keep.
     """
 
     keys: tuple[SampleKey, ...]
     latents: Tensor
     context: list[Tensor]
     weights: Tensor | None = None
+    loss_weight: float = 1.0
+    is_reg: bool = False
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory; a DataLoader with `pin_memory` calls this."""
         weights = None if self.weights is None else self.weights.pin_memory()
-        return Batch(self.keys, self.latents.pin_memory(), [text.pin_memory() for text in self.context], weights)
+        context = [text.pin_memory() for text in self.context]
+        return replace(self, latents=self.latents.pin_memory(), context=context, weights=weights)
 
 
 class Bucket(NamedTuple):
@@ -98,7 +105,8 @@ class CachedDataset(Dataset[Sample]):
         clip = self._clips[pick.position]
         latents = read_extra(clip, FLIPPED) if pick.flipped else read_latents(clip)
         text = read_text(clip.item, pick.variant)
-        return Sample(self.key_of(pick), latents, text, _read_weights(clip, flipped=pick.flipped))
+        weights, config = _read_weights(clip, flipped=pick.flipped), clip.item.config
+        return Sample(self.key_of(pick), latents, text, weights, config.loss_weight, config.is_reg)
 
     def key_of(self, pick: Pick) -> SampleKey:
         """What a picked sample is called; when one is taken again in an epoch its repeats are counted on."""
@@ -147,7 +155,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one bucket."""
     latents = torch.stack([sample.latents for sample in samples])
     context, weights = [sample.context for sample in samples], _stack_weights(samples)
-    return Batch(tuple(sample.key for sample in samples), latents, context, weights)
+    first = samples[0]
+    return Batch(tuple(s.key for s in samples), latents, context, weights, first.loss_weight, first.is_reg)
 
 
 def _stack_weights(samples: Sequence[Sample]) -> Tensor | None:

@@ -55,6 +55,8 @@ class DatasetConfig:
     caption_dropout_rate: float = 0.0
     flip_augment: bool = False
     weight: float | None = None
+    is_reg: bool = False
+    loss_weight: float = 1.0
     drop_last: bool = False
 
     def __str__(self) -> str:

@@ -135,6 +135,8 @@ SOURCE_KEYS: dict[str, Callable[[Any], Any]] = {
     **MEDIA_KEYS,
     "cache_directory": _read_folder,
     "weight": _read_weight,
+    "is_reg": _read_switch,
+    "loss_weight": _read_weight,
     "mask_directory": _read_folder,
     "control_directory": _read_folder,
 }

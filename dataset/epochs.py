@@ -27,14 +27,14 @@ class EpochBatches:
     def __init__(self, dataset: CachedDataset, *, seed: int, rank: int = 0, num_ranks: int = 1) -> None:
         assert 0 <= rank < num_ranks
         self._dataset, self._seed, self._rank, self._num_ranks = dataset, seed, rank, num_ranks
-        self._epoch = 0
+        self._epoch, self._skip = 0, 0
         self._sizes = epoch_sizes(dataset)
         if not len(self):
             raise InputError("drop_last leaves no batch at all: every bucket holds less than its batch_size")
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order that the next iteration takes."""
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, *, skip: int = 0) -> None:
+        """Choose the order that the next iteration takes, without its first `skip` batches of this process."""
+        self._epoch, self._skip = epoch, skip
 
     def __len__(self) -> int:
         """Batches of one process in an epoch."""
@@ -51,7 +51,7 @@ class EpochBatches:
             batches += [picks[step * n : step * (n + 1)] for n in range(count_batches(size, self._config(bucket)))]
         random.Random(f"{self._seed} {self._epoch}").shuffle(batches)
         padded = itertools.islice(itertools.cycle(batches), len(self) * self._num_ranks)
-        return itertools.islice(padded, self._rank, None, self._num_ranks)
+        return itertools.islice(padded, self._rank + self._skip * self._num_ranks, None, self._num_ranks)
 
     def _config(self, bucket: Bucket) -> DatasetConfig:
         return self._dataset.configs[bucket.dataset]

@@ -7,6 +7,7 @@ from wan_train.memory.settings import ActivationSettings, CompileSettings, FastW
 from wan_train.models.settings import DitSettings, TextEncoderSettings, VaeSettings
 from wan_train.sampling.settings import SamplingSettings
 
+LORA_MODES = ("merge", "attach")
 OUTPUT_TYPES = ("video", "images", "latent", "both")
 
 
@@ -14,8 +15,17 @@ OUTPUT_TYPES = ("video", "images", "latent", "both")
 class LoraSettings:
     """LoRA."""
 
-    lora_weight: tuple[str, ...] = option((), "LoRA files to merge, kohya or lora_A/lora_B keys.")
+    lora_weight: tuple[str, ...] = option((), "LoRA files, kohya or lora_A/lora_B keys.")
     lora_multiplier: tuple[float, ...] = option((), "Strength of each LoRA, in their order; 1.0 where none is given.")
+    lora_mode: str = option(
+        "merge",
+        "merge adds LoRAs to the weights, which costs no time per step; attach computes them beside, as in training.",
+        choices=LORA_MODES,
+    )
+    include_patterns: tuple[str, ...] = option(
+        (), "Take of every LoRA only the modules in whose names one of these regular expressions is found."
+    )
+    exclude_patterns: tuple[str, ...] = option((), "Leave out the modules in whose names one of these is found.")
 
 
 @dataclass(frozen=True)

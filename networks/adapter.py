@@ -1,12 +1,16 @@
 """What is trained, as the trainer sees it: LoRA and full fine-tuning answer alike."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from networks.formats import check_lora
+from networks.keys import Shape
+from networks.norms import Norms
 from networks.settings import NetworkSettings
 from wan_train.cli import InputError, nearest
 
@@ -36,6 +40,22 @@ class Adapter(Protocol):
         """Take over what `export` gave, or another file of this kind. InputError unless it fits in every part."""
         ...
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained, under the names that the bare model has for it, in an order that does not change."""
+        ...
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """While it lasts the model computes as if it had never been trained."""
+        ...
+
+    def norm(self) -> float:
+        """The length of what was learnt: of the change of all weights together."""
+        ...
+
+    def scale_norms(self, limit: float) -> Norms:
+        """Shrink each module's change to this norm at most, to be called after each step of the optimizer."""
+        ...
+
 
 def create(model: nn.Module, settings: NetworkSettings, *, seed: int = 0) -> Adapter:
     """Attach the network that the settings name to `model`; `seed` keys its initial values."""
@@ -43,11 +63,21 @@ def create(model: nn.Module, settings: NetworkSettings, *, seed: int = 0) -> Ada
     return adapter
 
 
+def check_network(settings: NetworkSettings, linears: Mapping[str, Shape]) -> None:
+    """InputError for a network, or LoRA files to begin with, that do not fit a model with these `linears`, (out, in) by
+    official module name, as a checkpoint's header tells them. Nothing but headers is read."""
+    for path, _ in settings.base_loras:
+        check_lora(path, linears)
+    module = check_module(settings)
+    if callable(getattr(module, "check_model", None)):
+        module.check_model(settings, linears)
+
+
 def check_module(settings: NetworkSettings) -> ModuleType:
     """The module behind `--network_module`; InputError if it is none, or does not take its `--network_args`.
 
-    A network module has `attach(model, settings, *, seed) -> Adapter`, and may have `check(settings)` that refuses,
-    without a model, what it cannot do.
+    A network module has `attach(model, settings, *, seed) -> Adapter`, and may have `check(settings)` and
+    `check_model(settings, linears)` that refuse, without a model, what it cannot do at all or on such a model.
     """
     name = settings.network_module
     known = f"known are {', '.join(MODULES)}"

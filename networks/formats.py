@@ -22,8 +22,9 @@ class LoraDelta:
     scale: float
 
 
-def check_lora(source: TensorSource, linears: Mapping[str, Shape]) -> None:
-    """InputError unless a LoRA fits a model with these `linears`, (out, in) by module name. Reads headers only."""
+def check_lora(source: TensorSource, linears: Mapping[str, Shape]) -> dict[str, int]:
+    """The rank of each pair of a LoRA, by official module name. InputError unless it fits a model with these `linears`,
+    (out, in) by module name. Reads headers only."""
     what = _describe(source)
     header = read_header(source)
     match = match_keys(header.shapes, linears, what)
@@ -33,6 +34,7 @@ def check_lora(source: TensorSource, linears: Mapping[str, Shape]) -> None:
         require_fit(module, (up[0], down[1]), linears[module], what)
     match.require_all(what)
     declared_scale(source, header.metadata, what)
+    return {module: header.shapes[keys.down][0] for module, keys in match.pairs.items()}
 
 
 def read_lora(source: TensorSource, module_names: Iterable[str]) -> dict[str, LoraDelta]:

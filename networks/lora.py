@@ -10,6 +10,9 @@ wide layers another tensor of that size would cost more than the products themse
 
 import hashlib
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +29,37 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-class Branch(nn.Module):
-    """The pair of one Linear: `before` takes its input, `after` its output."""
+@dataclass(frozen=True)
+class Dropouts:
+    """Probabilities, from 0 to below 1, of what is left out of a pair while it trains.
 
-    def __init__(self, down: Tensor, up: Tensor, *, scale: float, dropout: float) -> None:
+    `neuron` of each activation of a rank at a token, `rank` of a rank in the whole of a sample, both made up for by
+    1/(1 - p); `module` of the pair in the whole of a batch, which is not (the three of kohya's sd-scripts).
+    """
+
+    neuron: float = 0.0
+    rank: float = 0.0
+    module: float = 0.0
+
+
+class Branch(nn.Module):
+    """The pair of one Linear: `before` takes its input, `after` its output. It acts while it is `enabled`."""
+
+    def __init__(
+        self,
+        down: Tensor,
+        up: Tensor,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.down, self.up = Factor(down), Factor(up)
-        self.scale, self.dropout = scale, dropout
+        self.scale = scale
+        self.dropouts = Dropouts(dropout, rank_dropout, module_dropout)
+        self.enabled = True
         self.hidden: Tensor | None = None  # on its way from `before` to `after`
 
     def before(self, x: Tensor) -> Tensor:
@@ -60,12 +87,28 @@ class Branch(nn.Module):
         return added
 
     def _dropped(self, hidden: Tensor) -> Tensor:
-        return drop(hidden, self.dropout) if self.training and self.dropout > 0 else hidden
+        return drop(hidden, self.dropouts) if self.training else hidden
 
 
-def drop(hidden: Tensor, probability: float) -> Tensor:
-    """Dropout of a rank's activations; the one place that draws for it."""
-    return F.dropout(hidden, probability)
+def drop(hidden: Tensor, dropouts: Dropouts) -> Tensor:
+    """The ranks' activations (B, ..., r) with some left out; the one place that draws for it, from torch's generator.
+
+    What is left out is multiplied by 0, so that every parameter still takes part in every graph: data-parallel training
+    waits for the gradients of all.
+    """
+    if dropouts.module > 0:
+        hidden = hidden * _kept(hidden, (), dropouts.module)
+    if dropouts.neuron > 0:
+        hidden = F.dropout(hidden, dropouts.neuron)
+    if dropouts.rank > 0:
+        shape = (hidden.shape[0], *(1 for _ in hidden.shape[2:]), hidden.shape[-1])
+        hidden = hidden * (_kept(hidden, shape, dropouts.rank) / (1 - dropouts.rank))
+    return hidden
+
+
+def _kept(like: Tensor, shape: tuple[int, ...], probability: float) -> Tensor:
+    """1 for what is kept, 0 for what is dropped with this probability."""
+    return (torch.rand(shape, device=like.device) >= probability).to(like.dtype)
 
 
 class _Down(torch.autograd.Function):
@@ -119,13 +162,13 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 def _before(linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     assert isinstance(linear.lora, Branch)
     (x,) = inputs
-    return (linear.lora.before(x),)
+    return (linear.lora.before(x),) if linear.lora.enabled else inputs
 
 
 def _after(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     assert isinstance(linear.lora, Branch)
     (x,) = inputs
-    return linear.lora.after(x, output)
+    return linear.lora.after(x, output) if linear.lora.enabled else output
 
 
 def attach_branch(linear: nn.Linear, branch: Branch) -> None:
@@ -134,6 +177,22 @@ def attach_branch(linear: nn.Linear, branch: Branch) -> None:
     linear.add_module("lora", branch)
     linear.register_forward_pre_hook(_before)
     linear.register_forward_hook(_after)
+
+
+@contextmanager
+def disabled(branches: Iterable[Branch]) -> Iterator[None]:
+    """While it lasts the Linears of these branches compute as if they had none.
+
+    A backward pass must run on the side of it that its forward pass ran on: what is recomputed asks again.
+    """
+    before = [(branch, branch.enabled) for branch in branches]
+    for branch, _ in before:
+        branch.enabled = False
+    try:
+        yield
+    finally:
+        for branch, was in before:
+            branch.enabled = was
 
 
 def initial_down(name: str, shape: tuple[int, int], seed: int) -> Tensor:

@@ -1,46 +1,112 @@
 """The LoRA branches of a model as an `Adapter`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from networks.formats import LoraDelta, kohya_state, read_lora, require_fit
-from networks.lora import Branch, attach_branch, initial_down
-from networks.settings import NetworkSettings
+from networks.lora import Branch, attach_branch, disabled, initial_down
+from networks.lora_arguments import lora_arguments
+from networks.norms import Norms, by_shape, delta_norms, limit_norms
+from networks.settings import NetworkSettings, read_arguments
 from wan_train.cli import InputError
+from wan_train.storage import TensorSource
 
 SMALL_SCALE = 0.25  # below this the log says where a weak result may come from
 
 
-class Lora:
-    """The branches of a model, as an `Adapter`. Weights are float32, saved under kohya's names with alpha."""
+@dataclass(frozen=True)
+class Size:
+    """Rank and alpha of a pair. Alpha is what a file can hold, so that a file holds exactly what was trained."""
 
-    def __init__(self, targets: Mapping[str, nn.Linear], settings: NetworkSettings, *, seed: int) -> None:
+    dim: int
+    alpha: float
+
+    @classmethod
+    def of(cls, dim: int, alpha: float) -> "Size":
+        """A size with its alpha rounded to float32."""
+        return cls(dim, float(torch.tensor(alpha, dtype=torch.float32)))
+
+    @property
+    def scale(self) -> float:
+        """What the product of the pair is multiplied by."""
+        return self.alpha / self.dim
+
+
+class Lora:
+    """The branches of a model, as an `Adapter`. Weights are float32, saved under kohya's names with alpha.
+
+    `sizes` of the pairs by module name; without them all are as the settings say.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, nn.Linear],
+        settings: NetworkSettings,
+        *,
+        seed: int,
+        sizes: Mapping[str, Size] | None = None,
+    ) -> None:
         assert targets, "the model has no Linear to adapt"
-        self.settings = settings
-        # Rounded as it will be saved, so that what a file holds is exactly what was trained.
-        self.scale = float(torch.tensor(settings.network_alpha)) / settings.dim
+        self.settings, self.arguments = settings, lora_arguments(settings)
+        self.sizes = sizes or dict.fromkeys(targets, Size.of(settings.dim, settings.network_alpha))
         self.branches: dict[str, Branch] = {}
         for name, linear in targets.items():
-            device = linear.weight.device
-            down = initial_down(name, (settings.dim, linear.in_features), seed).to(device)
-            up = torch.zeros(linear.out_features, settings.dim, device=device)
-            branch = Branch(down, up, scale=self.scale, dropout=settings.network_dropout or 0.0)
+            size, device = self.sizes[name], linear.weight.device
+            down = initial_down(name, (size.dim, linear.in_features), seed).to(device)
+            up = torch.zeros(linear.out_features, size.dim, device=device)
+            branch = Branch(
+                down,
+                up,
+                scale=size.scale,
+                dropout=settings.network_dropout or 0.0,
+                rank_dropout=self.arguments.rank_dropout,
+                module_dropout=self.arguments.module_dropout,
+            )
             attach_branch(linear, branch.train(linear.training))
             self.branches[name] = branch
+        self._groups = by_shape(self.branches.values())
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """One group of all pairs."""
-        return [{"params": self._parameters(), "lr": learning_rate}]
+        """One group of all pairs; with a `loraplus_lr_ratio` the downs and, at the rate times it, the ups
+        (LoRA+, Hayou et al. 2024)."""
+        ratio = self.arguments.loraplus_lr_ratio
+        if ratio == 1:
+            return [{"params": [parameter for _, parameter in self.named_parameters()], "lr": learning_rate}]
+        branches = self.branches.values()
+        return [
+            {"params": [branch.down.weight for branch in branches], "lr": learning_rate},
+            {"params": [branch.up.weight for branch in branches], "lr": learning_rate * ratio},
+        ]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each pair's `{module}.lora.down.weight` (r, in) and `.up.weight` (out, r), in the model's order."""
+        for name, branch in self.branches.items():
+            yield f"{name}.lora.down.weight", branch.down.weight
+            yield f"{name}.lora.up.weight", branch.up.weight
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """While it lasts the model computes as if it had no branches; see `networks.lora.disabled`."""
+        return disabled(self.branches.values())
+
+    def norm(self) -> float:
+        """The Frobenius norm of the change of all weights together."""
+        return float(delta_norms(self._groups).norm())
+
+    def scale_norms(self, limit: float) -> Norms:
+        """Shrink each module's ||alpha/dim * up @ down|| to this at most."""
+        return limit_norms(self._groups, limit)
 
     def export(self) -> dict[str, Tensor]:
         """`lora_unet_{module}.lora_down.weight` (r, in), `.lora_up.weight` (out, r) and `.alpha`, float32."""
         return kohya_state(
             {
-                name: LoraDelta(branch.down.weight.detach(), branch.up.weight.detach(), self.scale)
+                name: LoraDelta(branch.down.weight.detach(), branch.up.weight.detach(), branch.scale)
                 for name, branch in self.branches.items()
             }
         )
@@ -48,34 +114,44 @@ class Lora:
     def metadata(self) -> dict[str, str]:
         """Module, dim, alpha and dropout, as a loader needs them to build the network again."""
         settings = self.settings
+        common = self._common_size()
         rows = {
             "ss_network_module": settings.network_module,
-            "ss_network_dim": str(settings.dim),
-            "ss_network_alpha": str(settings.network_alpha),
+            "ss_network_dim": str(common.dim) if common else "Dynamic",  # the word of sd-scripts for several
+            "ss_network_alpha": str(self._alpha(common)) if common else "Dynamic",
             "ss_network_dropout": str(settings.network_dropout),
         }
         if settings.network_args:
-            rows["ss_network_args"] = json.dumps(dict(text.split("=", 1) for text in settings.network_args))
+            rows["ss_network_args"] = json.dumps(read_arguments(settings))
         return rows
 
     def describe(self) -> str:
-        """How many modules and parameters, and how strongly they count."""
-        count = sum(parameter.numel() for parameter in self._parameters())
-        text = (
-            f"LoRA on {len(self.branches)} modules, {count:,} parameters, dim {self.settings.dim}, "
-            f"alpha {self.settings.network_alpha:g}, alpha/dim {self.scale:g}"
-        )
-        if self.scale >= SMALL_SCALE:
-            return text
-        return (
-            f"{text}\nwhat is learnt counts alpha/dim, and --network_alpha is 1 unless given: "
-            f"if the result is too weak, raise it (with {self.settings.dim} the factor is 1) or the learning rate"
-        )
+        """How many modules and parameters, and how strongly they count; with `verbose` each module too."""
+        count = sum(parameter.numel() for _, parameter in self.named_parameters())
+        text = f"LoRA on {len(self.branches)} modules, {count:,} parameters, "
+        common = self._common_size()
+        if common is None:
+            dims = [size.dim for size in self.sizes.values()]
+            text += f"dims {min(dims)} to {max(dims)}, each with its own alpha"
+        else:
+            text += f"dim {common.dim}, alpha {self._alpha(common):g}, alpha/dim {common.scale:g}"
+            if common.scale < SMALL_SCALE:
+                text += (
+                    f"\nwhat is learnt counts alpha/dim, and --network_alpha is 1 unless given: if the result is too "
+                    f"weak, raise it (with {common.dim} the factor is 1) or the learning rate"
+                )
+        if self.arguments.verbose:
+            text += "".join(f"\n{name}: dim {size.dim}, alpha {size.alpha:g}" for name, size in self.sizes.items())
+        return text
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a LoRA of any known naming, of this dim and these modules; its own alpha/dim is kept in `up`."""
-        deltas = read_lora(tensors, self.branches)
+    def load(self, tensors: TensorSource) -> None:
+        """Take over a LoRA of any known naming, of these dims and modules; its own alpha/dim is kept in `up`."""
+        self.take(read_lora(tensors, self.branches))
+
+    @torch.no_grad()
+    def take(self, deltas: Mapping[str, LoraDelta]) -> None:
+        """Take over the pairs of a LoRA by official module name, as `load` does."""
         missing = [name for name in self.branches if name not in deltas]
         if missing:
             listed = ", ".join(missing[:10])
@@ -91,8 +167,14 @@ class Lora:
             if delta.scale != branch.scale:
                 branch.up.weight.mul_(delta.scale / branch.scale)
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for branch in self.branches.values() for parameter in branch.parameters()]
+    def _common_size(self) -> Size | None:
+        """The size of all pairs, if it is the same."""
+        sizes = set(self.sizes.values())
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def _alpha(self, common: Size) -> float:
+        """As the user wrote it, where it is his."""
+        return common.alpha if self.settings.dim_from_weights else self.settings.network_alpha
 
 
 def _require_size(name: str, delta: LoraDelta, branch: Branch) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from wan_train.cli import InputError, Tool, nearest, option
 
@@ -19,28 +20,69 @@ class NetworkSettings:
     network_dropout: float | None = option(
         None, "Probability of dropping a rank's activation in training; from 0 to below 1."
     )
-    network_args: tuple[str, ...] = option((), "Further arguments of the network module.", metavar="KEY=VALUE")
+    network_args: tuple[str, ...] = option(
+        (),
+        "Further arguments of the network module; of a LoRA exclude_patterns, include_patterns, rank_dropout, "
+        "module_dropout, loraplus_lr_ratio and verbose.",
+        metavar="KEY=VALUE",
+    )
+    network_weights: str | None = option(None, "LoRA file to start from; it must fit the network in every part.")
+    dim_from_weights: bool = option(
+        False, "Train the modules of the file given as --network_weights, with its dims and alphas."
+    )
+    scale_weight_norms: float | None = option(
+        None, "After each step shrink each module's learnt change to this norm at most; above 0, often 1."
+    )
+    base_weights: tuple[str, ...] = option(
+        (), "LoRA files to merge into the model before the network is trained on it."
+    )
+    base_weights_multiplier: tuple[float, ...] = option(
+        (), "Strength of each of the --base_weights, in their order; 1.0 where none is given."
+    )
 
     def __post_init__(self) -> None:
+        self._check_weights()
         if not (self.network_alpha > 0 and math.isfinite(self.network_alpha)):
             raise InputError(f"--network_alpha {self.network_alpha:g} is out of range: give a number above 0")
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
             raise InputError(f"--network_dropout {self.network_dropout:g} is out of range: give 0 or more, below 1")
+
+    def _check_weights(self) -> None:
+        limit = self.scale_weight_norms
+        if limit is not None and not (limit > 0 and math.isfinite(limit)):
+            raise InputError(f"--scale_weight_norms {limit:g} is out of range: give a number above 0")
+        if self.dim_from_weights and self.network_weights is None:
+            raise InputError("--dim_from_weights needs --network_weights: give the file, or leave it out")
+        if self.dim_from_weights and self.network_dim is not None:
+            raise InputError(
+                f"--dim_from_weights takes the dims of the file, --network_dim {self.network_dim} says another: "
+                "leave out one of them"
+            )
+        given, files = len(self.base_weights_multiplier), len(self.base_weights)
+        if given > files:
+            raise InputError(f"{given} --base_weights_multiplier for {files} --base_weights: give one to each at most")
+        if not all(map(math.isfinite, self.base_weights_multiplier)):
+            raise InputError("--base_weights_multiplier must be finite numbers")
 
     @property
     def dim(self) -> int:
         """The rank, given or not."""
         return DEFAULT_DIM if self.network_dim is None else self.network_dim
 
+    @property
+    def base_loras(self) -> tuple[tuple[str, float], ...]:
+        """The LoRA files to merge into the model, each with its multiplier."""
+        return tuple(zip_longest(self.base_weights, self.base_weights_multiplier, fillvalue=1.0))  # type: ignore[arg-type]
 
-def read_arguments(settings: NetworkSettings, known: Collection[str]) -> dict[str, str]:
-    """`--network_args` as a dictionary, split at the first "=". InputError for a key that is not `known`."""
+
+def read_arguments(settings: NetworkSettings, known: Collection[str] | None = None) -> dict[str, str]:
+    """`--network_args` as a dictionary, split at the first "=". InputError for a key that is not among the `known`."""
     arguments: dict[str, str] = {}
     for text in settings.network_args:
         key, separator, value = text.partition("=")
         if not separator:
             raise InputError(f"--network_args {text!r} has no '=': write key=value")
-        if key not in known:
+        if known is not None and key not in known:
             listed = f"takes {', '.join(known)}" if known else "takes none"
             module = settings.network_module
             raise InputError(f"unknown key {key!r} in --network_args: {module} {listed}{nearest(key, known)}")

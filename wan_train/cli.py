@@ -27,6 +27,14 @@ class RunError(RuntimeError):
     """A run that had begun cannot go on; the message is one line that says where it stopped and what is kept."""
 
 
+class Stopped(RuntimeError):
+    """A run that was asked to stop has done so in good order; the message says how to go on."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code  # for the shell
+
+
 @dataclass(frozen=True)
 class Option:
     """How a field appears on the command line; see `option`."""
@@ -100,10 +108,16 @@ def parse(
 ) -> Settings:
     """Read the command line into an instance of `settings`, a dataclass whose fields are groups of options."""
     parser = _parser(settings, program, about)
-    values, unknown = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    actions = parser._option_string_actions
+    if "--config_file" in actions:
+        from wan_train.config_file import with_config_file  # reads the options through this module
+
+        words = with_config_file(words, {flag: action.nargs == 0 for flag, action in actions.items()})
+    values, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].split("=")[0]
-        raise InputError(f"unknown option {name}{nearest(name, parser._option_string_actions)} (--help lists them all)")
+        raise InputError(f"unknown option {name}{nearest(name, actions)} (--help lists them all)")
     return settings(**{group: _build(kind, vars(values)) for group, kind in groups(settings).items()})
 
 
@@ -118,6 +132,9 @@ def run(tool: Tool, argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
         return 2 if isinstance(problem, InputError) else 1
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -179,23 +179,49 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     `.STEM.HOST~PROCESS~RANDOM`. It is a folder because writers make temporaries of their own beside what they write.
     """
     target = Path(path)
+    with _beside(target) as folder:
+        temporary = folder / f"new{target.suffix}"  # the suffix stays: some writers choose their format by it
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, target)
+        _flush(target.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty folder to fill beside `path`; its files are flushed and it is renamed to `path` at the end.
+
+    A folder that is already there gives way last, and is lost only once the new one is in its place.
+    """
+    target = Path(path)
+    with _beside(target) as folder:
+        temporary = folder / "new"
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+        if target.exists():
+            os.replace(target, folder / "old")
+        os.replace(temporary, target)
+        _flush(target.parent)
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` for as long as it is written; what fails there is an InputError."""
+    folder: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # File systems limit a name's bytes, and letters take up to four.
         stem = os.fsencode(target.stem)[:100].decode(errors="ignore")
         folder = Path(tempfile.mkdtemp(prefix=f".{stem}.{HOST}~{os.getpid()}~", dir=target.parent))
-    except OSError as problem:
-        raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None
-    temporary = folder / f"new{target.suffix}"  # the suffix stays: some writers choose their format by it
-    try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, target)
-        _flush(target.parent)
+        yield folder
     except OSError as problem:
         raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -219,6 +245,23 @@ def save_tensors(
             save_file(whole, temporary, metadata=dict(metadata or {}))
         except SafetensorError as problem:
             raise InputError(f"cannot write {path}: {problem}") from None
+
+
+def read_parts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save_parts` wrote, on the CPU. InputError for a file that holds more than plain values."""
+    try:
+        parts: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as problem:
+        raise InputError(f"{path} cannot be read: {str(problem).splitlines()[0]}") from None
+    return parts
+
+
+def save_parts(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
+    """Write nested dicts and lists of tensors, numbers and text. InputError for a full disk."""
+    try:
+        torch.save(dict(parts), path)
+    except RuntimeError as problem:  # what torch's writer makes of a full disk
+        raise InputError(f"cannot write {path}: {str(problem).splitlines()[0]}") from None
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -1,36 +1,174 @@
-"""Where on the path a training sample lies: `--timestep_sampling`, and the shift that resolution calls for."""
+"""Where on the path a training sample lies: `--timestep_sampling`, and the shift that resolution calls for.
 
+Each sampling is a distribution of t over (0, 1) that turns uniform numbers into levels by the inverse of its
+cumulative distribution: what is even in the one is even in the other, so strata of the unit interval are strata of t,
+and a part of a distribution is drawn exactly, without throwing any number away.
+"""
+
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000  # the DiT reads t as a number in 0..1000
+SMALLEST = 2.0**-25  # half a step of what torch.rand draws: its 0 would be a level without noise
+BISECTIONS = 32  # to 1e-8 of a logit, which is finer than float32
+
+Number = TypeVar("Number", float, Tensor)
 
 
-def shift(t: Tensor, factor: float) -> Tensor:
+def shift(t: Number, factor: float) -> Number:
     """Move t in [0, 1] towards noise: s t / (1 + (s-1) t) (Esser et al. 2024, eq. 23). Factor 1 changes nothing."""
     return factor * t / (1 + (factor - 1) * t)
 
 
-def draw_uniform(generator: torch.Generator, *, shift_factor: float, sigmoid_scale: float) -> Tensor:
-    """t ~ U(0, 1)."""
-    return torch.rand((), generator=generator)
+class Distribution(Protocol):
+    """A distribution of t over [0, 1]; both functions rise, and undo each other.
+
+    They take one number, and not many, so that a sample's level is the same to the bit in every batch.
+    """
+
+    def quantile(self, u: float) -> float:
+        """The t below which a share u lies; u in (0, 1)."""
+        ...
+
+    def cdf(self, t: float) -> float:
+        """The share that lies below t."""
+        ...
+
+    def __hash__(self) -> int: ...
 
 
-def draw_sigmoid(generator: torch.Generator, *, shift_factor: float, sigmoid_scale: float) -> Tensor:
-    """t = sigmoid(scale * n), n ~ N(0, 1): the logit-normal of Esser et al. 2024, section 3.1."""
-    return torch.sigmoid(sigmoid_scale * torch.randn((), generator=generator))
+@dataclass(frozen=True)
+class LogitNormals:
+    """t whose logit is normal (Esser et al. 2024, section 3.1), or one of several normals, each with its share.
+
+    To shift t by a factor is to add the factor's logarithm to the logit.
+    """
+
+    means: tuple[float, ...]
+    widths: tuple[float, ...]
+    shares: tuple[float, ...] = (1.0,)
+
+    def quantile(self, u: float) -> float:
+        place = NormalDist().inv_cdf(u)
+        each = [mean + width * place for mean, width in zip(self.means, self.widths, strict=True)]
+        # A mixture's quantile lies between those of its parts.
+        return _sigmoid(each[0] if len(each) == 1 else _solve(self._share_below, u, min(each), max(each)))
+
+    def cdf(self, t: float) -> float:
+        return t if t in (0, 1) else self._share_below(math.log(t / (1 - t)))
+
+    def _share_below(self, logit: float) -> float:
+        parts = zip(self.means, self.widths, self.shares, strict=True)
+        return sum(share / 2 * math.erfc((mean - logit) / (width * math.sqrt(2))) for mean, width, share in parts)
 
 
-def draw_shift(generator: torch.Generator, *, shift_factor: float, sigmoid_scale: float) -> Tensor:
-    """A logit-normal t, shifted towards noise."""
-    t = draw_sigmoid(generator, shift_factor=shift_factor, sigmoid_scale=sigmoid_scale)
-    return shift(t, shift_factor)
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform t, drawn towards the middle by `mode_scale` (Esser et al. 2024, eq. 20), then shifted."""
+
+    shift: float = 1.0
+    mode_scale: float = 0.0  # rises over the whole range from -1 to 2 / (pi - 2)
+
+    def quantile(self, u: float) -> float:
+        return shift(self._bend(u), self.shift)
+
+    def cdf(self, t: float) -> float:
+        before = shift(t, 1 / self.shift)
+        return _solve(self._bend, before, 0, 1) if self.mode_scale else before
+
+    def _bend(self, u: float) -> float:
+        return u + self.mode_scale * (math.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "uniform": draw_uniform,
-    "sigmoid": draw_sigmoid,
-    "shift": draw_shift,
+def _sigmoid(logit: float) -> float:
+    small = math.exp(-abs(logit))
+    return (small if logit < 0 else 1) / (1 + small)
+
+
+def _solve(rising: Callable[[float], float], value: float, low: float, high: float) -> float:
+    """Where between `low` and `high` a rising function takes a value, by bisection."""
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < value else (low, middle)
+    return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What samplings can be told; each takes what concerns it. `size` is the latents' (height, width)."""
+
+    size: tuple[int, int] = (128, 128)
+    shift: float = 1.0
+    sigmoid_scale: float = 1.0
+    density: str = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+
+def resolution_mean(size: tuple[int, int]) -> float:
+    """The logarithm of the shift that FLUX.1 gives a latent size: a line through 256 tokens, 0.5 and 4096, 1.15.
+
+    Tokens are the 2x2 patches of one frame; the number of frames does not count.
+    """
+    tokens = (size[0] // 2) * (size[1] // 2)
+    return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+
+
+def _sigma(p: Parameters) -> Distribution:
+    """A level 1 - d of the schedule, d drawn with the `density` of `--weighting_scheme`, then shifted.
+
+    The levels are not rounded to a table of 1000.
+    """
+    if p.density == "logit_normal":
+        return LogitNormals((math.log(p.shift) - p.logit_mean,), (p.logit_std,))
+    return Uniform(p.shift, p.mode_scale if p.density == "mode" else 0.0)
+
+
+def _qinglong(p: Parameters) -> Distribution:
+    """79% flux_shift, 11% logsnr, 10% logsnr of mean 5.36 and deviation 1, which are levels near the data."""
+    means = (resolution_mean(p.size), -p.logit_mean / 2, -5.36 / 2)
+    return LogitNormals(means, (p.sigmoid_scale, p.logit_std / 2, 1 / 2), (0.79, 0.11, 0.10))
+
+
+# logsnr: log(snr) = 2 log((1-t) / t) ~ N(mean, std), that is t = sigmoid(-log(snr) / 2).
+SAMPLERS: dict[str, Callable[[Parameters], Distribution]] = {
+    "uniform": lambda p: Uniform(),
+    "sigmoid": lambda p: LogitNormals((0.0,), (p.sigmoid_scale,)),
+    "shift": lambda p: LogitNormals((math.log(p.shift),), (p.sigmoid_scale,)),
+    "sigma": _sigma,
+    "flux_shift": lambda p: LogitNormals((resolution_mean(p.size),), (p.sigmoid_scale,)),
+    "logsnr": lambda p: LogitNormals((-p.logit_mean / 2,), (p.logit_std / 2,)),
+    "qinglong_flux": _qinglong,
 }
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of [0, 1] that t is drawn from: the whole distribution squeezed into it, or, with `keep_shape`, what
+    of the distribution lies there."""
+
+    low: float = 0.0
+    high: float = 1.0
+    keep_shape: bool = False
+
+
+def level(u: float, distribution: Distribution, span: Span) -> float:
+    """t within the span, of a uniform number u in [0, 1); it rises with u."""
+    u = max(u, SMALLEST)
+    if not span.keep_shape:
+        return span.low + distribution.quantile(u) * (span.high - span.low)
+    low, high = shares_below(distribution, span)
+    return min(max(distribution.quantile(low + u * (high - low)), span.low), span.high)
+
+
+@lru_cache
+def shares_below(distribution: Distribution, span: Span) -> tuple[float, float]:
+    """The shares of a distribution that lie below the ends of the span."""
+    return distribution.cdf(span.low), distribution.cdf(span.high)

@@ -18,7 +18,12 @@ def encode_prompts(
     requests: Sequence[SampleRequest], settings: TextEncoderSettings, device: torch.device
 ) -> dict[str, Conditions]:
     """Conditions of every prompt and negative prompt of the requests, by their text; each text is encoded once."""
-    texts = list(dict.fromkeys(text for r in requests for text in (r.prompt, r.negative_prompt)))
+    return encode_texts([text for r in requests for text in (r.prompt, r.negative_prompt)], settings, device)
+
+
+def encode_texts(given: Sequence[str], settings: TextEncoderSettings, device: torch.device) -> dict[str, Conditions]:
+    """Conditions of texts, by text; each is encoded once."""
+    texts = list(dict.fromkeys(given))
     log.info("encoding %d prompts with %s", len(texts), settings.t5)
     encoder = load_text_encoder(
         settings.t5,

@@ -1,13 +1,14 @@
-"""A wish for one video, and the prompt files that state them."""
+"""A wish for one video, and the grammar in which prompt lines and tables state it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
 from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, SIZE_STEP, VAE_STRIDE, Variant
+from wan_train.sampling.prompt_files import read_entries
 
 log = get_logger(__name__)
 
@@ -84,72 +85,117 @@ def _number(low: float, high: float) -> Callable[[str], float]:
     return read
 
 
-# The letters of a prompt line: which field they set and how their value is read.
-_LETTERS: dict[str, tuple[str, Callable[[str], object]]] = {
-    "w": ("width", _whole(16, 8192)),
-    "h": ("height", _whole(16, 8192)),
-    "f": ("frames", _whole(1, 4096)),
-    "d": ("seed", _whole(0, 2**63 - 1)),
-    "s": ("steps", _whole(1, MAX_STEPS)),
-    "l": ("guidance", _number(0, 1000)),
-    "fs": ("shift", _number(1e-3, 1000)),
-    "n": ("negative_prompt", str),
+@dataclass(frozen=True)
+class _Value:
+    """What a prompt says of one field: its name in tables, and how its text is read."""
+
+    field: str
+    name: str
+    read: Callable[[str], object]
+
+
+# The letters of a prompt line.
+_LETTERS = {
+    "w": _Value("width", "width", _whole(16, 8192)),
+    "h": _Value("height", "height", _whole(16, 8192)),
+    "f": _Value("frames", "frame_count", _whole(1, 4096)),
+    "d": _Value("seed", "seed", _whole(0, 2**63 - 1)),
+    "s": _Value("steps", "sample_steps", _whole(1, MAX_STEPS)),
+    "l": _Value("guidance", "cfg_scale", _number(0, 1000)),
+    "fs": _Value("shift", "discrete_flow_shift", _number(1e-3, 1000)),
+    "n": _Value("negative_prompt", "negative_prompt", str),
 }
-_IGNORED = ("g",)  # embedded guidance, which Wan does not have
-_ELSEWHERE = ("i", "ei", "cn", "ci", "cim", "of")  # images and control, which these tasks do not take
+_IGNORED = {"g": "guidance_scale"}  # embedded guidance, which Wan does not have
+# Images and control, which these tasks do not take.
+_ELSEWHERE = {
+    "i": "image_path",
+    "ei": "end_image_path",
+    "cn": "control_video_path",
+    "ci": "control_image_path",
+    "cim": "control_image_mask_path",
+    "of": "one_frame",
+}
+_BY_NAME = {value.name: letter for letter, value in _LETTERS.items()} | {
+    name: letter for letter, name in (_IGNORED | _ELSEWHERE).items()
+}
 
 _OPTION = re.compile(r"(?:^|\s)--([A-Za-z]\w*)(?=\s|$)")
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A value as somebody wrote it, and what he called it."""
+
+    name: str
+    text: str
 
 
 def parse_line(line: str, defaults: SampleRequest) -> SampleRequest:
     """A prompt line, `words --w 832 --h 480 ...`, over the defaults.
 
-    Raises InputError for an unknown letter, a value that does not read or is out of range, or an empty prompt.
+    Raises InputError for an unknown letter or one that comes twice, a value that does not read or is out of range, or
+    an empty prompt.
     """
     marks = list(_OPTION.finditer(line))
     starts = [mark.start() for mark in marks] + [len(line)]
-    prompt = line[: starts[0]].strip()
-    if not prompt:
-        raise InputError("a prompt line starts with the prompt: words --w 832 --h 480")
-    changes: dict[str, object] = {"prompt": prompt}
+    given: dict[str, _Given] = {}
     for mark, end in zip(marks, starts[1:], strict=True):
         letter = mark[1].lower()
-        text = line[mark.end() : end].strip()
+        if letter in given:
+            raise InputError(f"--{letter} comes twice in a prompt line: keep one of them")
+        given[letter] = _Given(f"--{letter}", line[mark.end() : end].strip())
+    return _request(line[: starts[0]].strip(), given, defaults, " ".join(f"--{letter}" for letter in _LETTERS))
+
+
+def parse_table(table: Mapping[str, object], defaults: SampleRequest) -> SampleRequest:
+    """A prompt as a table: `prompt`, and `width`, `frame_count` ... or the letters of a prompt line, over the defaults.
+
+    Raises InputError as `parse_line` does.
+    """
+    prompt = table.get("prompt", "")
+    given: dict[str, _Given] = {}
+    for name, value in table.items():
+        letter = _BY_NAME.get(name, name)
+        if letter in given:
+            raise InputError(f"{given[letter].name} and {name} say the same: keep one of them")
+        if letter in ("prompt", "n") and not isinstance(value, str):
+            raise InputError(f"{name} = {value}: it takes text")
+        if letter != "prompt":
+            given[letter] = _Given(name, str(value))
+    return _request(str(prompt).strip(), given, defaults, ", ".join(value.name for value in _LETTERS.values()))
+
+
+def _request(prompt: str, given: Mapping[str, _Given], defaults: SampleRequest, known: str) -> SampleRequest:
+    """The defaults with what was given by letter; `known` lists the names for a message."""
+    if not prompt:
+        raise InputError("a prompt starts with its words: a cat in the rain --w 832 --h 480")
+    changes: dict[str, object] = {"prompt": prompt}
+    for letter, value in given.items():
+        name, text = value.name, value.text
         if letter in _IGNORED:
+            log.info("%s is passed over: Wan has no embedded guidance; --l (cfg_scale) is its guidance", name)
             continue
         if letter in _ELSEWHERE:
-            raise InputError(f"--{letter} belongs to tasks that take an image or a control video, not to text-to-video")
+            raise InputError(f"{name} belongs to tasks that take an image or a control video, not to text-to-video")
         if letter not in _LETTERS:
-            raise InputError(
-                f"unknown option --{letter} in a prompt line{nearest(letter, _LETTERS)}: known are {_known()}"
-            )
-        field, read = _LETTERS[letter]
+            raise InputError(f"unknown option {name} of a prompt{nearest(letter, _BY_NAME)}: known are {known}")
         try:
-            changes[field] = read(text)
+            changes[_LETTERS[letter].field] = _LETTERS[letter].read(text)
         except ValueError as problem:
             why = str(problem) if "takes" in str(problem) else "takes a number"
-            raise InputError(f"--{letter} {text or '(nothing)'} in a prompt line: it {why}") from None
+            raise InputError(f"{name} {text or '(nothing)'} in a prompt: it {why}") from None
     return fitted(replace(defaults, **changes))  # type: ignore[arg-type]
 
 
-def _known() -> str:
-    return " ".join(f"--{letter}" for letter in _LETTERS)
-
-
 def read_prompts(path: str | Path, defaults: SampleRequest) -> list[SampleRequest]:
-    """The requests of a prompt file: a line each; empty lines and those that begin with # are passed over."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise InputError(f"cannot read the prompts {path}: {getattr(problem, 'strerror', None) or problem}") from None
+    """The requests of a prompt file: .toml, .json, or text with a prompt to a line. InputError names file and line."""
     requests = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
+    for entry in read_entries(path):
         try:
-            requests.append(parse_line(line.strip(), defaults))
+            if isinstance(entry.content, str):
+                requests.append(parse_line(entry.content, defaults))
+            else:
+                requests.append(parse_table(entry.content, defaults))
         except InputError as problem:
-            raise InputError(f"{path}, line {number}: {problem}") from None
-    if not requests:
-        raise InputError(f"{path} holds no prompt: write one to a line")
+            raise InputError(f"{entry.where}: {problem}") from None
     return requests

@@ -3,25 +3,41 @@
 import logging
 import os
 import random
+from datetime import timedelta
 from itertools import chain
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DynamoBackend, broadcast_object_list
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    broadcast_object_list,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wan_train.cli import InputError
 from wan_train.precision import default_device
-from wan_train.training.settings import LoopSettings
+from wan_train.training.settings import LoopSettings, ProcessSettings
 
 # Whoever imports bitsandbytes without a GPU, accelerate too, is warned of a 4-bit kernel that nobody here asks for.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def make_accelerator(loop: LoopSettings) -> Accelerator:
+def make_accelerator(loop: LoopSettings, processes: ProcessSettings) -> Accelerator:
     """The accelerator of this process. Autocast stays off: the model itself says what it computes in."""
-    accelerator = Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=[AutocastKwargs(enabled=False)])
+    handlers: list[KwargsHandler] = [
+        AutocastKwargs(enabled=False),
+        DistributedDataParallelKwargs(
+            gradient_as_bucket_view=processes.ddp_gradient_as_bucket_view, static_graph=processes.ddp_static_graph
+        ),
+    ]
+    if processes.ddp_timeout is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=processes.ddp_timeout)))
+    accelerator = Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=handlers)
     dynamo = accelerator.state.dynamo_plugin.backend
     if dynamo != DynamoBackend.NO:
         raise InputError(

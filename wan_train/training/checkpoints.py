@@ -1,6 +1,7 @@
-"""Names of what a run saves, and the saving of an adapter."""
+"""Names of what a run saves, the saving of an adapter, and which files newer ones replace."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from networks.adapter import Adapter
@@ -9,20 +10,22 @@ from wan_train.precision import dtype_of
 from wan_train.storage import save_tensors
 from wan_train.training.settings import SaveSettings
 
-
-def final_path(save: SaveSettings) -> Path:
-    """OUTPUT_DIR/NAME.safetensors, the file of a finished run."""
-    return Path(save.output_dir) / f"{save.output_name}.safetensors"
+FILE, EMA_FILE, STATE = ".safetensors", "-ema.safetensors", "-state"  # what follows NAME and the moment
 
 
-def epoch_path(save: SaveSettings, epoch: int) -> Path:
-    """OUTPUT_DIR/NAME-000001.safetensors, after epoch 1."""
-    return Path(save.output_dir) / f"{save.output_name}-{epoch:06d}.safetensors"
+def of_epoch(epoch: int) -> str:
+    """How names tell that something was saved after an epoch: NAME-000001."""
+    return f"-{epoch:06d}"
 
 
-def step_path(save: SaveSettings, step: int) -> Path:
-    """OUTPUT_DIR/NAME-step00000001.safetensors, after step 1."""
-    return Path(save.output_dir) / f"{save.output_name}-step{step:08d}.safetensors"
+def of_step(step: int) -> str:
+    """How names tell that something was saved after a step: NAME-step00000001."""
+    return f"-step{step:08d}"
+
+
+def path_of(save: SaveSettings, moment: str, ending: str) -> Path:
+    """OUTPUT_DIR/NAME, the moment ("" at the end of the run), and FILE, EMA_FILE or STATE."""
+    return Path(save.output_dir) / f"{save.output_name}{moment}{ending}"
 
 
 def save_adapter(path: Path, adapter: Adapter, save: SaveSettings, metadata: Mapping[str, str]) -> None:
@@ -32,3 +35,37 @@ def save_adapter(path: Path, adapter: Adapter, save: SaveSettings, metadata: Map
     exported = adapter.export().items()
     tensors = {name: tensor.detach().to("cpu", dtype if tensor.ndim else None) for name, tensor in exported}
     save_tensors(path, tensors, add_hashes(tensors, metadata))
+
+
+def outlived(save: SaveSettings, *, epoch: int, step: int) -> list[Path]:
+    """What `--save_last_n_...` no longer keeps once all of this epoch and step is saved.
+
+    Of epochs the last N saved ones stay, of steps those of the last N steps. States go with their files unless they
+    have a number of their own.
+    """
+    epochs, steps = save.save_last_n_epochs, save.save_last_n_steps
+    epoch_states = save.save_last_n_epochs_state or epochs
+    step_states = save.save_last_n_steps_state or steps
+    gone: list[Path] = []
+    for endings, last_epochs, last_steps in (((FILE, EMA_FILE), epochs, steps), ((STATE,), epoch_states, step_states)):
+        for ending in endings:
+            saved = _numbered(save, of_epoch, ending)
+            gone += [path for number, path in saved if last_epochs and number not in _last(saved, last_epochs, epoch)]
+            gone += [p for number, p in _numbered(save, of_step, ending) if last_steps and number <= step - last_steps]
+    return gone
+
+
+def _last(saved: list[tuple[int, Path]], count: int, newest: int) -> set[int]:
+    """The last `count` of the numbers up to the newest; what is beyond it belongs to an earlier run and stays."""
+    numbers = sorted(number for number, _ in saved)
+    return {n for n in numbers if n > newest} | set([n for n in numbers if n <= newest][-count:])
+
+
+def _numbered(save: SaveSettings, moment: Callable[[int], str], ending: str) -> list[tuple[int, Path]]:
+    """What is there under names of this kind, with the numbers in them."""
+    example = moment(0)
+    digits = len(example) - len(example.rstrip("0"))
+    prefix = re.escape(save.output_name + example.rstrip("0"))
+    pattern = re.compile(rf"{prefix}(\d{{{digits},}}){re.escape(ending)}")
+    matches = ((pattern.fullmatch(path.name), path) for path in Path(save.output_dir).iterdir())
+    return [(int(match[1]), path) for match, path in matches if match]

@@ -1,15 +1,22 @@
 """The metadata of a saved LoRA: what was trained, on what, how (the `ss_*` and `modelspec.*` keys of the niche)."""
 
+import hashlib
+import json
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import wan_train
 from wan_train.models.variants import VARIANTS
+from wan_train.storage import expand, read_header
 from wan_train.training.settings import TrainSettings
 
+LIBRARIES = ("torch", "accelerate", "transformers", "diffusers", "safetensors", "bitsandbytes")
 # What a loader needs to rebuild the network; `--no_metadata` keeps these alone.
 MINIMAL = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 
@@ -57,17 +64,44 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, network: Mapping
         "ss_fp8_base": settings.weights.fp8_base,
         "ss_full_fp16": False,
         "ss_full_bf16": False,
-        "ss_weighting_scheme": "none",
+        "ss_weighting_scheme": timesteps.weighting_scheme,
+        "ss_logit_mean": timesteps.logit_mean,
+        "ss_logit_std": timesteps.logit_std,
+        "ss_mode_scale": timesteps.mode_scale,
+        "ss_guidance_scale": None,  # embedded guidance, which Wan does not have
         "ss_timestep_sampling": timesteps.timestep_sampling,
         "ss_sigmoid_scale": timesteps.sigmoid_scale,
         "ss_discrete_flow_shift": timesteps.discrete_flow_shift,
+        "ss_min_timestep": timesteps.min_timestep,
+        "ss_max_timestep": timesteps.max_timestep,
+        "ss_preserve_distribution_shape": timesteps.preserve_distribution_shape,
+        "ss_num_timestep_buckets": timesteps.num_timestep_buckets,
+        "ss_loss_type": settings.loss.loss_type,
         "ss_datasets": facts.datasets,
         "ss_sd_model_name": Path(settings.dit.dit).name,
         "ss_vae_name": Path(settings.vae.vae).name if settings.vae.vae else None,
+        "ss_t5_name": Path(settings.text.t5).name if settings.text.t5 else None,
+        "ss_base_fingerprint": fingerprint(settings.dit.dit),
         "ss_wan_task": settings.dit.task,
         "ss_wan_train_version": wan_train.__version__,
+        "ss_library_versions": json.dumps(library_versions()),
     }
     return {key: str(value) for key, value in rows.items()} | dict(network)
+
+
+def fingerprint(path: str) -> str:
+    """16 hexadecimal digits by which a checkpoint can be told from another: of its tensors' names, shapes and dtypes
+    and its files' sizes, for the gigabytes themselves would take minutes to read."""
+    header = read_header(path)
+    rows = [f"{name} {tuple(shape)} {header.dtypes[name]}" for name, shape in sorted(header.shapes.items())]
+    sizes = sorted(file.stat().st_size for file in expand(path))
+    return hashlib.sha256("\n".join([*rows, *map(str, sizes)]).encode()).hexdigest()[:16]
+
+
+def library_versions() -> dict[str, str]:
+    """What computed: versions of Python and of the packages whose numbers end up in the file."""
+    installed = {name: version(name) for name in LIBRARIES if find_spec(name) is not None}
+    return {"python": platform.python_version()} | installed
 
 
 def saved_metadata(settings: TrainSettings, common: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:
@@ -92,6 +126,6 @@ def _model_spec(settings: TrainSettings) -> dict[str, str]:
         "description": save.metadata_description,
         "license": save.metadata_license,
         "tags": save.metadata_tags,
-        "timestep_range": "0,1000",
+        "timestep_range": f"{settings.timesteps.min_timestep},{settings.timesteps.max_timestep}",
     }
     return {f"modelspec.{key}": value for key, value in rows.items() if value is not None}

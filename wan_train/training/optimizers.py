@@ -1,77 +1,201 @@
 """Optimizers by the names that users know."""
 
 import ast
+import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from wan_train.cli import InputError, nearest
+from wan_train.log import get_logger
+from wan_train.training.optimizer_state import comes_from, for_training, is_schedule_free, sets_own_rate
 from wan_train.training.settings import OptimizerSettings
+
+log = get_logger(__name__)
 
 OptimizerClass = Callable[..., torch.optim.Optimizer]
 
-
-def make_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimizer over parameter groups; see `check_optimizer` for what is refused."""
-    kind, arguments = check_optimizer(settings)
-    return kind(groups, lr=settings.learning_rate, **arguments)
+WORDS = {"true": True, "false": False, "none": None}
+LOW_FOR_PRODIGY = 0.1  # it multiplies the rate that it finds; its paper and its authors take 1
 
 
-def check_optimizer(settings: OptimizerSettings) -> tuple[OptimizerClass, dict[str, Any]]:
-    """The class and the arguments behind the settings.
+@dataclass(frozen=True)
+class Source:
+    """Where a class lives, and the package to install for it."""
 
-    Raises InputError for an unknown name, a package that is not there, or an argument that the class does not take.
+    module: str
+    name: str
+    package: str
+
+
+SOURCES = {
+    "AdamW8bit": Source("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
+    "PagedAdamW8bit": Source("bitsandbytes.optim", "PagedAdamW8bit", "bitsandbytes"),
+    "Lion": Source("bitsandbytes.optim", "Lion", "bitsandbytes"),
+    "Lion8bit": Source("bitsandbytes.optim", "Lion8bit", "bitsandbytes"),
+    "Adafactor": Source("transformers.optimization", "Adafactor", "transformers"),
+    "Prodigy": Source("prodigyopt", "Prodigy", "prodigyopt"),
+    "CAME": Source("came_pytorch", "CAME", "came-pytorch"),
+    "AdamWScheduleFree": Source("schedulefree", "AdamWScheduleFree", "schedulefree"),
+}
+UNUSABLE = ("LBFGS", "SparseAdam")  # of torch: one needs a closure, the other sparse gradients
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], settings: OptimizerSettings, *, warmup: int = 0
+) -> torch.optim.Optimizer:
+    """The optimizer over the adapter's parameter groups, ready for its first step.
+
+    `warmup` is for a schedule-free optimizer, which warms up by itself. See `check_optimizer` for what is refused.
     """
-    kind = _resolve(settings.optimizer_type)
-    known = [name for name in inspect.signature(kind).parameters if name not in ("params", "lr")]
-    arguments = dict(_read_argument(text) for text in settings.optimizer_args)
-    for name in arguments:
-        if name not in known:
-            raise InputError(
-                f"--optimizer_args: {settings.optimizer_type} takes no {name}{nearest(name, known)}; "
-                f"known are {', '.join(known)}"
-            )
+    several = len({group.get("lr", settings.learning_rate) for group in groups}) > 1
+    kind, arguments = check_optimizer(settings, several_rates=several)
+    if warmup and is_schedule_free(kind):
+        arguments["warmup_steps"] = warmup
+    _explain(kind, arguments, settings.learning_rate)
+    optimizer = kind(groups, **arguments)
+    for_training(optimizer)
+    return optimizer
+
+
+def check_optimizer(
+    settings: OptimizerSettings, *, several_rates: bool = False
+) -> tuple[OptimizerClass, dict[str, Any]]:
+    """The class and the arguments, `lr` among them, behind the settings.
+
+    Raises InputError for an unknown name, a package that is not there, an argument that the class does not take, and
+    where the parameter groups have `several_rates` (LoRA+) that the optimizer could not keep apart.
+    """
+    kind = find_optimizer(settings.optimizer_type)
+    given = read_arguments("--optimizer_args", settings.optimizer_args)
+    if "lr" in given:
+        raise InputError("--optimizer_args has lr: give it as --learning_rate")
+    refuse_unknown("--optimizer_args", given, kind, own=("params", "lr"))
+    _check_warmup(kind, given, settings)
+    arguments = _defaults(kind, given) | {"lr": settings.learning_rate} | given
+    if sets_own_rate(kind, arguments):
+        arguments["lr"] = None  # it will not have both
+    if several_rates and (comes_from(kind, "prodigyopt", "Prodigy") or sets_own_rate(kind, arguments)):
+        raise InputError(
+            f"{settings.optimizer_type} keeps one learning rate for all parameters, and loraplus_lr_ratio asks for two:"
+            " leave the ratio out, or take another --optimizer_type"
+        )
     try:  # its own checks of ranges, on a parameter that is thrown away
-        kind([torch.nn.Parameter(torch.zeros(1))], lr=settings.learning_rate, **arguments)
-    except (TypeError, ValueError) as problem:
-        raise InputError(f"--optimizer_args for {settings.optimizer_type}: {problem}") from None
+        kind([torch.nn.Parameter(torch.zeros(2, 2))], **arguments)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as problem:
+        reason = str(problem) or "it does not take this learning rate, or one of these values"
+        raise InputError(
+            f"--optimizer_type {settings.optimizer_type} with --learning_rate {settings.learning_rate:g} and "
+            f"--optimizer_args {' '.join(settings.optimizer_args) or '(none)'}: {reason}"
+        ) from None
     return kind, arguments
 
 
-def _resolve(name: str) -> OptimizerClass:
-    if name.lower() in _SPECIAL:
-        return _SPECIAL[name.lower()]()
-    known = {
-        kind.lower(): getattr(torch.optim, kind)
-        for kind in dir(torch.optim)
-        if inspect.isclass(getattr(torch.optim, kind))
-        and issubclass(getattr(torch.optim, kind), torch.optim.Optimizer)
-        and kind not in ("Optimizer", "LBFGS", "SparseAdam")  # these need a closure or sparse gradients
-    }
-    if name.lower() not in known:
-        names = ["AdamW8bit", *sorted(kind.__name__ for kind in known.values())]
-        raise InputError(f"unknown --optimizer_type {name!r}{nearest(name, names)}; known are {', '.join(names)}")
-    return known[name.lower()]
-
-
-def _adamw8bit() -> OptimizerClass:
+def find_optimizer(name: str) -> OptimizerClass:
+    """The class behind `--optimizer_type`: a known name in any case, one of torch.optim, or package.Class."""
+    if "." in name:
+        return _by_full_name(name)
+    known: dict[str, Source] = {
+        found: Source("torch.optim", found, "torch")
+        for found, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and found not in ("Optimizer", *UNUSABLE)
+    } | SOURCES
+    sources = {found.lower(): source for found, source in known.items()}
+    if name.lower() not in sources:
+        names = [*SOURCES, *sorted(known.keys() - SOURCES.keys())]
+        raise InputError(
+            f"unknown --optimizer_type {name!r}{nearest(name, names)}; known are {', '.join(names)} and any "
+            "package.Class"
+        )
+    source = sources[name.lower()]
     try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as problem:
-        raise InputError(f"AdamW8bit needs the package bitsandbytes ({problem}): install it or take AdamW") from None
-    return AdamW8bit
+        kind: OptimizerClass = getattr(importlib.import_module(source.module), source.name)
+    except (ImportError, OSError, RuntimeError) as problem:
+        raise InputError(
+            f"--optimizer_type {source.name} needs the package {source.package} ({problem}): "
+            f"run pip install {source.package}, or take AdamW"
+        ) from None
+    return kind
 
 
-_SPECIAL: dict[str, Callable[[], OptimizerClass]] = {"adamw8bit": _adamw8bit}
-
-
-def _read_argument(text: str) -> tuple[str, Any]:
-    name, sign, value = text.partition("=")
-    if not sign:
-        raise InputError(f"--optimizer_args takes name=value, not {text!r}")
+def import_class(flag: str, name: str, base: type) -> Any:
+    """The class `package.Class`, a kind of `base`. InputError says what is missing."""
+    module, _, attribute = name.rpartition(".")
     try:
-        return name.strip(), ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError):
-        return name.strip(), value.strip()
+        kind = getattr(importlib.import_module(module), attribute, None)
+    except (ImportError, OSError, RuntimeError, ValueError) as problem:
+        raise InputError(
+            f"{flag} {name}: the module {module!r} does not import ({problem}): install its package"
+        ) from None
+    if not (inspect.isclass(kind) and issubclass(kind, base)):
+        raise InputError(f"{flag} {name}: {module} has no {base.__name__} of the name {attribute}")
+    return kind
+
+
+def read_arguments(flag: str, texts: Sequence[str]) -> dict[str, Any]:
+    """name=value pairs, each value read as a Python literal; true, false and none in any case; else text."""
+    arguments: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = (part.strip() for part in text.partition("="))
+        if not sign or not name:
+            raise InputError(f"{flag} takes name=value, not {text!r}")
+        if name in arguments:
+            raise InputError(f"{flag} has {name} twice: give it once")
+        try:
+            arguments[name] = WORDS[value.lower()] if value.lower() in WORDS else ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            arguments[name] = value
+    return arguments
+
+
+def refuse_unknown(flag: str, given: dict[str, Any], kind: Callable[..., Any], *, own: Sequence[str]) -> None:
+    """InputError for an argument that `kind` does not take, or that is our `own` to give."""
+    parameters = inspect.signature(kind).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters if parameter.name not in own]
+    for name in given:
+        if name not in known:
+            raise InputError(
+                f"{flag}: {getattr(kind, '__name__', kind)} takes no {name}{nearest(name, known)}; "
+                f"known are {', '.join(known)}"
+            )
+
+
+def _check_warmup(kind: OptimizerClass, given: dict[str, Any], settings: OptimizerSettings) -> None:
+    if not is_schedule_free(kind) or settings.lr_warmup_steps.strip(" %") in ("0", "0.0"):
+        return
+    if "warmup_steps" in given:
+        raise InputError("--optimizer_args warmup_steps and --lr_warmup_steps say the same thing: give one of them")
+    if "warmup_steps" not in inspect.signature(kind).parameters:
+        raise InputError(f"{settings.optimizer_type} has no warm-up: leave out --lr_warmup_steps")
+
+
+def _defaults(kind: OptimizerClass, given: dict[str, Any]) -> dict[str, Any]:
+    """Where ours are not the package's: Adafactor steps by --learning_rate, as it is, unless it is asked otherwise."""
+    relative = bool(given.get("relative_step"))
+    adafactor = comes_from(kind, "transformers", "Adafactor")
+    return {"relative_step": relative, "scale_parameter": relative} if adafactor else {}
+
+
+def _explain(kind: OptimizerClass, arguments: dict[str, Any], learning_rate: float) -> None:
+    if sets_own_rate(kind, arguments):
+        log.warning("Adafactor with relative_step sets its own learning rate: --learning_rate is not used")
+    elif comes_from(kind, "transformers", "Adafactor") and arguments["scale_parameter"]:
+        log.warning("Adafactor with scale_parameter multiplies --learning_rate by each weight's own size")
+    elif comes_from(kind, "prodigyopt", "Prodigy") and learning_rate < LOW_FOR_PRODIGY:
+        log.warning(
+            "Prodigy multiplies the learning rate that it finds by --learning_rate %g: 1 is usual", learning_rate
+        )
+
+
+def _by_full_name(name: str) -> OptimizerClass:
+    found = import_class("--optimizer_type", name, torch.optim.Optimizer)
+    kind: OptimizerClass = found
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if found.__name__ in UNUSABLE or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise InputError(f"--optimizer_type {name} needs a closure or sparse gradients, which training has not")
+    return kind

@@ -1,5 +1,6 @@
 """Previews: the generator's own sampling on the model in training."""
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -8,16 +9,37 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from wan_train.cli import InputError
 from wan_train.conditions import Conditions
 from wan_train.log import get_logger
 from wan_train.media_out import write_image, write_video
-from wan_train.models.vae import WanVAE
+from wan_train.models.text_encoder import check_text_encoder
+from wan_train.models.vae import WanVAE, check_vae
+from wan_train.models.variants import Variant
 from wan_train.sampling.decode import decode_frames
 from wan_train.sampling.denoise import sample_latents
-from wan_train.sampling.request import SampleRequest
-from wan_train.training.settings import SaveSettings
+from wan_train.sampling.request import SampleRequest, preview_defaults, read_prompts
+from wan_train.training.settings import SaveSettings, TrainSettings
 
 log = get_logger(__name__)
+
+
+def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequest]:
+    """The previews' requests, once all that they need is there. Raises InputError before a model is loaded."""
+    preview = settings.preview
+    if preview.sample_with_ema and settings.loop.ema_decay is None:
+        raise InputError("--sample_with_ema needs an average to sample with: give --ema_decay, 0.999 for instance")
+    if preview.sample_prompts is None:
+        if preview.sample_every_n_epochs or preview.sample_every_n_steps or preview.sample_at_first:
+            raise InputError("previews need --sample_prompts: give a file of prompts")
+        return []
+    requests = read_prompts(preview.sample_prompts, preview_defaults(variant))
+    for flag, value in (("--vae", settings.vae.vae), ("--t5", settings.text.t5)):
+        if not value:
+            raise InputError(f"previews need {flag}: give it, or leave out --sample_prompts")
+    check_vae(settings.vae.vae)
+    check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
+    return requests
 
 
 @dataclass(frozen=True)
@@ -33,13 +55,29 @@ class Previewer:
     seed: int
 
     def make(self, model: nn.Module, moment: str) -> list[Path]:
-        """Sample every prompt and write OUTPUT_DIR/sample/NAME_MOMENT_INDEX_TIME_SEED.mp4 (.png for one frame)."""
+        """Sample every prompt and write OUTPUT_DIR/sample/NAME_MOMENT_INDEX_TIME_SEED.mp4 (.png for one frame).
+
+        A preview that fails, for want of memory or whatever else, costs one warning and nothing more; the paths are
+        those of the others.
+        """
         training = model.training
         model.eval()
         try:
-            return [self._make_one(model, moment, index, request) for index, request in enumerate(self.requests)]
+            made = [self._try_one(model, moment, index, request) for index, request in enumerate(self.requests)]
         finally:
             model.train(training)
+        return [path for path in made if path is not None]
+
+    def _try_one(self, model: nn.Module, moment: str, index: int, request: SampleRequest) -> Path | None:
+        try:
+            return self._make_one(model, moment, index, request)
+        except Exception as problem:  # a run of days is worth more than a picture of it
+            reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
+        # Here the exception is gone, and with it what its frames held.
+        self.vae.to("cpu")
+        release_memory()
+        log.warning("preview %d at %s failed, training goes on: %s", index, moment, reason)
+        return None
 
     def _make_one(self, model: nn.Module, moment: str, index: int, request: SampleRequest) -> Path:
         seeded = request if request.seed is not None else replace(request, seed=self.seed + index)
@@ -57,3 +95,10 @@ class Previewer:
             write_image(path, frames[0])
         log.info("preview %s", path)
         return path
+
+
+def release_memory() -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

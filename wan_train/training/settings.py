@@ -4,14 +4,30 @@ from dataclasses import dataclass
 
 from dataset.settings import CacheReadSettings, DatasetSettings
 from networks.settings import NetworkSettings
-from wan_train.cli import Tool, option
+from wan_train.cli import InputError, Tool, option
 from wan_train.memory.settings import CompileSettings, RecomputeSettings, StreamSettings, WeightSettings
 from wan_train.models.settings import DitSettings, TextEncoderSettings, VaeSettings
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
-TIMESTEP_SAMPLINGS = ("uniform", "sigmoid", "shift")
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+TIMESTEP_SAMPLINGS = ("uniform", "sigmoid", "shift", "sigma", "flux_shift", "logsnr", "qinglong_flux")
+WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
+LOSSES = ("mse", "huber")
+LOG_TARGETS = ("tensorboard", "wandb", "all", "none")
+HUB_REPOSITORIES = ("model", "dataset")
+SCHEDULES = (
+    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+    *("cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant", "adafactor", "rex"),
+)
+
+
+@dataclass(frozen=True)
+class ConfigSettings:
+    """Configuration file."""
+
+    config_file: str | None = option(
+        None, "TOML file with options by name; those on the command line win. Each run leaves NAME.config.toml."
+    )
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,12 @@ class LoopSettings:
     max_train_epochs: int | None = option(None, "Epochs to train; overrides --max_train_steps.", minimum=1)
     gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", minimum=1)
     max_grad_norm: float = option(1.0, "Clip the gradient to this norm; 0 does not clip.", minimum=0)
+    skip_nonfinite: int = option(
+        0, "Leave out at most so many steps whose loss or gradient is not a number, instead of stopping.", minimum=0
+    )
+    ema_decay: float | None = option(
+        None, "Keep an average of the adapter with this decay and save it beside, as NAME-ema.", minimum=0, maximum=1
+    )
     mixed_precision: str | None = option(
         None, "Precision of the frozen model; without it the launcher's, or none.", choices=MIXED_PRECISIONS
     )
@@ -33,14 +55,50 @@ class LoopSettings:
 
 
 @dataclass(frozen=True)
+class ProcessSettings:
+    """Several processes."""
+
+    ddp_timeout: float | None = option(
+        None, "Minutes that a process waits for the others before the run ends; without it torch's own.", minimum=0.1
+    )
+    ddp_gradient_as_bucket_view: bool = option(False, "Let gradients share memory with what is exchanged.")
+    ddp_static_graph: bool = option(False, "Promise that each step takes the same path through the model.")
+
+
+@dataclass(frozen=True)
 class OptimizerSettings:
     """Optimizer."""
 
-    optimizer_type: str = option("AdamW", "AdamW, AdamW8bit or the name of any torch.optim class.")
-    optimizer_args: tuple[str, ...] = option((), "Further arguments of the optimizer, name=value.")
-    learning_rate: float = option(2e-6, "Learning rate.", minimum=0)
+    optimizer_type: str = option(
+        "AdamW",
+        "AdamW, AdamW8bit, PagedAdamW8bit, Lion, Lion8bit, Adafactor, Prodigy, CAME, AdamWScheduleFree, "
+        "the name of any torch.optim class, or any package.Class.",
+    )
+    optimizer_args: tuple[str, ...] = option((), "Further arguments of the optimizer.", metavar="NAME=VALUE")
+    learning_rate: float = option(2e-6, "Learning rate; Prodigy finds its own and takes 1 here.", minimum=0)
     lr_scheduler: str = option("constant", "How the learning rate goes after the warm-up.", choices=SCHEDULES)
+    lr_scheduler_type: str | None = option(
+        None, "A schedule of torch.optim.lr_scheduler, or any package.Class, in place of --lr_scheduler."
+    )
+    lr_scheduler_args: tuple[str, ...] = option((), "Further arguments of the schedule.", metavar="NAME=VALUE")
     lr_warmup_steps: str = option("0", "Steps of linear warm-up: a number, a share below 1, or a percentage like 5%.")
+    lr_decay_steps: str = option(
+        "0", "Steps of the final decay, for warmup_stable_decay: a number, a share below 1, or a percentage."
+    )
+    lr_scheduler_num_cycles: int = option(
+        1, "Cycles, for cosine_with_restarts, cosine_with_min_lr and warmup_stable_decay.", minimum=1
+    )
+    lr_scheduler_power: float = option(1.0, "Power of the decay, for polynomial.", minimum=0)
+    lr_scheduler_timescale: int | None = option(
+        None, "Steps that the decay is measured in, for inverse_sqrt; without it those of the warm-up.", minimum=1
+    )
+    lr_scheduler_min_lr_ratio: float | None = option(
+        None,
+        "Lowest learning rate as a part of the highest: for cosine_with_min_lr, for warmup_stable_decay (without it 0) "
+        "and for rex (without it 0.01).",
+        minimum=0,
+        maximum=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -48,8 +106,57 @@ class TimestepSettings:
     """Noise levels."""
 
     timestep_sampling: str = option("uniform", "How noise levels are drawn.", choices=TIMESTEP_SAMPLINGS)
-    discrete_flow_shift: float = option(1.0, "Shift towards noise, for shift.", flags=("--flow_shift",), minimum=1e-3)
-    sigmoid_scale: float = option(1.0, "Width of the distribution, for sigmoid and shift.", minimum=1e-3)
+    discrete_flow_shift: float = option(
+        1.0, "Shift towards noise, for shift and sigma.", flags=("--flow_shift",), minimum=1e-3, maximum=1e3
+    )
+    sigmoid_scale: float = option(
+        1.0, "Width of the distribution, for sigmoid, shift, flux_shift and qinglong_flux.", minimum=1e-3, maximum=1e3
+    )
+    weighting_scheme: str = option(
+        "none",
+        "logit_normal and mode: how sigma draws noise levels; cosmap and sigma_sqrt: how much the loss of each counts.",
+        choices=WEIGHTING_SCHEMES,
+    )
+    logit_mean: float = option(
+        0.0, "Mean, for logsnr, qinglong_flux and logit_normal; above 0 is less noise.", minimum=-100, maximum=100
+    )
+    logit_std: float = option(1.0, "Deviation, for logsnr, qinglong_flux and logit_normal.", minimum=1e-3, maximum=1e3)
+    mode_scale: float = option(1.29, "How far mode draws towards the middle.", minimum=-1, maximum=1.75)
+    min_timestep: int = option(0, "Least noise level to train, of 1000.", minimum=0, maximum=1000)
+    max_timestep: int = option(1000, "Greatest noise level to train, of 1000.", minimum=0, maximum=1000)
+    preserve_distribution_shape: bool = option(
+        False, "Draw from what the distribution has between those two, instead of squeezing all of it in between."
+    )
+    num_timestep_buckets: int | None = option(
+        None, "Spread each epoch's samples evenly over N strata of the noise levels.", minimum=1
+    )
+    show_timesteps: str | None = option(
+        None,
+        "Show how noise levels will be drawn, here or in OUTPUT_DIR/timesteps.png, and stop.",
+        choices=("image", "console"),
+    )
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Loss."""
+
+    loss_type: str = option("mse", "How an error counts: squared, or with huber linearly once large.", choices=LOSSES)
+    huber_c: float = option(0.1, "From which error on huber is linear.", minimum=1e-6)
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """Keeping what the model knows."""
+
+    prior_loss_weight: float = option(
+        0.0, "How much it counts that captions of --prior_captions look as they did without the adapter.", minimum=0
+    )
+    prior_captions: str | None = option(None, "Text file of such captions, one to a line; needs --t5.")
+
+    def __post_init__(self) -> None:
+        if (self.prior_loss_weight > 0) != (self.prior_captions is not None):
+            raise InputError("--prior_loss_weight and --prior_captions go together: give both or neither")
 
 
 @dataclass(frozen=True)
@@ -60,6 +167,18 @@ class SaveSettings:
     output_name: str = option("", "Name of the LoRA file.", required=True)
     save_every_n_epochs: int | None = option(None, "Save after every N epochs.", minimum=1)
     save_every_n_steps: int | None = option(None, "Save after every N optimizer steps.", minimum=1)
+    save_last_n_epochs: int | None = option(None, "Keep the files of the last N saved epochs only.", minimum=1)
+    save_last_n_steps: int | None = option(None, "Keep the files of the last N steps only.", minimum=1)
+    save_state: bool = option(False, "Save, with each file, all that it takes to go on from there.")
+    save_state_on_train_end: bool = option(False, "Save a state at the end.")
+    save_last_n_epochs_state: int | None = option(
+        None, "Keep the states of the last N saved epochs only; without it as many as files.", minimum=1
+    )
+    save_last_n_steps_state: int | None = option(
+        None, "Keep the states of the last N steps only; without it as many as files.", minimum=1
+    )
+    resume: str | None = option(None, "State folder to go on from; auto is the newest of this output, if there is one.")
+    resume_anyway: bool = option(False, "Go on from a state of another configuration.")
     save_precision: str = option("float", "Precision of the saved LoRA.", choices=SAVE_PRECISIONS)
     no_metadata: bool = option(False, "Save only the metadata that loading needs.")
     training_comment: str | None = option(None, "A remark for the metadata.")
@@ -74,24 +193,85 @@ class SaveSettings:
 class PreviewSettings:
     """Previews."""
 
-    sample_prompts: str | None = option(None, "Text file of prompts, one to a line: words --w 832 --h 480 --f 81 ...")
+    sample_prompts: str | None = option(
+        None, "File of prompts: text with one to a line, words --w 832 --h 480 --f 81 ..., or .toml, or .json."
+    )
     sample_every_n_epochs: int | None = option(None, "Make previews after every N epochs.", minimum=1)
     sample_every_n_steps: int | None = option(None, "Make previews after every N optimizer steps.", minimum=1)
     sample_at_first: bool = option(False, "Make previews before the first step too.")
+    sample_with_ema: bool = option(False, "Make previews with the average of --ema_decay in place of the last weights.")
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Held-out loss."""
+
+    validation_config: str | None = option(
+        None,
+        "TOML or JSON file, like --dataset_config, of cached clips that are never trained on, to measure the loss on.",
+        metavar="TOML",
+    )
+    validation_split: float | None = option(
+        None,
+        "Hold out this share of the training files, chosen by their names, to measure the loss on.",
+        minimum=0.001,
+        maximum=0.5,
+    )
+    validate_every_n_steps: int | None = option(
+        None, "Measure after every N optimizer steps, beside before the first and after the last.", minimum=1
+    )
+    validate_every_n_epochs: int | None = option(None, "Measure after every N epochs.", minimum=1)
+    validation_timesteps: int = option(
+        8, "Noise levels that each held-out clip is measured at, one from each of as many equal shares.", minimum=1
+    )
+    validation_seed: int = option(
+        0, "Key of the held-out noise and of --validation_split; runs with the same one can be compared.", minimum=0
+    )
+    early_stop: int | None = option(
+        None, "Stop after N measurements in a row without an improvement beyond its 95% interval.", minimum=1
+    )
 
 
 @dataclass(frozen=True)
 class LogSettings:
     """Logs."""
 
-    logging_dir: str | None = option(None, "Folder for TensorBoard; without it OUTPUT_DIR/logs.")
-    log_with: str = option("tensorboard", "Where curves go beside NAME.metrics.jsonl.", choices=("tensorboard", "none"))
+    logging_dir: str | None = option(None, "Folder for TensorBoard and W&B; without it OUTPUT_DIR/logs.")
+    log_with: str = option("tensorboard", "Where curves go beside NAME.metrics.jsonl.", choices=LOG_TARGETS)
+    log_prefix: str | None = option(None, "First part of the name of TensorBoard's folder, before the output name.")
+    log_tracker_name: str = option("network_train", "Name of the W&B project.")
+    log_tracker_config: str | None = option(
+        None, "TOML file whose tables, [wandb] and [tensorboard], are further arguments of wandb.init, SummaryWriter."
+    )
+    wandb_run_name: str | None = option(None, "Name of the run in W&B; without it the output name.")
+    wandb_api_key: str | None = option(None, "Key for W&B; better in the environment variable WANDB_API_KEY.")
+    log_config: bool = option(False, "Show the settings of the run beside its curves.")
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """Hugging Face Hub."""
+
+    huggingface_repo_id: str | None = option(None, "Repository, OWNER/NAME, that gets a copy of each saved file.")
+    huggingface_repo_type: str = option("model", "Kind of that repository.", choices=HUB_REPOSITORIES)
+    huggingface_path_in_repo: str = option("", "Folder in it.")
+    huggingface_token: str | None = option(None, "Token for it; without it HF_TOKEN or the one of a login.")
+    huggingface_repo_visibility: str = option(
+        "private", "Who sees it, if it is made now.", choices=("private", "public")
+    )
+    save_state_to_huggingface: bool = option(False, "Upload states too.")
+    resume_from_huggingface: bool = option(
+        False,
+        "Take --resume as REPO_ID/PATH_IN_REPO:REVISION:REPO_TYPE, a state on the hub; the last two may be left out.",
+    )
+    async_upload: bool = option(False, "Upload while training goes on.")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """All settings of the trainer."""
 
+    config: ConfigSettings
     dit: DitSettings
     weights: WeightSettings
     stream: StreamSettings
@@ -103,11 +283,16 @@ class TrainSettings:
     caches: CacheReadSettings
     network: NetworkSettings
     loop: LoopSettings
+    processes: ProcessSettings
     optimizer: OptimizerSettings
     timesteps: TimestepSettings
+    loss: LossSettings
+    prior: PriorSettings
     save: SaveSettings
     preview: PreviewSettings
+    validation: ValidationSettings
     logs: LogSettings
+    hub: HubSettings
 
 
 TOOL = Tool(

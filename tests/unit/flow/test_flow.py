@@ -1,14 +1,11 @@
-import math
-
 import pytest
 import torch
 
 from wan_train.cli import InputError
 from wan_train.flow.path import interpolate, velocity
 from wan_train.flow.solvers import SOLVERS, make_solver
-from wan_train.flow.timesteps import SAMPLERS, shift
+from wan_train.flow.timesteps import shift
 from wan_train.sampling.settings import SOLVER_NAMES
-from wan_train.training.settings import TIMESTEP_SAMPLINGS
 
 
 def test_the_path_runs_from_data_to_noise_at_its_velocity() -> None:
@@ -18,32 +15,6 @@ def test_the_path_runs_from_data_to_noise_at_its_velocity() -> None:
     early, late = torch.tensor([0.25, 0.5]), torch.tensor([0.5, 0.75])
     slope = (interpolate(data, noise, late) - interpolate(data, noise, early)) / 0.25
     torch.testing.assert_close(slope, velocity(data, noise))
-
-
-def draws(name: str, count: int = 20000, **options: float) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    settings = {"shift_factor": 1.0, "sigmoid_scale": 1.0} | options
-    return torch.stack([SAMPLERS[name](generator, **settings) for _ in range(count)])
-
-
-def normal_cdf(x: torch.Tensor) -> torch.Tensor:
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-@pytest.mark.parametrize("factor", [1.0, 3.0])
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_shift_draws_follow_their_distribution(factor: float, scale: float) -> None:
-    t = draws("shift", shift_factor=factor, sigmoid_scale=scale)
-    # P(t <= x): undo the shift, then the sigmoid; a Kolmogorov-Smirnov distance of 0.02 is 4e-7 unlikely at 20,000.
-    levels = t.sort().values
-    unshifted = levels / (factor - (factor - 1) * levels)
-    expected = normal_cdf(torch.logit(unshifted) / scale)
-    assert (expected - torch.linspace(0, 1, len(t))).abs().max() < 0.02
-
-
-def test_uniform_is_uniform_and_sigmoid_is_shift_one() -> None:
-    assert (draws("uniform").sort().values - torch.linspace(0, 1, 20000)).abs().max() < 0.02
-    assert torch.equal(draws("sigmoid"), draws("shift"))
 
 
 def test_shift_keeps_the_ends_and_its_published_values() -> None:
@@ -81,4 +52,3 @@ def test_unknown_solvers_and_values_out_of_range_are_refused() -> None:
 
 def test_the_command_line_offers_what_the_tables_hold() -> None:
     assert set(SOLVER_NAMES) == set(SOLVERS)
-    assert set(TIMESTEP_SAMPLINGS) == set(SAMPLERS)

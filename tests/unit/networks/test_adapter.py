@@ -137,8 +137,8 @@ def test_a_module_that_lacks_a_package_says_which(monkeypatch, tmp_path) -> None
 
 
 def test_unknown_network_args_are_refused_without_a_model() -> None:
-    with pytest.raises(InputError, match=r"unknown key 'conv_dim'.*networks\.lora_wan takes none"):
-        check_module(NetworkSettings(network_args=("conv_dim=4",)))
+    with pytest.raises(InputError, match=r"unknown key 'rank_dropuot'.*takes exclude_patterns.*mean rank_dropout"):
+        check_module(NetworkSettings(network_args=("rank_dropuot=0.1",)))
 
 
 def test_network_args_split_at_the_first_equals_sign() -> None:

@@ -36,6 +36,25 @@ def test_every_letter_sets_its_field() -> None:
     assert request.latent_shape == (16, 21, 60, 104)
 
 
+@pytest.mark.parametrize("words", ["w 3 wide shots", "h 5", "d 7 dogs --w 832", "s 20 --s 4", "f 81 frames of fire"])
+def test_words_that_begin_like_an_option_are_words(words: str) -> None:
+    prompt, _, option = words.partition(" --")
+    request = parse_line(words, DEFAULTS)
+    assert request.prompt == prompt
+    assert (request.width, request.height, request.frames, request.seed) == (
+        832 if option == "w 832" else 256,
+        256,
+        1,
+        None,
+    )
+    assert request.steps == (4 if option == "s 4" else 20)
+
+
+def test_embedded_guidance_is_passed_over_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_line("a cat --g 6", DEFAULTS) == replace(DEFAULTS, prompt="a cat")
+    assert "--g is passed over" in capsys.readouterr().err
+
+
 def test_a_hyphen_in_the_words_is_not_an_option() -> None:
     assert parse_line("a well--known cat -- in hats", DEFAULTS).prompt == "a well--known cat -- in hats"
 
@@ -54,7 +73,13 @@ def test_sizes_and_lengths_are_made_to_fit() -> None:
         ("a cat --s 0", "1 to 1000"),
         ("a cat --l", "nothing"),
         ("a cat --i cat.png", "image"),
-        ("--w 832", "starts with the prompt"),
+        ("--w 832", "starts with its words"),
+        ("a cat --w 832 --W 640", "--w comes twice"),
+        ("a cat --l nan", "0 to 1000"),
+        ("a cat --ei cat.png", "--ei belongs to tasks"),
+        ("a cat --cn dir", "--cn belongs to tasks"),
+        ("a cat --ci cat.png", "--ci belongs to tasks"),
+        ("a cat --of x=1", "--of belongs to tasks"),
     ],
 )
 def test_bad_lines_are_refused(line: str, told: str) -> None:

@@ -1,0 +1,70 @@
+"""How long the changes that pairs make are, and shortening those that are too long."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from networks.lora import Branch
+
+TOLERANCE = 1e-5  # of a norm in float32: what was just shrunk to the limit is not too long again
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Of the changes of all modules once they were limited: how many had been too long, their mean and largest norm."""
+
+    num_scaled: int
+    mean: float
+    maximum: float
+
+
+def by_shape(branches: Iterable[Branch]) -> list[list[Branch]]:
+    """The branches in groups of equal shapes, which can be worked on at once."""
+    groups: dict[tuple[torch.Size, torch.Size], list[Branch]] = {}
+    for branch in branches:
+        groups.setdefault((branch.down.weight.shape, branch.up.weight.shape), []).append(branch)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def delta_norms(groups: Sequence[Sequence[Branch]]) -> Tensor:
+    """||scale * up @ down|| of every branch, group by group (n,), float32 on the parameters' device."""
+    norms = []
+    for group in groups:
+        down = torch.stack([branch.down.weight for branch in group])
+        up = torch.stack([branch.up.weight for branch in group])
+        scales = torch.tensor([branch.scale for branch in group], device=down.device)
+        norms.append(_product_norms(up, down) * scales.abs())
+    return torch.cat(norms)
+
+
+def limit_norms(groups: Sequence[Sequence[Branch]], limit: float) -> Norms:
+    """Shrink both factors of each branch alike until ||scale * up @ down|| is `limit` at most (kohya's max norm)."""
+    branches = [branch for group in groups for branch in group]
+    norms = delta_norms(groups).tolist()
+    long = [
+        (branch, math.sqrt(limit / norm))
+        for branch, norm in zip(branches, norms, strict=True)
+        if norm > limit * (1 + TOLERANCE)
+    ]
+    if long:
+        pairs = [(factor.weight, by) for branch, by in long for factor in (branch.down, branch.up)]
+        with torch.no_grad():
+            torch._foreach_mul_([weight for weight, _ in pairs], [by for _, by in pairs])
+    limited = [min(norm, limit) for norm in norms]
+    return Norms(len(long), sum(limited) / len(limited), max(limited))
+
+
+def _product_norms(up: Tensor, down: Tensor) -> Tensor:
+    """Frobenius norms (n,) of up (n, out, r) @ down (n, r, in): the root of <up^T up, down down^T>, r x r both.
+
+    The product itself is built, one at a time, where the rank is so high that it is the smaller work.
+    """
+    rank, inputs, outputs = down.shape[1], down.shape[2], up.shape[1]
+    if rank * (inputs + outputs) >= inputs * outputs:
+        return torch.stack([(one @ other).norm() for one, other in zip(up, down, strict=True)])
+    squares = ((up.mT @ up) * (down @ down.mT)).sum(dim=(1, 2))
+    return squares.clamp(min=0).sqrt()

@@ -1,0 +1,127 @@
+"""A preview is the video that the generator makes with the LoRA attached; what merging and patterns change."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from examples.tiny.make import DIT, SIZE, T5, VAE
+from generate.settings import TOOL
+from wan_train.cli import run
+from wan_train.media_out import write_video
+from wan_train.training.trackers import read_frames
+
+Tool = Callable[..., CompletedProcess[str]]
+PROMPT = "a blue square moves down"
+WIDTH, HEIGHT = SIZE
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: Tool) -> Path:
+    """Caches, and a LoRA of two steps with previews of the last one, one of them of one frame."""
+    made = tmp_path_factory.mktemp("modes") / "all"
+    shutil.copytree(tiny, made)
+    data = made / "data.toml"
+    data.write_text(data.read_text().replace(str(tiny), str(made)))
+    (made / "prompts.toml").write_text(
+        f'[prompt]\nwidth = {WIDTH}\nheight = {HEIGHT}\nsample_steps = 2\nseed = 11\nprompt = "{PROMPT}"\n'
+        "[[prompt.subset]]\nframe_count = 5\n[[prompt.subset]]\nframe_count = 1\n"
+    )
+    run_tool("wan_cache_latents.py", "--dataset_config", data, "--vae", made / VAE)
+    run_tool("wan_cache_text_encoder_outputs.py", "--dataset_config", data, "--t5", made / T5)
+    run_tool(
+        "wan_train_network.py",
+        *("--task", "t2v-1.3B", "--dit", made / DIT, "--dataset_config", data, "--vae", made / VAE, "--t5", made / T5),
+        *("--mixed_precision", "no", "--learning_rate", 2e-2, "--network_dim", 3, "--network_alpha", 1.3, "--seed", 1),
+        *("--network_dropout", 0.2, "--max_data_loader_n_workers", 0, "--max_train_steps", 2),
+        *("--output_dir", made / "out", "--output_name", "name", "--log_with", "none"),
+        *("--sample_prompts", made / "prompts.toml", "--sample_every_n_steps", 2),
+    )
+    return made
+
+
+def arguments(folder: Path, name: str, *more: object, length: int = 5, lora: bool = True) -> list[object]:
+    return [
+        *("--task", "t2v-1.3B", "--video_size", *SIZE, "--video_length", length, "--infer_steps", 2, "--seed", 11),
+        *("--prompt", PROMPT, "--save_path", folder / f"{name}.mp4", "--output_type", "both"),
+        *("--dit", folder / DIT, "--vae", folder / VAE, "--t5", folder / T5, "--device", "cpu"),
+        *(("--lora_weight", folder / "out" / "name.safetensors") if lora else ()),
+        *more,
+    ]
+
+
+def generate(folder: Path, name: str, *more: object, **options: Any) -> torch.Tensor:
+    """In this process: latents."""
+    assert run(TOOL, [str(word) for word in arguments(folder, name, *more, **options)]) == 0
+    return load_file(folder / f"{name}_latent.safetensors")["latent"]
+
+
+def preview(folder: Path, index: int) -> Path:
+    (found,) = (folder / "out" / "sample").glob(f"name_000002_{index:02d}_*_11.*")
+    return found
+
+
+def test_a_preview_is_the_generators_video_bit_for_bit(folder: Path, run_tool: Tool) -> None:
+    run_tool("wan_generate_video.py", *arguments(folder, "attached", "--lora_mode", "attach"))
+    assert preview(folder, 0).read_bytes() == (folder / "attached.mp4").read_bytes()
+
+
+def test_a_preview_of_one_frame_too(folder: Path) -> None:
+    generate(folder, "one", "--lora_mode", "attach", length=1)
+    picture = read_frames(preview(folder, 1))
+    write_video(folder / "expected.mp4", picture, fps=16)
+    assert (folder / "expected.mp4").read_bytes() == (folder / "one.mp4").read_bytes()
+
+
+def test_merging_does_nearly_the_same_and_both_do_something(folder: Path) -> None:
+    merged, attached = generate(folder, "merged"), generate(folder, "attached", "--lora_mode", "attach")
+    plain = generate(folder, "plain", lora=False)
+    # Merging rounds the sum to the weights' bf16.
+    assert 0 < (merged - attached).norm() < 0.2 * (attached - plain).norm(), (
+        (merged - attached).norm(),
+        (attached - plain).norm(),
+    )
+
+
+@pytest.mark.parametrize("mode", ["merge", "attach"])
+def test_patterns_choose_what_acts(folder: Path, mode: str) -> None:
+    both = ("--lora_mode", mode)
+    whole, plain = generate(folder, "whole", *both), generate(folder, "plain", lora=False)
+    some = generate(folder, "some", *both, "--include_patterns", r"blocks\.0\.", "ffn")
+    rest = generate(folder, "rest", *both, "--exclude_patterns", r"self_attn\.(q|k)", "cross_attn")
+    for different in (whole, plain, rest):
+        assert not torch.equal(some, different)
+    everything = generate(
+        folder, "every", *both, "--include_patterns", ".", "--exclude_patterns", "lora_unet_blocks_0_ffn"
+    )
+    all_but = generate(folder, "all_but", *both, "--exclude_patterns", r"^blocks\.0\.ffn")
+    assert torch.equal(everything, all_but)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--include_patterns", "nowhere"), "--include_patterns: 'nowhere' is found in none"),
+        (("--exclude_patterns", "("), "--exclude_patterns: .* is no regular expression"),
+        (("--exclude_patterns", "."), "leave none"),
+        (("--lora_mode", "both"), "--lora_mode"),
+    ],
+)
+def test_patterns_that_cannot_be_are_refused(
+    folder: Path, more: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(TOOL, [str(word) for word in arguments(folder, "refused", *more)]) == 2
+    assert re.search(told, capsys.readouterr().err)
+    assert not (folder / "refused.mp4").exists()
+
+
+def test_patterns_without_a_lora_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = arguments(folder, "refused", "--include_patterns", "ffn", lora=False)
+    assert run(TOOL, [str(word) for word in words]) == 2
+    assert "give one" in capsys.readouterr().err

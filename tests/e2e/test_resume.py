@@ -1,0 +1,227 @@
+"""Runs that are killed or asked to stop go on as if nothing had been."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from examples.tiny.make import DIT, T5, VAE
+from wan_train.cli import run
+from wan_train.training.settings import TOOL
+
+Tool = Callable[..., subprocess.CompletedProcess[str]]
+STEPS = 12
+ALIKE = ("step", "epoch", "loss", "loss_average", "lr", "grad_norm")
+
+WAYS: dict[str, tuple[object, ...]] = {
+    "accumulation": (
+        *(
+            "--gradient_accumulation_steps",
+            2,
+            "--network_dropout",
+            0.2,
+            "--ema_decay",
+            0.9,
+            "--optimizer_type",
+            "adamw",
+        ),
+        *("--network_args", "rank_dropout=0.2", "module_dropout=0.2", "--lr_scheduler", "cosine"),
+    ),
+    "eight_bits": ("--optimizer_type", "adamw8bit", "--num_timestep_buckets", 4, "--lr_scheduler", "rex"),
+    "schedule_free": ("--optimizer_type", "AdamWScheduleFree", "--network_dropout", 0.2),
+    "prodigy": ("--optimizer_type", "Prodigy", "--learning_rate", 1.0, "--lr_warmup_steps", 2),
+}
+
+
+class Desk:
+    """A folder with caches, and runs in it."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self.folder, self.root = folder, root
+
+    def words(self, name: str, *more: object) -> list[str]:
+        options: tuple[object, ...] = (
+            *("--task", "t2v-1.3B", "--dit", self.folder / DIT, "--dataset_config", self.folder / "data.toml"),
+            *("--mixed_precision", "no", "--learning_rate", 2e-2, "--sdpa", "--trust_cache"),
+            *("--network_module", "networks.lora_wan", "--network_dim", 4, "--network_alpha", 4, "--seed", 1),
+            *("--max_data_loader_n_workers", 0, "--max_train_steps", STEPS, "--save_every_n_steps", 2, "--save_state"),
+            *("--output_dir", self.folder / "out", "--output_name", name, "--log_with", "none"),
+        )
+        return [str(word) for word in (*options, *more)]
+
+    def start(self, name: str, *more: object, launch: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        if launch:
+            environment["ACCELERATE_USE_CPU"] = "true"
+        command = [sys.executable, *launch, "wan_train_network.py", *self.words(name, *more)]
+        return subprocess.Popen(
+            command, cwd=self.root, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def finish(self, name: str, *more: object, launch: tuple[str, ...] = ()) -> str:
+        process = self.start(name, *more, launch=launch)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0 or launch, said
+        assert (self.folder / "out" / f"{name}.safetensors").exists(), said
+        return said
+
+    def signal_at(self, process: subprocess.Popen[str], name: str, steps: int, number: int, pause: float = 0.0) -> str:
+        """Send a signal to the process group once so many steps are on record; what was said."""
+        metrics = self.folder / "out" / f"{name}.metrics.jsonl"
+        before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        deadline = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and steps <= len(metrics.read_text().splitlines()) != before:
+                break
+            time.sleep(0.005)
+        time.sleep(pause)
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+        return process.communicate(timeout=120)[1]
+
+    def kept(self, name: str) -> dict[str, torch.Tensor]:
+        """All that a finished run leaves of what was learnt."""
+        out = self.folder / "out"
+        found = {
+            path.name.removeprefix(name): path
+            for path in (out / f"{name}.safetensors", out / f"{name}-ema.safetensors")
+        }
+        state = load_file(out / f"{name}-state" / "adapter.safetensors")
+        learnt = {f"{end} {k}": t for end, path in found.items() if path.exists() for k, t in load_file(path).items()}
+        return learnt | flat(torch.load(out / f"{name}-state" / "run.pt", weights_only=True)) | state
+
+    def rows(self, name: str) -> list[dict[str, float]]:
+        lines = (self.folder / "out" / f"{name}.metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [{key: row[key] for key in ALIKE} for row in rows if "loss" in row]
+
+    def assert_same(self, ours: str, whole: str) -> None:
+        assert self.rows(ours) == self.rows(whole)
+        assert [row["step"] for row in self.rows(ours)] == list(range(1, STEPS + 1))
+        first, second = self.kept(ours), self.kept(whole)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), [
+            k for k in first if not torch.equal(first[k], second[k])
+        ]
+
+
+def flat(state: object, name: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor and number in nested dicts and lists."""
+    if isinstance(state, dict):
+        state = list(state.items())
+    elif isinstance(state, list | tuple):
+        state = list(enumerate(state))
+    else:
+        kind = torch.is_tensor(state) or isinstance(state, int | float)
+        return {name: torch.as_tensor(state)} if kind else {}
+    return {key: tensor for index, part in state for key, tensor in flat(part, f"{name}/{index}").items()}
+
+
+@pytest.fixture(scope="module")
+def desk(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: Tool, root: Path) -> Desk:
+    folder = tmp_path_factory.mktemp("resume") / "all"
+    shutil.copytree(tiny, folder)
+    data = folder / "data.toml"
+    text = data.read_text().replace(str(tiny), str(folder))
+    data.write_text(text.replace("batch_size = 1", "batch_size = 1\nnum_repeats = 2"))  # six batches an epoch
+    run_tool("wan_cache_latents.py", "--dataset_config", data, "--vae", folder / VAE)
+    run_tool("wan_cache_text_encoder_outputs.py", "--dataset_config", data, "--t5", folder / T5)
+    return Desk(folder, root)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_runs_end_where_unbroken_ones_do(desk: Desk, way: str) -> None:
+    desk.finish(f"{way}_whole", *WAYS[way])
+    chance = random.Random(way)
+    process = desk.start(way, *WAYS[way])
+    desk.signal_at(process, way, chance.randint(3, STEPS - 2), signal.SIGKILL, pause=chance.random() * 0.05)
+    assert not (desk.folder / "out" / f"{way}.safetensors").exists()
+    said = desk.finish(way, *WAYS[way], "--resume", "auto")
+    assert "going on from" in said
+    desk.assert_same(way, f"{way}_whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(50))
+def test_fifty_random_kills(desk: Desk, number: int) -> None:
+    way = list(WAYS)[number % len(WAYS)]
+    whole, name = f"{way}_whole", f"{way}_{number}"
+    if not (desk.folder / "out" / f"{whole}-state").exists():
+        desk.finish(whole, *WAYS[way])
+    chance = random.Random(number)
+    process = desk.start(name, *WAYS[way])
+    desk.signal_at(process, name, chance.randint(1, STEPS - 1), signal.SIGKILL, pause=chance.random() * 0.2)
+    desk.finish(name, *WAYS[way], "--resume", "auto")
+    desk.assert_same(name, whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop(desk: Desk, number: int, code: int) -> None:
+    whole, name = "accumulation_whole", f"asked_{code}"
+    if not (desk.folder / "out" / f"{whole}-state").exists():
+        desk.finish(whole, *WAYS["accumulation"])
+    process = desk.start(name, *WAYS["accumulation"], "--save_every_n_steps", 100)
+    said = desk.signal_at(process, name, 3, number)
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    states = [path for path in (desk.folder / "out").glob(f"{name}-step*-state")]
+    assert len(states) == 1 and f"--resume {states[0]}" in said
+    desk.finish(name, *WAYS["accumulation"], "--resume", states[0])
+    desk.assert_same(name, whole)
+
+
+def test_two_processes_killed_and_equal_to_one(desk: Desk) -> None:
+    """Two processes take the steps of one that accumulates over two batches, before and after a kill."""
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617")
+    options = ("--optimizer_type", "adamw", "--network_dropout", 0.2)
+    desk.finish("one", *options, "--gradient_accumulation_steps", 2)
+    process = desk.start("two", *options, launch=launch)
+    desk.signal_at(process, "two", 5, signal.SIGKILL)
+    desk.finish("two", *options, "--resume", "auto", launch=launch)
+    ours, alone = desk.rows("two"), desk.rows("one")
+    assert [row["step"] for row in ours] == [row["step"] for row in alone]
+    for row, other in zip(ours, alone, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert (row["epoch"], row["lr"]) == (other["epoch"], other["lr"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--resume", "nowhere"), "--resume nowhere is not there"),
+        (("--resume", "{whole}", "--network_dim", 8), "--network_dim was 4, is 8"),
+        (("--resume", "{whole}", "--learning_rate", 1e-3), r"--learning_rate was 0.02, is 0.001.*--resume_anyway"),
+        (("--resume", "{whole}", "--seed", 2), "--seed 2 is not the 1 that"),
+        (("--resume", "{whole}"), "nothing is left to train"),
+        (("--resume", "{torn}"), "run.pt is not whole"),
+    ],
+)
+def test_states_that_do_not_fit(
+    desk: Desk, options: tuple[object, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = desk.folder / "out"
+    whole, torn = out / "accumulation_whole-state", out / "torn-state"
+    if not whole.exists():
+        desk.finish("accumulation_whole", *WAYS["accumulation"])
+    if not torn.exists():
+        shutil.copytree(whole, torn)
+        (torn / "run.pt").write_bytes((torn / "run.pt").read_bytes()[:-10])
+    words = [str(word).format(whole=whole, torn=torn) for word in options]
+    assert run(TOOL, [*desk.words("misfit", *WAYS["accumulation"]), *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_fresh_start_where_there_is_no_state(desk: Desk) -> None:
+    said = desk.finish("fresh", "--resume", "auto", "--max_train_steps", 2)
+    assert "no state of fresh" in said

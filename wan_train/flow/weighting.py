@@ -1,0 +1,26 @@
+"""How much a sample's loss counts by its noise level: `--weighting_scheme` (Esser et al. 2024, section 3.1)."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from wan_train.flow.timesteps import NUM_TIMESTEPS
+
+
+def _sigma_sqrt(t: Tensor) -> Tensor:
+    # Below the first of the levels that the DiT tells apart the weight would grow without end, its mean too.
+    return t.clamp(1 / NUM_TIMESTEPS) ** -2
+
+
+def _cosmap(t: Tensor) -> Tensor:
+    return 2 / (math.pi * (1 - 2 * t + 2 * t * t))
+
+
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {"sigma_sqrt": _sigma_sqrt, "cosmap": _cosmap}
+
+
+def importance(scheme: str, t: Tensor) -> Tensor | None:
+    """The weight of each t: sigma_sqrt is t^-2, cosmap 2 / (pi (1 - 2t + 2t^2)). None: all count alike."""
+    weigh = WEIGHTINGS.get(scheme)
+    return None if weigh is None else weigh(t)

@@ -1,0 +1,104 @@
+"""Prompt files, read into entries that still know where they stand: text, TOML and JSON.
+
+What the values of an entry mean is `request`'s to say.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wan_train.cli import InputError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One prompt of a file: a line of the prompt grammar or a table of names and values; `where` says which."""
+
+    content: str | Mapping[str, Any]
+    where: str
+
+
+def read_entries(path: str | Path) -> list[Entry]:
+    """The prompts of a .toml, .json or text file, in order. InputError for a file that does not read or holds none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise InputError(f"cannot read the prompts {path}: {getattr(problem, 'strerror', None) or problem}") from None
+    read, hint = _READERS.get(Path(path).suffix.lower(), (_read_lines, "write one to a line"))
+    entries = read(str(path), text)
+    if not entries:
+        raise InputError(f"{path} holds no prompt: {hint}")
+    return entries
+
+
+def _read_lines(path: str, text: str) -> list[Entry]:
+    """A prompt to a line; empty lines and those that begin with # are passed over."""
+    numbered = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1))
+    return [Entry(line, f"{path}, line {number}") for number, line in numbered if line and not line.startswith("#")]
+
+
+def _read_toml(path: str, text: str) -> list[Entry]:
+    """`[prompt]` holds what all `[[prompt.subset]]` have in common; without a subset it is a prompt itself."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as problem:
+        raise InputError(f"{path} is not TOML: {problem}") from None
+    shared = data.pop("prompt", None)
+    if not isinstance(shared, dict) or data:
+        odd = f", not {', '.join(data)}" if data else ""
+        raise InputError(f"{path} has one table, [prompt], with a [[prompt.subset]] for each prompt{odd}")
+    subsets = shared.pop("subset", None)
+    if subsets is None:
+        return [Entry(shared, f"{path}, [prompt]{_line_of(text, 'prompt')}")]
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise InputError(f"{path}: subset is a list of tables: write [[prompt.subset]] above each prompt")
+    heads = [number for number, line in enumerate(text.splitlines(), 1) if _SUBSET.match(line)]
+    lines = heads if len(heads) == len(subsets) else [0] * len(subsets)
+    return [
+        Entry({**shared, **subset}, f"{path}, [[prompt.subset]] {index}{f', line {line}' if line else ''}")
+        for index, (subset, line) in enumerate(zip(subsets, lines, strict=True), 1)
+    ]
+
+
+_SUBSET = re.compile(r"\s*\[\[\s*prompt\s*\.\s*subset\s*\]\]")
+
+
+def _line_of(text: str, table: str) -> str:
+    heads = [number for number, line in enumerate(text.splitlines(), 1) if line.strip() == f"[{table}]"]
+    return f", line {heads[0]}" if heads else ""
+
+
+def _read_json(path: str, text: str) -> list[Entry]:
+    """A list of tables, or of lines of the prompt grammar."""
+    decoder = json.JSONDecoder()
+    try:
+        whole = json.loads(text)
+        if not isinstance(whole, list):
+            raise InputError(f'{path} is no list: write [{{"prompt": "words", "width": 832}}, ...]')
+        entries, place = [], text.index("[") + 1
+        for number, item in enumerate(whole, 1):
+            place = _skip(text, place)
+            where = f"{path}, prompt {number}, line {text.count(chr(10), 0, place) + 1}"
+            if not isinstance(item, str | dict):
+                raise InputError(f"{where}: a prompt is a table or a line of text, not {json.dumps(item)}")
+            entries.append(Entry(item, where))
+            _, place = decoder.raw_decode(text, place)
+        return entries
+    except json.JSONDecodeError as problem:
+        raise InputError(f"{path}, line {problem.lineno}: this is not JSON ({problem.msg})") from None
+
+
+def _skip(text: str, place: int) -> int:
+    """The next place that holds more than what stands between items."""
+    match = re.compile(r"[\s,]*").match(text, place)
+    return match.end() if match else place
+
+
+_READERS: dict[str, tuple[Callable[[str, str], list[Entry]], str]] = {
+    ".toml": (_read_toml, "write [[prompt.subset]] and prompt = ... for each"),
+    ".json": (_read_json, 'write [{"prompt": "words"}]'),
+}

@@ -1,0 +1,211 @@
+"""A run put together: each part made when it is its turn, and given back what a state holds of it."""
+
+import os
+import random
+import time
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.batches import Batch, CachedDataset, collate
+from dataset.epochs import EpochBatches
+from dataset.summary import metadata, summarise
+from networks.adapter import Adapter
+from wan_train.assemble import WeightedLora, assemble_dit, attach_adapter, finish_dit
+from wan_train.cli import InputError
+from wan_train.conditions import Conditions
+from wan_train.log import get_logger
+from wan_train.models.dit import Dit
+from wan_train.precision import dtype_of, name_of
+from wan_train.sampling.decode import open_vae
+from wan_train.sampling.encode import encode_texts
+from wan_train.training.accelerator import prepare_model
+from wan_train.training.ema import Ema
+from wan_train.training.hub import open_hub
+from wan_train.training.loop import run_length
+from wan_train.training.metadata import RunFacts, training_metadata
+from wan_train.training.metrics import MetricsWriter, RunningMean
+from wan_train.training.optimizer_state import Portable
+from wan_train.training.optimizers import make_optimizer
+from wan_train.training.preflight import Plan, model_settings
+from wan_train.training.preview import Previewer
+from wan_train.training.prior import Prior
+from wan_train.training.resume import configuration, require_same
+from wan_train.training.run import Length, Run, Skipped, Stateful
+from wan_train.training.schedules import check_schedule, make_schedule, warmup_steps
+from wan_train.training.settings import LoopSettings, TrainSettings
+from wan_train.training.state import Position, State, load_state
+from wan_train.training.strata import Strata
+from wan_train.training.validation import Data, Validator
+
+log = get_logger(__name__)
+
+
+def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelerator, seed: int) -> Run:
+    """Everything that the loop needs."""
+    dataset, is_first = data.training, accelerator.is_main_process
+    batches = EpochBatches(dataset, seed=seed, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+    length = run_length(len(batches), settings)
+    check_schedule(settings.optimizer, length.steps)
+    same = configuration(settings, dataset.keys, num_processes=accelerator.num_processes, steps=length.steps)
+    start = start_of(plan.state, same, length, settings)
+    log.info(summarise(dataset))
+    texts = encode(settings, plan, accelerator)
+    previewer = make_previewer(settings, plan, texts, accelerator, seed) if is_first else None
+    model, adapter = make_model(settings, accelerator, seed)
+    warmup = warmup_steps(settings.optimizer.lr_warmup_steps, length.steps)
+    groups = adapter.parameter_groups(settings.optimizer.learning_rate)
+    optimizer = make_optimizer(groups, settings.optimizer, warmup=warmup)
+    prepared = accelerator.prepare_optimizer(optimizer)
+    schedule = make_schedule(optimizer, settings.optimizer, total=length.steps)
+    decay, average, skipped = settings.loop.ema_decay, RunningMean(), Skipped()
+    ema = None if decay is None else Ema(dict(adapter.named_parameters()), decay)
+    held_out, num_strata = data.held_out, settings.timesteps.num_timestep_buckets
+    carried: dict[str, Stateful | None] = {
+        "optimizer": Portable(prepared),
+        "schedule": Portable(schedule),
+        "average": average,
+        "skipped": skipped,
+        "ema": ema,
+        "validator": (
+            None if held_out is None else Validator(held_out, settings.validation, settings.timesteps, settings.loss)
+        ),
+    }
+    if plan.state is not None:
+        go_on(plan.state, dict(adapter.named_parameters()), carried)
+    facts = make_facts(plan, dataset, accelerator, length, seed=seed, warmup=warmup)
+    rows = training_metadata(settings, facts, adapter.metadata())
+    return Run(
+        settings=settings,
+        accelerator=accelerator,
+        dit=model,
+        model=prepare_model(model.train(), accelerator),
+        adapter=adapter,
+        optimizer=prepared,
+        schedule=schedule,
+        batches=batches,
+        loader=make_loader(dataset, batches, settings.loop, accelerator.device),
+        length=length,
+        start=start,
+        seed=seed,
+        metadata=rows,
+        configuration=same,
+        previewer=previewer,
+        writer=make_writer(settings, plan.state, rows) if is_first else None,
+        hub=open_hub(settings.hub) if is_first else None,
+        validator=cast("Validator | None", carried["validator"]),
+        strata=None if num_strata is None else Strata(dataset, num_strata, seed=seed),
+        prior=make_prior(settings, plan, texts),
+        ema=ema,
+        average=average,
+        skipped=skipped,
+        carried={name: part for name, part in carried.items() if part is not None},
+    )
+
+
+def make_model(settings: TrainSettings, accelerator: Accelerator, seed: int) -> tuple[Dit, Adapter]:
+    """The DiT with its adapter, saving memory as the settings say."""
+    device = accelerator.device
+    dtype = None if accelerator.mixed_precision == "no" else dtype_of(accelerator.mixed_precision)
+    log.info("loading %s%s", settings.dit.dit, f" in {name_of(dtype)}" if dtype else "")
+    model = assemble_dit(
+        model_settings(settings),
+        device=device,
+        dtype=dtype,
+        computing=None if dtype else torch.float32,
+        loras=[WeightedLora(path, multiplier) for path, multiplier in settings.network.base_loras],
+    )
+    adapter = attach_adapter(model, settings.network, seed=seed, device=device)
+    finish_dit(model, model_settings(settings), device)
+    log.info(adapter.describe())
+    return model, adapter
+
+
+def start_of(state: State | None, same: dict[str, str], length: Length, settings: TrainSettings) -> Position:
+    """Where the run begins. InputError for a state of another configuration, or of a run that is at its end."""
+    if state is None:
+        return Position()
+    require_same(state, same, anyway=settings.save.resume_anyway)
+    if state.position.step >= length.steps:
+        raise InputError(
+            f"--resume {state.folder} is at step {state.position.step} of {length.steps}: nothing is left to train; "
+            "raise --max_train_steps or --max_train_epochs to go on"
+        )
+    log.info("going on from %s: step %d, epoch %d", state.folder, state.position.step, state.position.epoch)
+    return state.position
+
+
+def go_on(state: State, trained: dict[str, nn.Parameter], carried: dict[str, Stateful | None]) -> None:
+    """Give everything that is carried from step to step what the state holds of it."""
+    parts = load_state(state, trained)
+    for name, part in carried.items():
+        if part is not None and name in parts:
+            part.load_state_dict(parts[name])
+
+
+def make_facts(
+    plan: Plan, dataset: CachedDataset, accelerator: Accelerator, length: Length, *, seed: int, warmup: int
+) -> RunFacts:
+    """What the metadata tell of the run."""
+    return RunFacts(
+        seed=seed,
+        num_items=dataset.num_items,
+        batches_per_epoch=len(EpochBatches(dataset, seed=seed, num_ranks=accelerator.num_processes)),
+        num_epochs=length.epochs,
+        max_steps=length.steps,
+        warmup=warmup,
+        mixed_precision=accelerator.mixed_precision,
+        datasets=metadata(dataset, plan.configs),
+        started_at=time.time(),
+        session_id=random.SystemRandom().randrange(2**32),
+    )
+
+
+def make_loader(
+    dataset: CachedDataset, batches: EpochBatches, loop: LoopSettings, device: torch.device
+) -> DataLoader[Batch]:
+    """The loader of one process's batches."""
+    workers = min(loop.max_data_loader_n_workers, os.cpu_count() or 1, len(batches))
+    return DataLoader(
+        cast("Dataset[Batch]", dataset),  # samples go in and, by the collation, batches come out
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=loop.persistent_data_loader_workers and workers > 0,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def make_writer(settings: TrainSettings, state: State | None, rows: dict[str, str]) -> MetricsWriter:
+    """What records the run; of one that goes on, what was recorded up to its state is kept."""
+    keep_until = None if state is None else state.position.step
+    return MetricsWriter(settings.logs, settings.save, keep_until=keep_until, config=rows)
+
+
+def encode(settings: TrainSettings, plan: Plan, accelerator: Accelerator) -> dict[str, Conditions]:
+    """The texts of previews (on the first process) and of the prior, encoded once, the text encoder gone again."""
+    texts = list(plan.prior_captions)
+    if accelerator.is_main_process:
+        texts += [text for request in plan.requests for text in (request.prompt, request.negative_prompt)]
+    return encode_texts(texts, settings.text, accelerator.device) if texts else {}
+
+
+def make_previewer(
+    settings: TrainSettings, plan: Plan, texts: dict[str, Conditions], accelerator: Accelerator, seed: int
+) -> Previewer | None:
+    """What makes previews; None where none are asked for."""
+    if not plan.requests:
+        return None
+    vae = open_vae(settings.vae, accelerator.device)
+    vae.to("cpu")
+    return Previewer(plan.requests, texts, vae, accelerator.device, settings.save, plan.variant.fps, seed)
+
+
+def make_prior(settings: TrainSettings, plan: Plan, texts: dict[str, Conditions]) -> Prior | None:
+    """What is to be kept; None where nothing is."""
+    if not plan.prior_captions:
+        return None
+    return Prior([texts[caption] for caption in plan.prior_captions], settings.prior.prior_loss_weight)

@@ -1,0 +1,51 @@
+"""An exponential moving average of the adapter."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Averages of named parameters: average += (1 - decay) * (parameter - average) after each step.
+
+    Early on the decay is lower, (1 + steps) / (10 + steps), so that the start is forgotten (as in TensorFlow's
+    ExponentialMovingAverage with num_updates).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self._parameters, self._decay, self._steps = dict(parameters), decay, 0
+        self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the parameters after a step."""
+        self._steps += 1
+        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        for name, parameter in self._parameters.items():
+            self._averages[name].lerp_(parameter.detach(), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """While it lasts the parameters hold their averages."""
+        kept = {name: parameter.data for name, parameter in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            parameter.data = self._averages[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = kept[name]
+
+    def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
+        """What `load_state_dict` takes."""
+        return {"steps": self._steps, "averages": dict(self._averages)}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on from a saved state."""
+        steps, averages = state["steps"], state["averages"]
+        assert isinstance(steps, int) and isinstance(averages, Mapping)
+        self._steps = steps
+        for name, average in self._averages.items():
+            average.copy_(averages[name])

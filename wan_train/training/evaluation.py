@@ -1,0 +1,225 @@
+"""Held-out losses compared: paired differences, how sure they are, and which evaluation is the best so far."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wan_train.log import get_logger
+
+log = get_logger(__name__)
+
+NUM_DRAWS = 2000
+TAILS = (0.025, 0.975)  # a 95% interval
+_NORMAL = 1.959964  # 97.5% quantile of the normal distribution, and below of Student's t by degrees of freedom from 1
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+Losses = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher the mean loss is than at `step`, and its 95% interval, which is infinite for a single file."""
+
+    step: int
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """improved or worse, where the whole interval says so, else unclear."""
+        return "improved" if self.high < 0 else "worse" if self.low > 0 else "unclear"
+
+    def row(self) -> dict[str, float | int | None]:
+        """For JSON, which knows no infinity."""
+        numbers = {"mean": self.mean, "low": self.low, "high": self.high}
+        return {"step": self.step} | {name: _finite(value) for name, value in numbers.items()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One look at the held-out clips: the mean loss, that of each stratum of t from data to noise, and comparisons.
+
+    `to_first` and `to_best` compare with the first evaluation and with the best before this one; the first of all has
+    neither. `is_best` is the lowest mean so far.
+    """
+
+    step: int
+    mean: float
+    strata: tuple[float, ...]
+    num_clips: int
+    num_files: int
+    is_best: bool
+    to_first: Difference | None = None
+    to_best: Difference | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Against the best so far: improved, unclear or worse; first; or not finite."""
+        if not math.isfinite(self.mean):
+            return "not finite"
+        return self.to_best.verdict if self.to_best else "first"
+
+    def row(self) -> dict[str, Any]:
+        """A line of the metrics file."""
+        values = {
+            "loss": _finite(self.mean),
+            "strata": [_finite(value) for value in self.strata],
+            "clips": self.num_clips,
+            "files": self.num_files,
+            "verdict": self.verdict,
+            "is_best": self.is_best,
+            "to_first": self.to_first.row() if self.to_first else None,
+            "to_best": self.to_best.row() if self.to_best else None,
+        }
+        return {"step": self.step, "validation": values}
+
+    def describe(self) -> str:
+        """One line for the log."""
+        told = f"held-out loss {self.mean:.5f} at step {self.step}"
+        if self.verdict == "not finite":
+            return f"{told}: not a number"
+        if self.to_best is None:
+            return f"{told}, over {self.num_clips} clips of {self.num_files} files"
+        best = self.to_best
+        change = f"{abs(best.mean):.5f} {'below' if best.mean < 0 else 'above'} the best so far, of step {best.step}"
+        interval = f"95% interval {best.low:+.5f} to {best.high:+.5f}"
+        return f"{told}: {self.verdict}, {change} ({interval if self.num_files > 1 else 'no interval for one file'})"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Losses (N, K) of an earlier evaluation, to compare with."""
+
+    step: int
+    losses: Losses
+
+    @property
+    def mean(self) -> float:
+        return float(self.losses.mean(dtype=np.float64))
+
+
+class History:
+    """Judges each evaluation against the first, the best, and the last that was a sure improvement.
+
+    `files` (N,) names the source file of each clip: clips of one file are alike, so that files are what the bootstrap
+    draws. Everything follows from the losses and `seed`, so that all processes come to the same judgement.
+    """
+
+    def __init__(self, files: Sequence[str], *, seed: int) -> None:
+        names, numbers = np.unique(np.asarray(files, dtype=object).astype(str), return_inverse=True)
+        self._numbers, self.num_files = numbers, len(names)
+        self._seed = seed
+        self._references: dict[str, Reference] = {}
+        self.since = 0
+        self.means: list[tuple[int, float]] = []
+
+    @cached_property
+    def _draws(self) -> NDArray[np.int64]:
+        return draw_files(self.num_files, seed=self._seed)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest mean so far."""
+        return self._references["best"].step if self._references else None
+
+    def add(self, step: int, losses: Losses) -> Evaluation:
+        """Judge losses (N, K) of the model at a step, and keep what later ones are compared with.
+
+        `since` counts the evaluations after the last one that was better, beyond the interval, than the one before it
+        that was: many small improvements add up to a sure one.
+        """
+        now, known = Reference(step, losses), dict(self._references)
+        is_best = not known or _is_better(now, known["best"])
+        evaluation = Evaluation(
+            step=step,
+            mean=now.mean,
+            strata=tuple(map(float, losses.mean(axis=0, dtype=np.float64))),
+            num_clips=len(losses),
+            num_files=self.num_files,
+            is_best=is_best,
+            to_first=self.compare(losses, known["first"]) if known else None,
+            to_best=self.compare(losses, known["best"]) if known and math.isfinite(known["best"].mean) else None,
+        )
+        self._references.setdefault("first", now)
+        if is_best:
+            self._references["best"] = now
+        if not known or self._is_sure(now, known["mark"]):
+            self._references["mark"], self.since = now, 0
+        else:
+            self.since += 1
+        self.means.append((step, now.mean))
+        return evaluation
+
+    def compare(self, losses: Losses, earlier: Reference) -> Difference:
+        """The paired difference to an earlier evaluation of the same clips with the same noise."""
+        differences = (losses.astype(np.float64) - earlier.losses).mean(axis=1)
+        sums, sizes = np.bincount(self._numbers, differences), np.bincount(self._numbers)
+        return Difference(earlier.step, float(differences.mean()), *find_interval(sums, sizes, self._draws))
+
+    def _is_sure(self, now: Reference, mark: Reference) -> bool:
+        if not math.isfinite(mark.mean):
+            return math.isfinite(now.mean)
+        return self.compare(now.losses, mark).verdict == "improved"
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later judgements depend on."""
+        references = {
+            name: {"step": reference.step, "losses": torch.from_numpy(reference.losses.copy())}
+            for name, reference in self._references.items()
+        }
+        return {"references": references, "since": self.since, "means": [list(pair) for pair in self.means]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._references = {
+            name: Reference(int(kept["step"]), kept["losses"].cpu().numpy())
+            for name, kept in state["references"].items()
+        }
+        self.since = int(state["since"])
+        self.means = [(int(step), float(mean)) for step, mean in state["means"]]
+
+
+def draw_files(num_files: int, *, seed: int) -> NDArray[np.int64]:
+    """How often each of the files is in each of `NUM_DRAWS` resamples (NUM_DRAWS, num_files)."""
+    digest = hashlib.blake2b(f"bootstrap/{seed}".encode(), digest_size=16).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+    return generator.multinomial(num_files, np.full(num_files, 1 / num_files), size=NUM_DRAWS)
+
+
+def find_interval(sums: NDArray[Any], sizes: NDArray[Any], draws: NDArray[np.int64]) -> tuple[float, float]:
+    """95% interval of sum(sums)/sum(sizes), a mean over clips, by a bootstrap over their files.
+
+    The percentile interval is widened about the mean by sqrt(n/(n-1)) and Student's t over the normal quantile, since a
+    bootstrap over few files is too narrow (Hesterberg 2014, arXiv 1411.5279). For one file it is infinite.
+    """
+    n = len(sums)
+    if n < 2:
+        return -math.inf, math.inf
+    mean = sums.sum() / sizes.sum()
+    low, high = np.quantile((draws @ sums) / (draws @ sizes), TAILS)
+    factor = math.sqrt(n / (n - 1)) * student(n - 1) / _NORMAL
+    return float(mean + factor * (low - mean)), float(mean + factor * (high - mean))
+
+
+def student(freedom: int) -> float:
+    """The 97.5% quantile of Student's t; beyond the table by its expansion (Abramowitz and Stegun, 26.7.5)."""
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    z = _NORMAL
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def _is_better(now: Reference, earlier: Reference) -> bool:
+    return math.isfinite(now.mean) and not now.mean >= earlier.mean
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,159 @@
+"""An optimizer in use: its modes, the rates that it steps by, and its state as plain values."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def comes_from(kind: Any, package: str, name: str) -> bool:
+    """Whether a class is, or inherits from, `name` of `package`; it need not be importable to be told apart."""
+    return any(base.__name__ == name and base.__module__.partition(".")[0] == package for base in inspect.getmro(kind))
+
+
+def is_schedule_free(optimizer: Any) -> bool:
+    """Whether an optimizer, or a class of them, has modes for training and for use, and so no schedule."""
+    inner = optimizer if inspect.isclass(optimizer) else _unwrap(optimizer)
+    return callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None))
+
+
+def sets_own_rate(kind: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether this class with these arguments is an Adafactor that was asked for its relative step."""
+    return comes_from(kind, "transformers", "Adafactor") and bool(arguments.get("relative_step"))
+
+
+def for_training(optimizer: torch.optim.Optimizer) -> None:
+    """Put a schedule-free optimizer into the mode of training; nothing to do for others."""
+    if is_schedule_free(optimizer):
+        _unwrap(optimizer).train()
+
+
+@contextmanager
+def for_saving(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, the parameters are what a schedule-free optimizer would hand out: for files, previews and evaluation.
+
+    Afterwards they are, bit for bit, what they were: the optimizer's own way back rounds, and a run with previews would
+    not be the run without. Costs a copy of the trained parameters meanwhile; nothing for other optimizers.
+    """
+    if not is_schedule_free(optimizer):
+        yield
+        return
+    inner = _unwrap(optimizer)
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    modes = [group.get("train_mode") for group in inner.param_groups]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    inner.eval()
+    try:
+        yield
+    finally:
+        inner.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+        for group, mode in zip(inner.param_groups, modes, strict=True):
+            if mode is not None:
+                group["train_mode"] = mode
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What the optimizer steps by, for the log: `lr`, and `lr/d*lr` where it finds a factor d of its own (Prodigy).
+
+    With several groups each name ends in the group's `name` or number. Asked for after the optimizer's step and before
+    the schedule's, it is the rate of that step, a schedule-free optimizer's warm-up included.
+    """
+    inner = _unwrap(optimizer)
+    rates: dict[str, float] = {}
+    for index, group in enumerate(inner.param_groups):
+        suffix = f"/{group.get('name', index)}" if len(inner.param_groups) > 1 else ""
+        rates[f"lr{suffix}"] = rate = _rate(inner, group)
+        if "d" in group:
+            rates[f"lr/d*lr{suffix}"] = float(group["d"]) * rate
+    return rates
+
+
+def portable_state(holder: Any) -> dict[str, Any]:
+    """The state of an optimizer or a schedule as torch reads it back without unpickling objects.
+
+    Tensors are the live ones, not copies. TypeError names what could not be kept.
+    """
+    state: dict[str, Any] = _portable(_unwrap(holder).state_dict(), "state")
+    return state
+
+
+def load_portable_state(holder: Any, state: Mapping[str, Any]) -> None:
+    """Give a new optimizer or schedule, built in the same way, the state that `portable_state` gave; exact to the bit.
+
+    A schedule's comes after its optimizer's. Optimizers cast what they load to the dtype of the parameter, and put
+    what was paged into plain device memory; both are undone here.
+    """
+    inner = _unwrap(holder)
+    inner.load_state_dict(dict(state))
+    if not isinstance(inner, torch.optim.Optimizer):
+        return
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    order = [index for group in state["param_groups"] for index in group["params"]]
+    for index, parameter in zip(order, parameters, strict=True):
+        held = inner.state.get(parameter, {})
+        for name, value in state["state"].get(index, {}).items():
+            if isinstance(value, Tensor) and isinstance(held.get(name), Tensor) and held[name].dtype != value.dtype:
+                held[name] = value.to(held[name].device, copy=True)
+        if getattr(inner, "is_paged", False) and parameter.device.type != "cpu":
+            _page(inner, parameter, held)
+
+
+@dataclass(frozen=True)
+class Portable:
+    """An optimizer or a schedule whose `state_dict` and `load_state_dict` are those of the two functions above."""
+
+    holder: Any
+
+    def state_dict(self) -> dict[str, Any]:
+        return portable_state(self.holder)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        load_portable_state(self.holder, state)
+
+
+def _page(optimizer: Any, parameter: Tensor, held: dict[str, Any]) -> None:
+    """Put the large states of a paged bitsandbytes optimizer back into memory that can be paged out."""
+    for name in ("state1", "state2"):
+        if isinstance(held.get(name), Tensor):
+            buffer = optimizer.get_state_buffer(parameter, dtype=held[name].dtype)
+            held[name] = buffer.copy_(held[name])
+
+
+def _rate(optimizer: Any, group: dict[str, Any]) -> float:
+    if sets_own_rate(type(optimizer), group):
+        state = optimizer.state.get(group["params"][0])
+        return float(optimizer._get_lr(group, state)) if state else 0.0  # it has none before its first step
+    return float(group.get("scheduled_lr") or group["lr"])
+
+
+def _portable(value: Any, place: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if value is None or type(value) in (bool, int, float, complex, str):
+        return value
+    if isinstance(value, Mapping):
+        return {_portable(key, place): _portable(found, f"{place}.{key}") for key, found in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_portable(found, place) for found in value)
+    if isinstance(value, list | set | frozenset):
+        return [_portable(found, place) for found in value]
+    if isinstance(value, bool | int | float | str):  # enumerations, and numpy's numbers
+        base = next(kind for kind in (bool, int, float, str) if isinstance(value, kind))
+        return base(value)
+    if callable(getattr(value, "item", None)) and not getattr(value, "shape", ()):
+        return value.item()
+    raise TypeError(f"{place} is a {type(value).__name__}, which a saved state cannot hold")
+
+
+def _unwrap(optimizer: Any) -> Any:
+    """The optimizer itself, without what accelerate or deepspeed put around it; a schedule as it is."""
+    inner = getattr(optimizer, "optimizer", None)
+    wrapped = isinstance(optimizer, torch.optim.Optimizer) and isinstance(inner, torch.optim.Optimizer)
+    return _unwrap(inner) if wrapped else optimizer

@@ -1,0 +1,126 @@
+"""Everything about a run that can be known, and refused, before a model is loaded."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dataset.batches import CachedDataset, open_cached, open_trusted
+from dataset.config import DatasetConfig, read_config
+from networks.adapter import MODULES, check_network
+from networks.lora_arguments import lora_arguments
+from wan_train.assemble import ModelSettings, check_model
+from wan_train.cli import InputError
+from wan_train.log import get_logger
+from wan_train.models.loading import linear_shapes
+from wan_train.models.text_encoder import check_text_encoder
+from wan_train.models.variants import VARIANTS, Variant
+from wan_train.sampling.request import SampleRequest
+from wan_train.storage import check_writable
+from wan_train.training.accelerator import launched_device
+from wan_train.training.hub import check_hub, fetch_state
+from wan_train.training.objective import check_timesteps
+from wan_train.training.optimizer_state import is_schedule_free
+from wan_train.training.optimizers import check_optimizer
+from wan_train.training.preview import check_previews
+from wan_train.training.prior import read_captions
+from wan_train.training.resume import find_state
+from wan_train.training.schedules import check_schedule
+from wan_train.training.settings import TrainSettings
+from wan_train.training.state import State
+from wan_train.training.trackers import check_trackers
+from wan_train.training.validation import Data, check_validation, hold_out
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the preflight found out."""
+
+    variant: Variant
+    configs: tuple[DatasetConfig, ...]
+    requests: list[SampleRequest]
+    prior_captions: list[str]
+    state: State | None
+
+
+def preflight(settings: TrainSettings) -> Plan:
+    """Refuse what cannot work, from options and headers alone."""
+    variant = VARIANTS[settings.dit.task]
+    check_output_name(settings.save.output_name)
+    ours = settings.network.network_module in MODULES
+    several_rates = ours and lora_arguments(settings.network).loraplus_lr_ratio != 1
+    kind, _ = check_optimizer(settings.optimizer, several_rates=several_rates)
+    if settings.loop.ema_decay is not None and is_schedule_free(kind):
+        raise InputError(
+            f"--ema_decay {settings.loop.ema_decay:g}: {settings.optimizer.optimizer_type} averages by itself, what it "
+            "saves is its average; leave out --ema_decay"
+        )
+    check_schedule(settings.optimizer)
+    check_timesteps(settings.timesteps)
+    check_validation(settings.validation)
+    check_trackers(settings.logs)
+    check_hub(settings.hub, settings.save.resume)
+    configs = read_configs(settings.data.dataset_config, settings)
+    requests = check_previews(settings, variant)
+    captions = check_prior(settings)
+    if warning := check_model(model_settings(settings), variant, launched_device()):
+        log.warning(warning)
+    check_network(settings.network, linear_shapes(settings.dit.dit))
+    check_writable(settings.save.output_dir)
+    return Plan(variant, configs, requests, captions, find_state(fetched(settings)))
+
+
+def fetched(settings: TrainSettings) -> TrainSettings:
+    """The settings, with `--resume` a folder here if it was a place on the hub."""
+    if not settings.hub.resume_from_huggingface or settings.save.resume is None:
+        return settings
+    folder = fetch_state(settings.save.resume, settings.hub.huggingface_token)
+    return replace(settings, save=replace(settings.save, resume=str(folder)))
+
+
+def read_configs(path: str, settings: TrainSettings) -> tuple[DatasetConfig, ...]:
+    """The datasets of a file; where caches are trusted the media need not be there."""
+    return read_config(path, with_sources=not settings.caches.trust_cache)
+
+
+def open_data(settings: TrainSettings, configs: tuple[DatasetConfig, ...]) -> Data:
+    """What is trained on and what is held out, and whether noise levels can be drawn for its sizes."""
+    data = hold_out(
+        open_dataset(configs, settings),
+        settings.validation,
+        lambda path: open_dataset(read_configs(path, settings), settings),
+    )
+    sizes = {(bucket.size[1] // 8, bucket.size[0] // 8) for bucket in data.training.buckets}
+    check_timesteps(settings.timesteps, sizes)
+    return data
+
+
+def open_dataset(configs: tuple[DatasetConfig, ...], settings: TrainSettings) -> CachedDataset:
+    """What the caches hold, compared with the sources unless they are trusted."""
+    if settings.caches.trust_cache:
+        return open_trusted(configs)
+    data = settings.data
+    return open_cached(configs, allow_missing_captions=data.allow_missing_captions, skip_broken=data.skip_broken)
+
+
+def model_settings(settings: TrainSettings) -> ModelSettings:
+    """What the settings say about the DiT."""
+    return ModelSettings(settings.dit, settings.weights, settings.stream, settings.activations, settings.compile)
+
+
+def check_output_name(name: str) -> None:
+    """InputError for a name that is not one plain file name."""
+    if not name.strip() or name != os.path.basename(name) or name.startswith("."):
+        raise InputError(f"--output_name {name!r} must be a plain file name; folders go into --output_dir")
+
+
+def check_prior(settings: TrainSettings) -> list[str]:
+    """The captions of `--prior_captions`, once what encodes them is there."""
+    path = settings.prior.prior_captions
+    if path is None:
+        return []
+    if not settings.text.t5:
+        raise InputError(f"--prior_captions {Path(path).name} needs --t5: give the text encoder")
+    check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
+    return read_captions(path)

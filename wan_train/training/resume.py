@@ -1,0 +1,88 @@
+"""Going on from a state: which one, and whether it is of this configuration."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dataset.order import SampleKey
+from wan_train.cli import InputError
+from wan_train.log import get_logger
+from wan_train.training.settings import TrainSettings
+from wan_train.training.state import State, differences, newest_state, open_state
+
+log = get_logger(__name__)
+
+# What decides the numbers of a run: groups of its settings, and the fields that do not, or are told apart below.
+GROUPS = ("weights", "network", "loop", "optimizer", "timesteps", "loss")
+INDIFFERENT = {
+    "max_train_steps",
+    "max_train_epochs",
+    "gradient_accumulation_steps",
+    "max_data_loader_n_workers",
+    "persistent_data_loader_workers",
+    "seed",
+    "skip_nonfinite",
+    "show_timesteps",
+}
+
+
+def find_state(settings: TrainSettings) -> State | None:
+    """The state that `--resume` names; None for a fresh start. InputError for one that is not there or not whole."""
+    wanted = settings.save.resume
+    if wanted is None:
+        return None
+    if wanted != "auto":
+        return open_state(Path(wanted))
+    state = newest_state(settings.save)
+    if state is None:
+        log.info(
+            "--resume auto: no state of %s in %s, a fresh start", settings.save.output_name, settings.save.output_dir
+        )
+    return state
+
+
+def configuration(
+    settings: TrainSettings, keys: Iterable[SampleKey], *, num_processes: int, steps: int
+) -> dict[str, str]:
+    """What must be the same for a resumed run to go on as the unbroken one would have: option to value.
+
+    The batches of a step count, not how many processes share them; the length of the run counts where the learning rate
+    depends on it.
+    """
+    known: dict[str, Any] = {"--task": settings.dit.task, "--dit": Path(settings.dit.dit).name}
+    for group in GROUPS:
+        values = getattr(settings, group, None)
+        if values is not None:
+            fields = dataclasses.fields(values)
+            known |= {f"--{f.name}": getattr(values, f.name) for f in fields if f.name not in INDIFFERENT}
+    known["batches in a step"] = num_processes * settings.loop.gradient_accumulation_steps
+    names = "\n".join(f"{key.item} {key.repeat}" for key in keys)
+    known["samples of the dataset"] = hashlib.sha256(names.encode()).hexdigest()[:12]
+    if settings.optimizer.lr_scheduler not in ("constant", "constant_with_warmup"):
+        known["steps of the run"] = steps
+    return {name: str(value) for name, value in known.items()}
+
+
+def require_same(state: State, current: dict[str, str], *, anyway: bool) -> None:
+    """InputError that lists what is not as it was, or only a warning if the user wants to go on anyway."""
+    different = differences(state.configuration, current)
+    if not different:
+        return
+    listed = "; ".join(different)
+    if not anyway:
+        raise InputError(
+            f"--resume {state.folder} is of another configuration: {listed}. Give the options that the run began with, "
+            "or --resume_anyway"
+        )
+    log.warning("going on from %s although %s", state.folder, listed)
+
+
+def chosen_seed(given: int | None, state: State | None) -> int | None:
+    """The seed to run with: the state's, which a given one must equal; None where nobody says."""
+    if state is None:
+        return given
+    if given is not None and given != state.seed:
+        raise InputError(f"--seed {given} is not the {state.seed} that {state.folder} began with: leave it out")
+    return state.seed

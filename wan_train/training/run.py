@@ -1,0 +1,183 @@
+"""What a run is made of, and what of it is saved."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dataset.batches import Batch
+from dataset.epochs import EpochBatches
+from networks.adapter import Adapter
+from wan_train.cli import InputError, RunError
+from wan_train.log import get_logger
+from wan_train.models.dit import Dit
+from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, of_step, outlived, path_of, save_adapter
+from wan_train.training.ema import Ema
+from wan_train.training.hub import Hub
+from wan_train.training.metadata import saved_metadata
+from wan_train.training.metrics import MetricsWriter, RunningMean
+from wan_train.training.optimizer_state import for_saving
+from wan_train.training.preview import Previewer
+from wan_train.training.prior import Prior
+from wan_train.training.settings import TrainSettings
+from wan_train.training.state import Position, remove, save_state
+from wan_train.training.stopping import StopRequest
+from wan_train.training.strata import Strata
+from wan_train.training.validation import Validator
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is: optimizer steps and epochs, the last one perhaps in part."""
+
+    steps: int
+    epochs: int
+
+
+class Stateful(Protocol):
+    """What carries something from one step to the next."""
+
+    def state_dict(self) -> Any:
+        """Tensors, numbers and text in dicts and lists."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Go on from there."""
+        ...
+
+
+@dataclass
+class Skipped:
+    """How many steps were left out because their loss or gradient was no number."""
+
+    count: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The count."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting."""
+        self.count = state["count"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the loop works with.
+
+    `model` is what accelerate made of `dit`; `previewer` and `writer` are there on the first process only. `carried`
+    names all that a state holds beside the adapter; `configuration` is what a resumed run must have in common.
+    """
+
+    settings: TrainSettings
+    accelerator: Accelerator
+    dit: Dit
+    model: nn.Module
+    adapter: Adapter
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    batches: EpochBatches
+    loader: DataLoader[Batch]
+    length: Length
+    start: Position
+    seed: int
+    metadata: dict[str, str]
+    configuration: dict[str, str]
+    previewer: Previewer | None
+    writer: MetricsWriter | None
+    hub: Hub | None
+    validator: Validator | None
+    strata: Strata | None
+    prior: Prior | None
+    ema: Ema | None
+    average: RunningMean
+    skipped: Skipped
+    carried: dict[str, Stateful]
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes take a step together."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return dict(self.adapter.named_parameters())
+
+
+def save(run: Run, moment: str, position: Position, *, with_state: bool) -> None:
+    """Write the adapter, its average and, if asked for, a state, on the first process; then drop what is outlived."""
+    if run.accelerator.is_main_process:
+        settings = run.settings.save
+        try:
+            metadata = saved_metadata(run.settings, run.metadata, step=position.step, epoch=epoch_of(position))
+            saved = write_files(run, moment, metadata)
+            if with_state:
+                saved.append(keep_state(run, moment, position))
+        except InputError as problem:
+            raise RunError(f"{problem}; the run ends at step {position.step}, what was saved before is whole") from None
+        remove(outlived(settings, epoch=epoch_of(position), step=position.step))
+        upload(run, saved)
+    run.accelerator.wait_for_everyone()
+
+
+def save_best(run: Run, position: Position) -> None:
+    """Keep the adapter as NAME-best, beside the others; it is never dropped."""
+    if run.accelerator.is_main_process:
+        metadata = saved_metadata(run.settings, run.metadata, step=position.step, epoch=epoch_of(position))
+        upload(run, write_files(run, "-best", metadata))
+
+
+def upload(run: Run, paths: list[Path]) -> None:
+    """Copy what was saved to the hub, if there is one."""
+    for path in paths:
+        if run.hub is not None:
+            run.hub.upload(path)
+
+
+def write_files(run: Run, moment: str, metadata: dict[str, str]) -> list[Path]:
+    """Write the adapter and its average under a moment's name; their paths."""
+    settings = run.settings.save
+    saved = [path_of(settings, moment, FILE)]
+    with for_saving(run.optimizer):
+        save_adapter(saved[0], run.adapter, settings, metadata)
+    log.info("saved %s", saved[0])
+    if run.ema is not None:
+        saved.append(path_of(settings, moment, EMA_FILE))
+        with run.ema.applied():
+            save_adapter(saved[1], run.adapter, settings, metadata)
+    return saved
+
+
+def epoch_of(position: Position) -> int:
+    """The epoch that the last step belonged to."""
+    return position.epoch if position.epoch_step else max(1, position.epoch - 1)
+
+
+def keep_state(run: Run, moment: str, position: Position) -> Path:
+    """Write all that it takes to go on from here; where."""
+    folder = path_of(run.settings.save, moment, STATE)
+    save_state(
+        folder,
+        position,
+        seed=run.seed,
+        configuration=run.configuration,
+        parameters=run.trained,
+        parts={name: part.state_dict() for name, part in run.carried.items()},
+    )
+    log.info("saved the state %s", folder)
+    return folder
+
+
+def save_stopped(run: Run, position: Position) -> str:
+    """Save where a run is that was asked to stop; how to go on, in words."""
+    save(run, of_step(position.step), position, with_state=True)
+    folder = path_of(run.settings.save, of_step(position.step), STATE)
+    return f"stopped after step {position.step}: go on with the same command and --resume {folder} (or --resume auto)"

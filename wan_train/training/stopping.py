@@ -1,0 +1,33 @@
+"""Stopping a run from outside: the step that is under way is finished, a state is saved, then the process ends."""
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EXIT_CODES = {int(number): 128 + number for number in SIGNALS}  # what shells report of a process that a signal ended
+
+
+class StopRequest:
+    """Remembers that SIGTERM or Ctrl-C came; a second Ctrl-C interrupts at once. A context manager."""
+
+    def __init__(self) -> None:
+        self.signal = 0  # which, or 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        # Not by the log: what it writes to may be in the middle of a line of its own.
+        os.write(2, b"\nasked to stop: finishing the step, then saving\n")

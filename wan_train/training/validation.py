@@ -1,0 +1,230 @@
+"""The loss on clips that are not trained on, measured the same way each time, so that differences are the model's.
+
+Every clip meets the same noise, at the same noise levels, at every evaluation: keyed by `--validation_seed`, its name
+and the stratum. The levels are one from each of K equally likely parts of the distribution that training draws from,
+so that their mean estimates the training objective.
+"""
+
+import hashlib
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset.ahead import read_ahead
+from dataset.batches import Batch, CachedDataset, collate
+from dataset.order import SampleKey
+from dataset.sources import name_some
+from dataset.split import find_shared, name_files, split_off
+from wan_train.cli import InputError
+from wan_train.conditions import Conditions
+from wan_train.flow.weighting import importance
+from wan_train.log import get_logger
+from wan_train.training.evaluation import Evaluation, History, Losses
+from wan_train.training.objective import Draws, draw_levels, sample_losses
+from wan_train.training.settings import LossSettings, TimestepSettings, ValidationSettings
+
+log = get_logger(__name__)
+
+FEW = 5  # with four files an interval is twice as wide as its standard error alone would have it
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and, where something is held out, what the loss is measured on."""
+
+    training: CachedDataset
+    held_out: CachedDataset | None
+
+
+def check_validation(settings: ValidationSettings) -> None:
+    """InputError for options that make no sense together."""
+    if settings.validation_config is not None and settings.validation_split is not None:
+        raise InputError(
+            f"--validation_config {settings.validation_config} and --validation_split {settings.validation_split:g}"
+            " both say what is held out: leave out one"
+        )
+    every = settings.validate_every_n_steps or settings.validate_every_n_epochs
+    if settings.early_stop is not None and not every:
+        raise InputError(
+            f"--early_stop {settings.early_stop} needs evaluations to count: give --validate_every_n_steps or _epochs"
+        )
+    if every and settings.validation_config is None and settings.validation_split is None:
+        raise InputError(
+            "--validate_every_n_steps and _epochs need held-out clips: give --validation_config or --validation_split"
+        )
+
+
+def hold_out(dataset: CachedDataset, settings: ValidationSettings, read: Callable[[str], CachedDataset]) -> Data:
+    """Training and held-out clips as the settings say; `read` opens the caches that a TOML file describes.
+
+    Raises InputError where too few files are held out for what is asked.
+    """
+    if settings.validation_split is not None:
+        split = split_off(dataset, settings.validation_split, seed=settings.validation_seed)
+        data = Data(split.training, split.held_out)
+    elif settings.validation_config is not None:
+        data = Data(dataset, read(settings.validation_config))
+    else:
+        return Data(dataset, None)
+    assert data.held_out is not None
+    if shared := find_shared(data.training, data.held_out):
+        log.warning("%d held-out files are trained on too (%s)", len(shared), name_some(shared))
+    num_files = len(set(name_files(data.held_out)))
+    if settings.early_stop is not None and num_files < 2:
+        raise InputError("--early_stop needs an interval, and one held-out file gives none: hold out two or more")
+    num_clips = sum(len(plan.clips) for plan in data.held_out.plans)
+    wide = "" if num_files >= FEW else ", so few that intervals are wide"
+    log.info("held out: %d clips of %d files%s", num_clips, num_files, wide)
+    return data
+
+
+class Validator:
+    """Measures the loss on held-out clips, and judges each measurement against those before it.
+
+    Each clip counts once, whatever its `num_repeats`, with its first caption and as it is; batches are of its
+    dataset's `batch_size`, and the last of a bucket is taken too.
+    """
+
+    def __init__(
+        self, dataset: CachedDataset, settings: ValidationSettings, timesteps: TimestepSettings, loss: LossSettings
+    ) -> None:
+        self._dataset, self._settings, self._timesteps, self._loss = dataset, settings, timesteps, loss
+        self._batches = cut_batches(dataset)
+        order = [position for batch in self._batches for position in batch]
+        self._rows = {position: row for row, position in enumerate(order)}
+        self._names = [dataset.keys[position].item for position in order]
+        files = name_files(dataset)
+        self.history = History([files[position] for position in order], seed=settings.validation_seed)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether `--early_stop` evaluations in a row were no sure improvement."""
+        limit = self._settings.early_stop
+        return limit is not None and self.history.since >= limit
+
+    def has_evaluated(self, step: int) -> bool:
+        """Whether the last evaluation was at this step, so that there is nothing to measure anew."""
+        return bool(self.history.means) and self.history.means[-1][0] == step
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator, *, step: int) -> Evaluation:
+        """Measure the model as it is at a step and judge it; all processes call this together and learn the same."""
+        evaluation = self.history.add(step, self.measure(model, accelerator))
+        if accelerator.is_main_process:
+            alarming = evaluation.verdict in ("worse", "not finite")
+            log.log(logging.WARNING if alarming else logging.INFO, evaluation.describe())
+        return evaluation
+
+    def measure(self, model: nn.Module, accelerator: Accelerator) -> Losses:
+        """Losses (N, K) of every held-out clip in every stratum, the same on all processes.
+
+        The model is read, nothing else: not its gradients, not its mode, and no generator that others draw from.
+        """
+        shares = math.ceil(len(self._batches) / accelerator.num_processes)
+        # A sharded model is gathered by all processes together, so each runs as many batches; doubles fall away below.
+        padded = itertools.islice(itertools.cycle(self._batches), shares * accelerator.num_processes)
+        mine = list(itertools.islice(padded, accelerator.process_index, None, accelerator.num_processes))
+        reading = read_ahead(collate([self._dataset[position] for position in batch]) for batch in mine)
+        shown = tqdm(
+            zip(mine, reading, strict=True),
+            desc="held-out loss",
+            total=len(mine),
+            delay=2,
+            leave=False,
+            disable=not accelerator.is_main_process,
+        )
+        measured: list[tuple[int, list[float]]] = []
+        with evaluating(model):
+            for positions, batch in shown:
+                losses = self._measure_batch(model, batch, accelerator.device)
+                measured += zip(positions, losses.tolist(), strict=True)
+        table = np.zeros((len(self._rows), self._settings.validation_timesteps), np.float32)
+        for position, values in gather_object(measured):
+            table[self._rows[position]] = values
+        return table
+
+    def _measure_batch(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+        """Losses (B, K) of a batch, on the CPU."""
+        latents = batch.latents.to(device)
+        conditions = Conditions(tuple(batch.context)).to(device)
+        weights = None if batch.weights is None else batch.weights.to(device)
+        losses = []
+        for stratum in range(self._settings.validation_timesteps):
+            draws = draw_stratum(
+                batch.keys,
+                latents.shape[1:],
+                self._timesteps,
+                stratum=stratum,
+                num_strata=self._settings.validation_timesteps,
+                seed=self._settings.validation_seed,
+            ).to(device)
+            losses.append(sample_losses(model, latents, conditions, draws, weights=weights, settings=self._loss))
+        return torch.stack(losses, dim=1).cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later judgements depend on, and what was measured."""
+        return {"clips": self._names, "measure": self._measure(), "history": self.history.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; anew, with a warning, where other clips or noise levels were measured."""
+        if state["clips"] != self._names or state["measure"] != self._measure():
+            log.warning("other clips or noise levels are held out than before: the held-out loss is compared anew")
+            return
+        self.history.load_state_dict(state["history"])
+
+    def _measure(self) -> str:
+        settings = self._settings
+        return f"{settings.validation_timesteps} {settings.validation_seed} {self._timesteps} {self._loss}"
+
+
+def cut_batches(dataset: CachedDataset) -> list[list[int]]:
+    """The positions of all clips, once each, in batches of one bucket and of its dataset's size."""
+    batches = []
+    for bucket, positions in sorted(dataset.buckets.items()):
+        size = dataset.configs[bucket.dataset].batch_size
+        first = [position for position in positions if dataset.keys[position].repeat == 0]
+        batches += [first[start : start + size] for start in range(0, len(first), size)]
+    return batches
+
+
+def draw_stratum(
+    keys: Sequence[SampleKey],
+    shape: Sequence[int],
+    timesteps: TimestepSettings,
+    *,
+    stratum: int,
+    num_strata: int,
+    seed: int,
+) -> Draws:
+    """Noise of latents of a `shape`, and t in this stratum, of each sample: keyed by seed, name and stratum alone."""
+    uniforms, noises = [], []
+    for key in keys:
+        digest = hashlib.blake2b(f"held out/{seed}/{stratum}/{key.item}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        uniforms.append((stratum + float(torch.rand((), generator=generator))) / num_strata)
+        noises.append(torch.randn(*shape, generator=generator))
+    t = draw_levels(uniforms, (shape[-2], shape[-1]), timesteps)
+    return Draws(t, torch.stack(noises), importance(timesteps.weighting_scheme, t))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout and gradients; afterwards each of its parts is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
