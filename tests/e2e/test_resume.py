@@ -184,7 +184,8 @@ def test_asked_to_stop(desk: Desk, number: int, code: int) -> None:
 def test_two_processes_killed_and_equal_to_one(desk: Desk) -> None:
     """Two processes take the steps of one that accumulates over two batches, before and after a kill."""
     launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617")
-    options = ("--optimizer_type", "adamw", "--network_dropout", 0.2)
+    dropouts = ("--network_dropout", 0.2, "--network_args", "rank_dropout=0.2", "module_dropout=0.2")
+    options = ("--optimizer_type", "adamw", *dropouts)
     desk.finish("one", *options, "--gradient_accumulation_steps", 2)
     process = desk.start("two", *options, launch=launch)
     desk.signal_at(process, "two", 5, signal.SIGKILL)
@@ -194,6 +195,23 @@ def test_two_processes_killed_and_equal_to_one(desk: Desk) -> None:
     for row, other in zip(ours, alone, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert (row["epoch"], row["lr"]) == (other["epoch"], other["lr"])
+
+
+def test_a_killed_process_ends_the_run_of_all(desk: Desk) -> None:
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29618")
+    process = desk.start("orphan", "--max_train_steps", 100000, launch=launch)
+    metrics = desk.folder / "out" / "orphan.metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    killed = time.monotonic()
+    _, said = process.communicate(timeout=90)
+    assert process.returncode != 0 and time.monotonic() - killed < 60
+    assert "SIGKILL" in said
+    assert not Path(f"/proc/{workers[0]}").exists()
 
 
 @pytest.mark.parametrize(

@@ -66,5 +66,5 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(InputError, match="--config_file nowhere.toml cannot be read"):
+    with pytest.raises(InputError, match=r"--config_file nowhere\.toml cannot be read"):
         parse(TrainSettings, ["--config_file", "nowhere.toml"])

@@ -110,7 +110,9 @@ def test_tensorboard_has_curves_and_previews(tmp_path: Path) -> None:
             "loss_by_t/t7",
             "lr",
             "lr/up",
-            "validation/mean",
+            "validation/loss",
+            "validation/strata/0",
+            "validation/to_best/mean",
         ),
         *("norm/gradient", "speed/seconds_per_step", "speed/tokens_per_second", "memory/peak_mib"),
     }

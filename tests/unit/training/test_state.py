@@ -144,7 +144,7 @@ def test_which_differences_count(tmp_path: Path) -> None:
 def test_differences_are_listed_or_warned_of(tmp_path: Path) -> None:
     state = open_state(save(tmp_path / "name-state"))
     require_same(state, {"--network_dim": "4"}, anyway=False)
-    with pytest.raises(InputError, match="--network_dim was 4, is 8.*--resume_anyway"):
+    with pytest.raises(InputError, match=r"--network_dim was 4, is 8.*--resume_anyway"):
         require_same(state, {"--network_dim": "8"}, anyway=False)
     require_same(state, {"--network_dim": "8"}, anyway=True)
 

@@ -1,0 +1,202 @@
+"""What options of the trainer do to a run, each seen in what the run leaves. The runs share this process."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from examples.tiny.make import DIT, T5, VAE
+from wan_train.cli import run
+from wan_train.training.settings import TOOL
+
+Tool = Callable[..., CompletedProcess[str]]
+Caught = pytest.CaptureFixture[str]
+
+
+class Shop:
+    """A folder with caches, and runs in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def train(self, name: str, *more: object, expect: int = 0, data: str = "data.toml") -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        words: tuple[object, ...] = (
+            *("--task", "t2v-1.3B", "--dit", self.folder / DIT, "--dataset_config", self.folder / data),
+            *("--mixed_precision", "no", "--learning_rate", 2e-2, "--sdpa", "--trust_cache", "--log_with", "none"),
+            *("--network_module", "networks.lora_wan", "--network_dim", 4, "--network_alpha", 4, "--seed", 1),
+            *("--max_data_loader_n_workers", 0, "--max_train_steps", 6),
+            *("--output_dir", self.folder / "out", "--output_name", name),
+        )
+        assert run(TOOL, [str(word) for word in (*words, *more)]) == expect
+        gc.collect()
+
+    def rows(self, name: str, what: str = "loss") -> list[float]:
+        lines = (self.folder / "out" / f"{name}.metrics.jsonl").read_text().splitlines()
+        return [row[what] for row in map(json.loads, lines) if what in row]
+
+    def lora(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "out" / f"{name}.safetensors")
+
+    def length(self, name: str) -> float:
+        """The norm of what was learnt."""
+        pairs = self.lora(name)
+        ups = {key: tensor for key, tensor in pairs.items() if key.endswith("lora_up.weight")}
+        changes = [up @ pairs[key.replace("lora_up", "lora_down")] for key, up in ups.items()]
+        return float(torch.stack([change.norm() for change in changes]).norm())
+
+
+@pytest.fixture(scope="module")
+def shop(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: Tool) -> Shop:
+    folder = tmp_path_factory.mktemp("options") / "all"
+    shutil.copytree(tiny, folder)
+    data = folder / "data.toml"
+    data.write_text(data.read_text().replace(str(tiny), str(folder)))
+    run_tool("wan_cache_latents.py", "--dataset_config", data, "--vae", folder / VAE)
+    run_tool("wan_cache_text_encoder_outputs.py", "--dataset_config", data, "--t5", folder / T5)
+    made = Shop(folder)
+    made.train("plain")
+    return made
+
+
+def spoiled(shop: Shop) -> str:
+    """A dataset of which one clip's latents are no numbers."""
+    folder = shop.folder / "spoiled"
+    if not folder.exists():
+        shutil.copytree(shop.folder / "cache", folder)
+        path = next(folder.glob("red_circle_0*_wan.safetensors"))
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = {
+            key: torch.full_like(t, torch.nan) if key.startswith("latents") else t for key, t in load_file(path).items()
+        }
+        save_file(tensors, path, metadata)
+        text = (shop.folder / "data.toml").read_text()
+        (shop.folder / "spoiled.toml").write_text(text.replace(str(shop.folder / "cache"), str(folder)))
+    return "spoiled.toml"
+
+
+def test_a_loss_that_is_no_number_stops_the_run(shop: Shop, capsys: Caught) -> None:
+    shop.train("nan", "--save_every_n_steps", 1, expect=1, data=spoiled(shop))
+    said = capsys.readouterr().err
+    assert "the loss is nan at step" in said and "red_circle" in said and " at t 0." in said
+    assert "--skip_nonfinite" in said and "Traceback" not in said
+    for path in (shop.folder / "out").glob("nan-step*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+def test_some_such_steps_may_be_left_out(shop: Shop, capsys: Caught) -> None:
+    shop.train("skip", "--skip_nonfinite", 2, data=spoiled(shop))
+    assert "left out, 2 of 2" in capsys.readouterr().err
+    assert all(tensor.isfinite().all() for tensor in shop.lora("skip").values())
+    assert len(shop.rows("skip", "step")) == 6
+
+
+def test_the_average_is_saved_beside(shop: Shop) -> None:
+    shop.train("ema", "--ema_decay", 0.5)
+    ours, plain, average = shop.lora("ema"), shop.lora("plain"), shop.lora("ema-ema")
+    assert all(torch.equal(ours[key], plain[key]) for key in plain)
+    assert any(not torch.equal(average[key], plain[key]) for key in plain)
+    assert shop.length("ema-ema") < shop.length("plain")
+
+
+def test_norms_stay_below_their_limit(shop: Shop) -> None:
+    shop.train("scaled", "--scale_weight_norms", 0.05)
+    assert shop.length("scaled") < 0.05 * len(shop.lora("plain")) ** 0.5 < shop.length("plain")
+
+
+def test_what_was_known_is_kept(shop: Shop) -> None:
+    captions = shop.folder / "kept.txt"
+    captions.write_text("a green triangle moves to the left\n")
+    shop.train("kept", "--prior_captions", captions, "--prior_loss_weight", 20, "--t5", shop.folder / T5)
+    assert shop.length("kept") < shop.length("plain")
+    # Before anything is learnt nothing differs from what was known.
+    assert shop.rows("kept")[0] == pytest.approx(shop.rows("plain")[0])
+    shop.train("alone", "--prior_captions", captions, expect=2)
+
+
+def test_regularisation_clips_count_as_their_dataset_says(shop: Shop) -> None:
+    text = (shop.folder / "data.toml").read_text()
+    (shop.folder / "reg.toml").write_text(text + "is_reg = true\nloss_weight = 0.25\n")
+    shop.train("reg", data="reg.toml")
+    assert shop.rows("reg")[0] == pytest.approx(0.25 * shop.rows("plain")[0])
+    assert shop.rows("reg", "grad_norm")[0] == pytest.approx(0.25 * shop.rows("plain", "grad_norm")[0], rel=1e-4)
+
+
+def test_training_starts_from_another_lora(shop: Shop) -> None:
+    out = shop.folder / "out"
+    shop.train("further", "--network_weights", out / "plain.safetensors", "--max_train_steps", 1)
+    shop.train("merged", "--base_weights", out / "plain.safetensors", "--max_train_steps", 1)
+    assert shop.rows("further")[0] == pytest.approx(shop.rows("merged")[0], rel=1e-4)
+    assert shop.rows("further")[0] < shop.rows("plain")[0]
+    shop.train(
+        "nothing", "--base_weights", out / "plain.safetensors", "--base_weights_multiplier", 0.0, "--max_train_steps", 1
+    )
+    assert shop.rows("nothing")[0] == pytest.approx(shop.rows("plain")[0])
+
+
+def test_patterns_choose_what_is_trained(shop: Shop) -> None:
+    shop.train("few", "--network_args", "exclude_patterns=[r'.*ffn.*']", "--max_train_steps", 1)
+    assert not any("ffn" in key for key in shop.lora("few")) and len(shop.lora("few")) > 0
+    shop.train("none", "--network_args", "exclude_patterns=[r'.*no_such_module.*']", expect=2)
+
+
+def test_huber_and_weighting_reach_the_loss(shop: Shop) -> None:
+    shop.train("huber", "--loss_type", "huber", "--huber_c", 1e-3, "--max_train_steps", 1)
+    assert shop.rows("huber")[0] < 0.01 * shop.rows("plain")[0]
+    shop.train("cosmap", "--weighting_scheme", "cosmap", "--max_train_steps", 1)
+    assert shop.rows("cosmap")[0] != shop.rows("plain")[0]
+
+
+def test_noise_levels_stay_in_their_range(shop: Shop) -> None:
+    shop.train("range", "--min_timestep", 875, "--max_timestep", 1000)
+    assert {name for row in shop.rows("range", "strata") for name in row} == {"t7"}
+
+
+def test_timesteps_are_shown_without_a_model(shop: Shop, capsys: Caught) -> None:
+    shop.train("shown", "--show_timesteps", "console", "--dit", "absent.safetensors", "--timestep_sampling", "shift")
+    assert len(capsys.readouterr().out.splitlines()) > 10
+    assert not (shop.folder / "out" / "shown.safetensors").exists()
+
+
+def test_the_best_by_held_out_loss_is_kept(shop: Shop) -> None:
+    shop.train("best", "--validation_split", 0.4, "--validate_every_n_steps", 2)
+    measured = shop.rows("best", "validation")
+    assert [row["loss"] for row in measured] and len(measured) == 4  # before the first step, 2, 4 and 6
+    with safe_open(shop.folder / "out" / "best-best.safetensors", "pt") as file:
+        best_step = int(file.metadata()["ss_steps"])
+    losses = dict(zip((0, 2, 4, 6), (row["loss"] for row in measured), strict=True))
+    assert best_step == min(losses, key=losses.__getitem__)
+
+
+def test_early_stop(shop: Shop, capsys: Caught) -> None:
+    """Nothing is learnt at a rate of zero, so that the second look at the same clips is in vain, and the third."""
+    held_out = ("--validation_config", shop.folder / "data.toml", "--validate_every_n_steps", 1)
+    shop.train("early", *held_out, "--early_stop", 2, "--learning_rate", 0)
+    assert "stopping early" in capsys.readouterr().err
+    assert len(shop.rows("early")) == 2 and (shop.folder / "out" / "early.safetensors").exists()
+
+
+def test_old_files_give_way(shop: Shop) -> None:
+    shop.train("last", "--save_every_n_steps", 1, "--save_last_n_steps", 2, "--save_state")
+    out = shop.folder / "out"
+    assert sorted(path.name for path in out.glob("last-step*")) == [
+        "last-step00000005-state",
+        "last-step00000005.safetensors",
+    ]  # of the last two steps, 5 and 6, the second has the final name
+
+
+def test_the_settings_that_are_left_make_the_run_again(shop: Shop) -> None:
+    config = shop.folder / "out" / "plain.config.toml"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert run(TOOL, ["--config_file", str(config), "--output_name", "again"]) == 0
+    ours, plain = shop.lora("again"), shop.lora("plain")
+    assert all(torch.equal(ours[key], plain[key]) for key in plain)
