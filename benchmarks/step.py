@@ -1,9 +1,9 @@
-"""Ours against diffusers + peft, side by side: a DiT forward pass and a LoRA step.
+"""Ours against diffusers + peft, side by side: a DiT forward pass, a LoRA step, and one with blocks computed again.
 
 Each side lives in a process of its own, so that its peak memory is its own; the two take turns, step by step, in an
 order that alternates, and the ratio is taken within each pair.
 
-    python benchmarks/step.py [--pairs 15] [--threads 2] [--kind forward lora]
+    python benchmarks/step.py [--pairs 15] [--threads 2] [--kind forward lora checkpointed]
 """
 
 import argparse
@@ -27,6 +27,7 @@ from torch import Tensor
 DIM, FFN, HEADS, LAYERS, TEXT = 1536, 8960, 12, 4, 4096
 LATENTS = (1, 16, 5, 30, 52)
 RANK = 16
+KINDS = ("forward", "lora", "checkpointed")  # the last: ours keeps attention, theirs computes all of a block again
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 Step = Callable[[], None]
@@ -49,6 +50,11 @@ def ours(kind: str) -> Step:
     if kind == "forward":
         return lambda: forward(lambda: model(latents, timestep, text))
     adapter = create(model, NetworkSettings(network_dim=RANK, network_alpha=RANK), seed=0)
+    if kind == "checkpointed":
+        from wan_train.memory.recompute import apply_recompute
+        from wan_train.memory.settings import RecomputeSettings
+
+        apply_recompute(model.blocks, RecomputeSettings(recompute="keep_attention"), torch.device("cpu"))
     optimizer = torch.optim.AdamW(adapter.parameter_groups(1e-4), lr=1e-4)
     return lambda: train(lambda: model(latents, timestep, text), optimizer)
 
@@ -76,6 +82,9 @@ def theirs(kind: str) -> Step:
     from peft import LoraConfig
 
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
+    if kind == "checkpointed":
+        model.enable_gradient_checkpointing()
+        model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     return lambda: train(call, optimizer)
 
@@ -146,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--kind", nargs="+", default=["forward", "lora"], choices=["forward", "lora"])
+    parser.add_argument("--kind", nargs="+", default=list(KINDS), choices=KINDS)
     options = parser.parse_args()
     print(json.dumps({"machine": platform.processor() or platform.machine(), "torch": torch.__version__}))
     for kind in options.kind:

@@ -1,7 +1,6 @@
 """The generator: check everything, encode, denoise, decode, write."""
 
 import random
-from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TypeVar
 
@@ -10,8 +9,8 @@ import torch
 from generate.output import check_output, write_outputs
 from generate.settings import GenerateSettings, LoraSettings
 from networks.attached import attach_loras
-from networks.formats import LoraDelta, check_lora, read_lora
-from networks.selection import filter_deltas, filter_modules
+from networks.formats import check_lora
+from networks.selection import filter_modules
 from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, check_model, finish_dit
 from wan_train.cli import InputError
 from wan_train.log import get_logger
@@ -66,21 +65,11 @@ def generate_latents(
     attached = settings.lora.lora_mode == "attach"
     model = assemble_dit(model_settings(settings), device=device, dtype=dtype, loras=[] if attached else loras)
     if attached:
-        attach_loras(model, read_selected(settings, loras), device=device)
+        names = linear_shapes(settings.dit.dit)
+        attach_loras(model, [(lora.read(names), lora.multiplier) for lora in loras], device=device)
     finish_dit(model, model_settings(settings), device)
     positive, negative = conditions[request.prompt], conditions[request.negative_prompt]
     return sample_latents(model, request, positive, negative, device=device)
-
-
-def read_selected(
-    settings: GenerateSettings, loras: Sequence[WeightedLora]
-) -> list[tuple[dict[str, LoraDelta], float]]:
-    """What the patterns leave of each LoRA, with its multiplier."""
-    names, chosen = linear_shapes(settings.dit.dit), settings.lora
-    return [
-        (filter_deltas(read_lora(lora.path, names), chosen.include_patterns, chosen.exclude_patterns), lora.multiplier)
-        for lora in loras
-    ]
 
 
 def model_settings(settings: GenerateSettings) -> ModelSettings:
@@ -125,7 +114,8 @@ def weighted_loras(settings: LoraSettings) -> list[WeightedLora]:
             "give at most one for each file"
         )
     pairs = zip_longest(settings.lora_weight, settings.lora_multiplier, fillvalue=1.0)
-    return [WeightedLora(str(path), float(multiplier)) for path, multiplier in pairs]
+    patterns = settings.include_patterns, settings.exclude_patterns
+    return [WeightedLora(str(path), float(multiplier), *patterns) for path, multiplier in pairs]
 
 
 def preflight(settings: GenerateSettings, variant: Variant, loras: list[WeightedLora], device: torch.device) -> None:
@@ -141,8 +131,7 @@ def preflight(settings: GenerateSettings, variant: Variant, loras: list[Weighted
             raise InputError("--vae is missing: give Wan2.1_VAE.pth, or --output_type latent")
         check_vae(settings.vae.vae)
     shapes = linear_shapes(settings.dit.dit)
-    patterns = settings.lora.include_patterns, settings.lora.exclude_patterns
-    if any(patterns) and not loras:
+    if (settings.lora.include_patterns or settings.lora.exclude_patterns) and not loras:
         raise InputError("--include_patterns and --exclude_patterns choose modules of --lora_weight: give one")
     for lora in loras:
-        filter_modules(check_lora(lora.path, shapes), *patterns)
+        filter_modules(check_lora(lora.path, shapes), lora.include, lora.exclude)

@@ -13,3 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def root() -> Path:
     """The root of the repository."""
     return Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of our own."""
+    parser.addoption("--record-losses", action="store_true", help="store the losses of the golden run anew")

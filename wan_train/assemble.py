@@ -2,14 +2,15 @@
 outwards, chunk, compile, stream and recompute: what the backward pass computes again goes through the streaming again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from networks.adapter import Adapter, create
-from networks.formats import read_lora
+from networks.formats import LoraDelta, read_lora
 from networks.merge import merged
+from networks.selection import filter_deltas
 from networks.settings import NetworkSettings
 from wan_train.log import get_logger
 from wan_train.memory.chunks import apply_chunks
@@ -66,10 +67,16 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class WeightedLora:
-    """A LoRA file to merge, and how strongly."""
+    """A LoRA file, how strongly it counts, and which of its modules: `networks.selection.filter_modules`."""
 
     path: str
     multiplier: float = 1.0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def read(self, module_names: Iterable[str]) -> dict[str, LoraDelta]:
+        """What is chosen of the file, by the model's own module names."""
+        return filter_deltas(read_lora(self.path, module_names), self.include, self.exclude)
 
 
 def check_model(settings: ModelSettings, variant: Variant, device: torch.device) -> str | None:
@@ -109,7 +116,7 @@ def assemble_dit(
     header = read_header(path)
     rename, shapes = dit_rename(header.shapes), official_shapes(header.shapes)
     names = linear_shapes(path) if loras else {}
-    deltas = [(read_lora(lora.path, names), lora.multiplier) for lora in loras]
+    deltas = [(lora.read(names), lora.multiplier) for lora in loras]
     scales = read_scales(path, header, rename, shapes)
     touched = {module for delta, _ in deltas for module in delta}
     plan = plan_storage(header, shapes, scales, settings.weights, touched)

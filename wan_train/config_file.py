@@ -15,7 +15,15 @@ from wan_train.cli import InputError, groups, nearest, options
 
 FLAG = "--config_file"
 # What a saved configuration leaves out: secrets, and what belongs to one start of the run.
-UNSAVED = ("wandb_api_key", "huggingface_token", "config_file", "resume", "resume_anyway", "show_timesteps")
+UNSAVED = (
+    "wandb_api_key",
+    "huggingface_token",
+    "config_file",
+    "resume",
+    "resume_anyway",
+    "resume_from_huggingface",
+    "show_timesteps",
+)
 
 
 def with_config_file(argv: Sequence[str], switches: Mapping[str, bool]) -> list[str]:

@@ -171,10 +171,11 @@ def test_asked_to_stop(desk: Desk, number: int, code: int) -> None:
     whole, name = "accumulation_whole", f"asked_{code}"
     if not (desk.folder / "out" / f"{whole}-state").exists():
         desk.finish(whole, *WAYS["accumulation"])
-    process = desk.start(name, *WAYS["accumulation"], "--save_every_n_steps", 100)
+    workers = ("--max_data_loader_n_workers", 2, "--persistent_data_loader_workers")
+    process = desk.start(name, *WAYS["accumulation"], "--save_every_n_steps", 100, *workers)
     said = desk.signal_at(process, name, 3, number)
     assert process.returncode == code, said
-    assert "Traceback" not in said
+    assert "Traceback" not in said and said.count("asked to stop") == 1
     states = [path for path in (desk.folder / "out").glob(f"{name}-step*-state")]
     assert len(states) == 1 and f"--resume {states[0]}" in said
     desk.finish(name, *WAYS["accumulation"], "--resume", states[0])

@@ -1,7 +1,7 @@
 """Trading time for memory: activations of a block are computed again in the backward pass."""
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any, cast
@@ -16,6 +16,7 @@ from wan_train.cli import choose
 from wan_train.memory.lanes import make_lane
 from wan_train.memory.offload import Call, Kept, Offload
 from wan_train.memory.settings import RecomputeSettings
+from wan_train.memory.spare import LeavingOut, is_spare, mark_last_product
 
 # The operators that compute attention, each with the attention itself as its first result. One that is missing here is
 # computed again: right, but no faster than "full".
@@ -50,7 +51,8 @@ def apply_recompute(blocks: Iterable[nn.Module], settings: RecomputeSettings, de
     A block's first argument is its own; the others are shared by all blocks, which keep them without a copy. What is
     kept goes to main memory if `gradient_checkpointing_cpu_offload` says so, but for attention's sums, one number
     for each token and head. The second pass draws the same random numbers as the first. Attention backends and whatever
-    else works inside a block (compilation, streaming) are set before.
+    else works inside a block (compilation, streaming) are set before. Unless the block is compiled the second
+    pass leaves out its last product (`wan_train.memory.spare`).
     """
     contexts_of = choose("recompute mode", settings.recompute, MODES)
     if contexts_of is None:
@@ -59,26 +61,31 @@ def apply_recompute(blocks: Iterable[nn.Module], settings: RecomputeSettings, de
     for block in blocks:
         if settings.recompute == "keep_attention":
             _keep_attention(block)
-        block.forward = _recomputed(block.forward, contexts_of, offload)
+        mark_last_product(block)
+        block.forward = _recomputed(block, contexts_of, offload)
 
 
-def _nothing(call: Call | None) -> Contexts:
-    return nullcontext(), nullcontext()
+def _nothing(call: Call | None, spare: bool) -> Contexts:
+    return nullcontext(), LeavingOut(spare=spare)
 
 
-def _attention(call: Call | None) -> Contexts:
+def _attention(call: Call | None, spare: bool) -> Contexts:
     kernels = _Kernels(call)
-    return _During(kernels, again=False), _During(kernels, again=True)
+    return _During(kernels, again=False), _Both(_During(kernels, again=True), LeavingOut(spare=spare))
 
 
-MODES: dict[str, Callable[[Call | None], Contexts] | None] = {
+MODES: dict[str, Callable[[Call | None, bool], Contexts] | None] = {
     "none": None,
     "full": _nothing,
     "keep_attention": _attention,
 }
 
 
-def _recomputed(forward: Forward, contexts_of: Callable[[Call | None], Contexts], offload: Offload | None) -> Forward:
+def _recomputed(
+    block: nn.Module, contexts_of: Callable[[Call | None, bool], Contexts], offload: Offload | None
+) -> Forward:
+    forward = block.forward
+
     @wraps(forward)
     def recomputed(x: Tensor, *shared: Any, **named: Any) -> Tensor:
         if not torch.is_grad_enabled():
@@ -89,7 +96,8 @@ def _recomputed(forward: Forward, contexts_of: Callable[[Call | None], Contexts]
 
         call = offload.begin() if offload else None
         with _moved(x.shape, call) if call else nullcontext():
-            return cast(Tensor, checkpoint(run, x, use_reentrant=False, context_fn=partial(contexts_of, call)))
+            contexts = partial(contexts_of, call, is_spare(block, shared))
+            return cast(Tensor, checkpoint(run, x, use_reentrant=False, context_fn=contexts))
 
     return recomputed
 
@@ -156,6 +164,20 @@ class _During:
 
     def __exit__(self, *_: object) -> None:
         _current.reset(self.token)
+
+
+class _Both:
+    """Two context managers as one, the second inside the first."""
+
+    def __init__(self, *parts: AbstractContextManager[Any]) -> None:
+        self._parts, self._entered = parts, ExitStack()
+
+    def __enter__(self) -> None:
+        for part in self._parts:
+            self._entered.enter_context(part)
+
+    def __exit__(self, *_: object) -> None:
+        self._entered.close()
 
 
 def _keep_attention(block: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from wan_train.cli import InputError
 from wan_train.log import get_logger
-from wan_train.training.settings import HUB_REPOSITORIES, HubSettings
+from wan_train.training.show_settings import HUB_REPOSITORIES, HubSettings
 
 log = get_logger(__name__)
 

@@ -117,10 +117,10 @@ def _model_spec(settings: TrainSettings) -> dict[str, str]:
     save, size = settings.save, VARIANTS[settings.dit.task].size
     rows = {
         "sai_model_spec": "1.0.0",
-        "architecture": "wan2.1/lora",
+        "architecture": save.metadata_arch or "wan2.1/lora",
         "implementation": "https://github.com/Wan-Video/Wan2.1",
         "title": save.metadata_title or save.output_name,
-        "resolution": f"{size[0]}x{size[1]}",
+        "resolution": save.metadata_reso or f"{size[0]}x{size[1]}",
         "date": datetime.now(UTC).replace(microsecond=0, tzinfo=None).isoformat(),
         "author": save.metadata_author,
         "description": save.metadata_description,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from wan_train.cli import RunError
 from wan_train.storage import replacing
-from wan_train.training.settings import LogSettings, SaveSettings
+from wan_train.training.settings import SaveSettings
+from wan_train.training.show_settings import LogSettings
 from wan_train.training.trackers import Guarded, Tracker, Wandb, open_board
 
 MEBIBYTE = 2**20
@@ -112,7 +113,7 @@ class MetricsWriter:
         self.write_row({name: value for name, value in row.items() if value not in (None, {}, ())})
 
     def write_row(self, row: Mapping[str, Any]) -> None:
-        """Record numbers of any kind, by name, at `row["step"]`; those within a table or list get its name before theirs."""
+        """Record numbers of any kind, by name, at `row["step"]`; those within a table get its name before theirs."""
         try:
             self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
             self._file.flush()
@@ -217,7 +218,7 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, part in value.items():
             if key not in ("step", "epoch"):
-                yield from _numbers(part, f"{name}/{key}" if name else _CURVES.get(key, key))
+                yield from _numbers(part, f"{name}/{key}" if name else str(_CURVES.get(key, key)))
     elif isinstance(value, list | tuple):
         yield from _numbers({str(index): part for index, part in enumerate(value)}, name)
     elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):

@@ -7,14 +7,13 @@ from networks.settings import NetworkSettings
 from wan_train.cli import InputError, Tool, option
 from wan_train.memory.settings import CompileSettings, RecomputeSettings, StreamSettings, WeightSettings
 from wan_train.models.settings import DitSettings, TextEncoderSettings, VaeSettings
+from wan_train.training.show_settings import HubSettings, LogSettings, PreviewSettings
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
 TIMESTEP_SAMPLINGS = ("uniform", "sigmoid", "shift", "sigma", "flux_shift", "logsnr", "qinglong_flux")
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
 LOSSES = ("mse", "huber")
-LOG_TARGETS = ("tensorboard", "wandb", "all", "none")
-HUB_REPOSITORIES = ("model", "dataset")
 SCHEDULES = (
     *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
     *("cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant", "adafactor", "rex"),
@@ -187,19 +186,10 @@ class SaveSettings:
     metadata_description: str | None = option(None, "Description for the metadata.")
     metadata_license: str | None = option(None, "Licence for the metadata.")
     metadata_tags: str | None = option(None, "Tags for the metadata, between commas.")
-
-
-@dataclass(frozen=True)
-class PreviewSettings:
-    """Previews."""
-
-    sample_prompts: str | None = option(
-        None, "File of prompts: text with one to a line, words --w 832 --h 480 --f 81 ..., or .toml, or .json."
+    metadata_reso: str | None = option(
+        None, "Resolution for the metadata; without it the task's.", metavar="WIDTHxHEIGHT"
     )
-    sample_every_n_epochs: int | None = option(None, "Make previews after every N epochs.", minimum=1)
-    sample_every_n_steps: int | None = option(None, "Make previews after every N optimizer steps.", minimum=1)
-    sample_at_first: bool = option(False, "Make previews before the first step too.")
-    sample_with_ema: bool = option(False, "Make previews with the average of --ema_decay in place of the last weights.")
+    metadata_arch: str | None = option(None, "Architecture for the metadata; without it wan2.1/lora.")
 
 
 @dataclass(frozen=True)
@@ -230,41 +220,6 @@ class ValidationSettings:
     early_stop: int | None = option(
         None, "Stop after N measurements in a row without an improvement beyond its 95% interval.", minimum=1
     )
-
-
-@dataclass(frozen=True)
-class LogSettings:
-    """Logs."""
-
-    logging_dir: str | None = option(None, "Folder for TensorBoard and W&B; without it OUTPUT_DIR/logs.")
-    log_with: str = option("tensorboard", "Where curves go beside NAME.metrics.jsonl.", choices=LOG_TARGETS)
-    log_prefix: str | None = option(None, "First part of the name of TensorBoard's folder, before the output name.")
-    log_tracker_name: str = option("network_train", "Name of the W&B project.")
-    log_tracker_config: str | None = option(
-        None, "TOML file whose tables, [wandb] and [tensorboard], are further arguments of wandb.init, SummaryWriter."
-    )
-    wandb_run_name: str | None = option(None, "Name of the run in W&B; without it the output name.")
-    wandb_api_key: str | None = option(None, "Key for W&B; better in the environment variable WANDB_API_KEY.")
-    log_config: bool = option(False, "Show the settings of the run beside its curves.")
-
-
-@dataclass(frozen=True)
-class HubSettings:
-    """Hugging Face Hub."""
-
-    huggingface_repo_id: str | None = option(None, "Repository, OWNER/NAME, that gets a copy of each saved file.")
-    huggingface_repo_type: str = option("model", "Kind of that repository.", choices=HUB_REPOSITORIES)
-    huggingface_path_in_repo: str = option("", "Folder in it.")
-    huggingface_token: str | None = option(None, "Token for it; without it HF_TOKEN or the one of a login.")
-    huggingface_repo_visibility: str = option(
-        "private", "Who sees it, if it is made now.", choices=("private", "public")
-    )
-    save_state_to_huggingface: bool = option(False, "Upload states too.")
-    resume_from_huggingface: bool = option(
-        False,
-        "Take --resume as REPO_ID/PATH_IN_REPO:REVISION:REPO_TYPE, a state on the hub; the last two may be left out.",
-    )
-    async_upload: bool = option(False, "Upload while training goes on.")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0  # which, or 0
         self._before: dict[int, Any] = {}
+        self._process = 0
 
     def __enter__(self) -> "StopRequest":
+        self._process = os.getpid()
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -26,6 +28,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a process that reads batches: it ends when this one does
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number

@@ -9,7 +9,7 @@ import pytest
 from wan_train.cli import InputError
 from wan_train.training import hub
 from wan_train.training.hub import Place, check_hub, fetch_state, open_hub, read_place
-from wan_train.training.settings import HubSettings
+from wan_train.training.show_settings import HubSettings
 
 
 class LocalHub:

@@ -1,0 +1,114 @@
+"""What a training step takes outside the model: everything but its passes, the clipping and the optimizer's step.
+
+A tiny model with latents of a 480x832 picture is trained through the trainer's own loop; the time of each step is taken
+whole, and that of the model's forward and backward pass, of clipping and of the optimizer is taken off.
+
+    python benchmarks/overhead.py [--steps 300]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from examples.tiny.make import DIT, T5, VAE, make
+from wan_train.cli import run
+from wan_train.training import loop, step
+from wan_train.training.settings import TOOL
+
+LATENTS = (16, 1, 60, 104)
+
+
+class Clock:
+    """Seconds inside some functions since it was last read."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its time counted."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return timed
+
+
+def prepare(folder: Path) -> None:
+    """Caches of the tiny dataset, with latents of a picture of 480x832."""
+    from cache_tools.settings import LATENTS_TOOL, TEXT_TOOL
+
+    make(folder)
+    data = ["--dataset_config", str(folder / "data.toml")]
+    assert run(LATENTS_TOOL, [*data, "--vae", str(folder / VAE)]) == 0
+    assert run(TEXT_TOOL, [*data, "--t5", str(folder / T5)]) == 0
+    for path in (folder / "cache").glob("*_wan.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        shape = "x".join(map(str, LATENTS[1:]))
+        save_file({f"latents_{shape}_bfloat16": torch.randn(LATENTS).bfloat16()} | extras(path), path, metadata)
+
+
+def extras(path: Path) -> dict[str, torch.Tensor]:
+    """What a cache holds beside its latents."""
+    return {key: tensor for key, tensor in load_file(path).items() if not key.startswith("latents")}
+
+
+def main() -> None:
+    """Print one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    count = parser.parse_args().steps
+    model, whole, outside = Clock(), Clock(), []
+    for name in ("measure", "clip", "update"):
+        setattr(step, name, model.around(getattr(step, name)))
+    torch.Tensor.backward = model.around(torch.Tensor.backward)  # type: ignore[method-assign]
+    report = loop.report
+
+    def take(*args: Any) -> Any:
+        model.seconds = whole.seconds = 0.0
+        return whole.around(step.take_step)(*args)
+
+    def told(*args: Any) -> None:
+        whole.around(report)(*args)
+        outside.append(whole.seconds - model.seconds)
+
+    loop.take_step, loop.report = take, told
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder)
+        words = f"""--task t2v-1.3B --dit {folder / DIT} --dataset_config {folder / "data.toml"} --mixed_precision no
+            --network_module networks.lora_wan --network_dim 16 --max_train_steps {count} --seed 1 --trust_cache
+            --max_data_loader_n_workers 0 --output_dir {folder / "out"} --output_name name"""
+        assert run(TOOL, words.split()) == 0
+    median = statistics.median(outside[10:])
+    print(
+        json.dumps(
+            {
+                "machine": platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+                "outside_ms": round(1000 * median, 3),
+                "share_of_0.1_s": round(median / 0.1, 4),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
