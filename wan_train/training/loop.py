@@ -4,12 +4,11 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from dataset.ahead import read_ahead
-from dataset.batches import Batch
 from wan_train.cli import Stopped
 from wan_train.log import get_logger
 from wan_train.training.checkpoints import FILE, of_epoch, of_step, path_of
@@ -18,10 +17,12 @@ from wan_train.training.optimizer_state import for_saving
 from wan_train.training.run import Length, Run, save, save_best, save_stopped
 from wan_train.training.settings import TrainSettings
 from wan_train.training.state import Position
-from wan_train.training.step import take_step
+from wan_train.training.step import take_step, with_draws
 from wan_train.training.stopping import EXIT_CODES
 
 log = get_logger(__name__)
+
+Part = TypeVar("Part")
 
 
 def run_length(batches_per_epoch: int, settings: TrainSettings) -> Length:
@@ -63,7 +64,7 @@ def train_epoch(run: Run, position: Position, bar: Any) -> Position:
     step, epoch, epoch_step = position.step, position.epoch, position.epoch_step
     size = run.settings.loop.gradient_accumulation_steps
     run.batches.set_epoch(epoch, skip=epoch_step * size)
-    for window in windows(read_ahead(run.loader), size):
+    for window in windows(read_ahead(with_draws(run, run.loader, epoch)), size):
         step, epoch_step = step + 1, epoch_step + 1
         position = Position(step, epoch, epoch_step)
         metrics, asked_to_stop = take_step(run, window, position)
@@ -78,9 +79,9 @@ def train_epoch(run: Run, position: Position, bar: Any) -> Position:
     return position
 
 
-def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+def windows(batches: Iterable[Part], size: int) -> Iterator[list[Part]]:
     """The batches in groups of `size`, the last perhaps smaller."""
-    group: list[Batch] = []
+    group: list[Part] = []
     for batch in batches:
         group.append(batch)
         if len(group) == size:
@@ -92,8 +93,9 @@ def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 def report(run: Run, bar: Any, metrics: StepMetrics) -> None:
     """Show a step on the bar and record it."""
+    shown = {"avr_loss": f"{metrics.loss_average:.4f}", "lr": f"{metrics.lr:.2e}", "mem": f"{metrics.memory_mib} MiB"}
+    bar.set_postfix(shown, refresh=False)
     bar.update(1)
-    bar.set_postfix(avr_loss=f"{metrics.loss_average:.4f}", lr=f"{metrics.lr:.2e}", mem=f"{metrics.memory_mib} MiB")
     if run.writer is not None:
         run.writer.write(metrics)
 

@@ -1,6 +1,7 @@
 """What a run is made of, and what of it is saved."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,7 +107,7 @@ class Run:
         """How many processes take a step together."""
         return int(self.accelerator.num_processes)
 
-    @property
+    @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
         return dict(self.adapter.named_parameters())

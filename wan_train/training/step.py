@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -37,23 +37,39 @@ class Shared:
     signal: int
 
 
-def take_step(run: Run, window: list[Batch], position: Position) -> tuple[StepMetrics, int]:
+@dataclass(frozen=True)
+class Drawn:
+    """A batch with its noise and noise levels."""
+
+    batch: Batch
+    draws: Draws
+
+
+def with_draws(run: Run, batches: Iterable[Batch], epoch: int) -> Iterator[Drawn]:
+    """The batches, each with what is drawn for its samples by their keys."""
+    for batch in batches:
+        shape, settings = batch.latents.shape[1:], run.settings.timesteps
+        yield Drawn(batch, draw(batch.keys, shape, settings, seed=run.seed, epoch=epoch, strata=run.strata))
+
+
+def take_step(run: Run, window: list[Drawn], position: Position) -> tuple[StepMetrics, int]:
     """Take the step, and the signal that asks to stop after it, or 0. RunError for one that cannot be taken."""
     began = time.perf_counter()
-    drawn = [draws_of(run, batch, position.epoch) for batch in window]
     means, samples = [], []
-    for index, (batch, draws) in enumerate(zip(window, drawn, strict=True)):
-        losses = learn(run, batch, draws, position.epoch, share=1 / len(window), last=index + 1 == len(window))
+    for index, drawn in enumerate(window):
+        losses = learn(run, drawn, position.epoch, share=1 / len(window), last=index + 1 == len(window))
         means.append(losses.mean)
         samples.append(losses.samples)
-    shared = share(run, torch.stack(means).mean(), torch.cat([draws.t for draws in drawn]), torch.cat(samples))
+    levels = torch.cat([drawn.draws.t for drawn in window])
+    shared = share(run, torch.stack(means).mean(), levels, torch.cat(samples))
     norm = clip(run)
     if math.isfinite(shared.loss) and math.isfinite(norm):
         update(run)
     else:
-        skip_or_stop(run, shared.loss, norm, position, window, drawn)
+        skip_or_stop(run, shared.loss, norm, position, window)
     rates = learning_rates(run.optimizer)
-    run.optimizer.zero_grad(set_to_none=True)
+    for parameter in run.trained.values():
+        parameter.grad = None
     run.schedule.step()
     seconds = time.perf_counter() - began
     finite = shared.samples.isfinite()
@@ -67,26 +83,20 @@ def take_step(run: Run, window: list[Batch], position: Position) -> tuple[StepMe
         seconds=seconds,
         memory_mib=peak_memory_mib(run.accelerator.device),
         adapter_norm=run.adapter.norm() if position.step % NORM_EVERY == 0 else None,
-        tokens_per_second=sum(num_tokens(batch.latents.shape) for batch in window) * run.num_processes / seconds,
+        tokens_per_second=sum(num_tokens(drawn.batch.latents.shape) for drawn in window) * run.num_processes / seconds,
         strata=loss_by_stratum(shared.t[finite], shared.samples[finite]),
         learning_rates=rates if len(rates) > 1 else {},
     )
     return metrics, shared.signal
 
 
-def draws_of(run: Run, batch: Batch, epoch: int) -> Draws:
-    """Noise and noise level of each sample, by its key."""
-    shape = batch.latents.shape[1:]
-    return draw(batch.keys, shape, run.settings.timesteps, seed=run.seed, epoch=epoch, strata=run.strata)
-
-
-def learn(run: Run, batch: Batch, draws: Draws, epoch: int, *, share: float, last: bool) -> Losses:
+def learn(run: Run, drawn: Drawn, epoch: int, *, share: float, last: bool) -> Losses:
     """Add this batch's gradient, times `share`; the losses, detached. `last`: processes exchange gradients here."""
-    device = run.accelerator.device
-    latents, placed = batch.latents.to(device), draws.to(device)
+    batch, device = drawn.batch, run.accelerator.device
+    latents, placed = batch.latents.to(device), drawn.draws.to(device)
     weights = None if batch.weights is None else batch.weights.to(device)
     conditions = Conditions(tuple(batch.context)).to(device)
-    seed_dropout(run.seed, epoch, batch)
+    seed_dropout(run.seed, epoch, batch, device)
     prior = None if run.prior is None or batch.is_reg else run.prior
     with exchange(run, now=last and prior is None):
         losses = measure(run.model, latents, conditions, placed, weights=weights, settings=run.settings.loss)
@@ -106,11 +116,15 @@ def exchange(run: Run, *, now: bool) -> AbstractContextManager[None]:
     return nullcontext() if now else run.accelerator.no_sync(run.model)
 
 
-def seed_dropout(seed: int, epoch: int, batch: Batch) -> None:
+def seed_dropout(seed: int, epoch: int, batch: Batch, device: torch.device) -> None:
     """Let all that the model draws for this batch depend on the run's seed, the epoch and its samples alone."""
     names = "/".join(f"{key.item} {key.repeat}" for key in batch.keys)
     digest = hashlib.blake2b(f"{seed}/{epoch}/{names}/dropout".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
+    number = int.from_bytes(digest, "big") >> 1
+    # Not torch.manual_seed: where CUDA is not in use it formats the call stack for later, half a millisecond each time.
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
 
 
 def share(run: Run, loss: Tensor, t: Tensor, samples: Tensor) -> Shared:
@@ -136,12 +150,10 @@ def update(run: Run) -> None:
         run.ema.update()
 
 
-def skip_or_stop(
-    run: Run, loss: float, norm: float, position: Position, window: list[Batch], drawn: list[Draws]
-) -> None:
+def skip_or_stop(run: Run, loss: float, norm: float, position: Position, window: list[Drawn]) -> None:
     """Leave a step out whose loss or gradient is no number, as often as `--skip_nonfinite` lets; then RunError."""
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
-    places = ", ".join(list(sampled(window, drawn))[:8])
+    places = ", ".join(list(sampled(window))[:8])
     where = f"{what} at step {position.step}, epoch {position.epoch} ({places})"
     run.skipped.count += 1
     if run.skipped.count > run.settings.loop.skip_nonfinite:
@@ -152,7 +164,8 @@ def skip_or_stop(
     log.warning("%s: left out, %d of %d", where, run.skipped.count, run.settings.loop.skip_nonfinite)
 
 
-def sampled(window: list[Batch], drawn: list[Draws]) -> Iterator[str]:
+def sampled(window: list[Drawn]) -> Iterator[str]:
     """The samples of a step with their t, in words."""
-    for batch, draws in zip(window, drawn, strict=True):
-        yield from (f"{key.item} at t {float(t):.4f}" for key, t in zip(batch.keys, draws.t, strict=True))
+    for drawn in window:
+        pairs = zip(drawn.batch.keys, drawn.draws.t, strict=True)
+        yield from (f"{key.item} at t {float(t):.4f}" for key, t in pairs)

@@ -1,0 +1,47 @@
+"""How accelerate is set up, and what of its configuration is refused."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from wan_train.cli import InputError
+from wan_train.training.accelerator import launched_device, make_accelerator, prepare_model
+from wan_train.training.settings import LoopSettings, ProcessSettings
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_options_of_several_processes_reach_accelerate() -> None:
+    settings = ProcessSettings(ddp_timeout=3, ddp_gradient_as_bucket_view=True, ddp_static_graph=True)
+    accelerator = make_accelerator(LoopSettings(mixed_precision="no"), settings)
+    assert accelerator.ddp_handler.gradient_as_bucket_view and accelerator.ddp_handler.static_graph
+    assert accelerator.init_handler.timeout == timedelta(minutes=3)
+    assert not accelerator.autocast_handler.enabled
+
+
+def test_compilation_is_ours_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(InputError, match="set its dynamo_backend to no, give --compile"):
+        make_accelerator(LoopSettings(mixed_precision="no"), ProcessSettings())
+
+
+def test_the_launchers_word_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert launched_device() == torch.device("cpu")
+
+
+def test_what_is_frozen_is_not_exchanged() -> None:
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    model.register_buffer("codes", torch.zeros(2, dtype=torch.float8_e4m3fn))
+    accelerator = make_accelerator(LoopSettings(mixed_precision="no"), ProcessSettings())
+    assert prepare_model(model, accelerator) is model
+    assert model._ddp_params_and_buffers_to_ignore == ["0.weight", "0.bias", "codes"]
