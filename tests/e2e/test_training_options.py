@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from examples.tiny.make import DIT, T5, VAE
 from wan_train.cli import run
+from wan_train.storage import HOST, save_parts
 from wan_train.training.settings import TOOL
 
 Tool = Callable[..., CompletedProcess[str]]
@@ -199,4 +200,25 @@ def test_the_settings_that_are_left_make_the_run_again(shop: Shop) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     assert run(TOOL, ["--config_file", str(config), "--output_name", "again"]) == 0
     ours, plain = shop.lora("again"), shop.lora("plain")
+    assert all(torch.equal(ours[key], plain[key]) for key in plain)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
+    shop: Shop, capsys: Caught, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, parts: object) -> None:
+        if "step00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        save_parts(path, parts)
+
+    monkeypatch.setattr("wan_train.training.state.save_parts", full)
+    out = shop.folder / "out"
+    (out / f".full-step.{HOST}~999999~abcdefgh").mkdir()  # of a run that was killed
+    shop.train("full", "--save_every_n_steps", 2, "--save_state", expect=1)
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and f"go on from {out / 'full-step00000002-state'}" in said
+    assert not [path for path in out.iterdir() if path.name.startswith(".full")]
+    monkeypatch.undo()
+    shop.train("full", "--save_every_n_steps", 2, "--save_state", "--resume", "auto")
+    ours, plain = shop.lora("full"), shop.lora("plain")
     assert all(torch.equal(ours[key], plain[key]) for key in plain)

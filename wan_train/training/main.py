@@ -1,7 +1,10 @@
 """A training run from its settings: check everything, then build it in order and train."""
 
+from pathlib import Path
+
 from accelerate.utils import set_seed
 
+from dataset.remains import remove_remains
 from wan_train.config_file import configuration_text
 from wan_train.log import get_logger
 from wan_train.storage import replacing
@@ -29,6 +32,7 @@ def main(settings: TrainSettings) -> None:
     set_seed(seed % 2**32)
     run = build(settings, plan, data, accelerator, seed)
     if accelerator.is_main_process:
+        remove_remains(Path(settings.save.output_dir))  # of a run that was killed while it wrote
         write_configuration(settings, seed)
     length, processes = run.length, accelerator.num_processes
     log.info("%d steps, %d epochs, %d process(es) on %s", length.steps, length.epochs, processes, accelerator.device)

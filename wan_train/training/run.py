@@ -25,7 +25,7 @@ from wan_train.training.optimizer_state import for_saving
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
 from wan_train.training.settings import TrainSettings
-from wan_train.training.state import Position, remove, save_state
+from wan_train.training.state import Position, newest_state, remove, save_state
 from wan_train.training.stopping import StopRequest
 from wan_train.training.strata import Strata
 from wan_train.training.validation import Validator
@@ -123,7 +123,11 @@ def save(run: Run, moment: str, position: Position, *, with_state: bool) -> None
             if with_state:
                 saved.append(keep_state(run, moment, position))
         except InputError as problem:
-            raise RunError(f"{problem}; the run ends at step {position.step}, what was saved before is whole") from None
+            last = newest_state(settings)
+            kept = f": go on from {last.folder} once there is room" if last is not None else ""
+            raise RunError(
+                f"{problem}; the run ends at step {position.step}, what was saved before is whole{kept}"
+            ) from None
         remove(outlived(settings, epoch=epoch_of(position), step=position.step))
         upload(run, saved)
     run.accelerator.wait_for_everyone()
