@@ -65,25 +65,23 @@ def apply_recompute(blocks: Iterable[nn.Module], settings: RecomputeSettings, de
         block.forward = _recomputed(block, contexts_of, offload)
 
 
-def _nothing(call: Call | None, spare: bool) -> Contexts:
+def _nothing(call: Call | None, *, spare: bool) -> Contexts:
     return nullcontext(), LeavingOut(spare=spare)
 
 
-def _attention(call: Call | None, spare: bool) -> Contexts:
+def _attention(call: Call | None, *, spare: bool) -> Contexts:
     kernels = _Kernels(call)
     return _During(kernels, again=False), _Both(_During(kernels, again=True), LeavingOut(spare=spare))
 
 
-MODES: dict[str, Callable[[Call | None, bool], Contexts] | None] = {
+MODES: dict[str, Callable[..., Contexts] | None] = {
     "none": None,
     "full": _nothing,
     "keep_attention": _attention,
 }
 
 
-def _recomputed(
-    block: nn.Module, contexts_of: Callable[[Call | None, bool], Contexts], offload: Offload | None
-) -> Forward:
+def _recomputed(block: nn.Module, contexts_of: Callable[..., Contexts], offload: Offload | None) -> Forward:
     forward = block.forward
 
     @wraps(forward)
@@ -96,7 +94,7 @@ def _recomputed(
 
         call = offload.begin() if offload else None
         with _moved(x.shape, call) if call else nullcontext():
-            contexts = partial(contexts_of, call, is_spare(block, shared))
+            contexts = partial(contexts_of, call, spare=is_spare(block, shared))
             return cast(Tensor, checkpoint(run, x, use_reentrant=False, context_fn=contexts))
 
     return recomputed
