@@ -38,6 +38,7 @@ from wan_train.training.run import Length, Run, Skipped, Stateful
 from wan_train.training.schedules import check_schedule, make_schedule, warmup_steps
 from wan_train.training.settings import LoopSettings, TrainSettings
 from wan_train.training.state import Position, State, load_state
+from wan_train.training.stopping import leave_signals_to_trainer
 from wan_train.training.strata import Strata
 from wan_train.training.validation import Data, Validator
 
@@ -173,6 +174,7 @@ def make_loader(
         cast("Dataset[Batch]", dataset),  # samples go in and, by the collation, batches come out
         batch_sampler=batches,
         collate_fn=collate,
+        worker_init_fn=leave_signals_to_trainer,
         num_workers=workers,
         persistent_workers=loop.persistent_data_loader_workers and workers > 0,
         pin_memory=device.type == "cuda",

@@ -15,10 +15,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0  # which, or 0
         self._before: dict[int, Any] = {}
-        self._process = 0
 
     def __enter__(self) -> "StopRequest":
-        self._process = os.getpid()
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -28,10 +26,15 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return  # a process that reads batches: it ends when this one does
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
         # Not by the log: what it writes to may be in the middle of a line of its own.
         os.write(2, b"\nasked to stop: finishing the step, then saving\n")
+
+
+def leave_signals_to_trainer(worker: int) -> None:
+    """For processes that read batches: a signal to the whole group is the trainer's to heed, which needs their batches
+    to finish its step and ends them itself."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
