@@ -86,7 +86,16 @@ def arguments(folder: Path, name: str, *more: object, length: int = 5, lora: boo
 
 
 def generate(folder: Path, name: str, *more: object, **options: Any) -> torch.Tensor:
-    """In this process: latents."""
+    """In this process: latents. On one thread, as the training was: sums of several come in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _generate(folder, name, *more, **options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _generate(folder: Path, name: str, *more: object, **options: Any) -> torch.Tensor:
     assert run(TOOL, [str(word) for word in arguments(folder, name, *more, **options)]) == 0
     return load_file(folder / f"{name}_latent.safetensors")["latent"]
 
