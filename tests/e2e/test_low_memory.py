@@ -131,6 +131,7 @@ def test_generation_in_fewer_bits(bench: Bench, options: tuple[object, ...], lar
     assert 0 < error < largest
 
 
+@pytest.mark.slow
 def test_compiled_training_and_generation(bench: Bench) -> None:
     compiled = ("--compile", "--compile_backend", "aot_eager")
     common = ("--gradient_checkpointing", "--fp8_base", "--fp8_scaled", "--network_dropout", 0)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import generate.main
 import wan_train.models.vae
-import wan_train.training.main
 from generate.settings import TOOL as GENERATE_TOOL
 from tests.parity.golden import load_case
 from wan_train.cli import parse
@@ -21,6 +20,7 @@ from wan_train.models.vae import WanVAE
 from wan_train.models.vae_layers import FeatureCache
 from wan_train.sampling import decode
 from wan_train.sampling.decode import decode_frames, open_vae
+from wan_train.training.build import make_previewer
 
 CPU = torch.device("cpu")
 LATENTS = torch.randn(16, 3, 6, 9, generator=torch.Generator().manual_seed(0))
@@ -94,11 +94,9 @@ def generate_frames(settings: VaeSettings, path: str, monkeypatch: pytest.Monkey
 
 def preview_frames(settings: VaeSettings, path: str, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """The frames that a preview would write for these latents."""
-    module = wan_train.training.main
-    monkeypatch.setattr(module, "encode_prompts", lambda *given: {})
     run = SimpleNamespace(vae=VaeSettings(**{**vars(settings), "vae": path}), text=None, save=None)
     plan = SimpleNamespace(requests=[object()], variant=SimpleNamespace(fps=16))
-    previewer = module.make_previewer(run, plan, SimpleNamespace(device=CPU), 0)  # type: ignore[arg-type]
+    previewer = make_previewer(run, plan, {}, SimpleNamespace(device=CPU), 0)  # type: ignore[arg-type]
     assert previewer is not None
     return decode_frames(previewer.vae, LATENTS, previewer.device)
 
