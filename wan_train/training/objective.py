@@ -172,29 +172,3 @@ def _counts(draws: Draws, weights: Tensor | None, ndim: int) -> Tensor | None:
         return weights
     counts = draws.importance.view(-1, *[1] * (ndim - 1))
     return counts if weights is None else counts * weights
-
-
-def flow_loss(
-    model: nn.Module,
-    latents: Tensor,
-    conditions: Conditions,
-    draws: Draws,
-    *,
-    weights: Tensor | None = None,
-    settings: LossSettings = DEFAULT_LOSS,
-) -> Tensor:
-    """The mean of `measure`, with its gradient."""
-    return measure(model, latents, conditions, draws, weights=weights, settings=settings).mean
-
-
-def sample_losses(
-    model: nn.Module,
-    latents: Tensor,
-    conditions: Conditions,
-    draws: Draws,
-    *,
-    weights: Tensor | None = None,
-    settings: LossSettings = DEFAULT_LOSS,
-) -> Tensor:
-    """The loss of each sample (B,) of `measure`, without a gradient; `flow_loss` is their mean."""
-    return measure(model, latents, conditions, draws, weights=weights, settings=settings).samples

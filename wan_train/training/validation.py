@@ -31,7 +31,7 @@ from wan_train.conditions import Conditions
 from wan_train.flow.weighting import importance
 from wan_train.log import get_logger
 from wan_train.training.evaluation import Evaluation, History, Losses
-from wan_train.training.objective import Draws, draw_levels, sample_losses
+from wan_train.training.objective import Draws, draw_levels, measure
 from wan_train.training.settings import LossSettings, TimestepSettings, ValidationSettings
 
 log = get_logger(__name__)
@@ -168,7 +168,8 @@ class Validator:
                 num_strata=self._settings.validation_timesteps,
                 seed=self._settings.validation_seed,
             ).to(device)
-            losses.append(sample_losses(model, latents, conditions, draws, weights=weights, settings=self._loss))
+            measured = measure(model, latents, conditions, draws, weights=weights, settings=self._loss)
+            losses.append(measured.samples)
         return torch.stack(losses, dim=1).cpu()
 
     def state_dict(self) -> dict[str, Any]:

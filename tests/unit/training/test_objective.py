@@ -8,11 +8,19 @@ from torch import Tensor, nn
 from dataset.order import SampleKey
 from wan_train.cli import InputError
 from wan_train.conditions import Conditions
-from wan_train.training.objective import Draws, check_timesteps, draw, flow_loss, measure, sample_losses
+from wan_train.training.objective import Draws, check_timesteps, draw, measure
 from wan_train.training.settings import TIMESTEP_SAMPLINGS, LossSettings, TimestepSettings
 
 SHAPE = (2, 1, 3, 3)
 KEYS = [SampleKey("a", 0), SampleKey("b", 0), SampleKey("b", 1)]
+
+
+def mean_of(*arguments, **options) -> torch.Tensor:
+    return measure(*arguments, **options).mean
+
+
+def samples_of(*arguments, **options) -> torch.Tensor:
+    return measure(*arguments, **options).samples
 
 
 def drawn(keys: list[SampleKey], *, seed: int = 1, epoch: int = 1) -> Draws:
@@ -147,14 +155,14 @@ class Oracle(nn.Module):
 def test_the_true_velocity_has_no_loss_and_another_has_its_error() -> None:
     data, draws = torch.randn(3, *SHAPE), drawn(KEYS)
     conditions = Conditions((torch.zeros(1, 4),) * 3)
-    assert flow_loss(Oracle(data), data, conditions, draws) < 1e-9
-    off = flow_loss(Oracle(data + 0.5 * draws.t.view(-1, 1, 1, 1, 1)), data, conditions, draws)
+    assert mean_of(Oracle(data), data, conditions, draws) < 1e-9
+    off = mean_of(Oracle(data + 0.5 * draws.t.view(-1, 1, 1, 1, 1)), data, conditions, draws)
     torch.testing.assert_close(off, torch.tensor(0.25))
 
 
 def test_the_loss_of_half_precision_latents_is_taken_in_float32() -> None:
     data, draws = torch.randn(3, *SHAPE).bfloat16(), drawn(KEYS)
-    loss = flow_loss(Oracle(data.float()), data, Conditions((torch.zeros(1, 4),) * 3), draws)
+    loss = mean_of(Oracle(data.float()), data, Conditions((torch.zeros(1, 4),) * 3), draws)
     assert loss.dtype is torch.float32
     assert loss < 1e-9
 
@@ -165,13 +173,13 @@ def test_weights_say_what_counts() -> None:
     wrong[..., 0] = 1.0  # a third of the columns
     conditions = Conditions((torch.zeros(1, 4),) * 3)
     model = Oracle(data + wrong * draws.t.view(-1, 1, 1, 1, 1))
-    even = flow_loss(model, data, conditions, draws)
+    even = mean_of(model, data, conditions, draws)
     torch.testing.assert_close(even, torch.tensor(1 / 3))
-    torch.testing.assert_close(flow_loss(model, data, conditions, draws, weights=torch.ones(3, 1, 1, 3, 3)), even)
+    torch.testing.assert_close(mean_of(model, data, conditions, draws, weights=torch.ones(3, 1, 1, 3, 3)), even)
     weights = torch.zeros(3, 1, 1, 3, 3)
     weights[..., 0] = 3.0
-    torch.testing.assert_close(flow_loss(model, data, conditions, draws, weights=weights), torch.tensor(1.0))
-    assert flow_loss(model, data, conditions, draws, weights=1.5 - weights / 2) < 1e-12
+    torch.testing.assert_close(mean_of(model, data, conditions, draws, weights=weights), torch.tensor(1.0))
+    assert mean_of(model, data, conditions, draws, weights=1.5 - weights / 2) < 1e-12
 
 
 def wrong_by(error: Tensor) -> tuple[Oracle, Tensor, Conditions, Draws]:
@@ -184,7 +192,7 @@ def wrong_by(error: Tensor) -> tuple[Oracle, Tensor, Conditions, Draws]:
 def test_the_loss_of_each_sample_has_the_mean_of_all() -> None:
     error = torch.arange(3.0).view(-1, 1, 1, 1, 1).expand(3, *SHAPE)
     arguments = wrong_by(error)
-    torch.testing.assert_close(sample_losses(*arguments), torch.tensor([0.0, 1.0, 4.0]))
+    torch.testing.assert_close(samples_of(*arguments), torch.tensor([0.0, 1.0, 4.0]))
     weights = torch.rand(3, 1, *SHAPE[1:])
     for options in ({}, {"weights": weights}, {"settings": LossSettings("huber", 0.5)}):
         losses = measure(*arguments, **options)
@@ -202,7 +210,7 @@ def test_the_loss_is_to_the_bit_torchs_mean_squared_error() -> None:
 
     data, draws = torch.randn(3, *SHAPE), drawn(KEYS)
     ours, theirs = Linear(), Linear()
-    loss = flow_loss(ours, data, Conditions((torch.zeros(1, 4),) * 3), draws)
+    loss = mean_of(ours, data, Conditions((torch.zeros(1, 4),) * 3), draws)
     t = draws.t.view(-1, 1, 1, 1, 1)
     expected = F.mse_loss(theirs((1 - t) * data + t * draws.noise, draws.t, []), draws.noise - data)
     assert torch.equal(loss, expected)
@@ -217,9 +225,9 @@ def test_huber_is_torchs_and_takes_masks(c: float) -> None:
     error = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(4))
     arguments, settings = wrong_by(error), LossSettings("huber", c)
     expected = F.huber_loss(error, torch.zeros_like(error), delta=c, reduction="none")
-    torch.testing.assert_close(flow_loss(*arguments, settings=settings), expected.mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean_of(*arguments, settings=settings), expected.mean(), rtol=1e-4, atol=1e-5)
     weights = torch.rand(3, 1, *SHAPE[1:])
-    masked = flow_loss(*arguments, settings=settings, weights=weights)
+    masked = mean_of(*arguments, settings=settings, weights=weights)
     torch.testing.assert_close(masked, (expected * weights).mean(), rtol=1e-4, atol=1e-5)
 
 
@@ -232,9 +240,9 @@ def test_weighting_by_level_goes_with_every_sampling_and_with_masks(sampling: st
     torch.testing.assert_close(draws.importance, draws.t**-2)
     data, conditions = torch.zeros(3, *SHAPE), Conditions((torch.zeros(1, 4),) * 3)
     model = Oracle(data + draws.t.view(-1, 1, 1, 1, 1))  # wrong by 1 everywhere
-    torch.testing.assert_close(sample_losses(model, data, conditions, draws), draws.t**-2)
+    torch.testing.assert_close(samples_of(model, data, conditions, draws), draws.t**-2)
     weights = torch.rand(3, 1, *SHAPE[1:])
-    masked = flow_loss(model, data, conditions, draws, weights=weights)
+    masked = mean_of(model, data, conditions, draws, weights=weights)
     torch.testing.assert_close(masked, (draws.t**-2 * weights.mean((1, 2, 3, 4))).mean())
     assert not recwarn.list
 
