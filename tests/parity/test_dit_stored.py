@@ -189,8 +189,20 @@ def test_scale_that_does_not_fit(tmp_path: Path) -> None:
     tensors = scaled_file(case.state_dict())
     tensors["blocks.1.ffn.0.scale_weight"] = torch.ones(7)
     path = file_of(case, tmp_path, tensors)
-    with pytest.raises(InputError, match=r"blocks\.1\.ffn\.0 has the shape"):
-        build(path, **FP8)
+    for refuse in (build, lambda path, **weights: check_model(settings_of(path, **weights), VARIANTS["t2v-1.3B"], CPU)):
+        with pytest.raises(InputError, match=r"blocks\.1\.ffn\.0 has the shape \[7\], its matrix \["):
+            refuse(path, **FP8)
+
+
+@pytest.mark.parametrize("weights", [FP8, SCALED, INT8])
+def test_a_scaled_file_that_lacks_a_scale(weights: dict[str, bool], tmp_path: Path) -> None:
+    """Its codes would be taken for weights, hundreds of times too large."""
+    case = load_case("wan21_t2v")
+    tensors = scaled_file(case.state_dict())
+    del tensors["blocks.1.ffn.0.scale_weight"]
+    path = file_of(case, tmp_path, tensors)
+    with pytest.raises(InputError, match=r"has scales, but none for blocks\.1\.ffn\.0\.weight"):
+        check_model(settings_of(path, **weights), VARIANTS["t2v-1.3B"], CPU)
 
 
 @pytest.mark.parametrize("weights", [FP8, SCALED, INT8])

@@ -4,6 +4,7 @@ Files of eight bits: plain ones are all e4m3; scaled ones (ComfyUI's, musubi-tun
 matrix, for the whole of it, for each output, or for groups of inputs. `M` below is a module's official dotted name.
 """
 
+import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -83,6 +84,8 @@ def check_storage(header: Header, settings: WeightSettings, what: str) -> None:
     stored = storage_dtype(header)
     if stored not in (*_FP8, *_WIDE):
         raise InputError(f"{what} stores its matrices as {stored}: give a bf16, fp16, fp32 or fp8 file")
+    if is_scaled(header):
+        check_scales(header, what)
     if stored not in _FP8:
         return
     if not (settings.fp8_base or settings.int8_base):
@@ -92,6 +95,20 @@ def check_storage(header: Header, settings: WeightSettings, what: str) -> None:
             f"{what} is an fp8 file without scales, and --fp8_scaled cannot bring back what its rounding lost: "
             "leave out --fp8_scaled, or give a bf16 or fp16 file"
         )
+
+
+def check_scales(header: Header, what: str) -> None:
+    """InputError unless each matrix of eight bits has a scale that fits, by the header of a scaled file."""
+    scaled = set()
+    for name in (name for name in header.shapes if name.endswith(_SCALES)):
+        module = name.rpartition(".")[0]
+        _check_dtype(module, header.dtypes[name])
+        _three_axes(module, header.shapes[name], header.shapes.get(f"{module}.weight"))
+        scaled.add(f"{module}.weight")
+    codes = [name for name, dtype in header.dtypes.items() if dtype in _FP8 and name.endswith(".weight")]
+    lacking = [name for name in codes if len(header.shapes[name]) == 2 and name not in scaled]
+    if lacking:
+        raise InputError(f"{what} has scales, but none for {lacking[0]}, which is of eight bits: give a whole file")
 
 
 def plan_storage(
@@ -151,20 +168,28 @@ def read_scales(source: TensorSource, header: Header, rename: Rename, shapes: Sh
         ending = next((ending for ending in _SCALES if name.endswith(ending)), None)
         if ending is not None:
             module = rename(name.removesuffix(ending))
-            if tensor.dtype not in _WIDE:
-                raise InputError(f"the scale of {module} is stored as {tensor.dtype}: give a file with float32 scales")
-            found[module] = _three_axes(module, tensor.to(torch.float32), shapes.get(f"{module}.weight"))
+            _check_dtype(module, tensor.dtype)
+            axes = _three_axes(module, tensor.shape, shapes.get(f"{module}.weight"))
+            found[module] = tensor.to(torch.float32, copy=True).reshape(axes)
     return found
 
 
-def _three_axes(module: str, scale: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-    """A scale as files have it, from () and (out,) to (out, groups, 1), as (out or 1, groups, 1)."""
-    if scale.ndim < 3:
-        scale = scale.reshape(1, 1, 1) if scale.numel() == 1 else scale.reshape(len(scale), -1, 1)
-    fits = shape is not None and len(shape) == 2 and scale.ndim == 3 and scale.shape[2] == 1
-    if not fits or scale.shape[0] not in (1, shape[0]) or shape[1] % scale.shape[1]:  # type: ignore[index]
-        raise InputError(f"the scale of {module} has the shape {list(scale.shape)}, its matrix {list(shape or ())}")
-    return scale.clone()
+def _check_dtype(module: str, dtype: torch.dtype) -> None:
+    if dtype not in _WIDE:
+        raise InputError(f"the scale of {module} is stored as {dtype}: give a file with float32 scales")
+
+
+def _three_axes(module: str, scale: Iterable[int], matrix: Iterable[int] | None) -> tuple[int, ...]:
+    """The shape of a scale as files have it, from () and (out,) to (out, groups, 1), as (out or 1, groups, 1)."""
+    given, sides = tuple(scale), tuple(matrix or ())
+    count = math.prod(given)
+    axes = given
+    if count and len(given) < 3:
+        axes = (1, 1, 1) if count == 1 else (given[0], count // given[0], 1)
+    fits = count and len(sides) == 2 and len(axes) == 3 and axes[2] == 1
+    if not fits or axes[0] not in (1, sides[0]) or sides[1] % axes[1]:
+        raise InputError(f"the scale of {module} has the shape {list(given)}, its matrix {list(sides)}")
+    return axes
 
 
 def unscaled(

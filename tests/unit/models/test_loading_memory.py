@@ -2,13 +2,20 @@
 
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
+import wan_train.assemble
+from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit
+from wan_train.memory.settings import StreamSettings, WeightSettings
 from wan_train.models.dit import Dit, DitConfig
+from wan_train.models.settings import DitSettings
 
 LOAD = """
 import pathlib, sys, threading, torch
@@ -40,6 +47,42 @@ def state(layers: int, dim: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in Dit(DitConfig(dim, 4 * dim, 8, layers)).state_dict().items()}
     return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        WeightSettings(fp8_base=True),
+        WeightSettings(fp8_base=True, fp8_scaled=True),
+        WeightSettings(int8_base=True, int8_ffn2=True),
+    ],
+)
+@pytest.mark.parametrize("swap", [0, 2])
+def test_of_what_is_quantised_one_matrix_at_a_time_is_there(
+    weights: WeightSettings, swap: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the file's own numbers, that is; a LoRA is merged on the way."""
+    path, lora = str(tmp_path / "dit.safetensors"), str(tmp_path / "lora.safetensors")
+    save_file(state(3, 128, torch.bfloat16), path)
+    pair = {"down": torch.randn(2, 128), "up": torch.randn(128, 2)}
+    save_file({f"lora_unet_blocks_1_self_attn_q.lora_{key}.weight": part for key, part in pair.items()}, lora)
+    alive: dict[str, weakref.ref[Tensor]] = {}
+    most = 0
+
+    def watched(source: str) -> Iterator[tuple[str, Tensor]]:
+        nonlocal most
+        for name, tensor in wan_train.storage.read_tensors(source):
+            if name.startswith("blocks.") and tensor.ndim == 2:
+                tensor = tensor.clone()
+                alive[name] = weakref.ref(tensor)
+            most = max(most, sum(found() is not None for found in alive.values()))
+            yield name, tensor
+
+    monkeypatch.setattr(wan_train.assemble, "read_tensors", watched)
+    settings = ModelSettings(DitSettings(dit=path), weights, StreamSettings(blocks_to_swap=swap))
+    model = assemble_dit(settings, device=torch.device("cpu"), loras=[WeightedLora(lora)])
+    assert len(alive) == 3 * 10 and most <= 2
+    assert all(p.dtype.itemsize == 1 for n, p in model.named_parameters() if n in alive)
 
 
 @pytest.mark.slow
