@@ -109,6 +109,7 @@ def parse(
     """Read the command line into an instance of `settings`, a dataclass whose fields are groups of options."""
     parser = _parser(settings, program, about)
     words = list(sys.argv[1:] if argv is None else argv)
+    _require_one_shortcut(settings, words)
     actions = parser._option_string_actions
     if "--config_file" in actions:
         from wan_train.config_file import with_config_file  # reads the options through this module
@@ -166,6 +167,15 @@ def describe(tool: Tool) -> str:
             lines.append(f"| {names} | {default} | {described.help}{allowed}{f' Range: {bounds}.' if bounds else ''} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _require_one_shortcut(settings: type, words: Sequence[str]) -> None:
+    """InputError for two switches that set one field, of which the first would be lost."""
+    for group in groups(settings).values():
+        for field, described, _ in options(group):
+            given = [flag for flag in described.shortcuts if flag in words]
+            if len(given) > 1:
+                raise InputError(f"{given[0]} and {given[1]} both choose --{field.name}: give one of them")
 
 
 class _Parser(argparse.ArgumentParser):

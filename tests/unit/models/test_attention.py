@@ -85,6 +85,15 @@ def test_the_flags_of_old_commands_choose_the_mode(flag: str, name: str) -> None
     assert (settings.dit.attn_mode, settings.dit.split_attn) == (name, True)
 
 
+def test_two_flags_of_old_commands_are_refused_together() -> None:
+    from generate.settings import GenerateSettings
+    from wan_train.training.settings import TrainSettings
+
+    for settings in (GenerateSettings, TrainSettings):
+        with pytest.raises(InputError, match="--sdpa and --xformers both choose --attn_mode: give one of them"):
+            parse(settings, ["--xformers", "--dit", "x", "--sdpa"])
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_operators_get_tokens_before_heads_in_half_precision(name: str, dtype: torch.dtype, calls: Calls) -> None:
