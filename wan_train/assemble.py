@@ -41,9 +41,10 @@ from wan_train.models.loading import (
     set_attention,
 )
 from wan_train.models.settings import DitSettings
-from wan_train.models.stored import check_storage, in_blocks, plan_storage, read_scales, unscaled
+from wan_train.models.stored import check_storage, in_blocks, plan_storage, read_scales, storage_dtype, unscaled
 from wan_train.models.variants import Variant
 from wan_train.models.weights import dit_rename, renamed
+from wan_train.precision import compute_dtype
 from wan_train.storage import read_header, read_tensors
 
 log = get_logger(__name__)
@@ -79,14 +80,19 @@ class WeightedLora:
         return filter_deltas(read_lora(self.path, module_names), self.include, self.exclude)
 
 
-def check_model(settings: ModelSettings, variant: Variant, device: torch.device) -> str | None:
+def check_model(
+    settings: ModelSettings, variant: Variant, device: torch.device, *, computing: torch.dtype | None = None
+) -> str | None:
     """Refuse what cannot be put together, from the file's header and tiny trials on the device; a warning when the
-    model's size is another one than the task's."""
+    model's size is another one than the task's. Products will be taken in `computing`, or without it in the file's."""
     path, recompute = settings.dit.dit, settings.recompute
     warning = check_dit(path, variant)
-    check_storage(read_header(path), settings.weights, f"--dit {path}")
+    header = read_header(path)
+    check_storage(header, settings.weights, f"--dit {path}")
     check_stream(settings.stream, num_blocks(path), recompute=recompute.recompute if recompute else None)
-    check_attention(settings.dit.attn_mode, device=device, training=recompute is not None)
+    # In the dtype that it will see: older GPUs have kernels for float16 and none for bfloat16.
+    seen = compute_dtype(device, computing or storage_dtype(header))
+    check_attention(settings.dit.attn_mode, device=device, dtype=seen, training=recompute is not None)
     if recompute is not None:
         check_recompute(recompute, settings.compile)
     check_compile(settings.compile, device=device, blocks_to_swap=settings.stream.blocks_to_swap)

@@ -242,6 +242,20 @@ def test_adapter_gradients_on_a_quantised_base(weights: dict[str, bool], tmp_pat
     assert relative_error(gradients[1], gradients[0]) < 0.08
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("computing", [None, torch.float16, torch.bfloat16, torch.float32])
+def test_attention_is_tried_in_the_dtype_that_it_will_see(
+    stored: torch.dtype, computing: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU may have kernels for float16 alone."""
+    tried: list[torch.dtype] = []
+    monkeypatch.setattr("wan_train.assemble.check_attention", lambda _, *, dtype, **more: tried.append(dtype))
+    case = load_case("wan21_t2v")
+    path = file_of(case, tmp_path, {key: tensor.to(stored) for key, tensor in case.state_dict().items()})
+    check_model(settings_of(path), VARIANTS["t2v-1.3B"], torch.device("cuda"), computing=computing)
+    assert tried == [computing or stored]
+
+
 def test_files_that_cannot_serve(tmp_path: Path) -> None:
     case = load_case("wan21_t2v")
     tensors = {k: t.to(torch.int8) if t.ndim == 2 else t for k, t in case.state_dict().items()}

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wan_train.cli import InputError
-from wan_train.precision import default_device
+from wan_train.precision import default_device, dtype_of
 from wan_train.training.settings import LoopSettings, ProcessSettings
 
 # Whoever imports bitsandbytes without a GPU, accelerate too, is warned of a 4-bit kernel that nobody here asks for.
@@ -61,6 +61,11 @@ def launched_device() -> torch.device:
         return torch.device("cpu")
     device = default_device()
     return device if device.type == "cpu" else torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def launched_dtype(loop: LoopSettings) -> torch.dtype:
+    """What `make_accelerator` will have the model compute in, before it is called."""
+    return dtype_of(loop.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower())
 
 
 def prepare_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:

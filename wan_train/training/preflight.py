@@ -16,7 +16,7 @@ from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable
-from wan_train.training.accelerator import launched_device
+from wan_train.training.accelerator import launched_device, launched_dtype
 from wan_train.training.hub import check_hub, fetch_state
 from wan_train.training.objective import check_timesteps
 from wan_train.training.optimizer_state import is_schedule_free
@@ -64,7 +64,8 @@ def preflight(settings: TrainSettings) -> Plan:
     configs = read_configs(settings.data.dataset_config, settings)
     requests = check_previews(settings, variant)
     captions = check_prior(settings)
-    if warning := check_model(model_settings(settings), variant, launched_device()):
+    device, computing = launched_device(), launched_dtype(settings.loop)
+    if warning := check_model(model_settings(settings), variant, device, computing=computing):
         log.warning(warning)
     check_network(settings.network, linear_shapes(settings.dit.dit))
     check_writable(settings.save.output_dir)

@@ -9,7 +9,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from wan_train.cli import InputError
-from wan_train.training.accelerator import launched_device, make_accelerator, prepare_model
+from wan_train.precision import dtype_of
+from wan_train.training.accelerator import launched_device, launched_dtype, make_accelerator, prepare_model
 from wan_train.training.settings import LoopSettings, ProcessSettings
 
 
@@ -37,6 +38,16 @@ def test_compilation_is_ours_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_launchers_word_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert launched_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("given", "launched"), [("fp16", "bf16"), (None, "bf16"), (None, "no"), (None, None)])
+def test_the_precision_is_known_before_the_launch(
+    given: str | None, launched: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert launched_dtype(LoopSettings(mixed_precision=given)) is dtype_of(given or launched or "no")
 
 
 def test_what_is_frozen_is_not_exchanged() -> None:
