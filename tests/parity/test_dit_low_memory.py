@@ -10,9 +10,11 @@ from networks.settings import NetworkSettings
 from tests.parity.golden import load_case, relative_error
 from tests.parity.test_dit import lora_file, run
 from tests.parity.test_dit_stored import CASES, CPU, file_of
-from wan_train.assemble import ModelSettings, assemble_dit, attach_adapter, finish_dit
-from wan_train.memory.settings import CompileSettings, RecomputeSettings, StreamSettings
+from wan_train.assemble import ModelSettings, assemble_dit, attach_adapter, finish_dit, streamed_names
+from wan_train.memory.settings import CompileSettings, RecomputeSettings, StreamSettings, WeightSettings
+from wan_train.models.loading import official_shapes
 from wan_train.models.settings import DitSettings
+from wan_train.storage import read_header
 
 SWAP = StreamSettings(blocks_to_swap=1)
 AOT = CompileSettings(compile=True, compile_backend="aot_eager")
@@ -66,3 +68,20 @@ def test_the_stored_output_through_everything(name: str, tmp_path: Path) -> None
     finish_dit(model, settings, CPU)
     for _ in range(2):
         assert relative_error(run(model, case).detach(), case.outputs["out"]) < 1e-5
+
+
+@pytest.mark.parametrize("weights", [WeightSettings(), WeightSettings(fp8_base=True, fp8_scaled=True)])
+def test_what_streams_is_loaded_into_main_memory(weights: WeightSettings, tmp_path: Path) -> None:
+    """Those tensors and no others: the device never holds more than it will."""
+    path = file_of(load_case("wan21_t2v"), tmp_path)
+    settings = ModelSettings(DitSettings(dit=path), weights, SWAP, RecomputeSettings(recompute="full"))
+    model = assemble_dit(settings, device=CPU)
+    attach_adapter(model, NetworkSettings(network_dim=4), seed=0, device=CPU)
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    stays = streamed_names(SWAP, official_shapes(read_header(path).shapes))
+    expected = {name for name, tensor in named.items() if stays(name) and not tensor.requires_grad}
+    assert finish_dit(model, settings, CPU).names(model) == expected
+    assert len(expected) == (10 if weights == WeightSettings() else 20)
+    if weights == WeightSettings():
+        apart = assemble_dit(settings, device=torch.device("meta"))
+        assert {name for name, tensor in apart.named_parameters() if tensor.device == CPU} == expected
