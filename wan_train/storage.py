@@ -257,11 +257,14 @@ def read_parts(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def save_parts(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
-    """Write nested dicts and lists of tensors, numbers and text. InputError for a full disk."""
+    """Write nested dicts and lists of tensors, numbers and text. OSError for a full disk."""
     try:
-        torch.save(dict(parts), path)
-    except RuntimeError as problem:  # what torch's writer makes of a full disk
-        raise InputError(f"cannot write {path}: {str(problem).splitlines()[0]}") from None
+        with open(path, "wb") as file:
+            torch.save(dict(parts), file)
+    except RuntimeError as problem:
+        # torch's writer tells of positions in its file; what the disk said stands behind that.
+        behind = problem.__context__
+        raise behind if isinstance(behind, OSError) else OSError(str(problem).splitlines()[0]) from None
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -1,4 +1,5 @@
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wan_train.cli import InputError
-from wan_train.storage import check_writable, expand, read_header, read_tensors, replacing, save_tensors
+from wan_train.storage import check_writable, expand, read_header, read_tensors, replacing, save_parts, save_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -93,3 +94,13 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "folder")
     with pytest.raises(InputError, match=r"x\.safetensors"):
         save_tensors(tmp_path / "file" / "x.safetensors", tensors())
+
+
+def test_parts_that_find_no_room_say_what_the_disk_said(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_parts(tmp_path / "run.pt", {"state": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

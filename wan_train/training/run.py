@@ -1,5 +1,7 @@
 """What a run is made of, and what of it is saved."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -116,19 +118,11 @@ class Run:
 def save(run: Run, moment: str, position: Position, *, with_state: bool) -> None:
     """Write the adapter, its average and, if asked for, a state, on the first process; then drop what is outlived."""
     if run.accelerator.is_main_process:
-        settings = run.settings.save
-        try:
-            metadata = saved_metadata(run.settings, run.metadata, step=position.step, epoch=epoch_of(position))
-            saved = write_files(run, moment, metadata)
+        with naming_what_is_kept(run, position):
+            saved = write_files(run, moment, position)
             if with_state:
                 saved.append(keep_state(run, moment, position))
-        except InputError as problem:
-            last = newest_state(settings)
-            kept = f": go on from {last.folder} once there is room" if last is not None else ""
-            raise RunError(
-                f"{problem}; the run ends at step {position.step}, what was saved before is whole{kept}"
-            ) from None
-        remove(outlived(settings, epoch=epoch_of(position), step=position.step))
+        remove(outlived(run.settings.save, epoch=epoch_of(position), step=position.step))
         upload(run, saved)
     run.accelerator.wait_for_everyone()
 
@@ -136,8 +130,22 @@ def save(run: Run, moment: str, position: Position, *, with_state: bool) -> None
 def save_best(run: Run, position: Position) -> None:
     """Keep the adapter as NAME-best, beside the others; it is never dropped."""
     if run.accelerator.is_main_process:
-        metadata = saved_metadata(run.settings, run.metadata, step=position.step, epoch=epoch_of(position))
-        upload(run, write_files(run, "-best", metadata))
+        with naming_what_is_kept(run, position):
+            saved = write_files(run, "-best", position)
+        upload(run, saved)
+
+
+@contextmanager
+def naming_what_is_kept(run: Run, position: Position) -> Iterator[None]:
+    """Where something cannot be written inside, for want of room say, RunError that names the state to go on from."""
+    try:
+        yield
+    except InputError as problem:
+        last = newest_state(run.settings.save)
+        kept = f": go on from {last.folder} once there is room" if last is not None else ""
+        raise RunError(
+            f"{problem}; the run ends at step {position.step}, what was saved before is whole{kept}"
+        ) from None
 
 
 def upload(run: Run, paths: list[Path]) -> None:
@@ -147,9 +155,10 @@ def upload(run: Run, paths: list[Path]) -> None:
             run.hub.upload(path)
 
 
-def write_files(run: Run, moment: str, metadata: dict[str, str]) -> list[Path]:
+def write_files(run: Run, moment: str, position: Position) -> list[Path]:
     """Write the adapter and its average under a moment's name; their paths."""
     settings = run.settings.save
+    metadata = saved_metadata(run.settings, run.metadata, step=position.step, epoch=epoch_of(position))
     saved = [path_of(settings, moment, FILE)]
     with for_saving(run.optimizer):
         save_adapter(saved[0], run.adapter, settings, metadata)
