@@ -88,10 +88,14 @@ class Evaluation:
             return f"{told}: not a number"
         if self.to_best is None:
             return f"{told}, over {self.num_clips} clips of {self.num_files} files"
-        best = self.to_best
-        change = f"{abs(best.mean):.5f} {'below' if best.mean < 0 else 'above'} the best so far, of step {best.step}"
-        interval = f"95% interval {best.low:+.5f} to {best.high:+.5f}"
-        return f"{told}: {self.verdict}, {change} ({interval if self.num_files > 1 else 'no interval for one file'})"
+        told = f"{told}: {self.verdict}, {self._change(self.to_best, 'the best so far')}"
+        if self.to_first is None or self.to_first.step == self.to_best.step:
+            return told
+        return f"{told}; {self._change(self.to_first, 'the first')}"
+
+    def _change(self, to: Difference, what: str) -> str:
+        interval = f"95% interval {to.low:+.5f} to {to.high:+.5f}" if self.num_files > 1 else "no interval for one file"
+        return f"{abs(to.mean):.5f} {'below' if to.mean < 0 else 'above'} {what}, of step {to.step} ({interval})"
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def test_the_best_is_the_lowest_mean_and_the_log_says_what_changed() -> None:
     assert history.best_step == 15
     assert "at step 10: worse, 0.10000 above the best so far, of step 5" in found[2].describe()
     assert "at step 15: improved, 0.10000 below the best so far, of step 5 (95% interval -0.1" in found[3].describe()
+    assert "; 0.30000 below the first, of step 0 (95% interval -0.3" in found[3].describe()
+    assert "the first" not in found[1].describe()  # it is the best so far, and named as that
 
 
 def test_many_small_improvements_are_one_sure_one() -> None:
