@@ -7,6 +7,7 @@ from networks.settings import NetworkSettings
 from wan_train.cli import InputError, Tool, option
 from wan_train.memory.settings import CompileSettings, RecomputeSettings, StreamSettings, WeightSettings
 from wan_train.models.settings import DitSettings, TextEncoderSettings, VaeSettings
+from wan_train.training.old_settings import OldSettings
 from wan_train.training.show_settings import HubSettings, LogSettings, PreviewSettings
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
@@ -248,6 +249,7 @@ class TrainSettings:
     validation: ValidationSettings
     logs: LogSettings
     hub: HubSettings
+    old: OldSettings
 
 
 TOOL = Tool(

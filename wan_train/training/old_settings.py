@@ -1,0 +1,27 @@
+"""Options of commands that were written for other trainers, and mean nothing here."""
+
+from dataclasses import dataclass
+
+from wan_train.cli import InputError, option
+
+
+@dataclass(frozen=True)
+class OldSettings:
+    """Accepted for old commands."""
+
+    disable_numpy_memmap: bool = option(False, "Does nothing: checkpoints are read tensor by tensor.")
+    img_in_txt_in_offloading: bool = option(False, "Does nothing: Wan's inputs are too small to be worth moving.")
+    guidance_scale: float = option(
+        1.0, "Does nothing: Wan has no embedded guidance; previews have --l in their prompts."
+    )
+    dynamo_backend: str = option("NO", "NO alone is accepted: what compiles the blocks is --compile.")
+    dynamo_mode: str | None = option(None, "Does nothing without a --dynamo_backend.")
+    dynamo_fullgraph: bool = option(False, "Does nothing without a --dynamo_backend.")
+    dynamo_dynamic: bool = option(False, "Does nothing without a --dynamo_backend.")
+
+    def __post_init__(self) -> None:
+        if self.dynamo_backend.lower() != "no":
+            raise InputError(
+                f"--dynamo_backend {self.dynamo_backend} would compile the model as a whole: give --compile "
+                f"--compile_backend {self.dynamo_backend.lower()}, which compiles its blocks"
+            )
