@@ -28,7 +28,7 @@ class RunError(RuntimeError):
 
 
 class Stopped(RuntimeError):
-    """A run that was asked to stop has done so in good order; the message says how to go on."""
+    """A run ends in good order before its end, or has nothing to do; the message says how to go on."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -6,16 +6,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from examples.tiny.make import DIT, T5, VAE
-from wan_train.cli import run
-from wan_train.storage import HOST, save_parts
+from wan_train.cli import InputError, run
+from wan_train.storage import HOST, save_parts, save_tensors
+from wan_train.training.accelerator import make_accelerator
 from wan_train.training.settings import TOOL
 
 Tool = Callable[..., CompletedProcess[str]]
@@ -28,11 +31,13 @@ class Shop:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def train(self, name: str, *more: object, expect: int = 0, data: str = "data.toml") -> None:
+    def train(self, name: str, *more: object, expect: int = 0, data: str = "data.toml", launched: bool = False) -> None:
+        """`launched`: the precision is left to the launcher."""
         AcceleratorState._reset_state(reset_partial_state=True)
         words: tuple[object, ...] = (
             *("--task", "t2v-1.3B", "--dit", self.folder / DIT, "--dataset_config", self.folder / data),
-            *("--mixed_precision", "no", "--learning_rate", 2e-2, "--sdpa", "--trust_cache", "--log_with", "none"),
+            *(() if launched else ("--mixed_precision", "no")),
+            *("--learning_rate", 2e-2, "--sdpa", "--trust_cache", "--log_with", "none"),
             *("--network_module", "networks.lora_wan", "--network_dim", 4, "--network_alpha", 4, "--seed", 1),
             *("--max_data_loader_n_workers", 0, "--max_train_steps", 6),
             *("--output_dir", self.folder / "out", "--output_name", name),
@@ -99,6 +104,30 @@ def test_some_such_steps_may_be_left_out(shop: Shop, capsys: Caught) -> None:
     assert "left out, 2 of 2" in capsys.readouterr().err
     assert all(tensor.isfinite().all() for tensor in shop.lora("skip").values())
     assert len(shop.rows("skip", "step")) == 6
+
+
+def test_a_loss_scale_that_is_too_high_is_lowered(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 on a GPU, here with its scaler on a CPU in float32: the first steps overflow; no fault of the run."""
+
+    def with_scaler(*settings: Any) -> Accelerator:
+        accelerator = make_accelerator(*settings)
+        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**127), True
+        return accelerator
+
+    monkeypatch.setattr("wan_train.training.main.make_accelerator", with_scaler)
+    text = (shop.folder / "data.toml").read_text()
+    (shop.folder / "heavy.toml").write_text(text + "loss_weight = 16.0\n")  # float32 ends at 2**128
+    half = ("--mixed_precision", "fp16", "--max_train_steps", 16, "--save_state")
+    shop.train("half", *half, "--save_every_n_steps", 8, data="heavy.toml")
+    norms = shop.rows("half", "grad_norm")
+    left_out = [norm is None for norm in norms]
+    assert left_out == sorted(left_out, reverse=True) and 0 < sum(left_out) < 8
+    assert shop.length("half") > 0
+    state = torch.load(shop.folder / "out" / "half-state" / "run.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 2.0 ** (127 - sum(left_out))
+    assert state["skipped"] == {"count": 0}
+    shop.train("half", *half, "--resume", shop.folder / "out" / "half-step00000008-state", data="heavy.toml")
+    assert shop.rows("half", "grad_norm") == norms
 
 
 def test_the_average_is_saved_beside(shop: Shop) -> None:
@@ -201,6 +230,89 @@ def test_the_settings_that_are_left_make_the_run_again(shop: Shop) -> None:
     assert run(TOOL, ["--config_file", str(config), "--output_name", "again"]) == 0
     ours, plain = shop.lora("again"), shop.lora("plain")
     assert all(torch.equal(ours[key], plain[key]) for key in plain)
+
+
+def test_the_launchers_precision_is_among_the_settings_that_are_left(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    shop.train("launched", "--max_train_steps", 1, launched=True)
+    assert 'mixed_precision = "bf16"' in (shop.folder / "out" / "launched.config.toml").read_text()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_files_have_the_precision_that_is_asked_for(shop: Shop, precision: str, dtype: torch.dtype) -> None:
+    shop.train(precision, "--save_precision", precision, "--max_train_steps", 1)
+    assert {t.dtype for key, t in shop.lora(precision).items() if not key.endswith("alpha")} == {dtype}
+
+
+def test_the_files_say_what_users_say_of_them(shop: Shop) -> None:
+    told = {
+        "title": "Circles",
+        "author": "somebody",
+        "description": "a circle",
+        "license": "CC0",
+        "tags": "a,b",
+        "reso": "96x64",
+        "arch": "wan/x",
+    }
+    words = [word for name, value in told.items() for word in (f"--metadata_{name}", value)]
+    shop.train("told", *words, "--training_comment", "first try", "--max_train_steps", 1)
+    with safe_open(shop.folder / "out" / "told.safetensors", "pt") as file:
+        rows = file.metadata()
+    named = {"reso": "resolution", "arch": "architecture"}
+    assert {name: rows[f"modelspec.{named.get(name, name)}"] for name in told} == told
+    assert rows["ss_training_comment"] == "first try"
+
+
+def test_states_have_a_number_of_their_own_and_one_of_the_end(shop: Shop, capsys: Caught) -> None:
+    """A state of each of the last two epochs, files of all; at the end alone, where that is asked for."""
+    out, often = shop.folder / "out", ("--max_train_epochs", 4, "--save_every_n_epochs", 1, "--save_state")
+    shop.train("epochs", *often, "--save_last_n_epochs_state", 2)
+    assert len(list(out.glob("epochs-0*.safetensors"))) == 3
+    assert sorted(path.name for path in out.glob("epochs-*state")) == [
+        *("epochs-000002-state", "epochs-000003-state", "epochs-state")
+    ]
+    at_end = ("--save_every_n_steps", 2, "--save_state_on_train_end")
+    shop.train("end", *at_end)
+    assert [path.name for path in out.glob("end*-state")] == ["end-state"]
+    before = (out / "end.safetensors").read_bytes()
+    shop.train("end", *at_end, "--resume", "auto")  # as a script that repeats it would
+    assert "nothing is left to train" in capsys.readouterr().err
+    assert (out / "end.safetensors").read_bytes() == before
+
+
+def test_another_batch_size_is_not_gone_on_with(shop: Shop, capsys: Caught) -> None:
+    """The batches of an epoch that were taken would be others."""
+    shop.train("sized", "--save_state")
+    text = (shop.folder / "data.toml").read_text()
+    (shop.folder / "pairs.toml").write_text(text.replace("batch_size = 1", "batch_size = 2"))
+    shop.train("sized", "--resume", "auto", "--max_train_steps", 8, expect=2, data="pairs.toml")
+    assert "batch_size of dataset 1 was 1, is 2" in capsys.readouterr().err
+
+
+def test_options_of_old_commands(shop: Shop, capsys: Caught) -> None:
+    idle = ("--disable_numpy_memmap", "--img_in_txt_in_offloading", "--guidance_scale", 5, "--dynamo_backend", "NO")
+    shop.train("old", *idle)
+    ours, plain = shop.lora("old"), shop.lora("plain")
+    assert all(torch.equal(ours[key], plain[key]) for key in plain)
+    shop.train("compiled", "--dynamo_backend", "INDUCTOR", expect=2)
+    assert "--compile --compile_backend inductor" in capsys.readouterr().err
+
+
+def test_no_room_for_the_best_names_the_state_to_go_on_from(
+    shop: Shop, capsys: Caught, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *others: Any) -> None:
+        if path.stem.endswith("-best"):
+            raise InputError(f"cannot write {path}: No space left on device")
+        save_tensors(path, *others)
+
+    monkeypatch.setattr("wan_train.training.checkpoints.save_tensors", full)
+    held_out = ("--validation_config", shop.folder / "data.toml", "--validate_every_n_steps", 3)
+    shop.train("tight", *held_out, "--save_every_n_steps", 2, "--save_state", expect=1)
+    said = capsys.readouterr().err
+    assert "tight-best" in said and f"go on from {shop.folder / 'out' / 'tight-step00000002-state'}" in said
 
 
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(

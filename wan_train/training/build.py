@@ -15,7 +15,7 @@ from dataset.epochs import EpochBatches
 from dataset.summary import metadata, summarise
 from networks.adapter import Adapter
 from wan_train.assemble import WeightedLora, assemble_dit, attach_adapter, finish_dit
-from wan_train.cli import InputError
+from wan_train.cli import InputError, Stopped
 from wan_train.conditions import Conditions
 from wan_train.log import get_logger
 from wan_train.models.dit import Dit
@@ -33,7 +33,7 @@ from wan_train.training.optimizers import make_optimizer
 from wan_train.training.preflight import Plan, model_settings
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
-from wan_train.training.resume import configuration, require_same
+from wan_train.training.resume import AUTO, Trained, configuration, require_same
 from wan_train.training.run import Length, Run, Skipped, Stateful
 from wan_train.training.schedules import check_schedule, make_schedule, warmup_steps
 from wan_train.training.settings import LoopSettings, TrainSettings
@@ -51,7 +51,8 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     batches = EpochBatches(dataset, seed=seed, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
     length = run_length(len(batches), settings)
     check_schedule(settings.optimizer, length.steps)
-    same = configuration(settings, dataset.keys, num_processes=accelerator.num_processes, steps=length.steps)
+    trained = Trained(plan.configs, dataset.keys, plan.prior_captions, length.steps, accelerator.mixed_precision)
+    same = configuration(settings, trained, num_processes=accelerator.num_processes)
     start = start_of(plan.state, same, length, settings)
     log.info(summarise(dataset))
     texts = encode(settings, plan, accelerator)
@@ -64,16 +65,15 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     schedule = make_schedule(optimizer, settings.optimizer, total=length.steps)
     decay, average, skipped = settings.loop.ema_decay, RunningMean(), Skipped()
     ema = None if decay is None else Ema(dict(adapter.named_parameters()), decay)
-    held_out, num_strata = data.held_out, settings.timesteps.num_timestep_buckets
+    num_strata = settings.timesteps.num_timestep_buckets
     carried: dict[str, Stateful | None] = {
         "optimizer": Portable(prepared),
         "schedule": Portable(schedule),
         "average": average,
         "skipped": skipped,
+        "scaler": accelerator.scaler,
         "ema": ema,
-        "validator": (
-            None if held_out is None else Validator(held_out, settings.validation, settings.timesteps, settings.loss)
-        ),
+        "validator": make_validator(settings, data),
     }
     if plan.state is not None:
         go_on(plan.state, dict(adapter.named_parameters()), carried)
@@ -126,15 +126,17 @@ def make_model(settings: TrainSettings, accelerator: Accelerator, seed: int) -> 
 
 
 def start_of(state: State | None, same: dict[str, str], length: Length, settings: TrainSettings) -> Position:
-    """Where the run begins. InputError for a state of another configuration, or of a run that is at its end."""
+    """Where the run begins. InputError for a state of another configuration, or of a run that is at its end; with
+    `--resume auto`, which scripts repeat until all is done, such an end is Stopped without an error."""
     if state is None:
         return Position()
     require_same(state, same, anyway=settings.save.resume_anyway)
     if state.position.step >= length.steps:
-        raise InputError(
+        told = (
             f"--resume {state.folder} is at step {state.position.step} of {length.steps}: nothing is left to train; "
             "raise --max_train_steps or --max_train_epochs to go on"
         )
+        raise Stopped(told, 0) if settings.save.resume == AUTO else InputError(told)
     log.info("going on from %s: step %d, epoch %d", state.folder, state.position.step, state.position.epoch)
     return state.position
 
@@ -145,6 +147,13 @@ def go_on(state: State, trained: dict[str, nn.Parameter], carried: dict[str, Sta
     for name, part in carried.items():
         if part is not None and name in parts:
             part.load_state_dict(parts[name])
+
+
+def make_validator(settings: TrainSettings, data: Data) -> Validator | None:
+    """What measures the held-out loss; None where nothing is held out."""
+    if data.held_out is None:
+        return None
+    return Validator(data.held_out, settings.validation, settings.timesteps, settings.loss)
 
 
 def make_facts(

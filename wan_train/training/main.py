@@ -33,7 +33,7 @@ def main(settings: TrainSettings) -> None:
     run = build(settings, plan, data, accelerator, seed)
     if accelerator.is_main_process:
         remove_remains(Path(settings.save.output_dir))  # of a run that was killed while it wrote
-        write_configuration(settings, seed)
+        write_configuration(settings, seed=seed, mixed_precision=accelerator.mixed_precision)
     length, processes = run.length, accelerator.num_processes
     log.info("%d steps, %d epochs, %d process(es) on %s", length.steps, length.epochs, processes, accelerator.device)
     try:
@@ -48,7 +48,9 @@ def main(settings: TrainSettings) -> None:
     accelerator.end_training()
 
 
-def write_configuration(settings: TrainSettings, seed: int) -> None:
-    """Leave OUTPUT_DIR/NAME.config.toml, with which `--config_file` makes this run again."""
+def write_configuration(settings: TrainSettings, *, seed: int, mixed_precision: str) -> None:
+    """Leave OUTPUT_DIR/NAME.config.toml, with which `--config_file` makes this run again; the seed may have been drawn,
+    the precision may be the launcher's."""
     with replacing(path_of(settings.save, "", ".config.toml")) as temporary:
-        temporary.write_text(configuration_text(settings, seed=seed), encoding="utf-8")
+        text = configuration_text(settings, seed=seed, mixed_precision=mixed_precision)
+        temporary.write_text(text, encoding="utf-8")

@@ -2,21 +2,27 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dataset.config import DatasetConfig
 from dataset.order import SampleKey
 from wan_train.cli import InputError
 from wan_train.log import get_logger
+from wan_train.training.schedules import warmup_steps
 from wan_train.training.settings import TrainSettings
 from wan_train.training.state import State, differences, newest_state, open_state
 
 log = get_logger(__name__)
 
+AUTO = "auto"
 # What decides the numbers of a run: groups of its settings, and the fields that do not, or are told apart below.
-GROUPS = ("weights", "network", "loop", "optimizer", "timesteps", "loss")
+GROUPS = ("weights", "network", "loop", "optimizer", "timesteps", "loss", "prior")
 INDIFFERENT = {
+    "lr_warmup_steps",
+    "mixed_precision",
+    "prior_captions",
     "max_train_steps",
     "max_train_epochs",
     "gradient_accumulation_steps",
@@ -26,6 +32,23 @@ INDIFFERENT = {
     "skip_nonfinite",
     "show_timesteps",
 }
+# The keys of a dataset that decide how its samples are batched, captioned and weighed.
+OF_DATASETS = (
+    *("batch_size", "num_repeats", "weight", "drop_last", "is_reg", "loss_weight"),
+    *("caption_variants", "caption_dropout_rate", "flip_augment"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run trains on and for how long: its datasets, its samples, the captions of `--prior_captions`, optimizer
+    steps, and the precision that accelerate settled on."""
+
+    configs: Sequence[DatasetConfig]
+    keys: Iterable[SampleKey]
+    prior_captions: Sequence[str]
+    steps: int
+    mixed_precision: str
 
 
 def find_state(settings: TrainSettings) -> State | None:
@@ -33,7 +56,7 @@ def find_state(settings: TrainSettings) -> State | None:
     wanted = settings.save.resume
     if wanted is None:
         return None
-    if wanted != "auto":
+    if wanted != AUTO:
         return open_state(Path(wanted))
     state = newest_state(settings.save)
     if state is None:
@@ -43,9 +66,7 @@ def find_state(settings: TrainSettings) -> State | None:
     return state
 
 
-def configuration(
-    settings: TrainSettings, keys: Iterable[SampleKey], *, num_processes: int, steps: int
-) -> dict[str, str]:
+def configuration(settings: TrainSettings, trained: Trained, *, num_processes: int) -> dict[str, str]:
     """What must be the same for a resumed run to go on as the unbroken one would have: option to value.
 
     The batches of a step count, not how many processes share them; the length of the run counts where the learning rate
@@ -53,16 +74,23 @@ def configuration(
     """
     known: dict[str, Any] = {"--task": settings.dit.task, "--dit": Path(settings.dit.dit).name}
     for group in GROUPS:
-        values = getattr(settings, group, None)
-        if values is not None:
-            fields = dataclasses.fields(values)
-            known |= {f"--{f.name}": getattr(values, f.name) for f in fields if f.name not in INDIFFERENT}
+        values = getattr(settings, group)
+        fields = dataclasses.fields(values)
+        known |= {f"--{f.name}": getattr(values, f.name) for f in fields if f.name not in INDIFFERENT}
+    known["--mixed_precision"] = trained.mixed_precision
+    known["--lr_warmup_steps"] = warmup_steps(settings.optimizer.lr_warmup_steps, trained.steps)
     known["batches in a step"] = num_processes * settings.loop.gradient_accumulation_steps
-    names = "\n".join(f"{key.item} {key.repeat}" for key in keys)
-    known["samples of the dataset"] = hashlib.sha256(names.encode()).hexdigest()[:12]
+    for config in trained.configs:
+        known |= {f"{name} of dataset {config.number}": getattr(config, name) for name in OF_DATASETS}
+    known["samples of the dataset"] = _digest(f"{key.item} {key.repeat}" for key in trained.keys)
+    known["captions of --prior_captions"] = _digest(trained.prior_captions)
     if settings.optimizer.lr_scheduler not in ("constant", "constant_with_warmup"):
-        known["steps of the run"] = steps
+        known["steps of the run"] = trained.steps
     return {name: str(value) for name, value in known.items()}
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def require_same(state: State, current: dict[str, str], *, anyway: bool) -> None:

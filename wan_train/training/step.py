@@ -66,7 +66,7 @@ def take_step(run: Run, window: list[Drawn], position: Position) -> tuple[StepMe
     if math.isfinite(shared.loss) and math.isfinite(norm):
         update(run)
     else:
-        skip_or_stop(run, shared.loss, norm, position, window)
+        leave_out(run, shared.loss, norm, position, window)
     rates = learning_rates(run.optimizer)
     for parameter in run.trained.values():
         parameter.grad = None
@@ -150,8 +150,20 @@ def update(run: Run) -> None:
         run.ema.update()
 
 
+def leave_out(run: Run, loss: float, norm: float, position: Position, window: list[Drawn]) -> None:
+    """Leave a step out whose loss or gradient is no number.
+
+    In fp16 the gradient is scaled up, too far at first: that is no fault of the run as long as the scale can fall.
+    """
+    scaler = run.accelerator.scaler
+    if scaler is None or not math.isfinite(loss) or scaler.get_scale() <= 1:
+        skip_or_stop(run, loss, norm, position, window)
+    if scaler is not None:
+        run.optimizer.step()  # the scaler takes no step, and lowers its scale
+
+
 def skip_or_stop(run: Run, loss: float, norm: float, position: Position, window: list[Drawn]) -> None:
-    """Leave a step out whose loss or gradient is no number, as often as `--skip_nonfinite` lets; then RunError."""
+    """Let a step pass whose loss or gradient is no number, as often as `--skip_nonfinite` says; then RunError."""
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
     places = ", ".join(list(sampled(window))[:8])
     where = f"{what} at step {position.step}, epoch {position.epoch} ({places})"

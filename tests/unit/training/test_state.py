@@ -1,6 +1,7 @@
 """States on disk: whole or absent, exact, told apart from others."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from dataset.config import DatasetConfig
 from dataset.order import SampleKey
 from wan_train.cli import InputError, parse
 from wan_train.training.checkpoints import FILE, STATE, of_epoch, of_step, outlived, path_of
 from wan_train.training.ema import Ema
-from wan_train.training.resume import chosen_seed, configuration, require_same
+from wan_train.training.resume import Trained, chosen_seed, configuration, require_same
 from wan_train.training.settings import SaveSettings, TrainSettings
 from wan_train.training.state import Position, load_state, newest_state, open_state, save_state
 
@@ -121,10 +123,15 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_which_differences_count(tmp_path: Path) -> None:
-    keys = [SampleKey("clip", 0)]
+    whole = Trained(
+        [DatasetConfig(tmp_path, 1, True, tmp_path, tmp_path)], [SampleKey("clip", 0)], ["a dog"], 100, "no"
+    )
 
-    def of(*more: str, processes: int = 1, steps: int = 100) -> dict[str, str]:
-        return configuration(settings_of(tmp_path, *more), keys, num_processes=processes, steps=steps)
+    def of(*more: str, processes: int = 1, **changes: Any) -> dict[str, str]:
+        return configuration(settings_of(tmp_path, *more), replace(whole, **changes), num_processes=processes)
+
+    def dataset(**changes: Any) -> dict[str, str]:
+        return of(configs=[replace(whole.configs[0], **changes)])
 
     plain = of()
     same = (
@@ -132,13 +139,21 @@ def test_which_differences_count(tmp_path: Path) -> None:
         of("--max_train_steps", "9", steps=9),
         of("--save_every_n_steps", "5", "--sdpa"),
         of("--dit", "elsewhere/d"),
+        of("--mixed_precision", "no"),
+        dataset(cache_directory=tmp_path / "moved"),
     )
     assert all(each == plain for each in same)
     assert of(processes=2) == of("--gradient_accumulation_steps", "2")
-    for other in (of("--learning_rate", "1"), of("--fp8_base"), of("--network_dim", "3"), of(processes=2)):
-        assert other != plain
-    assert of("--lr_scheduler", "cosine", steps=9) != of("--lr_scheduler", "cosine")
-    assert configuration(settings_of(tmp_path), [SampleKey("b", 0)], num_processes=1, steps=100) != plain
+    others = (
+        *(of("--learning_rate", "1"), of("--fp8_base"), of("--network_dim", "3"), of(processes=2)),
+        *(of(keys=[SampleKey("b", 0)]), of(mixed_precision="bf16"), of(prior_captions=["a cat"])),
+        of("--prior_loss_weight", "2", "--prior_captions", "kept.txt"),
+        *(dataset(batch_size=2), dataset(weight=2.0), dataset(loss_weight=0.5), dataset(flip_augment=True)),
+    )
+    assert all(other != plain for other in others)
+    for option in (("--lr_scheduler", "cosine"), ("--lr_warmup_steps", "5%")):
+        assert of(*option, steps=9) != of(*option)
+    assert of("--lr_warmup_steps", "5") == of("--lr_warmup_steps", "5%")
 
 
 def test_differences_are_listed_or_warned_of(tmp_path: Path) -> None:
