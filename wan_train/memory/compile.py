@@ -7,6 +7,7 @@ input needs no gradient), for a batch of one beside larger ones, and twice at mo
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from functools import wraps
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from wan_train.cli import InputError
+from wan_train.log import get_logger
 from wan_train.memory.settings import CompileSettings
 
 TOKENS = ((0, 1), (3, 1))  # of a block's arguments, x (B, L, d) and turns (2, L, 1, D): which, and its dimension of L
 DYNAMIC = {"true": True, "false": False, "auto": None}
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record and replay them
+
+log = get_logger(__name__)
 
 
 def apply_compile(
@@ -42,6 +46,7 @@ def check_compile(settings: CompileSettings, *, device: torch.device | str, bloc
     """Compile a trivial function for `device` as the settings say. InputError for what is unknown, does not work, or
     does not go with the swapping that is to act on the blocks."""
     if not settings.compile:
+        _tell_of_idle_options(settings)
         return
     _check_companions(settings, blocks_to_swap)
     known = torch._dynamo.list_backends()
@@ -54,6 +59,14 @@ def check_compile(settings: CompileSettings, *, device: torch.device | str, bloc
             f"--compile does not work on {device} with --compile_backend {settings.compile_backend}"
             f" ({_line(problem)}): leave out --compile, or install what is missing"
         ) from None
+
+
+def _tell_of_idle_options(settings: CompileSettings) -> None:
+    names = [
+        f.name for f in fields(settings) if f.name.startswith("compile_") and getattr(settings, f.name) != f.default
+    ]
+    if names:
+        log.warning("--%s does nothing without --compile", names[0])
 
 
 def _check_companions(settings: CompileSettings, blocks_to_swap: int) -> None:

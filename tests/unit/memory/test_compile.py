@@ -265,6 +265,13 @@ def test_the_limit_of_compilations_is_torchs_limit() -> None:
     assert graphs() == 2
 
 
+def test_options_without_the_switch_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    check_compile(CompileSettings(cuda_allow_tf32=True), device="cpu")
+    assert not caplog.messages
+    check_compile(CompileSettings(compile_mode="max-autotune"), device="cpu")
+    assert caplog.messages == ["--compile_mode does nothing without --compile"]
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"'inductr': known are .*inductor"):
         check_compile(CompileSettings(compile=True, compile_backend="inductr"), device="cpu")
