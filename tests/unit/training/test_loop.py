@@ -1,9 +1,14 @@
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from wan_train.training.loop import is_due, run_length, windows
+from wan_train.training.ema import Ema
+from wan_train.training.loop import is_due, make_previews, run_length, windows
 from wan_train.training.settings import LoopSettings
+from wan_train.training.show_settings import PreviewSettings
 
 
 class Settings:
@@ -33,3 +38,23 @@ def test_windows_end_with_the_epoch() -> None:
 def test_what_happens_every_so_often() -> None:
     assert [count for count in range(1, 10) if is_due(count, 3)] == [3, 6, 9]
     assert not is_due(5, None)
+
+
+@pytest.mark.parametrize(("with_ema", "shown"), [(True, 0.5), (False, 1.0)])
+def test_previews_show_the_average_if_that_is_asked_for(with_ema: bool, shown: float) -> None:
+    weight, seen = nn.Parameter(torch.zeros(1)), []
+    ema = Ema({"w": weight}, 0.0)
+    weight.data.fill_(0.5)
+    ema.update()  # with a decay of 0 it is the weight of its last update
+    weight.data.fill_(1.0)
+    run: Any = SimpleNamespace(
+        settings=SimpleNamespace(preview=PreviewSettings(sample_with_ema=with_ema)),
+        optimizer=torch.optim.SGD([weight]),
+        ema=ema,
+        dit=None,
+        writer=None,
+        previewer=SimpleNamespace(make=lambda *_: seen.append(float(weight.detach()))),
+        accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
+    )
+    make_previews(run, "000001", 1)
+    assert seen == [shown] and float(weight.detach()) == 1.0
