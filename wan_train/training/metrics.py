@@ -229,4 +229,8 @@ def peak_memory_mib(device: torch.device) -> int:
     """Peak memory of this process so far: the device's, or resident memory on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device)) // MEBIBYTE
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    try:
+        # Before `ru_maxrss`, which on Linux begins with the peak of whoever started this process.
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
