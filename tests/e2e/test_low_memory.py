@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -141,6 +143,11 @@ def test_compiled_training_and_generation(bench: Bench) -> None:
         assert ours == pytest.approx(plain, rel=1e-5)
     bench.generate("compiled", *compiled)
     torch.testing.assert_close(bench.latent("compiled"), bench.latent("plain"), rtol=1e-4, atol=1e-4)
+    lora = ("--lora_weight", bench.folder / "out" / "plain.safetensors", "--lora_mode", "attach")
+    everything = (*lora, "--fp8", "--fp8_scaled", "--blocks_to_swap", 2, "--ffn_chunks", 2)
+    bench.generate("eager", *everything)
+    bench.generate("compiled", *everything, *compiled)
+    torch.testing.assert_close(bench.latent("compiled"), bench.latent("eager"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -173,18 +180,39 @@ def test_adapters_learn_on_every_base_as_on_bf16(bench: Bench) -> None:
         losses = bench.losses(name)
         assert sum(losses[-50:]) < 0.8 * 50 / 5 * sum(losses[:5])
         peaks = bench.rows(name, "memory_mib")
-        assert peaks[-1] <= 1.01 * peaks[20]  # nothing grows with the steps
+        assert peaks[-1] <= 1.01 * peaks[100]  # nothing grows with the steps
         return sum(losses[-50:]) / 50
 
     reference = level("bf16")
+    files = other_files(bench.folder)
     for name, *options in (
         ("fp8", "--fp8_base"),
         ("fp8_scaled", "--fp8_base", "--fp8_scaled"),
         ("int8", "--int8_base"),
         ("int8_ffn2", "--int8_base", "--int8_ffn2"),
         ("streamed", "--fp8_base", "--fp8_scaled", "--blocks_to_swap", 3),
+        ("fp16_file", "--dit", files["fp16"]),
+        ("fp8_file", "--dit", files["fp8"], "--fp8_base"),
+        ("scaled_file", "--dit", files["scaled"], "--fp8_base"),
     ):
         assert level(name, *options) == pytest.approx(reference, rel=0.03), name
+
+
+def other_files(folder: Path) -> dict[str, Path]:
+    """The model as others store it: fp16, all of it e4m3, and e4m3 with a scale for each matrix as ComfyUI does."""
+    wide, codes = load_file(folder / DIT), torch.float8_e4m3fn
+    scales = {k: t.abs().max().float() / 448 for k, t in wide.items() if k.endswith(".weight") and t.ndim == 2}
+    scaled = {k: (t / scales[k]).to(codes) if k in scales else t.half() for k, t in wide.items()}
+    scaled |= {k.removesuffix("weight") + "scale_weight": scale for k, scale in scales.items()}
+    contents = {
+        "fp16": {k: t.half() for k, t in wide.items()},
+        "fp8": {k: t.to(codes) for k, t in wide.items()},
+        "scaled": scaled | {"scaled_fp8": torch.empty(0, dtype=codes)},
+    }
+    paths = {name: folder / f"{name}.safetensors" for name in contents}
+    for name, tensors in contents.items():
+        save_file(tensors, paths[name])
+    return paths
 
 
 @pytest.mark.slow
@@ -193,3 +221,16 @@ def test_compiled_by_inductor(bench: Bench) -> None:
     bench.train("eager", "--network_dropout", 0)
     for ours, plain in zip(bench.losses("inductor"), bench.losses("eager"), strict=True):
         assert ours == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_benchmark_tells_what_the_device_would_hold(root: Path) -> None:
+    command = [sys.executable, "benchmarks/memory.py", "--layers", "1", "--steps", "1", "--sizes", "32x32x1"]
+    done = subprocess.run(
+        [*command, "--cells", "resident", "fp8_scaled"], cwd=root, capture_output=True, text=True, check=True
+    )
+    first, *rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert first["device"] and first["layers"] == 1
+    resident, scaled = (row["weights_gib"] for row in rows)
+    assert resident > 1.3 * scaled  # what is outside the blocks stays as it is
+    assert all(row["s_per_step"] > 0 and row["peak_process_gib"] > 0 and row["tokens"] == 4 for row in rows)
