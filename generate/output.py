@@ -1,6 +1,7 @@
 """What the generator leaves on disk."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -8,70 +9,126 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from generate.jobs import Job
+from generate.record import KEY
 from generate.settings import OutputSettings
+from wan_train.cli import InputError
 from wan_train.media_out import write_image, write_images, write_video
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable, save_tensors
 
+# What --save_path may end in to name a file, and the output types that can be named so.
+_FILE_SUFFIXES = {
+    ".mp4": ("video", "images", "latent", "both", "latent_images"),
+    ".png": ("video", "both"),
+    ".safetensors": ("latent",),
+}
+_NAMES = ("seed", "index")
+_LATENT = "_latent"
+
 
 @dataclass(frozen=True)
 class Product:
-    """What there is to write: the request, latents (C, F, H, W), frames (F, H, W, 3) or None, frames per second."""
+    """What there is to write: latents (C, F, H, W), frames (F, H, W, 3) or None, and the record of how it was made.
 
-    request: SampleRequest
+    `stem` is the path without a suffix. `comment` is the record or empty, `metadata` what latent files say beside it.
+    """
+
     latents: Tensor
     frames: np.ndarray | None
     fps: int
-    stem: Path  # the path without a suffix: that of the .mp4, or FOLDER/TIME_SEED
-    named: bool  # the user named the file
+    stem: Path
+    comment: str
+    metadata: Mapping[str, str]
+    settings: OutputSettings
 
 
-def write_outputs(
-    settings: OutputSettings, request: SampleRequest, latents: Tensor, frames: np.ndarray | None, *, fps: int
-) -> list[Path]:
-    """Write what `--output_type` names and return the paths."""
-    product = Product(request, latents, frames, fps, _stem(settings, request), _is_file(settings))
-    return [write(product) for write in _WRITERS[settings.output_type]]
+def is_file(settings: OutputSettings) -> bool:
+    """Whether `--save_path` names a file and not a folder."""
+    return Path(settings.save_path).suffix.lower() in _FILE_SUFFIXES
 
 
-def check_output(settings: OutputSettings) -> None:
-    """Fail now if the result could not be written."""
-    path = Path(settings.save_path)
-    check_writable(path.parent if _is_file(settings) else path)
-
-
-def _is_file(settings: OutputSettings) -> bool:
-    return Path(settings.save_path).suffix.lower() == ".mp4"
-
-
-def _stem(settings: OutputSettings, request: SampleRequest) -> Path:
-    if _is_file(settings):
-        return Path(settings.save_path).with_suffix("")
+def stem_of(settings: OutputSettings, job: Job, *, several: bool) -> Path:
+    """Where a job's files go, without a suffix: as `--save_path` names it, or FOLDER/TIME_SEED, with the job's index
+    before the seed where there are several."""
+    if is_file(settings):
+        return named_stem(settings, seed=str(job.request.seed), index=job.index)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
-    return Path(settings.save_path) / f"{stamp}_{request.seed}"
+    name = f"{stamp}_{job.index:03d}_{job.request.seed}" if several else f"{stamp}_{job.request.seed}"
+    return named_stem(settings, seed=str(job.request.seed), index=job.index) / name
 
 
-def _write_video(product: Product) -> Path:
-    assert product.frames is not None
-    if len(product.frames) == 1 and not product.named:
-        picture = product.stem.with_name(product.stem.name + ".png")
-        write_image(picture, product.frames[0])
-        return picture
-    video = product.stem.with_name(product.stem.name + ".mp4")
-    write_video(video, product.frames, fps=product.fps)
-    return video
+def named_stem(settings: OutputSettings, *, seed: str, index: int) -> Path:
+    """`--save_path` with seed and index filled in, without its suffix if it names a file."""
+    path = Path(settings.save_path.replace("{seed}", seed).replace("{index}", f"{index:03d}"))
+    if not is_file(settings):
+        return path
+    return path.with_name(path.stem.removesuffix(_LATENT) if path.suffix == ".safetensors" else path.stem)
 
 
-def _write_images(product: Product) -> Path:
-    assert product.frames is not None
-    write_images(product.stem, product.frames)
-    return product.stem
+def trimmed(frames: np.ndarray | None, settings: OutputSettings) -> np.ndarray | None:
+    """The frames without those at the end that `--trim_tail_frames` leaves out."""
+    if frames is None or not settings.trim_tail_frames:
+        return frames
+    return frames[: -settings.trim_tail_frames]
 
 
-def _write_latent(product: Product) -> Path:
-    request = product.request
-    path = product.stem.with_name(f"{product.stem.name}_latent.safetensors")
-    metadata = {
+def check_output(settings: OutputSettings, jobs: Sequence[Job] | None) -> None:
+    """Fail now if the results could not be written, or would overwrite each other; jobs None: nobody knows yet."""
+    given, suffix = settings.save_path, Path(settings.save_path).suffix.lower()
+    if not given:
+        raise InputError("--save_path is missing: say where to write, a .mp4 file or a folder")
+    unknown = [name for name in re.findall(r"\{(\w*)\}", given) if name not in _NAMES]
+    if unknown:
+        raise InputError(f"--save_path {given}: {{{unknown[0]}}} is not known, {{seed}} and {{index}} are")
+    if suffix in _FILE_SUFFIXES:
+        if settings.output_type not in _FILE_SUFFIXES[suffix]:
+            raise InputError(
+                f"--save_path {given} is no name for --output_type {settings.output_type}: {suffix} is for "
+                f"{' and '.join(_FILE_SUFFIXES[suffix])}"
+            )
+        if (jobs is None or len(jobs) > 1) and "{index}" not in given:
+            raise InputError(
+                f"--save_path {given} names one file for several videos: put {{index}} in, or give a folder"
+            )
+    for job in jobs or ():
+        left = job.request.frames - settings.trim_tail_frames
+        if left < 1:
+            raise InputError(
+                f"--trim_tail_frames {settings.trim_tail_frames} leaves none of {job.request.frames} frames: trim less"
+            )
+        if suffix == ".png" and left > 1:
+            raise InputError(f"--save_path {given} names a picture for {left} frames: name a .mp4, or a folder")
+    folder = Path(given).parent if suffix in _FILE_SUFFIXES else Path(given)
+    while "{" in folder.name:
+        folder = folder.parent
+    check_writable(folder)
+
+
+def writes_latents(settings: OutputSettings) -> bool:
+    """Whether `--output_type` leaves a latent file."""
+    return _write_latent in _WRITERS[settings.output_type]
+
+
+def write_outputs(product: Product) -> list[Path]:
+    """Write what `--output_type` names and return the paths."""
+    return [write(product) for write in _WRITERS[product.settings.output_type]]
+
+
+def latent_path(stem: Path) -> Path:
+    """Where a job's latents go."""
+    return stem.with_name(f"{stem.name}{_LATENT}.safetensors")
+
+
+def save_latents(path: Path, latents: Tensor, comment: str, metadata: Mapping[str, str]) -> Path:
+    """Write latents with their metadata, and none where there is no record of how they were made."""
+    save_tensors(path, {"latent": latents}, {**metadata, KEY: comment} if comment else {})
+    return path
+
+
+def latent_metadata(request: SampleRequest) -> dict[str, str]:
+    """What other tools write into latent files, under their names."""
+    return {
         "seeds": str(request.seed),
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -81,8 +138,28 @@ def _write_latent(product: Product) -> Path:
         "infer_steps": str(request.steps),
         "guidance_scale": str(request.guidance),
     }
-    save_tensors(path, {"latent": product.latents}, metadata)
-    return path
+
+
+def _write_video(product: Product) -> Path:
+    assert product.frames is not None
+    picture = product.stem.with_name(product.stem.name + ".png")
+    if len(product.frames) == 1 and Path(product.settings.save_path).suffix.lower() != ".mp4":
+        write_image(picture, product.frames[0], comment=product.comment)
+        return picture
+    video = product.stem.with_name(product.stem.name + ".mp4")
+    codec, quality = product.settings.codec, product.settings.video_quality
+    write_video(video, product.frames, fps=product.fps, codec=codec, quality=quality, comment=product.comment)
+    return video
+
+
+def _write_images(product: Product) -> Path:
+    assert product.frames is not None
+    write_images(product.stem, product.frames, comment=product.comment)
+    return product.stem
+
+
+def _write_latent(product: Product) -> Path:
+    return save_latents(latent_path(product.stem), product.latents, product.comment, product.metadata)
 
 
 _WRITERS: dict[str, tuple[Callable[[Product], Path], ...]] = {
@@ -91,4 +168,5 @@ _WRITERS: dict[str, tuple[Callable[[Product], Path], ...]] = {
     "latent": (_write_latent,),
     # The latent first: it is what cannot be made again in seconds should the video fail.
     "both": (_write_latent, _write_video),
+    "latent_images": (_write_latent, _write_images),
 }

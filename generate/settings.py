@@ -8,7 +8,8 @@ from wan_train.models.settings import DitSettings, TextEncoderSettings, VaeSetti
 from wan_train.sampling.settings import SamplingSettings
 
 LORA_MODES = ("merge", "attach")
-OUTPUT_TYPES = ("video", "images", "latent", "both")
+OUTPUT_TYPES = ("video", "images", "latent", "both", "latent_images")
+CODEC_NAMES = ("h264", "vp9", "lossless")
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,50 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class BatchSettings:
+    """Many videos."""
+
+    from_file: str | None = option(
+        None,
+        "Make every prompt of a file: text with one to a line, .toml or .json. A line is `words --w 832 --h 480 --f 81"
+        " --d 1 --s 20 --l 5 --fs 5 --n negative` and takes any sampling option by its name; the command line's hold"
+        " where it says nothing.",
+    )
+    interactive: bool = option(False, "Read prompt lines, in the same grammar, from the keyboard; models stay loaded.")
+    latent_path: tuple[str, ...] = option((), "Decode saved latents, files or folders of them, and nothing else.")
+    from_metadata: str | None = option(
+        None,
+        "Make a video, picture or latent file again from what it says of itself; options given beside it win.",
+        expands="generate.record:with_recorded_options",
+    )
+
+
+@dataclass(frozen=True)
 class OutputSettings:
     """Output."""
 
-    save_path: str = option("", "Where to write: a .mp4 file, or a folder.", required=True)
-    output_type: str = option("video", "What to write; both is video and latent.", choices=OUTPUT_TYPES)
+    save_path: str = option(
+        "", "Where to write: a file, or a folder. {seed} and {index} stand for those of each video.", metavar="PATH"
+    )
+    output_type: str = option(
+        "video",
+        "What to write; both is latent and video, latent_images latent and images.",
+        choices=OUTPUT_TYPES,
+    )
     fps: int | None = option(None, "Frames per second of the video; without it the task's.", minimum=1, maximum=240)
+    trim_tail_frames: int = option(0, "Leave out so many frames at the end.", minimum=0)
+    codec: str = option("h264", "How the video is encoded; lossless keeps every pixel.", choices=CODEC_NAMES)
+    video_quality: int | None = option(
+        None,
+        "Constant rate factor of the codec, lower is better; without it 16 for h264, 24 for vp9.",
+        minimum=0,
+        maximum=63,
+    )
+    no_metadata: bool = option(False, "Write nothing about prompt, settings and models into the files.")
+    text_cache: str | None = option(None, "Folder that keeps embeddings of prompts, to do without the text encoder.")
+    save_merged_model: str | None = option(
+        None, "Write the DiT with the LoRA files merged in as a checkpoint to this path, and nothing else."
+    )
     device: str | None = option(None, "Where to compute; without it the first accelerator, else the CPU.")
 
 
@@ -51,6 +90,7 @@ class GenerateSettings:
     text: TextEncoderSettings
     lora: LoraSettings
     sampling: SamplingSettings
+    batch: BatchSettings
     output: OutputSettings
 
 

@@ -12,6 +12,7 @@ from networks.formats import LoraDelta, read_lora
 from networks.merge import merged
 from networks.selection import filter_deltas
 from networks.settings import NetworkSettings
+from wan_train.cli import InputError
 from wan_train.log import get_logger
 from wan_train.memory.chunks import apply_chunks
 from wan_train.memory.compile import apply_compile, apply_device_flags, check_compile
@@ -86,6 +87,8 @@ def check_model(
     """Refuse what cannot be put together, from the file's header and tiny trials on the device; a warning when the
     model's size is another one than the task's. Products will be taken in `computing`, or without it in the file's."""
     path, recompute = settings.dit.dit, settings.recompute
+    if not path:
+        raise InputError("--dit is missing: give the DiT checkpoint")
     warning = check_dit(path, variant)
     header = read_header(path)
     check_storage(header, settings.weights, f"--dit {path}")

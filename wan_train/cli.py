@@ -47,6 +47,7 @@ class Option:
     maximum: float | None = None
     required: bool = False
     metavar: str | None = None
+    expands: str = ""
 
 
 def option(
@@ -60,22 +61,17 @@ def option(
     maximum: float | None = None,
     metavar: str | None = None,
     required: bool = False,
+    expands: str = "",
 ) -> Any:
     """Declare a setting as a dataclass field.
 
     The field's name is the flag (`--name`) and its annotation the type: `bool` is a switch, `tuple[int, int]` takes two
     values, `tuple[str, ...]` any number. `flags` are further spellings; `shortcuts` are switches that set this field to
-    a fixed value (`{"--sdpa": "torch"}`); `minimum` and `maximum` are inclusive.
+    a fixed value (`{"--sdpa": "torch"}`); `minimum` and `maximum` are inclusive. `expands` is "module:function" where
+    the value is a file that holds options: the function gets the command line and gives it back with them in front.
     """
     described = Option(
-        help,
-        tuple(choices),
-        tuple(flags),
-        dict(shortcuts or {}),
-        minimum,
-        maximum,
-        required,
-        metavar,
+        help, tuple(choices), tuple(flags), dict(shortcuts or {}), minimum, maximum, required, metavar, expands
     )
     return dataclasses.field(default=default, metadata={"option": described})
 
@@ -111,10 +107,10 @@ def parse(
     words = list(sys.argv[1:] if argv is None else argv)
     _require_one_shortcut(settings, words)
     actions = parser._option_string_actions
-    if "--config_file" in actions:
-        from wan_train.config_file import with_config_file  # reads the options through this module
-
-        words = with_config_file(words, {flag: action.nargs == 0 for flag, action in actions.items()})
+    for group in groups(settings).values():
+        for field, described, _ in options(group):
+            if described.expands and any(word.partition("=")[0] == f"--{field.name}" for word in words):
+                words = _imported(described.expands)(words, switches(settings))
     values, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -126,8 +122,7 @@ def run(tool: Tool, argv: Sequence[str] | None = None) -> int:
     """Parse, call the tool, and turn bad input into one line on stderr and exit code 2, a failed run into 1."""
     try:
         settings: Any = parse(tool.settings, argv, program=tool.program, about=tool.description)
-        module, function = tool.main.split(":")
-        getattr(importlib.import_module(module), function)(settings)
+        _imported(tool.main)(settings)
     except (InputError, RunError) as problem:
         if os.environ.get("WAN_TRAIN_TRACEBACK"):
             raise
@@ -154,6 +149,11 @@ def options(group: type) -> list[tuple[dataclasses.Field[Any], Option, Any]]:
     return [(f, f.metadata["option"], hints[f.name]) for f in dataclasses.fields(group) if "option" in f.metadata]
 
 
+def switches(settings: type) -> dict[str, bool]:
+    """Every flag of a tool's settings, and whether it stands alone."""
+    return {flag: action.nargs == 0 for flag, action in _parser(settings, "", "")._option_string_actions.items()}
+
+
 def describe(tool: Tool) -> str:
     """A Markdown page of every option of a tool, made from the settings themselves."""
     lines = [f"# {tool.program}", "", tool.description, ""]
@@ -176,6 +176,12 @@ def _require_one_shortcut(settings: type, words: Sequence[str]) -> None:
             given = [flag for flag in described.shortcuts if flag in words]
             if len(given) > 1:
                 raise InputError(f"{given[0]} and {given[1]} both choose --{field.name}: give one of them")
+
+
+def _imported(name: str) -> Any:
+    """What "module:function" names."""
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 class _Parser(argparse.ArgumentParser):

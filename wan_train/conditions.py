@@ -16,6 +16,10 @@ class Conditions:
         """The same on another device."""
         return Conditions(tuple(rows.to(device) for rows in self.context))
 
+    def joined(self, other: "Conditions") -> "Conditions":
+        """A batch of these and the other's samples."""
+        return Conditions((*self.context, *other.context))
+
     def inputs(self) -> dict[str, list[Tensor]]:
         """Keyword arguments for the DiT."""
         return {"context": list(self.context)}

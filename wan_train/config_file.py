@@ -5,13 +5,15 @@ A file has options by their names without dashes, in sections of any name or in 
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import toml
 
-from wan_train.cli import InputError, groups, nearest, options
+from wan_train.cli import InputError, groups, nearest, options, parse, switches
+
+Settings = TypeVar("Settings")
 
 FLAG = "--config_file"
 # What a saved configuration leaves out: secrets, and what belongs to one start of the run.
@@ -26,13 +28,13 @@ UNSAVED = (
 )
 
 
-def with_config_file(argv: Sequence[str], switches: Mapping[str, bool]) -> list[str]:
+def with_config_file(argv: Sequence[str], alone: Mapping[str, bool]) -> list[str]:
     """The command line with what its `--config_file` holds in front of it, so that what was given itself wins.
 
-    `switches` has every known flag, and whether it stands alone. InputError for a file that cannot be read, and for a
+    `alone` has every known flag, and whether it stands alone. InputError for a file that cannot be read, and for a
     key or a kind of value that no option takes.
     """
-    path = _named_file(argv)
+    path = named_file(argv, FLAG)
     if path is None:
         return list(argv)
     try:
@@ -41,27 +43,43 @@ def with_config_file(argv: Sequence[str], switches: Mapping[str, bool]) -> list[
         raise InputError(f"{FLAG} {path} cannot be read: {problem.strerror or problem}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise InputError(f"{FLAG} {path} is not TOML: {problem}") from None
+    return [*words_of(_flattened(content), alone, f"{FLAG} {path}"), *argv]
+
+
+def words_of(values: Iterable[tuple[str, Any]], alone: Mapping[str, bool], where: str) -> list[str]:
+    """Options by name as words of a command line; InputError, naming `where`, for one that no option takes."""
     words: list[str] = []
     seen: set[str] = set()
-    for key, value in _flattened(content):
+    for key, value in values:
         flag = f"--{key}"
-        if flag not in switches or flag == FLAG:
-            known = [name.removeprefix("--") for name in switches]
-            raise InputError(f"{FLAG} {path}: unknown option {key}{nearest(key, known)}")
+        if flag not in alone or flag == FLAG:
+            known = [name.removeprefix("--") for name in alone]
+            raise InputError(f"{where}: unknown option {key}{nearest(key, known)}")
         if key in seen:
-            raise InputError(f"{FLAG} {path}: {key} is there twice")
+            raise InputError(f"{where}: {key} is there twice")
         seen.add(key)
-        words += _words(flag, value, path, alone=switches[flag])
-    return [*words, *argv]
+        words += _words(flag, value, where, alone=alone[flag])
+    return words
 
 
-def _named_file(argv: Sequence[str]) -> str | None:
+def from_values(settings: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
+    """Settings from options by name, None for what is not given; InputError as of a command line, naming `where`."""
+    given = {name: _plain(value) for name, value in values.items() if value is not None}
+    return parse(settings, words_of(given.items(), switches(settings), where))
+
+
+def _plain(value: Any) -> Any:
+    return [str(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def named_file(argv: Sequence[str], flag: str) -> str | None:
+    """What follows a flag on the command line, the last time that it is there."""
     found = None
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word == FLAG:
+        if word == flag:
             found = following
-        elif word.startswith(f"{FLAG}="):
-            found = word.removeprefix(f"{FLAG}=")
+        elif word.startswith(f"{flag}="):
+            found = word.removeprefix(f"{flag}=")
     return found
 
 
@@ -73,19 +91,24 @@ def _flattened(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _words(flag: str, value: Any, path: str, *, alone: bool) -> list[str]:
+def _words(flag: str, value: Any, where: str, *, alone: bool) -> list[str]:
     if alone != isinstance(value, bool):
         wanted = "true or false" if alone else "a value"
-        raise InputError(f"{FLAG} {path}: {flag.removeprefix('--')} takes {wanted}, not {value!r}")
+        raise InputError(f"{where}: {flag.removeprefix('--')} takes {wanted}, not {value!r}")
     if alone:
         return [flag] if value else []
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [flag, *map(str, value)] if value else []
     return [f"{flag}={value}"]
 
 
 def configuration_text(settings: Any, **changes: Any) -> str:
     """A configuration file that gives these settings again, some changed: each option that is not at its default."""
+    return toml.dumps(changed_options(settings, **changes))
+
+
+def changed_options(settings: Any, **changes: Any) -> dict[str, dict[str, Any]]:
+    """By group, each option that is not at its default, some changed first; what is `UNSAVED` is left out."""
     sections: dict[str, dict[str, Any]] = {}
     for name, group in groups(type(settings)).items():
         values = getattr(settings, name)
@@ -96,4 +119,4 @@ def configuration_text(settings: Any, **changes: Any) -> str:
                 rows[field.name] = list(value) if isinstance(value, tuple) else value
         if rows:
             sections[name] = rows
-    return toml.dumps(sections)
+    return sections

@@ -1,27 +1,41 @@
 """Solvers of the sampling ODE: diffusers' steps on the official sigma grids.
 
 The step formulas are diffusers' (UniPC, Zhao et al. 2023; DPM-Solver++, Lu et al. 2022; Euler). Which noise levels they
-visit is decided here, as the official Wan sampler decides it.
+visit is decided here, as the official Wan sampler decides it. `lcm` is for models distilled to few steps: it goes to
+the data at every step and adds new noise for the next level (latent consistency models, Luo et al. 2023, algorithm 3).
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wan_train.cli import InputError, choose
+from wan_train.flow.path import interpolate
 from wan_train.flow.timesteps import NUM_TIMESTEPS
 
 SIGMA_MAX_UNIPC = 0.999  # the official table starts one of its 1000 steps below pure noise
 
 
-class Solver:
-    """One run from noise to data over a fixed grid.
+class Solver(Protocol):
+    """One run from noise to data over a fixed grid, taken in order."""
 
-    `sigmas` (N+1,) float32, noise levels from about 1 to 0; `timesteps` (N,), what the DiT is told at each step.
-    """
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise levels (N+1,) float32, from about 1 (or where the run starts) to 0."""
+
+    @property
+    def timesteps(self) -> Tensor:
+        """What the DiT is told at each step (N,), 0..1000."""
+
+    def step(self, velocity: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
+        """x at the next noise level, from the model's velocity at this one."""
+
+
+class _Diffusers:
+    """A scheduler of diffusers on a grid of ours."""
 
     def __init__(self, scheduler: Any, sigmas: np.ndarray, timesteps: np.ndarray) -> None:
         self._scheduler = scheduler
@@ -41,58 +55,103 @@ class Solver:
         return self._scheduler.timesteps
 
     def step(self, velocity: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
-        """x at the next noise level, from the model's velocity at this one; the steps must be taken in order."""
         return self._scheduler.step(velocity, timestep, x, return_dict=False)[0]
 
 
-def _shifted(start: float, steps: int, factor: float) -> np.ndarray:
-    grid = np.linspace(start, 0, steps + 1)[:-1]
-    return factor * grid / (1 + (factor - 1) * grid)
+class _Renoising:
+    """x0 = x - sigma v at every step, then noise again to the next level."""
+
+    def __init__(self, sigmas: np.ndarray, generator: torch.Generator) -> None:
+        self.sigmas = torch.from_numpy(sigmas.astype(np.float32))
+        self.timesteps = NUM_TIMESTEPS * self.sigmas[:-1]
+        self._generator = generator
+        self._index = 0
+
+    def step(self, velocity: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
+        data = x - self.sigmas[self._index] * velocity
+        self._index += 1
+        following = self.sigmas[self._index]
+        if following == 0:
+            return data
+        return interpolate(data, torch.randn(x.shape, generator=self._generator), following.expand(len(x)))
 
 
-def _unipc(steps: int, factor: float) -> Solver:
+def _unipc(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
     from diffusers import UniPCMultistepScheduler
 
-    sigmas = np.append(_shifted(SIGMA_MAX_UNIPC, steps, factor), 0.0)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, solver_type="bh2"
     )
-    return Solver(scheduler, sigmas, (NUM_TIMESTEPS * sigmas[:-1]).astype(np.int64))
+    return _Diffusers(scheduler, sigmas, (NUM_TIMESTEPS * sigmas[:-1]).astype(np.int64))
 
 
-def _dpmpp(steps: int, factor: float) -> Solver:
+def _dpmpp(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
     from diffusers import DPMSolverMultistepScheduler
 
-    sigmas = np.append(_shifted(1.0, steps, factor), 0.0)
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, algorithm_type="dpmsolver++", solver_type="midpoint"
     )
-    return Solver(scheduler, sigmas, (NUM_TIMESTEPS * sigmas[:-1]).astype(np.int64))
+    return _Diffusers(scheduler, sigmas, (NUM_TIMESTEPS * sigmas[:-1]).astype(np.int64))
 
 
-def _euler(steps: int, factor: float) -> Solver:
+def _euler(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    sigmas = np.append(_shifted(1.0, steps, factor), 0.0)
-    return Solver(FlowMatchEulerDiscreteScheduler(), sigmas, (NUM_TIMESTEPS * sigmas[:-1]).astype(np.float32))
+    timesteps = (NUM_TIMESTEPS * sigmas[:-1]).astype(np.float32)
+    return _Diffusers(FlowMatchEulerDiscreteScheduler(), sigmas, timesteps)
 
 
-SOLVERS: dict[str, Callable[[int, float], Solver]] = {
+SOLVERS: dict[str, Callable[[np.ndarray, torch.Generator], Solver]] = {
     "unipc": _unipc,
     "dpm++": _dpmpp,
     "euler": _euler,
     "vanilla": _euler,
+    "lcm": _Renoising,
 }
 
 
-def make_solver(name: str, *, steps: int, shift: float) -> Solver:
-    """The solver `name` ("unipc", "dpm++", "euler" also called "vanilla") over `steps` steps of the shifted grid.
+def make_solver(
+    name: str,
+    *,
+    steps: int = 0,
+    shift: float = 1.0,
+    strength: float = 1.0,
+    timesteps: Sequence[float] = (),
+    generator: torch.Generator | None = None,
+) -> Solver:
+    """The solver `name` (unipc, dpm++, lcm, or euler, also called vanilla) over a shifted grid of noise levels.
 
-    Raises InputError for an unknown name, `steps` below 1 or a `shift` that is not positive.
+    The grid has `steps` even steps from `strength`, in (0, 1], down; or the levels of `timesteps`, 0..1000 and falling.
+    Either is shifted as t' = shift t / (1 + (shift-1) t). `generator`, of the CPU, draws the noise that lcm adds;
+    the one that drew the first noise, since one of the same seed would draw that again.
+
+    Raises InputError for an unknown name, `steps` below 1, levels that do not fall, and numbers out of range.
     """
     build = choose("solver", name, SOLVERS)
-    if steps < 1:
-        raise InputError(f"a solver takes at least 1 step, not {steps}")
     if not shift > 0:
         raise InputError(f"the flow shift must be above 0, not {shift}")
-    return build(steps, shift)
+    if not 0 < strength <= 1:
+        raise InputError(f"a run starts above 0 and at 1 at most, not at {strength}")
+    highest = SIGMA_MAX_UNIPC if name == "unipc" else 1.0
+    if len(timesteps):
+        levels = np.minimum(explicit_levels(timesteps), highest)
+    else:
+        levels = even_levels(steps, strength * highest)
+    shifted = shift * levels / (1 + (shift - 1) * levels)
+    return build(np.append(shifted, 0.0), generator or torch.Generator().manual_seed(0))
+
+
+def even_levels(steps: int, strength: float = 1.0) -> np.ndarray:
+    """Noise levels (steps,) from `strength` down in even steps, the one at 0 left out; InputError below one step."""
+    if steps < 1:
+        raise InputError(f"a solver takes at least 1 step, not {steps}")
+    return np.linspace(strength, 0, steps + 1)[:-1]
+
+
+def explicit_levels(timesteps: Sequence[float]) -> np.ndarray:
+    """Noise levels in (0, 1] of timesteps 0..1000; InputError unless they fall."""
+    levels = np.array(timesteps, dtype=np.float64) / NUM_TIMESTEPS
+    if not (levels > 0).all() or not (levels <= 1).all() or not (np.diff(levels) < 0).all():
+        given = ",".join(f"{value:g}" for value in timesteps)
+        raise InputError(f"timesteps {given}: give falling numbers above 0 and up to {NUM_TIMESTEPS}, 1000,750,500,250")
+    return levels

@@ -14,7 +14,7 @@ class DitSettings:
     """Diffusion transformer."""
 
     task: str = option("t2v-14B", "What the model is and does.", choices=VARIANTS)
-    dit: str = option("", "DiT checkpoint: a safetensors file, any shard or folder of a set, or a .pth.", required=True)
+    dit: str = option("", "DiT checkpoint: a safetensors file, any shard or folder of a set, or a .pth.")
     attn_mode: str = option(
         "torch",
         "Attention backend; torch and sdpa are one, flash and flash2 too; sageattn cannot train.",

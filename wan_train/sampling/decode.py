@@ -4,11 +4,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wan_train.log import get_logger
 from wan_train.media_out import to_frames
+from wan_train.memory.report import release_memory
 from wan_train.models.settings import VaeSettings
 from wan_train.models.vae import WanVAE, load_vae
 from wan_train.models.vae_tiling import Tiling
 from wan_train.precision import compute_dtype, dtype_of
+
+log = get_logger(__name__)
 
 
 def open_vae(settings: VaeSettings, device: torch.device) -> WanVAE:
@@ -25,5 +29,21 @@ def set_up(vae: WanVAE, settings: VaeSettings) -> WanVAE:
 
 
 def decode_frames(vae: WanVAE, latents: Tensor, device: torch.device) -> np.ndarray:
-    """Frames (F, H, W, 3) uint8 of normalised latents (C, F', H', W')."""
-    return to_frames(vae.decode(latents.unsqueeze(0).to(device))[0])
+    """Frames (F, H, W, 3) uint8 of normalised latents (C, F', H', W').
+
+    Where the device's memory does not do for whole frames, tiles of them are decoded: a warning tells of it, since the
+    result differs a little.
+    """
+    batch = latents.unsqueeze(0).to(device)
+    try:
+        return to_frames(vae.decode(batch)[0])
+    except torch.OutOfMemoryError:
+        if vae.tiling is not None:
+            raise
+    release_memory()
+    log.warning("decoding takes more memory than %s has: going on in tiles, as --vae_tiling does", device)
+    vae.tiling = Tiling()
+    try:
+        return to_frames(vae.decode(batch)[0])
+    finally:
+        vae.tiling = None

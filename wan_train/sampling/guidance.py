@@ -1,8 +1,109 @@
-"""Classifier-free guidance (Ho and Salimans 2022), and on which steps it is applied."""
+"""Guidance: which passes of the model make up a step, and how their velocities are put together.
 
-from collections.abc import Callable
+Classifier-free guidance (Ho and Salimans 2022) leads away from the negative prompt; skip-layer guidance, as users know
+it from Stable Diffusion 3.5, away from what the model makes of that prompt with some of its blocks left out.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from wan_train.cli import InputError, choose
+from wan_train.conditions import Conditions
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How steps are guided: v = v_n + scale (v_p - v_n), on the steps that `skip_mode` with `ratio` leaves.
+
+    `merge` takes both prompts in one batch. Of N steps, int(slg_start N) up to int(slg_end N) are guided by layers too,
+    with v_s that of the negative prompt without the blocks `slg_layers`: `slg_mode` is original, which adds
+    slg_scale (v_p - v_s), or uncond, which takes v_s for v_n.
+    """
+
+    scale: float = 5.0
+    skip_mode: str = "none"
+    ratio: float | None = None
+    merge: bool = False
+    slg_layers: tuple[int, ...] = ()
+    slg_mode: str = "original"
+    slg_scale: float = 3.0
+    slg_start: float = 0.0
+    slg_end: float = 0.3
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step consists of: guided at all, and with layers skipped."""
+
+    guided: bool
+    skipping: bool = False
+
+
+Predict = Callable[[Tensor, Tensor, StepPlan], Tensor]
+
+
+def plan_steps(steps: int, guidance: Guidance) -> list[StepPlan]:
+    """The plan of each of `steps` steps."""
+    guided = [guide and guidance.scale != 1 for guide in guided_steps(steps, guidance.skip_mode, guidance.ratio)]
+    window = range(int(guidance.slg_start * steps), int(guidance.slg_end * steps))
+    skips = bool(guidance.slg_layers)
+    return [StepPlan(guide, skips and guide and index in window) for index, guide in enumerate(guided)]
+
+
+def guide(
+    model: nn.Module, positive: Conditions, negative: Conditions, guidance: Guidance, *, device: torch.device
+) -> Predict:
+    """The velocity (1, C, F, H, W) of a step of x, which is anywhere; one pass of the model for a step not guided."""
+    positive, negative = positive.to(device), negative.to(device)
+    both = positive.joined(negative)
+
+    def run(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        size = len(conditions.context)
+        latents, time = x.to(device).expand(size, *x.shape[1:]), timestep.to(device).expand(size)
+        return model(latents, time, **conditions.inputs())
+
+    def run_skipped(x: Tensor, timestep: Tensor) -> Tensor:
+        with without_blocks(model, guidance.slg_layers):
+            return run(x, timestep, negative)
+
+    def predict(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
+        if not plan.guided:
+            return run(x, timestep, positive)
+        if plan.skipping and guidance.slg_mode == "uncond":
+            conditioned, unconditioned = run(x, timestep, positive), run_skipped(x, timestep)
+        elif guidance.merge:
+            conditioned, unconditioned = run(x, timestep, both).split(1)
+        else:
+            conditioned, unconditioned = run(x, timestep, positive), run(x, timestep, negative)
+        velocity = unconditioned + guidance.scale * (conditioned - unconditioned)
+        if plan.skipping and guidance.slg_mode == "original":
+            velocity = velocity + guidance.slg_scale * (conditioned - run_skipped(x, timestep))
+        return velocity
+
+    return predict
+
+
+@contextmanager
+def without_blocks(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
+    """Let some of the model's `blocks` pass on their input as it is, whatever else has been done to them."""
+    blocks: list[Any] = [model.blocks[layer] for layer in layers]  # type: ignore[index]
+    forwards = [block.forward for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = _pass_on
+        yield
+    finally:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+
+
+def _pass_on(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
 
 
 def _ends(steps: int, applied: int, *, first: bool) -> list[bool]:

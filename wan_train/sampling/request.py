@@ -1,23 +1,26 @@
-"""A wish for one video, and the grammar in which prompt lines and tables state it."""
+"""A wish for one video: everything that decides it but the weights."""
 
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from wan_train.cli import InputError, nearest
+from wan_train.cli import InputError
+from wan_train.flow.solvers import explicit_levels
 from wan_train.log import get_logger
 from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, SIZE_STEP, VAE_STRIDE, Variant
-from wan_train.sampling.prompt_files import read_entries
+from wan_train.sampling.guidance import Guidance
 
 log = get_logger(__name__)
 
 MAX_STEPS = 1000
+STRENGTH = 0.7  # of video to video where nobody says
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Everything that decides a video but the weights. Sizes in pixels, `frames` 4n+1, `seed` None draws one."""
+    """Everything that decides a video but the weights. Sizes in pixels, `frames` 4n+1, `seed` None draws one.
+
+    `timesteps`, 0..1000 before the shift, take the place of `steps` even ones. `video_path` is what the run begins
+    with, at `denoising_strength`; without it that is pure noise.
+    """
 
     prompt: str
     negative_prompt: str
@@ -29,14 +32,70 @@ class SampleRequest:
     shift: float
     seed: int | None = None
     solver: str = "unipc"
+    timesteps: tuple[float, ...] = ()
+    rand_device: str = "cpu"
+    video_path: str | None = None
+    denoising_strength: float = STRENGTH
     cfg_skip_mode: str = "none"
     cfg_apply_ratio: float | None = None
+    cfg_merge: bool = False
+    slg_layers: tuple[int, ...] = ()
+    slg_mode: str = "original"
+    slg_scale: float = 3.0
+    slg_start: float = 0.0
+    slg_end: float = 0.3
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, F, H, W) of the latents."""
         frames = 1 + (self.frames - 1) // FRAME_STEP
         return LATENT_CHANNELS, frames, self.height // VAE_STRIDE, self.width // VAE_STRIDE
+
+    @property
+    def guided(self) -> Guidance:
+        """How its steps are guided."""
+        return Guidance(
+            self.guidance,
+            self.cfg_skip_mode,
+            self.cfg_apply_ratio,
+            self.cfg_merge,
+            self.slg_layers,
+            self.slg_mode,
+            self.slg_scale,
+            self.slg_start,
+            self.slg_end,
+        )
+
+
+def read_numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them; ValueError for what is none."""
+    return tuple(float(part) for part in text.replace(",", " ").split())
+
+
+def read_layers(text: str) -> tuple[int, ...]:
+    """Numbers of blocks with commas between them, as in 9,10; ValueError for what is none."""
+    layers = tuple(sorted({int(part) for part in text.replace(",", " ").split()}))
+    if any(layer < 0 for layer in layers):
+        raise ValueError("takes numbers of blocks from 0, as in 9,10")
+    return layers
+
+
+def checked(request: SampleRequest) -> SampleRequest:
+    """The request, if its values agree with each other; InputError names the two that do not."""
+    if (request.cfg_skip_mode == "none") != (request.cfg_apply_ratio is None):
+        raise InputError("--cfg_skip_mode and --cfg_apply_ratio go together: give both or neither")
+    if request.slg_layers and request.slg_start >= request.slg_end:
+        raise InputError(
+            f"--slg_start {request.slg_start:g} leaves nothing before --slg_end {request.slg_end:g}: give less than it"
+        )
+    if request.slg_layers and request.guidance == 1:
+        raise InputError("--slg_layers acts on guided steps, and --guidance_scale 1 has none: give more, or no layers")
+    if request.timesteps:
+        explicit_levels(request.timesteps)
+        if request.video_path:
+            raise InputError("--timesteps says where a run begins, and so does --video_path: give one of them")
+        return replace(request, steps=len(request.timesteps))
+    return request
 
 
 def fitted(request: SampleRequest) -> SampleRequest:
@@ -63,139 +122,3 @@ def preview_defaults(variant: Variant) -> SampleRequest:
         guidance=variant.guidance,
         shift=variant.shift,
     )
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            raise ValueError(f"takes {low} to {high}")
-        return value
-
-    return read
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
-            raise ValueError(f"takes {low:g} to {high:g}")
-        return value
-
-    return read
-
-
-@dataclass(frozen=True)
-class _Value:
-    """What a prompt says of one field: its name in tables, and how its text is read."""
-
-    field: str
-    name: str
-    read: Callable[[str], object]
-
-
-# The letters of a prompt line.
-_LETTERS = {
-    "w": _Value("width", "width", _whole(16, 8192)),
-    "h": _Value("height", "height", _whole(16, 8192)),
-    "f": _Value("frames", "frame_count", _whole(1, 4096)),
-    "d": _Value("seed", "seed", _whole(0, 2**63 - 1)),
-    "s": _Value("steps", "sample_steps", _whole(1, MAX_STEPS)),
-    "l": _Value("guidance", "cfg_scale", _number(0, 1000)),
-    "fs": _Value("shift", "discrete_flow_shift", _number(1e-3, 1000)),
-    "n": _Value("negative_prompt", "negative_prompt", str),
-}
-_IGNORED = {"g": "guidance_scale"}  # embedded guidance, which Wan does not have
-# Images and control, which these tasks do not take.
-_ELSEWHERE = {
-    "i": "image_path",
-    "ei": "end_image_path",
-    "cn": "control_video_path",
-    "ci": "control_image_path",
-    "cim": "control_image_mask_path",
-    "of": "one_frame",
-}
-_BY_NAME = {value.name: letter for letter, value in _LETTERS.items()} | {
-    name: letter for letter, name in (_IGNORED | _ELSEWHERE).items()
-}
-
-_OPTION = re.compile(r"(?:^|\s)--([A-Za-z]\w*)(?=\s|$)")
-
-
-@dataclass(frozen=True)
-class _Given:
-    """A value as somebody wrote it, and what he called it."""
-
-    name: str
-    text: str
-
-
-def parse_line(line: str, defaults: SampleRequest) -> SampleRequest:
-    """A prompt line, `words --w 832 --h 480 ...`, over the defaults.
-
-    Raises InputError for an unknown letter or one that comes twice, a value that does not read or is out of range, or
-    an empty prompt.
-    """
-    marks = list(_OPTION.finditer(line))
-    starts = [mark.start() for mark in marks] + [len(line)]
-    given: dict[str, _Given] = {}
-    for mark, end in zip(marks, starts[1:], strict=True):
-        letter = mark[1].lower()
-        if letter in given:
-            raise InputError(f"--{letter} comes twice in a prompt line: keep one of them")
-        given[letter] = _Given(f"--{letter}", line[mark.end() : end].strip())
-    return _request(line[: starts[0]].strip(), given, defaults, " ".join(f"--{letter}" for letter in _LETTERS))
-
-
-def parse_table(table: Mapping[str, object], defaults: SampleRequest) -> SampleRequest:
-    """A prompt as a table: `prompt`, and `width`, `frame_count` ... or the letters of a prompt line, over the defaults.
-
-    Raises InputError as `parse_line` does.
-    """
-    prompt = table.get("prompt", "")
-    given: dict[str, _Given] = {}
-    for name, value in table.items():
-        letter = _BY_NAME.get(name, name)
-        if letter in given:
-            raise InputError(f"{given[letter].name} and {name} say the same: keep one of them")
-        if letter in ("prompt", "n") and not isinstance(value, str):
-            raise InputError(f"{name} = {value}: it takes text")
-        if letter != "prompt":
-            given[letter] = _Given(name, str(value))
-    return _request(str(prompt).strip(), given, defaults, ", ".join(value.name for value in _LETTERS.values()))
-
-
-def _request(prompt: str, given: Mapping[str, _Given], defaults: SampleRequest, known: str) -> SampleRequest:
-    """The defaults with what was given by letter; `known` lists the names for a message."""
-    if not prompt:
-        raise InputError("a prompt starts with its words: a cat in the rain --w 832 --h 480")
-    changes: dict[str, object] = {"prompt": prompt}
-    for letter, value in given.items():
-        name, text = value.name, value.text
-        if letter in _IGNORED:
-            log.info("%s is passed over: Wan has no embedded guidance; --l (cfg_scale) is its guidance", name)
-            continue
-        if letter in _ELSEWHERE:
-            raise InputError(f"{name} belongs to tasks that take an image or a control video, not to text-to-video")
-        if letter not in _LETTERS:
-            raise InputError(f"unknown option {name} of a prompt{nearest(letter, _BY_NAME)}: known are {known}")
-        try:
-            changes[_LETTERS[letter].field] = _LETTERS[letter].read(text)
-        except ValueError as problem:
-            why = str(problem) if "takes" in str(problem) else "takes a number"
-            raise InputError(f"{name} {text or '(nothing)'} in a prompt: it {why}") from None
-    return fitted(replace(defaults, **changes))  # type: ignore[arg-type]
-
-
-def read_prompts(path: str | Path, defaults: SampleRequest) -> list[SampleRequest]:
-    """The requests of a prompt file: .toml, .json, or text with a prompt to a line. InputError names file and line."""
-    requests = []
-    for entry in read_entries(path):
-        try:
-            if isinstance(entry.content, str):
-                requests.append(parse_line(entry.content, defaults))
-            else:
-                requests.append(parse_table(entry.content, defaults))
-        except InputError as problem:
-            raise InputError(f"{entry.where}: {problem}") from None
-    return requests

@@ -4,15 +4,17 @@ from dataclasses import dataclass
 
 from wan_train.cli import option
 
-SOLVER_NAMES = ("unipc", "dpm++", "vanilla", "euler")
+SOLVER_NAMES = ("unipc", "dpm++", "vanilla", "euler", "lcm")
 CFG_SKIP_MODES = ("none", "early", "late", "middle", "early_late", "alternate")
+SLG_MODES = ("original", "uncond")
+NOISE_DEVICES = ("cpu", "device", "cuda")
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
     """Sampling."""
 
-    prompt: str = option("", "What the video shows.", required=True)
+    prompt: str = option("", "What the video shows.")
     negative_prompt: str | None = option(None, "What it must not show; without it the task's own text.")
     video_size: tuple[int, int] | None = option(
         None, "Width and height in pixels; without it the task's.", minimum=16, metavar="WIDTH HEIGHT"
@@ -23,11 +25,51 @@ class SamplingSettings:
         None, "Classifier-free guidance; 1 does without the negative prompt; without it the task's.", minimum=0
     )
     flow_shift: float | None = option(None, "Shift of the noise levels; without it the task's.", minimum=1e-3)
-    sample_solver: str = option("unipc", "Solver of the sampling ODE.", choices=SOLVER_NAMES)
+    sample_solver: str = option(
+        "unipc",
+        "Solver of the sampling ODE; lcm adds new noise at every step, for distilled models.",
+        choices=SOLVER_NAMES,
+    )
+    timesteps: str | None = option(
+        None,
+        "Noise levels to visit, as in 1000,750,500,250 for a model distilled to four steps; in place of --infer_steps."
+        " --flow_shift shifts them.",
+        metavar="N,N,...",
+    )
     seed: int | None = option(None, "Seed of the noise; without it one is drawn and printed.", minimum=0)
+    rand_device: str = option(
+        "cpu",
+        "Where noise is drawn: cpu gives the same on every machine, device (cuda) what the official code draws there.",
+        choices=NOISE_DEVICES,
+        shortcuts={"--cpu_noise": "cpu"},
+    )
+    video_path: str | None = option(
+        None, "Begin with this video, picture or folder of pictures in place of noise: video to video."
+    )
+    denoising_strength: float | None = option(
+        None,
+        "How much of --video_path is made anew: 1 all of it, 0.3 a little; 0.7 without it.",
+        minimum=0.001,
+        maximum=1,
+    )
     cfg_skip_mode: str = option(
         "none", "Which steps go without guidance, for speed; needs --cfg_apply_ratio.", choices=CFG_SKIP_MODES
     )
     cfg_apply_ratio: float | None = option(
         None, "Share of the steps that are guided; needs --cfg_skip_mode.", minimum=0, maximum=1
     )
+    cfg_merge: bool = option(
+        False, "Run the prompt and the negative prompt as one batch: faster for small videos, more memory."
+    )
+    slg_layers: str | None = option(
+        None, "Skip-layer guidance: numbers of the blocks that are left out, as in 9 or 9,10.", metavar="N,N,..."
+    )
+    slg_mode: str | None = option(
+        None,
+        "original adds a third pass that guidance leads away from, uncond leaves the blocks out of the negative pass;"
+        " original where --slg_layers is given without it.",
+        choices=SLG_MODES,
+    )
+    slg_scale: float = option(3.0, "Strength of skip-layer guidance in mode original.", minimum=0)
+    slg_start: float = option(0.0, "Share of the steps after which skip-layer guidance begins.", minimum=0, maximum=1)
+    slg_end: float = option(0.3, "Share of the steps after which it ends.", minimum=0, maximum=1)

@@ -1,6 +1,5 @@
 """The metadata of a saved LoRA: what was trained, on what, how (the `ss_*` and `modelspec.*` keys of the niche)."""
 
-import hashlib
 import json
 import platform
 import time
@@ -12,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import wan_train
+from wan_train.models.fingerprint import fingerprint
 from wan_train.models.variants import VARIANTS
-from wan_train.storage import expand, read_header
 from wan_train.training.settings import TrainSettings
 
 LIBRARIES = ("torch", "accelerate", "transformers", "diffusers", "safetensors", "bitsandbytes")
@@ -87,15 +86,6 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, network: Mapping
         "ss_library_versions": json.dumps(library_versions()),
     }
     return {key: str(value) for key, value in rows.items()} | dict(network)
-
-
-def fingerprint(path: str) -> str:
-    """16 hexadecimal digits by which a checkpoint can be told from another: of its tensors' names, shapes and dtypes
-    and its files' sizes, for the gigabytes themselves would take minutes to read."""
-    header = read_header(path)
-    rows = [f"{name} {tuple(shape)} {header.dtypes[name]}" for name, shape in sorted(header.shapes.items())]
-    sizes = sorted(file.stat().st_size for file in expand(path))
-    return hashlib.sha256("\n".join([*rows, *map(str, sizes)]).encode()).hexdigest()[:16]
 
 
 def library_versions() -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Previews: the generator's own sampling on the model in training."""
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,12 +12,14 @@ from wan_train.cli import InputError
 from wan_train.conditions import Conditions
 from wan_train.log import get_logger
 from wan_train.media_out import write_image, write_video
+from wan_train.memory.report import release_memory
 from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.vae import WanVAE, check_vae
 from wan_train.models.variants import Variant
 from wan_train.sampling.decode import decode_frames
 from wan_train.sampling.denoise import sample_latents
-from wan_train.sampling.request import SampleRequest, preview_defaults, read_prompts
+from wan_train.sampling.grammar import read_prompts
+from wan_train.sampling.request import SampleRequest, preview_defaults
 from wan_train.training.settings import SaveSettings, TrainSettings
 
 log = get_logger(__name__)
@@ -95,10 +96,3 @@ class Previewer:
             write_image(path, frames[0])
         log.info("preview %s", path)
         return path
-
-
-def release_memory() -> None:
-    """Give back what nothing holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

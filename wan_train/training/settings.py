@@ -26,7 +26,9 @@ class ConfigSettings:
     """Configuration file."""
 
     config_file: str | None = option(
-        None, "TOML file with options by name; those on the command line win. Each run leaves NAME.config.toml."
+        None,
+        "TOML file with options by name; those on the command line win. Each run leaves NAME.config.toml.",
+        expands="wan_train.config_file:with_config_file",
     )
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import Tensor
 
 from wan_train.cli import InputError
 from wan_train.flow.path import interpolate, velocity
@@ -52,3 +53,55 @@ def test_unknown_solvers_and_values_out_of_range_are_refused() -> None:
 
 def test_the_command_line_offers_what_the_tables_hold() -> None:
     assert set(SOLVER_NAMES) == set(SOLVERS)
+
+
+def test_lcm_goes_to_the_data_and_adds_noise_for_the_next_level() -> None:
+    solver = make_solver("lcm", steps=2, shift=1.0, generator=torch.Generator().manual_seed(5))
+    assert solver.sigmas.tolist() == [1.0, 0.5, 0.0] and solver.timesteps.tolist() == [1000.0, 500.0]
+    x = torch.full((1, 2, 3), 4.0)
+    middle = solver.step(torch.full_like(x, 3.0), solver.timesteps[0], x)
+    noise = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(middle, 0.5 * torch.ones_like(x) + 0.5 * noise)
+    end = solver.step(torch.ones_like(x), solver.timesteps[1], middle)
+    torch.testing.assert_close(end, middle - 0.5)
+
+
+def test_lcm_draws_the_same_noise_for_a_seed_and_other_noise_for_another() -> None:
+    def run(seed: int) -> Tensor:
+        generator, x = torch.Generator().manual_seed(seed), torch.ones(1, 4)
+        solver = make_solver("lcm", steps=3, shift=2.0, generator=generator)
+        for timestep in solver.timesteps:
+            x = solver.step(0.1 * x, timestep, x)
+        return x
+
+    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_explicit_timesteps_are_shifted_levels(name: str) -> None:
+    """1000,750,500,250 at shift 5, as distilled models list their steps: 1, 15/16, 5/6, 5/8."""
+    solver = make_solver(name, shift=5.0, timesteps=(1000, 750, 500, 250))
+    expected = torch.tensor([1, 15 / 16, 5 / 6, 5 / 8, 0])
+    torch.testing.assert_close(solver.sigmas, expected, atol=3e-4, rtol=0)
+    assert len(solver.timesteps) == 4
+    again = make_solver(name, shift=5.0, steps=4)
+    torch.testing.assert_close(solver.sigmas, again.sigmas, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_run_of_less_strength_starts_lower_with_as_many_steps(name: str) -> None:
+    solver = make_solver(name, steps=4, shift=3.0, strength=0.5)
+    assert len(solver.timesteps) == 4
+    assert solver.sigmas[0] == pytest.approx(3 * 0.5 / (1 + 2 * 0.5), abs=1e-3)
+
+
+@pytest.mark.parametrize("timesteps", [(250, 500), (1001, 5), (500, 500), (0,), (float("nan"),)])
+def test_timesteps_that_do_not_fall_are_refused(timesteps: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="falling"):
+        make_solver("lcm", timesteps=timesteps)
+
+
+def test_a_strength_out_of_range_is_refused() -> None:
+    for strength in (0.0, 1.5):
+        with pytest.raises(InputError, match="at 1 at most"):
+            make_solver("euler", steps=2, strength=strength)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import generate.main
 import wan_train.models.vae
+from generate.models import Models
 from generate.settings import TOOL as GENERATE_TOOL
 from tests.parity.golden import load_case
 from wan_train.cli import parse
@@ -71,25 +71,12 @@ def options_of(settings: VaeSettings, path: str) -> list[str]:
     return flags + ["--vae_cache_cpu"] * settings.vae_cache_cpu + ["--vae_tiling"] * settings.vae_tiling
 
 
-def generate_frames(settings: VaeSettings, path: str, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+def generate_frames(settings: VaeSettings, path: str, _: pytest.MonkeyPatch) -> np.ndarray:
     """The frames that the generator would write for these latents."""
-    written: list[np.ndarray] = []
-    monkeypatch.setattr(generate.main, "preflight", lambda *given: None)
-    monkeypatch.setattr(generate.main, "generate_latents", lambda *given: LATENTS)
-    monkeypatch.setattr(generate.main, "write_outputs", lambda _, __, ___, frames, **more: written.append(frames) or [])
-    command = [
-        "--dit",
-        "x",
-        "--prompt",
-        "a cat",
-        "--save_path",
-        "x.mp4",
-        "--device",
-        "cpu",
-        *options_of(settings, path),
-    ]
-    generate.main.main(parse(GENERATE_TOOL.settings, command, program="generate"))
-    return written[0]
+    command = ["--dit", "x", "--prompt", "a cat", "--save_path", "x.mp4", *options_of(settings, path)]
+    models = Models(parse(GENERATE_TOOL.settings, command), (), CPU)
+    with models.vae() as vae:
+        return models.decode(vae, LATENTS)
 
 
 def preview_frames(settings: VaeSettings, path: str, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
@@ -128,3 +115,25 @@ def test_a_preview_s_vae_decodes_on_the_device_and_goes_back(name: str, path: st
         assert np.abs(there.astype(int) - here.astype(int)).mean() < 2
         vae.to("cpu")
         assert not any(p.is_cuda for p in vae.parameters())
+
+
+class Small:
+    """A VAE for whose whole frames the device has no memory."""
+
+    def __init__(self, *, fits_tiles: bool = True) -> None:
+        self.tiling: object = None
+        self.fits_tiles = fits_tiles
+
+    def decode(self, latents: Tensor) -> Tensor:
+        if self.tiling is None or not self.fits_tiles:
+            raise torch.OutOfMemoryError("no room")
+        return torch.zeros(1, 3, 1, 8, 8)
+
+
+def test_frames_that_do_not_fit_are_decoded_in_tiles_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    vae: Any = Small()
+    assert decode_frames(vae, LATENTS, CPU).shape == (1, 8, 8, 3)
+    assert vae.tiling is None  # the next one may fit
+    assert "--vae_tiling" in capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):
+        decode_frames(Small(fits_tiles=False), LATENTS, CPU)  # type: ignore[arg-type]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -5,9 +7,11 @@ from torch import Tensor, nn
 from wan_train.cli import InputError
 from wan_train.conditions import Conditions
 from wan_train.models.variants import VARIANTS
-from wan_train.sampling.denoise import initial_noise, sample_latents
+from wan_train.sampling import denoise
+from wan_train.sampling.denoise import initial_noise, sample_latents, seeded
+from wan_train.sampling.grammar import parse_line
 from wan_train.sampling.guidance import guided_steps
-from wan_train.sampling.request import parse_line, preview_defaults
+from wan_train.sampling.request import preview_defaults
 from wan_train.sampling.settings import CFG_SKIP_MODES
 
 CPU = torch.device("cpu")
@@ -58,15 +62,13 @@ class Recorder(nn.Module):
 
 
 def sample(line: str, **changes: object) -> tuple[Recorder, Tensor, Tensor]:
-    from dataclasses import replace
-
     request = parse_line(line, preview_defaults(VARIANTS["t2v-1.3B"]))
     request = replace(request, solver="euler", **changes)  # type: ignore[arg-type]
     model = Recorder()
     positive, negative = Conditions((torch.ones(1, 4),)), Conditions((torch.zeros(1, 4),))
     latents = sample_latents(model, request, positive, negative, device=CPU, quiet=True)
     assert request.seed is not None
-    return model, latents, initial_noise(request.latent_shape, request.seed)[0]
+    return model, latents, initial_noise(request.latent_shape, seeded(request.seed))[0]
 
 
 def test_guidance_extrapolates_from_the_negative_to_the_positive() -> None:
@@ -87,5 +89,27 @@ def test_skipped_steps_are_not_guided() -> None:
 
 
 def test_noise_is_a_function_of_the_seed() -> None:
-    assert torch.equal(initial_noise((2, 3), 5), initial_noise((2, 3), 5))
-    assert not torch.equal(initial_noise((2, 3), 5), initial_noise((2, 3), 6))
+    assert torch.equal(initial_noise((2, 3), seeded(5)), initial_noise((2, 3), seeded(5)))
+    assert not torch.equal(initial_noise((2, 3), seeded(5)), initial_noise((2, 3), seeded(6)))
+
+
+def test_noise_is_drawn_where_the_request_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device as the official code draws it, or on the CPU, where it is the same for everyone."""
+    drawn: list[str] = []
+
+    def draw(seed: int, device: torch.device = CPU) -> torch.Generator:
+        drawn.append(device.type)
+        return seeded(seed)
+
+    class Meta(Recorder):
+        def forward(self, latents: Tensor, timestep: Tensor, context: list[Tensor]) -> Tensor:
+            return torch.zeros(latents.shape)
+
+    monkeypatch.setattr(denoise, "seeded", draw)
+    request = replace(parse_line("a --d 3 --s 2", preview_defaults(VARIANTS["t2v-1.3B"])), solver="euler")
+    nothing = Conditions((torch.ones(1, 4),))
+    for place in ("cpu", "device", "cuda"):
+        drawn.clear()
+        where = replace(request, rand_device=place)
+        denoise.sample_latents(Meta(), where, nothing, nothing, device=torch.device("meta"), quiet=True)
+        assert drawn == (["cpu"] if place == "cpu" else ["cpu", "meta"])

@@ -10,8 +10,7 @@ from tests.parity.golden import DATA, load_case, relative_error
 from wan_train.models.settings import TextEncoderSettings
 from wan_train.models.text_encoder import load_text_encoder
 from wan_train.sampling import encode
-from wan_train.sampling.encode import encode_prompts
-from wan_train.sampling.request import SampleRequest
+from wan_train.sampling.encode import encode_texts
 
 CPU = torch.device("cpu")
 
@@ -23,14 +22,8 @@ def t5(tmp_path: Path) -> str:
     return str(tmp_path / "t5.safetensors")
 
 
-def request(prompt: str, negative: str) -> SampleRequest:
-    return SampleRequest(
-        prompt=prompt, negative_prompt=negative, width=16, height=16, frames=1, steps=1, guidance=1.0, shift=1.0
-    )
-
-
 def test_every_text_is_encoded_once_and_lies_in_main_memory(t5: str) -> None:
-    found = encode_prompts([request("a cat", "blur"), request("rain", "blur")], settings(t5), CPU)
+    found = encode_texts(["a cat", "blur", "rain", "blur"], settings(t5), CPU)
     assert set(found) == {"a cat", "rain", "blur"}
     encoder = load_text_encoder(t5, tokenizer=DATA / "tokenizer")
     for text, conditions in found.items():
@@ -46,7 +39,7 @@ def test_fp8_t5_encodes_in_fp8_and_nearly_the_same(t5: str, monkeypatch: pytest.
 
     monkeypatch.setattr(encode, "load_text_encoder", load)
     plain, eight = (
-        encode_prompts([request("a cat runs", "")], settings(t5, fp8_t5=fp8), CPU)["a cat runs"].context[0]
+        encode_texts(["a cat runs", ""], settings(t5, fp8_t5=fp8), CPU)["a cat runs"].context[0]
         for fp8 in (False, True)
     )
     assert [any(p.dtype is torch.float8_e4m3fn for p in encoder.parameters()) for encoder in made] == [False, True]

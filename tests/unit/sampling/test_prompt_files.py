@@ -5,7 +5,8 @@ import pytest
 
 from wan_train.cli import InputError
 from wan_train.models.variants import VARIANTS
-from wan_train.sampling.request import preview_defaults, read_prompts
+from wan_train.sampling.grammar import read_prompts
+from wan_train.sampling.request import preview_defaults
 
 DEFAULTS = preview_defaults(VARIANTS["t2v-1.3B"])
 CAT = replace(DEFAULTS, prompt="a cat", width=832, height=480, frames=81, steps=30, guidance=4.5, shift=3.0)

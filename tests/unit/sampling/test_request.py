@@ -5,7 +5,8 @@ import pytest
 
 from wan_train.cli import InputError
 from wan_train.models.variants import VARIANTS
-from wan_train.sampling.request import fitted, parse_line, preview_defaults, read_prompts
+from wan_train.sampling.grammar import parse_line, read_prompts
+from wan_train.sampling.request import fitted, preview_defaults
 
 DEFAULTS = preview_defaults(VARIANTS["t2v-1.3B"])
 

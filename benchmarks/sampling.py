@@ -1,0 +1,216 @@
+"""Seconds per sampling step, ours against diffusers' WanPipeline: noise to latents, guided, so two passes to a step.
+
+As in step.py each side lives in a process of its own and the two take turns; whole runs of a few steps are timed, the
+choice of noise levels, guidance and the solver among them. `batched` is `--cfg_merge` on our side: both passes in one.
+
+    python benchmarks/sampling.py [--pairs 9] [--threads 2] [--kind guided batched]
+
+With a CUDA device, the whole 1.3B and 14B with random bfloat16 weights at 480x832x81, and the share that this is of
+what the card makes of a big product of bfloat16 matrices in the same run:
+
+    python benchmarks/sampling.py --gpu [--models 1.3B 14B] [--rounds 3]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from memory import random_weights
+from step import DIM, FFN, HEADS, LATENTS, LAYERS, SIDES, TEXT, Step, measure
+from torch import Tensor
+
+from wan_train.conditions import Conditions
+from wan_train.models.dit import Dit, DitConfig
+from wan_train.models.variants import TEXT_LENGTH
+from wan_train.sampling.denoise import sample_latents
+from wan_train.sampling.request import SampleRequest
+
+STEPS, GUIDANCE, SHIFT = 3, 5.0, 5.0
+SLICE = (LATENTS[4] * 8, LATENTS[3] * 8, 4 * LATENTS[2] - 3)  # width, height and frames of the latents of step.py
+WHOLE = (832, 480, 81)
+KINDS = ("guided", "batched")
+MODELS = {"1.3B": DitConfig(DIM, FFN, HEADS, 30), "14B": DitConfig(5120, 13824, 40, 40)}
+GEMM_SIDE = 8192
+
+
+def request(size: tuple[int, int, int], *, merge: bool = False) -> SampleRequest:
+    """A guided run of STEPS steps at (width, height, frames)."""
+    width, height, frames = size
+    return SampleRequest("", "", width, height, frames, STEPS, GUIDANCE, SHIFT, seed=0, cfg_merge=merge)
+
+
+def texts() -> tuple[Tensor, Tensor]:
+    """Embeddings (512, TEXT) of a prompt and a negative prompt."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(TEXT_LENGTH, TEXT, generator=generator) for _ in range(2))
+    return first, second
+
+
+def our_run(model: Dit, wanted: SampleRequest, device: torch.device) -> Step:
+    """Noise to latents as previews and the generator do it."""
+    positive, negative = (Conditions((rows,)) for rows in texts())
+    return lambda: finite(sample_latents(model, wanted, positive, negative, device=device, quiet=True))
+
+
+def finite(latents: Tensor) -> None:
+    """Nothing is faster than a model that has overflowed."""
+    assert latents.isfinite().all()
+
+
+def ours(kind: str) -> Step:
+    """Our sampler with the slice of the 1.3B."""
+    torch.manual_seed(0)
+    model = Dit(DitConfig(DIM, FFN, HEADS, LAYERS, text_dim=TEXT)).requires_grad_(False)
+    return our_run(model, request(SLICE, merge=kind == "batched"), torch.device("cpu"))
+
+
+def theirs(kind: str) -> Step:
+    """diffusers' pipeline with the slice of the 1.3B, from embeddings to latents; of either kind it does the same."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=DIM // HEADS, text_dim=TEXT, ffn_dim=FFN, num_layers=LAYERS
+    ).requires_grad_(False)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
+    pipeline = WanPipeline(None, None, None, scheduler, model)
+    pipeline.set_progress_bar_config(disable=True)
+    width, height, frames = SLICE
+    positive, negative = (rows[None] for rows in texts())
+
+    def run() -> None:
+        made = pipeline(
+            prompt_embeds=positive,
+            negative_prompt_embeds=negative,
+            width=width,
+            height=height,
+            num_frames=frames,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).frames
+        assert made.shape == LATENTS
+        finite(made)
+
+    return run
+
+
+# The processes that step.py starts import this file as their main module, and so find these sides too.
+SIDES.update(ours=ours, theirs=theirs)
+
+
+def compare(kind: str, pairs: int, threads: int) -> dict[str, object]:
+    """What step.py's `measure` finds, its seconds those of one step."""
+    found = measure(kind, pairs, threads)
+    return {"kind": kind, "steps": STEPS} | {
+        name: value / STEPS if name in ("ours_s", "theirs_s") and isinstance(value, float) else value
+        for name, value in found.items()
+    }
+
+
+def random_model(config: DitConfig, device: torch.device) -> Dit:
+    """A DiT of random bfloat16 weights, as `load_dit` would make it of a file."""
+    from wan_train.models.loading import Placement, build_dit, set_attention
+    from wan_train.storage import Header
+
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in Dit(config).state_dict().items()}
+    header = Header(shapes, dict.fromkeys(shapes, torch.bfloat16), {})
+    model = build_dit(header, random_weights(shapes, device), source={}, place=Placement(device))
+    set_attention(model, "torch", device=device)
+    return model
+
+
+def pass_flops(config: DitConfig, size: tuple[int, int, int]) -> float:
+    """Floating-point operations of the products in one pass: two for each weight and token that it multiplies, and
+    for each pair of tokens that attention takes twice the width, once for its scores and once for its sums."""
+    width, height, frames = size
+    video, dim = (1 + (frames - 1) // 4) * (height // 16) * (width // 16), config.dim
+    block = video * (6 * dim * dim + 2 * dim * config.ffn_dim)  # q, k, v, o; q, o of the text; feed-forward
+    block += TEXT_LENGTH * 2 * dim * dim  # k, v of the text
+    block += 2 * dim * video * (video + TEXT_LENGTH)
+    patch = config.in_dim * 4 * dim
+    ends = 2 * video * patch + TEXT_LENGTH * dim * (config.text_dim + dim)
+    return 2.0 * (config.num_layers * block + ends)
+
+
+def gemm_ceiling(device: torch.device, side: int = GEMM_SIDE) -> float:
+    """Floating-point operations a second of a product of square bfloat16 matrices, the median of ten times ten."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def multiply() -> None:
+        for _ in range(10):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+
+    return 10 * 2 * side**3 / statistics.median(timed(multiply, 10))
+
+
+def timed(run: Callable[[], None], rounds: int) -> list[float]:
+    """Seconds of each round, after one that is not counted."""
+    run()
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def measure_whole(names: list[str], rounds: int, device: torch.device) -> Iterator[dict[str, object]]:
+    """For each model, seconds per step and the share of the card's ceiling."""
+    ceiling = gemm_ceiling(device)
+    yield {"gemm_tflops": ceiling / 1e12}
+    for name in names:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            # The latents come back to the main memory, so that a run ends when the device has done it.
+            seconds = timed(our_run(random_model(MODELS[name], device), request(WHOLE), device), rounds)
+        except torch.OutOfMemoryError:
+            yield {"model": name, "failed": "out of memory"}
+            continue
+        step, flops = statistics.median(seconds) / STEPS, 2 * pass_flops(MODELS[name], WHOLE)
+        yield {
+            "model": name,
+            "size": WHOLE,
+            "s_per_step": step,
+            "tflop_per_step": flops / 1e12,
+            "share_of_gemm": flops / step / ceiling,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
+
+
+def main() -> None:
+    """Print one line of JSON for each kind of run or, with --gpu, each model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kind", nargs="+", default=["guided"], choices=KINDS)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu needs a CUDA device, and torch sees none")
+    machine = torch.cuda.get_device_name() if options.gpu else platform.processor() or platform.machine()
+    print(json.dumps({"machine": machine, "torch": torch.__version__}), flush=True)
+    if options.gpu:
+        lines = measure_whole(options.models, options.rounds, torch.device("cuda"))
+    else:
+        lines = (compare(kind, options.pairs, options.threads) for kind in options.kind)
+    for line in lines:
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The generator as a Python function."""
+
+from typing import Any
+
+import numpy as np
+
+from generate.jobs import make_jobs
+from generate.models import Models
+from generate.output import trimmed
+from generate.preflight import check_generation, fitted_jobs
+from generate.runs import InMemory, run_jobs
+from generate.settings import BatchSettings, GenerateSettings, OutputSettings
+from wan_train.cli import InputError, options
+from wan_train.config_file import from_values
+from wan_train.precision import default_device
+
+# Of what the command says about its output, this much makes sense for frames in memory.
+_KEPT = ("device", "text_cache", "trim_tail_frames")
+_ON_DISK = {f.name for group in (BatchSettings, OutputSettings) for f, _, _ in options(group)} - set(_KEPT)
+
+
+def generate(prompt: str, **settings: Any) -> np.ndarray:
+    """Frames (F, H, W, 3) uint8 of a prompt; the same as `wan_generate_video.py --prompt`, bit for bit.
+
+    `settings` are that command's by name: `task="t2v-1.3B", dit=..., vae=..., t5=..., video_size=(832, 480), seed=1,
+    lora_weight=["a.safetensors"]`. What says where and how to write is refused. Raises InputError, a ValueError, for
+    what the command would refuse.
+    """
+    if writing := sorted(_ON_DISK & settings.keys()):
+        raise InputError(f"generate(): {writing[0]} is about files, and this returns frames: leave it out")
+    chosen = from_values(GenerateSettings, {"prompt": prompt, **settings}, "generate()")
+    device = default_device(chosen.output.device)
+    jobs = make_jobs(chosen)
+    loras = check_generation(chosen, device, wants_frames=True)
+    delivery = InMemory()
+    run_jobs(fitted_jobs(jobs, chosen), Models(chosen, loras, device), delivery)
+    frames = trimmed(delivery.frames[0], chosen.output)
+    assert frames is not None
+    return frames

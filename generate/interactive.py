@@ -1,0 +1,50 @@
+"""Prompt lines from the keyboard: models stay loaded between them."""
+
+import contextlib
+import importlib
+from collections.abc import Callable
+
+from generate.jobs import parse_job
+from generate.models import Models
+from generate.preflight import fitted_jobs
+from generate.runs import Delivery, run_jobs
+from wan_train.cli import InputError
+from wan_train.log import get_logger
+
+log = get_logger(__name__)
+
+WELCOME = "a prompt and its options to a line, as in: a cat in the rain --w 832 --h 480 --f 81 --s 20; Ctrl-D ends"
+
+
+def converse(models: Models, delivery: Delivery, *, read: Callable[[str], str] = input) -> int:
+    """Make a video of every line until there are no more; how many were made. What fails costs its line only."""
+    _edit_lines()
+    print(WELCOME)
+    made = 0
+    while (line := _next_line(read)) is not None:
+        if not line.strip():
+            continue
+        try:
+            (job,) = fitted_jobs([parse_job(line.strip(), models.settings, made)], models.settings)
+            run_jobs([job], models, delivery)
+            made += 1
+        except InputError as problem:
+            log.warning("%s", problem)
+        except KeyboardInterrupt:
+            log.warning("interrupted; Ctrl-D at the prompt ends")
+        except Exception as problem:
+            log.warning("this line failed: %s", str(problem).strip().partition("\n")[0] or type(problem).__name__)
+    return made
+
+
+def _next_line(read: Callable[[str], str]) -> str | None:
+    try:
+        return read("> ")
+    except EOFError:
+        return None
+
+
+def _edit_lines() -> None:
+    """Let the terminal's own keys edit a line and bring back old ones, where Python has that."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")

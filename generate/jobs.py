@@ -1,0 +1,139 @@
+"""From the command line, a file or the keyboard to the videos that are wanted."""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from generate.settings import GenerateSettings
+from wan_train.cli import InputError
+from wan_train.models.variants import VARIANTS, Variant
+from wan_train.sampling.grammar import GENERATOR, parse_line, read_prompts
+from wan_train.sampling.request import STRENGTH, SampleRequest, checked, fitted, read_layers, read_numbers
+from wan_train.sampling.settings import SamplingSettings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make: its request, with a seed, and its number among all of a run, from 0."""
+
+    request: SampleRequest
+    index: int
+
+    @property
+    def shown(self) -> str:
+        """The video in a few words, for a message."""
+        words = self.request.prompt if len(self.request.prompt) <= 40 else self.request.prompt[:39] + "…"
+        return f'video {self.index} ("{words}", seed {self.request.seed})'
+
+
+def make_jobs(settings: GenerateSettings) -> list[Job]:
+    """What `--prompt` or `--from_file` wants. InputError for what the options or a line of the file get wrong."""
+    defaults = default_request(settings.sampling, VARIANTS[settings.dit.task])
+    if settings.batch.from_file:
+        requests = read_prompts(settings.batch.from_file, defaults, GENERATOR)
+    elif settings.sampling.prompt.strip():
+        if settings.sampling.denoising_strength is not None and not settings.sampling.video_path:
+            raise InputError("--denoising_strength says how much of --video_path is made anew: give that too")
+        requests = [fitted(checked(defaults))]
+    else:
+        raise InputError("--prompt is missing: say what the video shows, or give --from_file")
+    return numbered(requests)
+
+
+def parse_job(line: str, settings: GenerateSettings, index: int) -> Job:
+    """The job of a prompt line over the command line's options."""
+    defaults = default_request(settings.sampling, VARIANTS[settings.dit.task])
+    return Job(with_seed(parse_line(line, defaults, GENERATOR)), index)
+
+
+def numbered(requests: Iterable[SampleRequest]) -> list[Job]:
+    """A job for each request, in order; seeds are drawn where there is none."""
+    return [Job(with_seed(request), index) for index, request in enumerate(requests)]
+
+
+def with_seed(request: SampleRequest) -> SampleRequest:
+    """The request with a seed, drawn if it has none."""
+    return replace(request, seed=_chosen(request.seed, random.SystemRandom().randrange(2**32)))
+
+
+def default_request(sampling: SamplingSettings, variant: Variant) -> SampleRequest:
+    """The request that the command line states, the task's defaults filled in; its seed may be None."""
+    if sampling.slg_mode and not sampling.slg_layers:
+        raise InputError(f"--slg_mode {sampling.slg_mode} needs --slg_layers: say which blocks to leave out, as in 9")
+    timesteps = _read("--timesteps", sampling.timesteps, read_numbers, "1000,750,500,250")
+    if timesteps and sampling.infer_steps not in (None, len(timesteps)):
+        raise InputError(
+            f"--timesteps lists {len(timesteps)} steps and --infer_steps says {sampling.infer_steps}: leave that out"
+        )
+    width, height = sampling.video_size or variant.size
+    return SampleRequest(
+        prompt=sampling.prompt,
+        negative_prompt=_chosen(sampling.negative_prompt, variant.negative_prompt),
+        width=width,
+        height=height,
+        frames=_chosen(sampling.video_length, variant.frames),
+        steps=len(timesteps) or _chosen(sampling.infer_steps, variant.steps),
+        guidance=_chosen(sampling.guidance_scale, variant.guidance),
+        shift=_chosen(sampling.flow_shift, variant.shift),
+        seed=sampling.seed,
+        solver=sampling.sample_solver,
+        timesteps=timesteps,
+        rand_device=sampling.rand_device,
+        video_path=sampling.video_path,
+        denoising_strength=_chosen(sampling.denoising_strength, STRENGTH),
+        cfg_skip_mode=sampling.cfg_skip_mode,
+        cfg_apply_ratio=sampling.cfg_apply_ratio,
+        cfg_merge=sampling.cfg_merge,
+        slg_layers=_read("--slg_layers", sampling.slg_layers, read_layers, "9 or 9,10"),
+        slg_mode=sampling.slg_mode or "original",
+        slg_scale=sampling.slg_scale,
+        slg_start=sampling.slg_start,
+        slg_end=sampling.slg_end,
+    )
+
+
+def request_options(request: SampleRequest) -> dict[str, object]:
+    """The generator's options that state this request whatever the defaults are; the inverse of `default_request`."""
+    values: dict[str, object] = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "video_size": [request.width, request.height],
+        "video_length": request.frames,
+        "infer_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "flow_shift": request.shift,
+        "seed": request.seed,
+        "sample_solver": request.solver,
+        "rand_device": request.rand_device,
+    }
+    if request.timesteps:
+        values["timesteps"] = ",".join(f"{value:g}" for value in request.timesteps)
+    if request.video_path:
+        values |= {"video_path": request.video_path, "denoising_strength": request.denoising_strength}
+    if request.cfg_apply_ratio is not None:
+        values |= {"cfg_skip_mode": request.cfg_skip_mode, "cfg_apply_ratio": request.cfg_apply_ratio}
+    if request.cfg_merge:
+        values["cfg_merge"] = True
+    if request.slg_layers:
+        values["slg_layers"] = ",".join(map(str, request.slg_layers))
+        values |= {name: getattr(request, name) for name in ("slg_mode", "slg_scale", "slg_start", "slg_end")}
+    return values
+
+
+def _chosen(given: T | None, default: T) -> T:
+    return default if given is None else given
+
+
+def _read(flag: str, text: str | None, read: Callable[[str], tuple[T, ...]], example: str) -> tuple[T, ...]:
+    if text is None:
+        return ()
+    try:
+        values = read(text)
+    except ValueError:
+        values = ()
+    if not values:
+        raise InputError(f"{flag} {text!r} is no list of numbers: write {example}")
+    return values

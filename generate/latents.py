@@ -1,0 +1,102 @@
+"""Decoding latents that are on disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from generate.models import Models
+from generate.output import Product, is_file, named_stem, trimmed, write_outputs
+from generate.record import KEY
+from generate.settings import OutputSettings
+from wan_train.cli import InputError
+from wan_train.log import get_logger
+from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, VARIANTS
+from wan_train.storage import Header, check_writable, read_header, read_tensors
+
+log = get_logger(__name__)
+
+_ENDINGS = ("_pending_latent", "_latent")
+
+
+@dataclass(frozen=True)
+class LatentFile:
+    """A latent file: the key of its tensor, that tensor's shape (C, F, H, W), and the file's metadata."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    metadata: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """What it is called without the ending that says it is a latent."""
+        stem = self.path.stem
+        return next((stem.removesuffix(ending) for ending in _ENDINGS if stem.endswith(ending)), stem)
+
+    def read(self) -> Tensor:
+        """The latents (C, F, H, W) float32."""
+        return dict(read_tensors(self.path))[self.key].float().view(self.shape)
+
+
+def check_latents(paths: Sequence[str], output: OutputSettings) -> list[LatentFile]:
+    """The latent files behind paths, folders among them. InputError for one that is none, and for a `--save_path` or
+    an `--output_type` that cannot be."""
+    if output.output_type not in ("video", "images"):
+        raise InputError(
+            f"--output_type {output.output_type} with --latent_path: the latents are there; give video or images"
+        )
+    if not output.save_path:
+        raise InputError("--save_path is missing: say where to write, a .mp4 file or a folder")
+    files = [_open(file) for path in paths for file in _expand(Path(path))]
+    if is_file(output) and len(files) > 1 and "{index}" not in output.save_path:
+        raise InputError(f"--save_path {output.save_path} names one file for {len(files)} latents: put {{index}} in it")
+    for file in files:
+        frames = 1 + (file.shape[1] - 1) * FRAME_STEP
+        if output.trim_tail_frames >= frames:
+            raise InputError(f"--trim_tail_frames {output.trim_tail_frames} leaves none of {frames} frames: trim less")
+    check_writable(Path(output.save_path).parent if is_file(output) else output.save_path)
+    return files
+
+
+def decode_latents(files: Sequence[LatentFile], models: Models) -> None:
+    """Decode and write each, under its own name where `--save_path` is a folder."""
+    output = models.settings.output
+    fps = output.fps or VARIANTS[models.settings.dit.task].fps
+    with models.vae() as vae:
+        for index, file in enumerate(files):
+            latents, comment = file.read(), "" if output.no_metadata else file.metadata.get(KEY, "")
+            stem = named_stem(output, seed=file.metadata.get("seeds", "0"), index=index)
+            stem = stem if is_file(output) else stem / file.name
+            frames = trimmed(models.decode(vae, latents), output)
+            for path in write_outputs(Product(latents, frames, fps, stem, comment, file.metadata, output)):
+                log.info("wrote %s", path)
+
+
+def _expand(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("*_latent.safetensors"))
+    if not found:
+        raise InputError(f"--latent_path {path} holds no file that ends in _latent.safetensors")
+    return found
+
+
+def _open(path: Path) -> LatentFile:
+    header = read_header(path)
+    key = _key_of(header)
+    shape = header.shapes[key] if key else ()
+    shape = shape[1:] if len(shape) == 5 and shape[0] == 1 else shape
+    if not key or len(shape) != 4 or shape[0] != LATENT_CHANNELS:
+        raise InputError(
+            f"--latent_path {path} holds no latents of {LATENT_CHANNELS} channels, frames, height and width: "
+            "give a file that --output_type latent has written"
+        )
+    return LatentFile(path, key, shape, header.metadata)
+
+
+def _key_of(header: Header) -> str | None:
+    if "latent" in header.shapes:
+        return "latent"
+    return next(iter(header.shapes)) if len(header.shapes) == 1 else None

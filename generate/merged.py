@@ -1,0 +1,57 @@
+"""The DiT with LoRA files merged in, as a checkpoint of its own."""
+
+from pathlib import Path
+
+import torch
+
+from generate.preflight import check_loras
+from generate.settings import GenerateSettings
+from networks.merge import merged
+from wan_train.assemble import WeightedLora
+from wan_train.cli import InputError
+from wan_train.log import get_logger
+from wan_train.models.loading import check_dit, linear_shapes, official_shapes
+from wan_train.models.stored import read_scales, unscaled
+from wan_train.models.variants import VARIANTS
+from wan_train.models.weights import dit_rename, renamed
+from wan_train.storage import check_writable, read_header, read_tensors
+from wan_train.tensor_writer import Row, write_tensors
+
+log = get_logger(__name__)
+
+
+def check_merged(settings: GenerateSettings, path: str) -> list[WeightedLora]:
+    """Refuse what cannot be merged or written, by headers alone; the LoRA files that are merged."""
+    if not path.endswith(".safetensors"):
+        raise InputError(f"--save_merged_model {path}: name a .safetensors file")
+    if not settings.dit.dit:
+        raise InputError("--dit is missing: give the DiT checkpoint")
+    if warning := check_dit(settings.dit.dit, VARIANTS[settings.dit.task]):
+        log.warning(warning)
+    loras = check_loras(settings)
+    if not loras:
+        raise InputError("--save_merged_model merges --lora_weight into the model: give one")
+    check_writable(Path(path).parent)
+    return loras
+
+
+def save_merged_model(settings: GenerateSettings, loras: list[WeightedLora], path: str) -> None:
+    """Write the checkpoint under official names while it streams by; no more than one tensor of it is in memory.
+
+    Sums are taken in float32 and rounded once, to the dtype of the file's own tensor, or to bfloat16 where that has
+    eight bits. InputError for a full disk.
+    """
+    source = settings.dit.dit
+    header = read_header(source)
+    rename, shapes = dit_rename(header.shapes), official_shapes(header.shapes)
+    dtypes = {rename(name): dtype for name, dtype in header.dtypes.items()}
+    rows = {
+        name: Row(shape, torch.bfloat16 if dtypes[name].itemsize == 1 else dtypes[name])
+        for name, shape in shapes.items()
+    }
+    names = linear_shapes(source)
+    deltas = [(lora.read(names), lora.multiplier) for lora in loras]
+    tensors = unscaled(renamed(read_tensors(source), rename), read_scales(source, header, rename, shapes), kept=())
+    touched = {module for delta, _ in deltas for module in delta}
+    write_tensors(path, rows, merged(tensors, deltas, unrounded=touched), {"format": "pt"})
+    log.info("wrote %s: %s with %s", path, source, " + ".join(f"{lora.multiplier:g} x {lora.path}" for lora in loras))

@@ -1,0 +1,123 @@
+"""The generator's models: each is loaded when it is needed, and on the device only while it is."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from generate.settings import GenerateSettings
+from generate.text_cache import TextCache
+from networks.attached import attach_loras
+from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, finish_dit
+from wan_train.conditions import Conditions
+from wan_train.log import get_logger
+from wan_train.memory.report import release_memory
+from wan_train.models.loading import linear_shapes
+from wan_train.models.stored import storage_dtype
+from wan_train.models.vae import WanVAE
+from wan_train.precision import published_dtype
+from wan_train.sampling.decode import decode_frames, open_vae
+from wan_train.sampling.denoise import sample_latents
+from wan_train.sampling.encode import encode_with, open_text_encoder
+from wan_train.sampling.request import SampleRequest
+from wan_train.storage import read_header
+
+log = get_logger(__name__)
+
+
+@dataclass
+class Models:
+    """Text encoder, DiT and VAE as the settings want them; one at a time is on the device.
+
+    With `keep` they rest in main memory between two uses, without it they are freed.
+    """
+
+    settings: GenerateSettings
+    loras: Sequence[WeightedLora]
+    device: torch.device
+    keep: bool = False
+    _resting: dict[str, nn.Module] = field(default_factory=dict)
+    _encoded: dict[str, Conditions] = field(default_factory=dict)
+
+    def encode(self, texts: Sequence[str]) -> dict[str, Conditions]:
+        """Conditions of texts, by text: each is encoded once, if the cache of texts has it not."""
+        wanted = list(dict.fromkeys(texts))
+        cache = TextCache(self.settings.output.text_cache, self.settings.text, self.device)
+        known = {text: self._encoded[text] for text in wanted if text in self._encoded}
+        known |= cache.find([text for text in wanted if text not in known])
+        missing = [text for text in wanted if text not in known]
+        if missing:
+            log.info("encoding %d prompts with %s", len(missing), self.settings.text.t5)
+            with self._lent("text encoder", lambda: open_text_encoder(self.settings.text, self.device)) as encoder:
+                new = encode_with(encoder, missing)
+            cache.keep(new)
+            known |= new
+        if self.keep:
+            self._encoded |= known
+        return known
+
+    @contextmanager
+    def sampler(self) -> Iterator[Callable[..., Tensor]]:
+        """While this is entered, `sample(request, conditions by text, source latents)` gives latents (C, F, H, W)."""
+        with self._lent("DiT", self._open_dit) as model:
+
+            def sample(request: SampleRequest, conditions: dict[str, Conditions], source: Tensor | None) -> Tensor:
+                positive, negative = conditions[request.prompt], conditions[request.negative_prompt]
+                return sample_latents(model, request, positive, negative, device=self.device, source=source)
+
+            yield sample
+
+    @contextmanager
+    def vae(self) -> Iterator[WanVAE]:
+        """The VAE, while this is entered."""
+        with self._lent("VAE", self._open_vae) as vae:
+            yield vae
+
+    def decode(self, vae: WanVAE, latents: Tensor) -> Any:
+        """Frames (F, H, W, 3) uint8 of latents (C, F', H', W')."""
+        return decode_frames(vae, latents, self.device)
+
+    @contextmanager
+    def _lent(self, name: str, load: Callable[[], Any]) -> Iterator[Any]:
+        model = self._resting.pop(name, None)
+        if model is None:
+            model = load()
+        elif self._moves(name):
+            model.to(self.device)
+        try:
+            yield model
+        finally:
+            if self.keep:
+                self._resting[name] = model.to("cpu") if self._moves(name) else model
+            del model
+            release_memory()
+
+    def _moves(self, name: str) -> bool:
+        """Whether a model goes to main memory between two uses: not if parts of it are there all the time."""
+        return not {"text encoder": self.settings.text.fp8_t5, "DiT": self.settings.stream.blocks_to_swap}.get(name)
+
+    def _open_vae(self) -> WanVAE:
+        log.info("loading %s", self.settings.vae.vae)
+        return open_vae(self.settings.vae, self.device)
+
+    def _open_dit(self) -> nn.Module:
+        settings, loras = self.settings, self.loras
+        log.info("loading %s%s", settings.dit.dit, "".join(f" + {lora.multiplier:g} x {lora.path}" for lora in loras))
+        # An accelerator computes float32 files in bfloat16, as the official sampler does.
+        wide = storage_dtype(read_header(settings.dit.dit)) is torch.float32
+        dtype = published_dtype(self.device) if wide else None
+        attached = settings.lora.lora_mode == "attach"
+        model = assemble_dit(model_settings(settings), device=self.device, dtype=dtype, loras=[] if attached else loras)
+        if attached:
+            names = linear_shapes(settings.dit.dit)
+            attach_loras(model, [(lora.read(names), lora.multiplier) for lora in loras], device=self.device)
+        finish_dit(model, model_settings(settings), self.device)
+        return model
+
+
+def model_settings(settings: GenerateSettings) -> ModelSettings:
+    """What the settings say about the DiT."""
+    return ModelSettings(settings.dit, settings.weights, settings.stream, settings.activations, settings.compile)

@@ -1,0 +1,92 @@
+"""What a file says of how it was made, and making it again from that."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import av
+
+import wan_train
+from generate.jobs import request_options
+from generate.settings import GenerateSettings
+from wan_train.cli import InputError
+from wan_train.config_file import changed_options, named_file, words_of
+from wan_train.log import get_logger
+from wan_train.media_out import read_comment
+from wan_train.models.fingerprint import file_hash, fingerprint
+from wan_train.sampling.request import SampleRequest
+from wan_train.storage import read_header
+
+log = get_logger(__name__)
+
+FLAG = "--from_metadata"
+KEY = "wan_train"  # of the record in a latent file's metadata
+# What says where and in which company a video was made, and not how.
+_ELSEWHERE = ("from_file", "interactive", "from_metadata", "save_path", "text_cache", "device", "no_metadata")
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a file was made: every option by name, and by option the hash of the file or files that it names."""
+
+    options: Mapping[str, Any]
+    hashes: Mapping[str, Any]
+
+    def text(self) -> str:
+        """The record as JSON."""
+        libraries = {name: version(name) for name in ("torch", "diffusers")}
+        about = {"wan_train": wan_train.__version__, "libraries": libraries}
+        return json.dumps(about | {"options": self.options, "hashes": self.hashes}, ensure_ascii=False)
+
+
+def model_hashes(settings: GenerateSettings) -> dict[str, Any]:
+    """By option, what tells its file from others: of models a fingerprint, of each LoRA the SHA-256."""
+    models = {"dit": settings.dit.dit, "vae": settings.vae.vae, "t5": settings.text.t5}
+    hashes: dict[str, Any] = {name: fingerprint(path) for name, path in models.items() if path}
+    if settings.lora.lora_weight:
+        hashes["lora_weight"] = [file_hash(path) for path in settings.lora.lora_weight]
+    return hashes
+
+
+def make_record(settings: GenerateSettings, request: SampleRequest, hashes: Mapping[str, Any]) -> Record:
+    """The record of one of the videos that the settings have made."""
+    given = {name: value for rows in changed_options(settings).values() for name, value in rows.items()}
+    about = {name: value for name, value in given.items() if name not in _ELSEWHERE}
+    return Record(about | {"task": settings.dit.task} | request_options(request), hashes)
+
+
+def read_record(path: str) -> Record:
+    """The record that a video, a picture, a folder of pictures or a latent file carries. InputError without one."""
+    try:
+        text = read_header(path).metadata.get(KEY) if path.endswith(".safetensors") else read_comment(path)
+    except (OSError, av.FFmpegError) as problem:
+        raise InputError(f"{FLAG} {path} cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
+    try:
+        found = json.loads(text or "")
+        return Record(dict(found["options"]), dict(found["hashes"]))
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{FLAG} {path} does not say how it was made: give a file that this generator wrote") from None
+
+
+def with_recorded_options(argv: Sequence[str], alone: Mapping[str, bool]) -> list[str]:
+    """The command line with the options of its `--from_metadata` in front, so that what was given itself wins.
+
+    Without a `--save_path` the file is made beside the old one, as NAME_again.
+    """
+    path = named_file(argv, FLAG)
+    if not path:
+        return list(argv)
+    words = words_of(read_record(path).options.items(), alone, f"{FLAG} {path}")
+    old = Path(path)
+    again = old.with_name(f"{old.stem}_again{old.suffix}")
+    return [*words, f"--save_path={again}", *argv]
+
+
+def compare_hashes(path: str, now: Mapping[str, Any]) -> None:
+    """Warn of every model that is another one than when the file was made."""
+    for name, before in read_record(path).hashes.items():
+        if now.get(name) != before:
+            log.warning("--%s is not the file that %s was made with: the result will differ", name, path)

@@ -1,0 +1,174 @@
+"""A run over jobs: prompts to conditions, videos to start from, sampling, then decoding, each with its own model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from generate.jobs import Job
+from generate.models import Models
+from generate.output import (
+    Product,
+    latent_metadata,
+    latent_path,
+    save_latents,
+    stem_of,
+    trimmed,
+    write_outputs,
+    writes_latents,
+)
+from generate.record import make_record
+from generate.settings import GenerateSettings
+from generate.source import read_source
+from wan_train.cli import RunError
+from wan_train.log import get_logger
+from wan_train.models.variants import VARIANTS
+from wan_train.storage import read_tensors
+
+log = get_logger(__name__)
+
+
+class Delivery(Protocol):
+    """Where latents and frames go."""
+
+    wants_frames: bool
+
+    def put_latents(self, job: Job, latents: Tensor) -> None:
+        """Keep what has just been sampled."""
+
+    def take_latents(self, job: Job) -> Tensor:
+        """What `put_latents` has kept."""
+
+    def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
+        """Keep the result."""
+
+
+def run_jobs(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
+    """Make every job. One that fails is reported, and the others are made; RunError at the end tells of it.
+
+    A job alone fails as it fails.
+    """
+    fps = VARIANTS[models.settings.dit.task].fps
+    failures = Failures(alone=len(jobs) == 1)
+    conditions = models.encode([text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)])
+    sources: dict[int, Tensor] = {}
+    if starting := [job for job in jobs if job.request.video_path]:
+        with models.vae() as vae:
+            for job in starting:
+                with failures.of(job):
+                    sources[job.index] = vae.encode(read_source(job.request, fps).to(models.device))[0].cpu()
+    with models.sampler() as sample:
+        for job in failures.others(jobs):
+            with failures.of(job):
+                log.info("%s", describe(job))
+                delivery.put_latents(job, sample(job.request, conditions, sources.pop(job.index, None)))
+    if delivery.wants_frames:
+        with models.vae() as vae:
+            for job in failures.others(jobs):
+                with failures.of(job):
+                    latents = delivery.take_latents(job)
+                    delivery.finish(job, latents, models.decode(vae, latents))
+    else:
+        for job in failures.others(jobs):
+            with failures.of(job):
+                delivery.finish(job, delivery.take_latents(job), None)
+    failures.report(len(jobs))
+
+
+def describe(job: Job) -> str:
+    """A job's settings in a line."""
+    request = job.request
+    levels = f" at {','.join(f'{value:g}' for value in request.timesteps)}" if request.timesteps else ""
+    return (
+        f"{job.shown}: {request.width} wide, {request.height} high, {request.frames} frames, {request.steps} steps"
+        f"{levels} of {request.solver}, shift {request.shift:g}, guidance {request.guidance:g}"
+    )
+
+
+@dataclass
+class Failures:
+    """Jobs that have failed, with the reason; with `alone` there is one job, and nothing is caught."""
+
+    alone: bool
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, job: Job) -> Iterator[None]:
+        """Let what goes wrong inside be this job's failure alone."""
+        try:
+            yield
+        except Exception as problem:
+            if self.alone:
+                raise
+            self.reasons[job.index] = str(problem).strip().partition("\n")[0] or type(problem).__name__
+            log.warning("%s failed, the others go on: %s", job.shown, self.reasons[job.index])
+
+    def others(self, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs that have not failed."""
+        return [job for job in jobs if job.index not in self.reasons]
+
+    def report(self, total: int) -> None:
+        """RunError if there are any."""
+        if self.reasons:
+            listed = "; ".join(f"video {index}: {reason}" for index, reason in self.reasons.items())
+            raise RunError(f"{len(self.reasons)} of {total} videos failed ({listed}); the others are written")
+
+
+class OnDisk:
+    """Delivery into files: latents as they come, and what `--output_type` names once there are frames."""
+
+    def __init__(self, settings: GenerateSettings, hashes: Mapping[str, object], *, several: bool) -> None:
+        self.settings, self.hashes, self.several = settings, hashes, several
+        self.wants_frames = settings.output.output_type != "latent"
+        self._stems: dict[int, Path] = {}
+
+    def put_latents(self, job: Job, latents: Tensor) -> None:
+        self._stems[job.index] = stem_of(self.settings.output, job, several=self.several)
+        save_latents(self._kept(job), latents, self._comment(job), latent_metadata(job.request))
+
+    def take_latents(self, job: Job) -> Tensor:
+        return dict(read_tensors(self._kept(job)))["latent"].clone()
+
+    def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
+        output = self.settings.output
+        fps = output.fps or VARIANTS[self.settings.dit.task].fps
+        stem, metadata = self._stems[job.index], latent_metadata(job.request)
+        product = Product(latents, trimmed(frames, output), fps, stem, self._comment(job), metadata, output)
+        for path in write_outputs(product):
+            log.info("wrote %s", path)
+        if not writes_latents(output):
+            self._kept(job).unlink()
+
+    def _kept(self, job: Job) -> Path:
+        """The latents' own place if they are wanted, else one beside that goes once the frames are written."""
+        stem = self._stems[job.index]
+        return latent_path(stem if writes_latents(self.settings.output) else stem.with_name(f"{stem.name}_pending"))
+
+    def _comment(self, job: Job) -> str:
+        if self.settings.output.no_metadata:
+            return ""
+        return make_record(self.settings, job.request, self.hashes).text()
+
+
+class InMemory:
+    """Delivery to a caller: `frames` (F, H, W, 3) uint8 by job."""
+
+    wants_frames = True
+
+    def __init__(self) -> None:
+        self.frames: dict[int, np.ndarray] = {}
+        self._latents: dict[int, Tensor] = {}
+
+    def put_latents(self, job: Job, latents: Tensor) -> None:
+        self._latents[job.index] = latents
+
+    def take_latents(self, job: Job) -> Tensor:
+        return self._latents.pop(job.index)
+
+    def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
+        assert frames is not None
+        self.frames[job.index] = frames

@@ -1,0 +1,46 @@
+"""Embeddings of prompts, kept on disk from one start to the next."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from wan_train.conditions import Conditions
+from wan_train.models.fingerprint import fingerprint
+from wan_train.models.settings import TextEncoderSettings
+from wan_train.precision import name_of, published_dtype
+from wan_train.storage import read_tensors, save_tensors
+
+_KEY = "context"
+
+
+class TextCache:
+    """A folder with one file for each text that a text encoder has embedded.
+
+    Another encoder, another tokenizer or another precision has other files. Without a folder nothing is found or kept.
+    """
+
+    def __init__(self, folder: str | None, settings: TextEncoderSettings, device: torch.device) -> None:
+        self._folder = Path(folder) if folder else None
+        dtype = published_dtype(device)
+        ways = (settings.tokenizer, settings.fp8_t5, "stored" if dtype is None else name_of(dtype))
+        self._encoder = f"{fingerprint(settings.t5)} {ways}" if folder else ""
+
+    def find(self, texts: Sequence[str]) -> dict[str, Conditions]:
+        """The conditions of those of the texts that are there."""
+        return {text: found for text in texts if (found := self._read(text)) is not None}
+
+    def keep(self, conditions: dict[str, Conditions]) -> None:
+        """Keep embeddings by text."""
+        for text, condition in conditions.items():
+            if self._folder is not None:
+                save_tensors(self._path(self._folder, text), {_KEY: condition.context[0]}, {"prompt": text})
+
+    def _read(self, text: str) -> Conditions | None:
+        if self._folder is None or not (path := self._path(self._folder, text)).is_file():
+            return None
+        return Conditions((dict(read_tensors(path))[_KEY].clone(),))
+
+    def _path(self, folder: Path, text: str) -> Path:
+        return folder / f"{hashlib.sha256(f'{self._encoder} {text}'.encode()).hexdigest()[:32]}.safetensors"

@@ -1,0 +1,105 @@
+"""Where files go, what each type of output leaves, and what is refused beforehand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from generate.jobs import Job, make_jobs
+from generate.output import Product, check_output, latent_metadata, stem_of, trimmed, write_outputs
+from generate.settings import GenerateSettings
+from tests.unit.generate.conftest import Given
+from wan_train.cli import InputError
+
+FRAMES = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
+
+
+def one_job(settings: GenerateSettings) -> Job:
+    (job,) = make_jobs(settings)
+    return job
+
+
+def write(settings: GenerateSettings, frames: np.ndarray = FRAMES) -> list[Path]:
+    job = one_job(settings)
+    stem = stem_of(settings.output, job, several=False)
+    latents, metadata = torch.zeros(16, 2, 4, 4), latent_metadata(job.request)
+    shown = trimmed(frames, settings.output)
+    return write_outputs(Product(latents, shown, 16, stem, '{"a": 1}', metadata, settings.output))
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ("video", {"x.mp4"}),
+        ("images", {"x"}),
+        ("latent", {"x_latent.safetensors"}),
+        ("both", {"x_latent.safetensors", "x.mp4"}),
+        ("latent_images", {"x_latent.safetensors", "x"}),
+    ],
+)
+def test_each_type_leaves_what_it_says(kind: str, left: set[str], given: Given, tmp_path: Path) -> None:
+    settings = given("--prompt", "a", "--seed", 3, "--save_path", tmp_path / "x.mp4", "--output_type", kind)
+    written = write(settings)
+    assert {path.name for path in written} == left == {path.name for path in tmp_path.iterdir()}
+    if "x" in left:
+        pictures = sorted((tmp_path / "x").iterdir())
+        assert [path.name for path in pictures] == [f"x_{i:03d}.png" for i in range(5)]
+        assert all(np.array_equal(np.asarray(Image.open(path)), FRAMES[i]) for i, path in enumerate(pictures))
+    if "x_latent.safetensors" in left:
+        with safe_open(tmp_path / "x_latent.safetensors", framework="pt") as file:
+            assert file.get_tensor("latent").shape == (16, 2, 4, 4)
+            assert {"seeds": "3", "prompt": "a", "wan_train": '{"a": 1}'}.items() <= file.metadata().items()
+
+
+def test_one_frame_is_a_picture_unless_a_video_is_named(given: Given, tmp_path: Path) -> None:
+    names = {"folder": ".png", "a.png": ".png", "b.mp4": ".mp4"}
+    for name, suffix in names.items():
+        (written,) = write(given("--prompt", "a", "--save_path", tmp_path / name), FRAMES[:1])
+        assert written.suffix == suffix and written.is_file()
+
+
+def test_tail_frames_are_left_out(given: Given, tmp_path: Path) -> None:
+    words = ("--prompt", "a", "--save_path", tmp_path / "x.mp4", "--output_type", "images", "--trim_tail_frames", 3)
+    (folder,) = write(given(*words))
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_seed_and_index_are_filled_in(given: Given, tmp_path: Path) -> None:
+    settings = given("--prompt", "a", "--seed", 7, "--save_path", tmp_path / "{index}_{seed}.mp4")
+    assert stem_of(settings.output, one_job(settings), several=True) == tmp_path / "000_7"
+    settings = given("--prompt", "a", "--seed", 7, "--save_path", tmp_path / "s{seed}")
+    stem = stem_of(settings.output, one_job(settings), several=True)
+    assert stem.parent == tmp_path / "s7" and stem.name.endswith("_000_7")
+    settings = given("--prompt", "a", "--save_path", tmp_path / "x_latent.safetensors", "--output_type", "latent")
+    assert stem_of(settings.output, one_job(settings), several=False) == tmp_path / "x"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "--save_path is missing"),
+        (("--save_path", "{name}.mp4"), "{name} is not known"),
+        (("--save_path", "x.safetensors"), "is for latent"),
+        (("--save_path", "x.png", "--output_type", "latent"), "is for video and both"),
+        (("--save_path", "x.png"), "a picture for 5 frames"),
+        (("--save_path", "x", "--trim_tail_frames", 5), "none of 5 frames"),
+        (("--save_path", "README.md/x"), "cannot write"),
+    ],
+)
+def test_bad_places_are_refused(words: tuple[object, ...], told: str, given: Given) -> None:
+    settings = given("--prompt", "a", *words)
+    with pytest.raises(InputError, match=told):
+        check_output(settings.output, make_jobs(settings))
+
+
+def test_one_name_for_several_videos_is_refused(given: Given, tmp_path: Path) -> None:
+    settings = given("--prompt", "a", "--save_path", tmp_path / "x.mp4")
+    job = one_job(settings)
+    for jobs in ([job, job], None):
+        with pytest.raises(InputError, match=r"put \{index\} in"):
+            check_output(settings.output, jobs)
+    check_output(given("--save_path", tmp_path / "new" / "{index}" / "x.mp4").output, None)
+    assert (tmp_path / "new").is_dir()

@@ -1,0 +1,143 @@
+"""What each step computes: prompts in one batch or two, and blocks left out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wan_train.conditions import Conditions
+from wan_train.models.dit import Dit, DitConfig
+from wan_train.sampling.denoise import sample_latents
+from wan_train.sampling.guidance import Guidance, StepPlan, guide, plan_steps, without_blocks
+from wan_train.sampling.request import SampleRequest
+
+CPU = torch.device("cpu")
+POSITIVE, NEGATIVE = Conditions((torch.full((1, 4), 3.0),)), Conditions((torch.full((1, 4), 1.0),))
+
+
+class Adder(nn.Module):
+    """A block that adds its number."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor, *shared: object) -> Tensor:
+        return x + self.value
+
+
+class Sums(nn.Module):
+    """A model whose velocity is its context plus 10 and 100, one from each block; it notes what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Adder(10.0), Adder(100.0)])
+        self.batches: list[int] = []
+
+    def forward(self, latents: Tensor, timestep: Tensor, context: list[Tensor]) -> Tensor:
+        assert len(latents) == len(timestep) == len(context)
+        self.batches.append(len(latents))
+        x = torch.stack([rows.mean() for rows in context]).view(-1, 1, 1, 1, 1).expand_as(latents)
+        for block in self.blocks:
+            x = block(x, "shared")
+        return x
+
+
+def velocity(guidance: Guidance, plan: StepPlan) -> tuple[float, list[int]]:
+    model = Sums()
+    predict = guide(model, POSITIVE, NEGATIVE, guidance, device=CPU)
+    return float(predict(torch.zeros(1, 2, 1, 2, 2), torch.tensor(500.0), plan).mean()), model.batches
+
+
+def test_a_step_without_guidance_is_one_pass() -> None:
+    assert velocity(Guidance(5.0), StepPlan(guided=False)) == (113.0, [1])
+
+
+def test_guidance_in_one_batch_is_guidance_in_two() -> None:
+    apart, together = (velocity(Guidance(5.0, merge=merge), StepPlan(guided=True)) for merge in (False, True))
+    assert apart == (111 + 5 * 2, [1, 1])
+    assert together == (111 + 5 * 2, [2])
+
+
+def test_skip_layer_guidance_leads_away_from_the_negative_prompt_without_the_blocks() -> None:
+    guidance = Guidance(5.0, slg_layers=(1,), slg_scale=2.0)
+    # v_n + 5 (v_p - v_n) + 2 (v_p - v_s), v_s without the 100 of block 1
+    assert velocity(guidance, StepPlan(guided=True, skipping=True)) == (121 + 2 * (113 - 11), [1, 1, 1])
+    merged = replace(guidance, merge=True)
+    assert velocity(merged, StepPlan(guided=True, skipping=True)) == (121 + 2 * (113 - 11), [2, 1])
+
+
+def test_the_mode_uncond_takes_it_for_the_negative_pass() -> None:
+    guidance = Guidance(5.0, slg_layers=(1,), slg_mode="uncond")
+    assert velocity(guidance, StepPlan(guided=True, skipping=True)) == (11 + 5 * (113 - 11), [1, 1])
+
+
+def test_the_blocks_are_back_after_a_pass_and_after_an_error() -> None:
+    model = Sums()
+    with pytest.raises(RuntimeError):
+        with without_blocks(model, (0, 1)):
+            assert model.blocks[0](torch.ones(1)) == 1
+            raise RuntimeError("in between")
+    assert model.blocks[0](torch.ones(1)) == 11
+
+
+def test_layers_are_skipped_between_start_and_end_where_steps_are_guided() -> None:
+    plans = plan_steps(10, Guidance(4.0, slg_layers=(0,), slg_start=0.1, slg_end=0.5))
+    assert [plan.skipping for plan in plans] == [False, True, True, True, True, False, False, False, False, False]
+    halved = plan_steps(10, Guidance(4.0, "early", 0.7, slg_layers=(0,), slg_start=0.1, slg_end=0.5))
+    assert [plan.skipping for plan in halved] == [False, False, False, True, True, False, False, False, False, False]
+    assert not any(plan.skipping for plan in plan_steps(10, Guidance(4.0)))
+    assert not any(plan.guided for plan in plan_steps(10, Guidance(1.0, slg_layers=(0,))))
+
+
+@pytest.fixture(scope="module")
+def dit() -> Dit:
+    torch.manual_seed(0)
+    model = Dit(DitConfig(64, 96, 2, 3, text_dim=4)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.2)
+    return model
+
+
+def sample(dit: Dit, **changes: object) -> Tensor:
+    request = SampleRequest("a", "b", 32, 16, 5, 4, 4.0, 3.0, seed=3)
+    return sample_latents(
+        dit,
+        replace(request, **changes),
+        POSITIVE,
+        NEGATIVE,
+        device=CPU,
+        quiet=True,  # type: ignore[arg-type]
+    )
+
+
+def test_every_way_of_guiding_acts_on_a_real_model(dit: Dit) -> None:
+    plain = sample(dit)
+    torch.testing.assert_close(sample(dit, cfg_merge=True), plain, atol=1e-3, rtol=1e-3)
+    others = [
+        {"slg_layers": (1,), "slg_end": 1.0},
+        {"slg_layers": (1,), "slg_end": 1.0, "slg_mode": "uncond"},
+        {"slg_layers": (2,), "slg_end": 1.0},
+        {"slg_layers": (1,), "slg_end": 1.0, "slg_scale": 1.0},
+        {"slg_layers": (1,), "slg_end": 0.5},
+        {"cfg_skip_mode": "late", "cfg_apply_ratio": 0.5},
+        {"solver": "lcm"},
+        {"timesteps": (1000.0, 700.0, 500.0, 100.0)},
+    ]
+    results = [plain, *(sample(dit, **changes) for changes in others)]
+    for index, result in enumerate(results):
+        assert all((result - other).abs().max() > 1e-3 for other in results[:index])
+    assert torch.equal(sample(dit, slg_layers=(1,), slg_end=0.1), plain)
+
+
+def test_a_source_decides_the_more_the_less_is_made_anew(dit: Dit) -> None:
+    source = torch.randn(16, 2, 2, 4, generator=torch.Generator().manual_seed(1))
+    request = SampleRequest("a", "b", 32, 16, 5, 6, 1.0, 1.0, seed=3)
+
+    def distance(strength: float) -> float:
+        wished = replace(request, denoising_strength=strength)
+        made = sample_latents(dit, wished, POSITIVE, NEGATIVE, device=CPU, source=source, quiet=True)
+        return float((made - source).norm() / source.norm())
+
+    assert distance(0.01) < 0.1 < distance(0.3) < distance(0.9)

@@ -1,0 +1,71 @@
+"""A safetensors file written tensor by tensor, for models that do not fit into memory a second time.
+
+The format: eight bytes with the length of a JSON header, the header, then the tensors' bytes one after the other
+(the specification of safetensors). The header stands first, so that shapes and dtypes have to be known beforehand.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan_train.cli import InputError
+from wan_train.storage import DTYPE_NAMES, replacing
+
+_ALIGNMENT = 8  # bytes, that of the first tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    path: str | Path, rows: Mapping[str, Row], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """Write the named tensors, each cast to its row's dtype, as they come; in any order, each once.
+
+    The file is written beside and renamed. InputError for a full disk; ValueError for a tensor that has no row or
+    another shape, and if one is missing.
+    """
+    starts, header = _lay_out(rows, metadata)
+    waiting = set(rows)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        try:
+            for name, tensor in tensors:
+                if name not in waiting or tuple(tensor.shape) != rows[name].shape:
+                    raise ValueError(f"{name} {tuple(tensor.shape)} is not what the header announces")
+                waiting.remove(name)
+                file.seek(len(header) + starts[name])
+                data = tensor.detach().to("cpu", rows[name].dtype).contiguous()
+                file.write(data.flatten().view(torch.uint8).numpy().data)
+        except OSError as problem:
+            raise InputError(f"cannot write {path}: {problem.strerror or problem}") from None
+        if waiting:
+            raise ValueError(f"{len(waiting)} tensors are missing: {', '.join(sorted(waiting)[:3])}")
+
+
+def _lay_out(rows: Mapping[str, Row], metadata: Mapping[str, str]) -> tuple[dict[str, int], bytes]:
+    """Where each tensor begins behind the header, and the header's bytes."""
+    described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts, end = {}, 0
+    # Widest dtypes first, so that every tensor lies at a multiple of its own width.
+    for name, row in sorted(rows.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        starts[name] = end
+        end += row.num_bytes
+        described[name] = {"dtype": DTYPE_NAMES[row.dtype], "shape": row.shape, "data_offsets": [starts[name], end]}
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return starts, len(text).to_bytes(8, "little") + text
