@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,13 @@ from wan_train.sampling.request import SampleRequest
 from wan_train.storage import read_header
 
 log = get_logger(__name__)
+
+
+@dataclass
+class Lent:
+    """A model for as long as it is lent: after that nobody holds it here, whoever still holds this."""
+
+    model: Any
 
 
 @dataclass
@@ -51,8 +59,8 @@ class Models:
         missing = [text for text in wanted if text not in known]
         if missing:
             log.info("encoding %d prompts with %s", len(missing), self.settings.text.t5)
-            with self._lent("text encoder", lambda: open_text_encoder(self.settings.text, self.device)) as encoder:
-                new = encode_with(encoder, missing)
+            with self._lent("text encoder", lambda: open_text_encoder(self.settings.text, self.device)) as lent:
+                new = encode_with(lent.model, missing)
             cache.keep(new)
             known |= new
         if self.keep:
@@ -62,37 +70,43 @@ class Models:
     @contextmanager
     def sampler(self) -> Iterator[Callable[..., Tensor]]:
         """While this is entered, `sample(request, conditions by text, source latents)` gives latents (C, F, H, W)."""
-        with self._lent("DiT", self._open_dit) as model:
+        with self._lent("DiT", self._open_dit) as lent:
 
             def sample(request: SampleRequest, conditions: dict[str, Conditions], source: Tensor | None) -> Tensor:
                 positive, negative = conditions[request.prompt], conditions[request.negative_prompt]
-                return sample_latents(model, request, positive, negative, device=self.device, source=source)
+                return sample_latents(lent.model, request, positive, negative, device=self.device, source=source)
 
             yield sample
 
     @contextmanager
-    def vae(self) -> Iterator[WanVAE]:
+    def vae(self) -> Iterator[Lent]:
         """The VAE, while this is entered."""
-        with self._lent("VAE", self._open_vae) as vae:
-            yield vae
+        with self._lent("VAE", self._open_vae) as lent:
+            yield lent
 
-    def decode(self, vae: WanVAE, latents: Tensor) -> Any:
+    def decode(self, vae: Lent, latents: Tensor) -> np.ndarray:
         """Frames (F, H, W, 3) uint8 of latents (C, F', H', W')."""
-        return decode_frames(vae, latents, self.device)
+        return decode_frames(vae.model, latents, self.device)
+
+    def encode_video(self, vae: Lent, pixels: Tensor) -> Tensor:
+        """Latents (C, F', H', W'), in main memory, of pixels (1, 3, F, H, W)."""
+        return vae.model.encode(pixels.to(self.device))[0].cpu()
 
     @contextmanager
-    def _lent(self, name: str, load: Callable[[], Any]) -> Iterator[Any]:
+    def _lent(self, name: str, load: Callable[[], Any]) -> Iterator[Lent]:
         model = self._resting.pop(name, None)
         if model is None:
             model = load()
         elif self._moves(name):
             model.to(self.device)
+        lent = Lent(model)
+        del model
         try:
-            yield model
+            yield lent
         finally:
             if self.keep:
-                self._resting[name] = model.to("cpu") if self._moves(name) else model
-            del model
+                self._resting[name] = lent.model.to("cpu") if self._moves(name) else lent.model
+            lent.model = None
             release_memory()
 
     def _moves(self, name: str) -> bool:

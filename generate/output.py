@@ -23,7 +23,9 @@ _FILE_SUFFIXES = {
     ".png": ("video", "both"),
     ".safetensors": ("latent",),
 }
-_NAMES = ("seed", "index")
+# What nobody gives to a folder: a file of another kind is meant.
+_OTHER_SUFFIXES = (".webm", ".mov", ".mkv", ".avi", ".gif", ".jpg", ".jpeg", ".webp")
+_NAMES = ("{seed}", "{index}")
 _LATENT = "_latent"
 
 
@@ -75,34 +77,55 @@ def trimmed(frames: np.ndarray | None, settings: OutputSettings) -> np.ndarray |
 
 def check_output(settings: OutputSettings, jobs: Sequence[Job] | None) -> None:
     """Fail now if the results could not be written, or would overwrite each other; jobs None: nobody knows yet."""
+    check_place(settings, 2 if jobs is None else len(jobs))
+    for job in jobs or ():
+        check_length(settings, job.request.frames)
+    for job in jobs or ():
+        if is_file(settings):
+            check_free(settings, named_stem(settings, seed=str(job.request.seed), index=job.index))
+
+
+def check_place(settings: OutputSettings, count: int) -> None:
+    """Refuse a `--save_path` that cannot take so many results, whatever they are."""
     given, suffix = settings.save_path, Path(settings.save_path).suffix.lower()
     if not given:
         raise InputError("--save_path is missing: say where to write, a .mp4 file or a folder")
-    unknown = [name for name in re.findall(r"\{(\w*)\}", given) if name not in _NAMES]
-    if unknown:
-        raise InputError(f"--save_path {given}: {{{unknown[0]}}} is not known, {{seed}} and {{index}} are")
+    if unknown := [name for name in re.findall(r"\{[^{}]*\}", given) if name not in _NAMES]:
+        raise InputError(f"--save_path {given}: {unknown[0]} is not known, {' and '.join(_NAMES)} are")
+    if suffix in _OTHER_SUFFIXES:
+        raise InputError(f"--save_path {given}: {suffix} is not written; name a .mp4 or a .png, or a folder")
     if suffix in _FILE_SUFFIXES:
         if settings.output_type not in _FILE_SUFFIXES[suffix]:
             raise InputError(
                 f"--save_path {given} is no name for --output_type {settings.output_type}: {suffix} is for "
                 f"{' and '.join(_FILE_SUFFIXES[suffix])}"
             )
-        if (jobs is None or len(jobs) > 1) and "{index}" not in given:
+        if count > 1 and "{index}" not in given:
             raise InputError(
                 f"--save_path {given} names one file for several videos: put {{index}} in, or give a folder"
             )
-    for job in jobs or ():
-        left = job.request.frames - settings.trim_tail_frames
-        if left < 1:
-            raise InputError(
-                f"--trim_tail_frames {settings.trim_tail_frames} leaves none of {job.request.frames} frames: trim less"
-            )
-        if suffix == ".png" and left > 1:
-            raise InputError(f"--save_path {given} names a picture for {left} frames: name a .mp4, or a folder")
-    folder = Path(given).parent if suffix in _FILE_SUFFIXES else Path(given)
-    while "{" in folder.name:
-        folder = folder.parent
-    check_writable(folder)
+    path = Path(given)
+    folders = [*path.parents][::-1] if is_file(settings) else [*path.parents][::-1] + [path]
+    # The folders that seed or index name are made when these are known.
+    check_writable([folder for folder in folders if "{" not in str(folder)][-1])
+
+
+def check_length(settings: OutputSettings, frames: int) -> None:
+    """Refuse a number of frames of which nothing is left, or more than the picture that `--save_path` names."""
+    left = frames - settings.trim_tail_frames
+    if left < 1:
+        raise InputError(
+            f"--trim_tail_frames {settings.trim_tail_frames} leaves none of {frames} frames: trim less"
+        )
+    if Path(settings.save_path).suffix.lower() == ".png" and left > 1:
+        raise InputError(f"--save_path {settings.save_path} names a picture for {left} frames: name a .mp4, or a folder")
+
+
+def check_free(settings: OutputSettings, stem: Path) -> None:
+    """Refuse a file's place where there is a folder."""
+    for path in (stem.with_name(stem.name + suffix) for suffix in _FILE_SUFFIXES):
+        if path.is_dir() and settings.output_type in _FILE_SUFFIXES[path.suffix]:
+            raise InputError(f"--save_path {settings.save_path}: {path} is a folder; take another name")
 
 
 def writes_latents(settings: OutputSettings) -> bool:

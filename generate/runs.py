@@ -60,7 +60,7 @@ def run_jobs(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
         with models.vae() as vae:
             for job in starting:
                 with failures.of(job):
-                    sources[job.index] = vae.encode(read_source(job.request, fps).to(models.device))[0].cpu()
+                    sources[job.index] = models.encode_video(vae, read_source(job.request, fps))
     with models.sampler() as sample:
         for job in failures.others(jobs):
             with failures.of(job):

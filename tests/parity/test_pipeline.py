@@ -64,7 +64,7 @@ class Tiny:
         with models.sampler() as sample:
             latents = sample(request, conditions, None)[None]
         with models.vae() as vae:
-            return Made(latents, vae.decode(latents))
+            return Made(latents, vae.model.decode(latents))
 
     def theirs(self, *, frames: int, guidance: float = GUIDANCE) -> Made:
         """What WanPipeline makes; it draws its noise from the same seed."""

@@ -1,5 +1,6 @@
 """Runs over several jobs: what fails, what is kept, and which model is loaded when."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from generate.text_cache import TextCache
 from tests.unit.generate.conftest import Given
 from wan_train.cli import InputError, RunError
 from wan_train.conditions import Conditions
+from wan_train.media_out import write_video
 
 CPU = torch.device("cpu")
 
@@ -97,6 +99,25 @@ def test_latents_are_there_before_anything_is_decoded_and_can_be_decoded_later(
         # The same video with the same words about it; the name of the file is not in it.
         first, second = tmp_path / f"{index:03d}.mp4", tmp_path / "later" / f"b_{index:03d}.mp4"
         assert first.read_bytes() == second.read_bytes()
+
+
+def test_each_model_is_gone_when_the_next_is_loaded(
+    given: Given, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+    for function in ("open_text_encoder", "open_vae", "assemble_dit"):
+        plain = getattr(generate.models, function)
+
+        def load(*given: Any, plain: Callable[..., Any] = plain, **more: Any) -> Any:
+            assert [ref() for ref in alive] == [None] * len(alive)
+            model = plain(*given, **more)
+            alive.append(weakref.ref(model))
+            return model
+
+        monkeypatch.setattr(generate.models, function, load)
+    write_video(tmp_path / "v.mp4", np.zeros((5, 32, 32, 3), dtype=np.uint8), fps=16)
+    run(given("--from_file", prompts, "--save_path", tmp_path / "out", "--video_path", tmp_path / "v.mp4"))
+    assert len(alive) == 4 and alive[-1]() is None  # the VAE twice
 
 
 def test_a_job_alone_fails_as_it_fails(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
