@@ -27,7 +27,7 @@ from dataset.config import DatasetConfig
 from dataset.epochs import EpochBatches
 from dataset.items import Clip, Item
 from dataset.sources import Plan
-from wan_train.training.main import make_loader
+from wan_train.training.build import make_loader
 from wan_train.training.settings import LoopSettings
 
 SIZE, FRAMES, TOKENS = (832, 480), 81, 100

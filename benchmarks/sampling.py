@@ -18,13 +18,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from memory import random_weights
-from step import DIM, FFN, HEADS, LATENTS, LAYERS, SIDES, TEXT, Step, measure
+from step import DIM, FFN, HEADS, LATENTS, LAYERS, TEXT, Step, measure
 from torch import Tensor
 
 from wan_train.conditions import Conditions
@@ -104,13 +105,9 @@ def theirs(kind: str) -> Step:
     return run
 
 
-# The processes that step.py starts import this file as their main module, and so find these sides too.
-SIDES.update(ours=ours, theirs=theirs)
-
-
 def compare(kind: str, pairs: int, threads: int) -> dict[str, object]:
     """What step.py's `measure` finds, its seconds those of one step."""
-    found = measure(kind, pairs, threads)
+    found = measure({"ours": partial(ours, kind), "theirs": partial(theirs, kind)}, pairs, threads)
     return {"kind": kind, "steps": STEPS} | {
         name: value / STEPS if name in ("ours_s", "theirs_s") and isinstance(value, float) else value
         for name, value in found.items()

@@ -15,7 +15,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -105,10 +106,10 @@ def train(call: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
 SIDES = {"ours": ours, "theirs": theirs}
 
 
-def serve(side: str, kind: str, threads: int, pipe: Connection) -> None:
+def serve(build: Callable[[], Step], threads: int, pipe: Connection) -> None:
     """Build one side, then time a step whenever asked to."""
     torch.set_num_threads(threads)
-    step = SIDES[side](kind)
+    step = build()
     step()
     step()
     pipe.send("ready")
@@ -119,17 +120,17 @@ def serve(side: str, kind: str, threads: int, pipe: Connection) -> None:
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def measure(kind: str, pairs: int, threads: int) -> dict[str, float | list[float]]:
-    """Medians of both sides, the median ratio with a bootstrap interval, and both peaks of memory."""
+def measure(sides: Mapping[str, Callable[[], Step]], pairs: int, threads: int) -> dict[str, float | list[float]]:
+    """Medians of the sides ours and theirs, the median ratio with a bootstrap interval, and both peaks of memory."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
-    for side in SIDES:
+    for side, build in sides.items():
         pipes[side], child = context.Pipe()
-        context.Process(target=serve, args=(side, kind, threads, child), daemon=True).start()
+        context.Process(target=serve, args=(build, threads, child), daemon=True).start()
         pipes[side].recv()
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    times: dict[str, list[float]] = {side: [] for side in sides}
     for index in range(pairs):
-        for side in list(SIDES) if index % 2 else reversed(SIDES):
+        for side in list(sides) if index % 2 else reversed(list(sides)):
             pipes[side].send("step")
             times[side].append(pipes[side].recv())
     peaks = {}
@@ -159,7 +160,8 @@ def main() -> None:
     options = parser.parse_args()
     print(json.dumps({"machine": platform.processor() or platform.machine(), "torch": torch.__version__}))
     for kind in options.kind:
-        print(json.dumps({"kind": kind} | measure(kind, options.pairs, options.threads)), flush=True)
+        sides = {side: partial(build, kind) for side, build in SIDES.items()}
+        print(json.dumps({"kind": kind} | measure(sides, options.pairs, options.threads)), flush=True)
 
 
 if __name__ == "__main__":

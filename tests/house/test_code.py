@@ -1,6 +1,7 @@
 """The rules of the house that a machine can check: sizes, parameters, imports, and who may touch what."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -114,3 +115,14 @@ def test_imports_point_down() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 kept, 0 broken" in done.stdout
+
+
+def test_benchmarks_import_what_is_there() -> None:
+    """They run rarely: what moves away from under them is found here."""
+    lost = []
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+                module = importlib.import_module(str(node.module))
+                lost += [f"{named(path)} {alias.name}" for alias in node.names if not hasattr(module, alias.name)]
+    assert lost == []
