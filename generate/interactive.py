@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from generate.jobs import parse_job
 from generate.models import Models
+from generate.output import check_length
 from generate.preflight import fitted_jobs
 from generate.runs import Delivery, run_jobs
 from wan_train.cli import InputError
@@ -26,6 +27,7 @@ def converse(models: Models, delivery: Delivery, *, read: Callable[[str], str] =
             continue
         try:
             (job,) = fitted_jobs([parse_job(line.strip(), models.settings, made)], models.settings)
+            check_length(models.settings.output, job.request.frames)
             run_jobs([job], models, delivery)
             made += 1
         except InputError as problem:

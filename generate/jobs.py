@@ -49,6 +49,11 @@ def parse_job(line: str, settings: GenerateSettings, index: int) -> Job:
     return Job(with_seed(parse_line(line, defaults, GENERATOR)), index)
 
 
+def check_request(settings: GenerateSettings) -> None:
+    """Refuse options that no prompt line could mend."""
+    checked(default_request(settings.sampling, VARIANTS[settings.dit.task]))
+
+
 def numbered(requests: Iterable[SampleRequest]) -> list[Job]:
     """A job for each request, in order; seeds are drawn where there is none."""
     return [Job(with_seed(request), index) for index, request in enumerate(requests)]
@@ -110,7 +115,7 @@ def request_options(request: SampleRequest) -> dict[str, object]:
         "rand_device": request.rand_device,
     }
     if request.timesteps:
-        values["timesteps"] = ",".join(f"{value:g}" for value in request.timesteps)
+        values["timesteps"] = ",".join(map(str, request.timesteps))
     if request.video_path:
         values |= {"video_path": request.video_path, "denoising_strength": request.denoising_strength}
     if request.cfg_apply_ratio is not None:

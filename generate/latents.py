@@ -7,17 +7,15 @@ from pathlib import Path
 from torch import Tensor
 
 from generate.models import Models
-from generate.output import Product, is_file, named_stem, trimmed, write_outputs
-from generate.record import KEY
+from generate.output import Product, check_length, check_place, is_file, named_stem, trimmed, write_outputs
+from generate.record import KEY, plain_name
 from generate.settings import OutputSettings
 from wan_train.cli import InputError
 from wan_train.log import get_logger
 from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, VARIANTS
-from wan_train.storage import Header, check_writable, read_header, read_tensors
+from wan_train.storage import Header, read_header, read_tensors
 
 log = get_logger(__name__)
-
-_ENDINGS = ("_pending_latent", "_latent")
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,13 @@ class LatentFile:
     @property
     def name(self) -> str:
         """What it is called without the ending that says it is a latent."""
-        stem = self.path.stem
-        return next((stem.removesuffix(ending) for ending in _ENDINGS if stem.endswith(ending)), stem)
+        return plain_name(self.path)
+
+    @property
+    def seed(self) -> str:
+        """What it was made from as far as the file says, in digits: it becomes part of a path."""
+        said = self.metadata.get("seeds", "")
+        return said if said.isdecimal() else "0"
 
     def read(self) -> Tensor:
         """The latents (C, F, H, W) float32."""
@@ -47,16 +50,13 @@ def check_latents(paths: Sequence[str], output: OutputSettings) -> list[LatentFi
         raise InputError(
             f"--output_type {output.output_type} with --latent_path: the latents are there; give video or images"
         )
-    if not output.save_path:
-        raise InputError("--save_path is missing: say where to write, a .mp4 file or a folder")
     files = [_open(file) for path in paths for file in _expand(Path(path))]
-    if is_file(output) and len(files) > 1 and "{index}" not in output.save_path:
-        raise InputError(f"--save_path {output.save_path} names one file for {len(files)} latents: put {{index}} in it")
+    check_place(output, len(files))
     for file in files:
-        frames = 1 + (file.shape[1] - 1) * FRAME_STEP
-        if output.trim_tail_frames >= frames:
-            raise InputError(f"--trim_tail_frames {output.trim_tail_frames} leaves none of {frames} frames: trim less")
-    check_writable(Path(output.save_path).parent if is_file(output) else output.save_path)
+        check_length(output, 1 + (file.shape[1] - 1) * FRAME_STEP)
+    twice = [file for index, file in enumerate(files) if file.name in {other.name for other in files[:index]}]
+    if twice and "{index}" not in output.save_path:
+        raise InputError(f"--save_path {output.save_path}: two latents are called {twice[0].name}; put {{index}} in it")
     return files
 
 
@@ -67,7 +67,7 @@ def decode_latents(files: Sequence[LatentFile], models: Models) -> None:
     with models.vae() as vae:
         for index, file in enumerate(files):
             latents, comment = file.read(), "" if output.no_metadata else file.metadata.get(KEY, "")
-            stem = named_stem(output, seed=file.metadata.get("seeds", "0"), index=index)
+            stem = named_stem(output, seed=file.seed, index=index)
             stem = stem if is_file(output) else stem / file.name
             frames = trimmed(models.decode(vae, latents), output)
             for path in write_outputs(Product(latents, frames, fps, stem, comment, file.metadata, output)):
@@ -88,7 +88,7 @@ def _open(path: Path) -> LatentFile:
     key = _key_of(header)
     shape = header.shapes[key] if key else ()
     shape = shape[1:] if len(shape) == 5 and shape[0] == 1 else shape
-    if not key or len(shape) != 4 or shape[0] != LATENT_CHANNELS:
+    if not key or len(shape) != 4 or shape[0] != LATENT_CHANNELS or 0 in shape:
         raise InputError(
             f"--latent_path {path} holds no latents of {LATENT_CHANNELS} channels, frames, height and width: "
             "give a file that --output_type latent has written"

@@ -5,7 +5,7 @@ import time
 import torch
 
 from generate.interactive import converse
-from generate.jobs import make_jobs
+from generate.jobs import check_request, make_jobs
 from generate.latents import check_latents, decode_latents
 from generate.merged import check_merged, save_merged_model
 from generate.models import Models
@@ -40,6 +40,7 @@ def _generate(settings: GenerateSettings, device: torch.device) -> None:
 
 
 def _converse(settings: GenerateSettings, device: torch.device) -> None:
+    check_request(settings)
     loras = check_generation(settings, device, wants_frames=settings.output.output_type != "latent")
     check_output(settings.output, None)
     models = Models(settings, loras, device, keep=True)
@@ -69,8 +70,9 @@ def _hashes(settings: GenerateSettings) -> dict[str, object]:
 
 def _wanted(settings: GenerateSettings) -> str:
     """The one thing that the options ask for; InputError for two that exclude each other."""
+    prompt = "--from_metadata" if settings.batch.from_metadata else "--prompt"
     asked = {
-        "--prompt": bool(settings.sampling.prompt.strip()),
+        prompt: bool(settings.sampling.prompt.strip()),
         "--from_file": settings.batch.from_file is not None,
         "--interactive": settings.batch.interactive,
         "--latent_path": bool(settings.batch.latent_path),
@@ -83,6 +85,7 @@ def _wanted(settings: GenerateSettings) -> str:
 
 
 _WORK = {
+    "--from_metadata": _generate,
     "--prompt": _generate,
     "--from_file": _generate,
     "--interactive": _converse,

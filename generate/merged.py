@@ -14,7 +14,7 @@ from wan_train.models.loading import check_dit, linear_shapes, official_shapes
 from wan_train.models.stored import read_scales, unscaled
 from wan_train.models.variants import VARIANTS
 from wan_train.models.weights import dit_rename, renamed
-from wan_train.storage import check_writable, read_header, read_tensors
+from wan_train.storage import check_writable, expand, read_header, read_tensors
 from wan_train.tensor_writer import Row, write_tensors
 
 log = get_logger(__name__)
@@ -31,6 +31,11 @@ def check_merged(settings: GenerateSettings, path: str) -> list[WeightedLora]:
     loras = check_loras(settings)
     if not loras:
         raise InputError("--save_merged_model merges --lora_weight into the model: give one")
+    if Path(path).is_dir():
+        raise InputError(f"--save_merged_model {path} is a folder: name a file")
+    read = {file.resolve() for source in (settings.dit.dit, *settings.lora.lora_weight) for file in expand(source)}
+    if Path(path).resolve() in read:
+        raise InputError(f"--save_merged_model {path} would take the place of a file that is read: give another name")
     check_writable(Path(path).parent)
     return loras
 

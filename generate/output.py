@@ -80,13 +80,10 @@ def check_output(settings: OutputSettings, jobs: Sequence[Job] | None) -> None:
     check_place(settings, 2 if jobs is None else len(jobs))
     for job in jobs or ():
         check_length(settings, job.request.frames)
-    for job in jobs or ():
-        if is_file(settings):
-            check_free(settings, named_stem(settings, seed=str(job.request.seed), index=job.index))
 
 
 def check_place(settings: OutputSettings, count: int) -> None:
-    """Refuse a `--save_path` that cannot take so many results, whatever they are."""
+    """Refuse a `--save_path` that cannot take this many results, whatever is in them."""
     given, suffix = settings.save_path, Path(settings.save_path).suffix.lower()
     if not given:
         raise InputError("--save_path is missing: say where to write, a .mp4 file or a folder")
@@ -105,8 +102,10 @@ def check_place(settings: OutputSettings, count: int) -> None:
                 f"--save_path {given} names one file for several videos: put {{index}} in, or give a folder"
             )
     path = Path(given)
-    folders = [*path.parents][::-1] if is_file(settings) else [*path.parents][::-1] + [path]
-    # The folders that seed or index name are made when these are known.
+    if is_file(settings) and path.is_dir():
+        raise InputError(f"--save_path {given} is a folder and would be a file: take another name")
+    # Folders that seed or index name are made when these are known.
+    folders = [*reversed(path.parents), *([] if is_file(settings) else [path])]
     check_writable([folder for folder in folders if "{" not in str(folder)][-1])
 
 
@@ -114,18 +113,11 @@ def check_length(settings: OutputSettings, frames: int) -> None:
     """Refuse a number of frames of which nothing is left, or more than the picture that `--save_path` names."""
     left = frames - settings.trim_tail_frames
     if left < 1:
-        raise InputError(
-            f"--trim_tail_frames {settings.trim_tail_frames} leaves none of {frames} frames: trim less"
-        )
+        raise InputError(f"--trim_tail_frames {settings.trim_tail_frames} leaves none of {frames} frames: trim less")
     if Path(settings.save_path).suffix.lower() == ".png" and left > 1:
-        raise InputError(f"--save_path {settings.save_path} names a picture for {left} frames: name a .mp4, or a folder")
-
-
-def check_free(settings: OutputSettings, stem: Path) -> None:
-    """Refuse a file's place where there is a folder."""
-    for path in (stem.with_name(stem.name + suffix) for suffix in _FILE_SUFFIXES):
-        if path.is_dir() and settings.output_type in _FILE_SUFFIXES[path.suffix]:
-            raise InputError(f"--save_path {settings.save_path}: {path} is a folder; take another name")
+        raise InputError(
+            f"--save_path {settings.save_path} names a picture for {left} frames: name a .mp4, or a folder"
+        )
 
 
 def writes_latents(settings: OutputSettings) -> bool:

@@ -44,16 +44,16 @@ def check_generation(settings: GenerateSettings, device: torch.device, *, wants_
         raise InputError("--t5 is missing: give the UMT5-XXL encoder file")
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
     if wants_frames:
-        check_given_vae(settings)
+        check_given_vae(settings, ", or --output_type latent")
     if settings.output.text_cache:
         check_writable(settings.output.text_cache)
     return check_loras(settings)
 
 
-def check_given_vae(settings: GenerateSettings) -> None:
-    """Refuse a VAE that is missing or none."""
+def check_given_vae(settings: GenerateSettings, instead: str = "") -> None:
+    """Refuse a VAE that is missing or none; `instead` says what would do without."""
     if not settings.vae.vae:
-        raise InputError("--vae is missing: give Wan2.1_VAE.pth, or --output_type latent")
+        raise InputError(f"--vae is missing: give Wan2.1_VAE.pth{instead}")
     check_vae(settings.vae.vae)
 
 
@@ -75,6 +75,6 @@ def fitted_jobs(jobs: Sequence[Job], settings: GenerateSettings) -> list[Job]:
         beyond = [layer for layer in job.request.slg_layers if layer >= blocks]
         if beyond:
             raise InputError(f"--slg_layers {beyond[0]} is not there: the model has blocks 0 to {blocks - 1}")
-        if job.request.video_path and not settings.vae.vae:
-            raise InputError("--video_path needs --vae: give Wan2.1_VAE.pth")
+    if any(job.request.video_path for job in jobs):
+        check_given_vae(settings)
     return [replace(job, request=fit_to_source(job.request, fps)) for job in jobs]

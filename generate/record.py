@@ -24,6 +24,7 @@ log = get_logger(__name__)
 
 FLAG = "--from_metadata"
 KEY = "wan_train"  # of the record in a latent file's metadata
+_LATENT_ENDINGS = ("_pending_latent", "_latent")
 # What says where and in which company a video was made, and not how.
 _ELSEWHERE = ("from_file", "interactive", "from_metadata", "save_path", "text_cache", "device", "no_metadata")
 
@@ -53,8 +54,9 @@ def model_hashes(settings: GenerateSettings) -> dict[str, Any]:
 
 def make_record(settings: GenerateSettings, request: SampleRequest, hashes: Mapping[str, Any]) -> Record:
     """The record of one of the videos that the settings have made."""
-    given = {name: value for rows in changed_options(settings).values() for name, value in rows.items()}
-    about = {name: value for name, value in given.items() if name not in _ELSEWHERE}
+    # What the command line says of sampling may not hold for this video: a line of a file stands over it.
+    groups = [rows for group, rows in changed_options(settings).items() if group != "sampling"]
+    about = {name: value for rows in groups for name, value in rows.items() if name not in _ELSEWHERE}
     return Record(about | {"task": settings.dit.task} | request_options(request), hashes)
 
 
@@ -74,15 +76,29 @@ def read_record(path: str) -> Record:
 def with_recorded_options(argv: Sequence[str], alone: Mapping[str, bool]) -> list[str]:
     """The command line with the options of its `--from_metadata` in front, so that what was given itself wins.
 
-    Without a `--save_path` the file is made beside the old one, as NAME_again.
+    Without a `--save_path` it is made beside the old one, as NAME_again.
     """
     path = named_file(argv, FLAG)
     if not path:
         return list(argv)
-    words = words_of(read_record(path).options.items(), alone, f"{FLAG} {path}")
-    old = Path(path)
-    again = old.with_name(f"{old.stem}_again{old.suffix}")
-    return [*words, f"--save_path={again}", *argv]
+    recorded = read_record(path).options
+    words = words_of(recorded.items(), alone, f"{FLAG} {path}")
+    kind = named_file(argv, "--output_type") or recorded.get("output_type", "video")
+    return [*words, f"--save_path={_again(Path(path), kind)}", *argv]
+
+
+def _again(old: Path, kind: str) -> Path:
+    """Beside an old file or folder of pictures, the `--save_path` for another of that output type."""
+    old = old if old.name.strip(".") else old.resolve()
+    suffix = ".png" if old.suffix.lower() == ".png" and kind in ("video", "both") else ".mp4"
+    return old.with_name(f"{plain_name(old)}_again{suffix}")
+
+
+def plain_name(path: Path) -> str:
+    """What a result is called, without a suffix and without what says that it is a latent."""
+    if path.is_dir():
+        return path.name
+    return next((path.stem.removesuffix(end) for end in _LATENT_ENDINGS if path.stem.endswith(end)), path.stem)
 
 
 def compare_hashes(path: str, now: Mapping[str, Any]) -> None:

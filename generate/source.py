@@ -11,7 +11,7 @@ from torch import Tensor
 from dataset.buckets import resize_to_bucket
 from dataset.frames import floor_frames, timed_frames
 from dataset.media import is_video, probe, read_frames
-from dataset.stills import read_image
+from dataset.stills import IMAGE_SUFFIXES, read_image
 from wan_train.cli import InputError
 from wan_train.log import get_logger
 from wan_train.sampling.request import SampleRequest
@@ -24,7 +24,7 @@ def fit_to_source(request: SampleRequest, fps: int) -> SampleRequest:
 
     InputError for a file that is missing or does not read.
     """
-    if request.video_path is None:
+    if not request.video_path:
         return request
     available = floor_frames(len(_frame_indices(Path(request.video_path), fps)))
     if available < request.frames:
@@ -35,9 +35,9 @@ def fit_to_source(request: SampleRequest, fps: int) -> SampleRequest:
 def read_source(request: SampleRequest, fps: int) -> Tensor:
     """Pixels (1, 3, F, H, W) in [-1, 1] of the request's `video_path`: its first F frames at `fps`, scaled to cover
     the request's size and cropped in the middle."""
-    assert request.video_path is not None
+    assert request.video_path
     path, size = Path(request.video_path), (request.width, request.height)
-    if is_video(path):
+    if not _is_picture(path):
         indices = _frame_indices(path, fps)[: request.frames]
         pictures = {i: resize_to_bucket(picture, size) for i, picture in read_frames(path, set(indices))}
         frames = np.stack([pictures[index] for index in indices])
@@ -49,7 +49,15 @@ def read_source(request: SampleRequest, fps: int) -> Tensor:
 def _frame_indices(path: Path, fps: int) -> tuple[int, ...]:
     if not path.exists():
         raise InputError(f"--video_path {path}: no such file")
-    if not is_video(path):
+    if _is_picture(path):
         probe(path)
         return (0,)
-    return timed_frames(probe(path, with_times=True).times, target_fps=fps)
+    times = probe(path, with_times=True).times
+    if not times:
+        raise InputError(f"--video_path {path} does not say how long its frames are shown: give a folder of them")
+    return timed_frames(times, target_fps=fps)
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether it is one picture; whatever is none is left to the decoder of videos, by any name."""
+    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not is_video(path)

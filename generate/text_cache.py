@@ -6,11 +6,15 @@ from pathlib import Path
 
 import torch
 
+from wan_train.cli import InputError
 from wan_train.conditions import Conditions
+from wan_train.log import get_logger
 from wan_train.models.fingerprint import fingerprint
 from wan_train.models.settings import TextEncoderSettings
 from wan_train.precision import name_of, published_dtype
 from wan_train.storage import read_tensors, save_tensors
+
+log = get_logger(__name__)
 
 _KEY = "context"
 
@@ -40,7 +44,11 @@ class TextCache:
     def _read(self, text: str) -> Conditions | None:
         if self._folder is None or not (path := self._path(self._folder, text)).is_file():
             return None
-        return Conditions((dict(read_tensors(path))[_KEY].clone(),))
+        try:
+            return Conditions((dict(read_tensors(path))[_KEY].clone(),))
+        except (InputError, KeyError):
+            log.warning("%s in --text_cache is damaged: its text is encoded again", path)
+            return None
 
     def _path(self, folder: Path, text: str) -> Path:
         return folder / f"{hashlib.sha256(f'{self._encoder} {text}'.encode()).hexdigest()[:32]}.safetensors"

@@ -154,6 +154,11 @@ def switches(settings: type) -> dict[str, bool]:
     return {flag: action.nargs == 0 for flag, action in _parser(settings, "", "")._option_string_actions.items()}
 
 
+def is_single(hint: Any) -> bool:
+    """Whether an option of this type takes one value and not several."""
+    return _kind(hint)[1] is None
+
+
 def describe(tool: Tool) -> str:
     """A Markdown page of every option of a tool, made from the settings themselves."""
     lines = [f"# {tool.program}", "", tool.description, ""]

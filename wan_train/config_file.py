@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import toml
 
-from wan_train.cli import InputError, groups, nearest, options, parse, switches
+from wan_train.cli import InputError, groups, is_single, nearest, options, parse, switches
 
 Settings = TypeVar("Settings")
 
@@ -63,13 +63,19 @@ def words_of(values: Iterable[tuple[str, Any]], alone: Mapping[str, bool], where
 
 
 def from_values(settings: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
-    """Settings from options by name, None for what is not given; InputError as of a command line, naming `where`."""
-    given = {name: _plain(value) for name, value in values.items() if value is not None}
+    """Settings from options by name, None for what is not given; InputError as of a command line, naming `where`.
+
+    A list for an option of one value is written with commas, as `--timesteps 1000,500` is.
+    """
+    single = {field.name for group in groups(settings).values() for field, _, hint in options(group) if is_single(hint)}
+    given = {name: _plain(value, single=name in single) for name, value in values.items() if value is not None}
     return parse(settings, words_of(given.items(), switches(settings), where))
 
 
-def _plain(value: Any) -> Any:
-    return [str(item) for item in value] if isinstance(value, list | tuple) else value
+def _plain(value: Any, *, single: bool) -> Any:
+    if not isinstance(value, list | tuple):
+        return value
+    return ",".join(map(str, value)) if single else [str(item) for item in value]
 
 
 def named_file(argv: Sequence[str], flag: str) -> str | None:

@@ -1,5 +1,6 @@
 """Writing videos and pictures, with a comment that says how they came about."""
 
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,10 +84,16 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray, *, comment: str
 
 
 def write_images(folder: str | os.PathLike[str], frames: np.ndarray, *, comment: str = "") -> None:
-    """Write frames as FOLDER/NAME_000.png and so on, NAME being the folder's own."""
+    """Write frames as FOLDER/NAME_000.png and so on, NAME being the folder's own; those of a longer video that was there
+    before go."""
     target = Path(folder)
     for index, image in enumerate(frames):
         write_image(target / f"{target.name}_{index:03d}.png", image, comment=comment)
+    for index in itertools.count(len(frames)):
+        try:
+            (target / f"{target.name}_{index:03d}.png").unlink()
+        except FileNotFoundError:
+            break
 
 
 def read_comment(path: str | os.PathLike[str]) -> str | None:

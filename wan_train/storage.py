@@ -241,10 +241,13 @@ def save_tensors(
     """Write a safetensors file atomically; tensors are moved to the CPU and made contiguous."""
     whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as temporary:
+        temporary.touch()
+        usual = temporary.stat().st_mode
         try:
             save_file(whole, temporary, metadata=dict(metadata or {}))
         except SafetensorError as problem:
             raise InputError(f"cannot write {path}: {problem}") from None
+        temporary.chmod(usual)  # safetensors leaves files that nobody else can read
 
 
 def read_parts(path: str | os.PathLike[str]) -> dict[str, Any]:

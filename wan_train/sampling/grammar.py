@@ -9,7 +9,7 @@ from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
 from wan_train.sampling.prompt_files import read_entries
 from wan_train.sampling.request import MAX_STEPS, SampleRequest, checked, fitted, read_layers, read_numbers
-from wan_train.sampling.settings import CFG_SKIP_MODES, NOISE_DEVICES, SLG_MODES, SOLVER_NAMES
+from wan_train.sampling.settings import CFG_SKIP_MODES, MAX_SEED, NOISE_DEVICES, SLG_MODES, SOLVER_NAMES
 
 log = get_logger(__name__)
 
@@ -64,7 +64,7 @@ _VALUES = {
     "w": _Value("width", "width", _whole(16, 8192)),
     "h": _Value("height", "height", _whole(16, 8192)),
     "f": _Value("frames", "frame_count", _whole(1, 4096)),
-    "d": _Value("seed", "seed", _whole(0, 2**63 - 1)),
+    "d": _Value("seed", "seed", _whole(0, MAX_SEED)),
     "s": _Value("steps", "sample_steps", _whole(1, MAX_STEPS)),
     "l": _Value("guidance", "cfg_scale", _number(0, 1000)),
     "fs": _Value("shift", "discrete_flow_shift", _number(1e-3, 1000)),
@@ -195,6 +195,10 @@ def _request(
             raise InputError(f"unknown option {name} of a prompt{nearest(letter, _BY_NAME)}: known are {known}")
         else:
             changes[_VALUES[letter].field] = _read(_VALUES[letter], value)
+    if "denoising_strength" in changes and not changes.get("video_path", defaults.video_path):
+        raise InputError(
+            f"{given['denoising_strength'].name} says how much of a video_path is made anew: give that too"
+        )
     if "steps" in changes and "timesteps" not in changes:
         changes["timesteps"] = ()  # a number of steps takes the place of levels that hold for all lines
     return fitted(checked(replace(defaults, **changes)))  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from wan_train.cli import InputError
 from wan_train.flow.solvers import explicit_levels
 from wan_train.log import get_logger
 from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, SIZE_STEP, VAE_STRIDE, Variant
-from wan_train.sampling.guidance import Guidance
+from wan_train.sampling.guidance import Guidance, plan_steps
 
 log = get_logger(__name__)
 
@@ -94,7 +94,11 @@ def checked(request: SampleRequest) -> SampleRequest:
         explicit_levels(request.timesteps)
         if request.video_path:
             raise InputError("--timesteps says where a run begins, and so does --video_path: give one of them")
-        return replace(request, steps=len(request.timesteps))
+        request = replace(request, steps=len(request.timesteps))
+    if request.slg_layers and not any(plan.skipping for plan in plan_steps(request.steps, request.guided)):
+        log.warning(
+            "--slg_layers acts on none of %d steps: give a larger --slg_end, or more --infer_steps", request.steps
+        )
     return request
 
 

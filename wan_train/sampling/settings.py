@@ -8,6 +8,7 @@ SOLVER_NAMES = ("unipc", "dpm++", "vanilla", "euler", "lcm")
 CFG_SKIP_MODES = ("none", "early", "late", "middle", "early_late", "alternate")
 SLG_MODES = ("original", "uncond")
 NOISE_DEVICES = ("cpu", "device", "cuda")
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class SamplingSettings:
         " --flow_shift shifts them.",
         metavar="N,N,...",
     )
-    seed: int | None = option(None, "Seed of the noise; without it one is drawn and printed.", minimum=0)
+    seed: int | None = option(
+        None, "Seed of the noise; without it one is drawn and printed.", minimum=0, maximum=MAX_SEED
+    )
     rand_device: str = option(
         "cpu",
         "Where noise is drawn: cpu gives the same on every machine, device (cuda) what the official code draws there.",
