@@ -153,7 +153,10 @@ def _find_turn(stream: Any, packets: Iterator[Any]) -> tuple[list[Any], Turn]:
 
 
 def _turn_of(frame: Any) -> Turn:
-    matrices = [data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
+    try:
+        matrices = [data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
+    except ValueError:  # a kind of side data, EXIF for one, that PyAV has no name for
+        return Turn()
     if not matrices:
         return Turn()
     # x' = ax + cy, y' = bx + dy, in steps of 1/65536 and with y downwards; seven more values follow.

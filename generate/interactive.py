@@ -21,13 +21,14 @@ def converse(models: Models, delivery: Delivery, *, read: Callable[[str], str] =
     """Make a video of every line until there are no more; how many were made. What fails costs its line only."""
     _edit_lines()
     print(WELCOME)
-    made = 0
+    begun = made = 0
     while (line := _next_line(read)) is not None:
         if not line.strip():
             continue
         try:
-            (job,) = fitted_jobs([parse_job(line.strip(), models.settings, made)], models.settings)
+            (job,) = fitted_jobs([parse_job(line.strip(), models.settings, begun)], models.settings)
             check_length(models.settings.output, job.request.frames)
+            begun += 1  # what fails from here on may leave latents of this number
             run_jobs([job], models, delivery)
             made += 1
         except InputError as problem:

@@ -46,12 +46,22 @@ class Delivery(Protocol):
     def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
         """Keep the result."""
 
+    def tell_left(self) -> None:
+        """Say what has been put and will not be finished, and think of it no more."""
+
 
 def run_jobs(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     """Make every job. One that fails is reported, and the others are made; RunError at the end tells of it.
 
     A job alone fails as it fails.
     """
+    try:
+        _make(jobs, models, delivery)
+    finally:
+        delivery.tell_left()
+
+
+def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     fps = VARIANTS[models.settings.dit.task].fps
     failures = Failures(alone=len(jobs) == 1)
     conditions = models.encode([text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)])
@@ -128,10 +138,10 @@ class OnDisk:
 
     def put_latents(self, job: Job, latents: Tensor) -> None:
         self._stems[job.index] = stem_of(self.settings.output, job, several=self.several)
-        save_latents(self._kept(job), latents, self._comment(job), latent_metadata(job.request))
+        save_latents(self._kept(job.index), latents, self._comment(job), latent_metadata(job.request))
 
     def take_latents(self, job: Job) -> Tensor:
-        return dict(read_tensors(self._kept(job)))["latent"].clone()
+        return dict(read_tensors(self._kept(job.index)))["latent"].clone()
 
     def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
         output = self.settings.output
@@ -141,11 +151,18 @@ class OnDisk:
         for path in write_outputs(product):
             log.info("wrote %s", path)
         if not writes_latents(output):
-            self._kept(job).unlink()
+            self._kept(job.index).unlink()
+        del self._stems[job.index]
 
-    def _kept(self, job: Job) -> Path:
+    def tell_left(self) -> None:
+        left = [path for path in map(self._kept, self._stems) if path.is_file()]
+        if left:
+            log.warning("sampled and not written: %s; --latent_path decodes latents", ", ".join(map(str, left)))
+        self._stems.clear()
+
+    def _kept(self, index: int) -> Path:
         """The latents' own place if they are wanted, else one beside that goes once the frames are written."""
-        stem = self._stems[job.index]
+        stem = self._stems[index]
         return latent_path(stem if writes_latents(self.settings.output) else stem.with_name(f"{stem.name}_pending"))
 
     def _comment(self, job: Job) -> str:
@@ -172,3 +189,6 @@ class InMemory:
     def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
         assert frames is not None
         self.frames[job.index] = frames
+
+    def tell_left(self) -> None:
+        self._latents.clear()

@@ -84,8 +84,8 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray, *, comment: str
 
 
 def write_images(folder: str | os.PathLike[str], frames: np.ndarray, *, comment: str = "") -> None:
-    """Write frames as FOLDER/NAME_000.png and so on, NAME being the folder's own; those of a longer video that was there
-    before go."""
+    """Write frames as FOLDER/NAME_000.png and so on, NAME being the folder's own; what a longer video has left behind
+    them goes."""
     target = Path(folder)
     for index, image in enumerate(frames):
         write_image(target / f"{target.name}_{index:03d}.png", image, comment=comment)

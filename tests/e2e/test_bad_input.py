@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cache_tools.settings import LATENTS_TOOL, TEXT_TOOL
-from examples.tiny.make import DIT, T5, VAE
+from examples.tiny.make import CLIPS, DIT, T5, VAE
 from generate.settings import TOOL as GENERATE
 from networks.settings import TOOL as CONVERT
 from wan_train.cli import Tool, run
@@ -145,6 +145,30 @@ def test_an_unknown_option_is_named_with_the_nearest(job: str, refused: Callable
         ("generate", {"vae": None}, "--vae"),
         ("generate", {"tokenizer": "absent"}, "absent"),
         ("generate", {"device": "cuda:77"}, "cuda:77"),
+        ("generate", {"seed": 2**64}, "--seed"),
+        ("generate", {"cfg_apply_ratio": -0.1, "cfg_skip_mode": "early"}, "0 to 1"),
+        ("generate", {"slg_layers": 1, "slg_start": 2}, "0 to 1"),
+        ("generate", {"slg_layers": 2}, "blocks 0 to 1"),
+        ("generate", {"slg_layers": 1, "guidance_scale": 1}, "--guidance_scale"),
+        ("generate", {"slg_mode": "both"}, "original"),
+        ("generate", {"timesteps": "250,500"}, "falling"),
+        ("generate", {"denoising_strength": 1.5, "video_path": "absent.mp4"}, "0.001 to 1"),
+        ("generate", {"denoising_strength": 0.5}, "--video_path"),
+        ("generate", {"video_path": "absent.mp4"}, "absent.mp4"),
+        ("generate", {"save_path": None}, "--save_path"),
+        ("generate", {"save_path": "{name}.mp4"}, "{name} is not known, {seed} and {index} are"),
+        ("generate", {"save_path": "x.webm"}, ".mp4"),
+        ("generate", {"codec": "h265"}, "h264"),
+        ("generate", {"video_quality": 64}, "--video_quality"),
+        ("generate", {"trim_tail_frames": 81}, "--trim_tail_frames"),
+        ("generate", {"include_patterns": "attn"}, "--lora_weight"),
+        ("generate", {"prompt": None, "from_file": "absent.txt"}, "absent.txt"),
+        ("generate", {"from_file": "absent.txt"}, "--prompt and --from_file"),
+        ("generate", {"prompt": None, "from_metadata": "absent.mp4"}, "absent.mp4"),
+        ("generate", {"prompt": None, "latent_path": "absent.safetensors"}, "absent.safetensors"),
+        ("generate", {"prompt": None, "save_merged_model": "m.safetensors"}, "--lora_weight"),
+        ("generate", {"prompt": None, "interactive": True}, "{index}"),
+        ("generate", {"prompt": None, "interactive": True, "slg_mode": "uncond"}, "--slg_layers"),
         ("latents", {"vae": "absent.pth"}, "absent.pth"),
         ("text", {"t5": "absent.pth"}, "absent.pth"),
         ("convert", {}, "lora.safetensors"),
@@ -262,6 +286,58 @@ def test_output_that_cannot_be_written(here: Path, refused: Callable[..., str]) 
     assert "file" in refused("generate", save_path=here / "file" / "out.mp4")
     assert "file" in refused("generate", save_path=here / "file" / "folder")
     assert "file" in refused("train", output_dir=here / "file")
+    assert "file" in refused("generate", text_cache=here / "file")
+    (here / "folder.mp4").mkdir()
+    assert "folder.mp4" in refused("generate", save_path=here / "folder.mp4")
+    merging = {"prompt": None, "lora_weight": make_lora(here), "save_path": None}
+    for place in ("file/m.safetensors", DIT, "lora.safetensors"):
+        assert str(here / place.split("/")[0]) in refused("generate", **merging, save_merged_model=here / place)
+
+
+def make_lora(here: Path) -> Path:
+    """A LoRA of the tiny model."""
+    rows = {f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight" for side in "AB"}
+    save_file({name: torch.zeros((4, 256) if "_A" in name else (256, 4)) for name in rows}, here / "lora.safetensors")
+    return here / "lora.safetensors"
+
+
+def test_a_line_of_a_prompt_file_that_cannot_be(here: Path, refused: Callable[..., str]) -> None:
+    for line, told in (
+        ("a dog --zz 3", "--zz"),
+        ("a dog --s 0", "--s"),
+        ("a dog --sample_solver unipcs", "unipc"),
+        ("a dog --cfg_apply_ratio 2 --cfg_skip_mode late", "0 to 1"),
+        ("a dog --denoising_strength 0.5", "video_path"),
+        ("--w 64", "words"),
+    ):
+        (here / "prompts.txt").write_text(f"a cat\n{line}\n")
+        said = refused("generate", prompt=None, from_file=here / "prompts.txt", save_path=here / "out")
+        assert "prompts.txt, line 2" in said and told in said
+
+
+def test_a_video_to_begin_with_that_does_not_read(here: Path, refused: Callable[..., str]) -> None:
+    (here / "text.mp4").write_text("no video")
+    (here / "text.png").write_text("no picture")
+    for name in ("text.mp4", "text.png", "data.toml", "clips"):
+        assert name in refused("generate", video_path=here / name)
+    assert "--vae" in refused("generate", video_path=here / CLIPS / "red_circle.mp4", output_type="latent", vae=None)
+    assert T5 in refused("generate", video_path=here / CLIPS / "red_circle.mp4", output_type="latent", vae=here / T5)
+
+
+def test_latents_that_are_none(here: Path, refused: Callable[..., str]) -> None:
+    save_file({"latent": torch.zeros(48, 2, 4, 4)}, here / "wide.safetensors")
+    save_file({"context": torch.zeros(5, 64)}, here / "text.safetensors")
+    for name in ("wide.safetensors", "text.safetensors", DIT, "data.toml", "clips"):
+        assert name in refused("generate", prompt=None, latent_path=here / name)
+    save_file({"latent": torch.zeros(16, 2, 4, 4)}, here / "x.safetensors")
+    line = refused("generate", prompt=None, latent_path=here / "x.safetensors", vae=None)
+    assert "--vae" in line and "--output_type" not in line
+
+
+def test_a_file_that_does_not_say_how_it_was_made(here: Path, refused: Callable[..., str]) -> None:
+    make_lora(here)
+    for name in (f"{CLIPS}/red_circle.mp4", "data.toml", "lora.safetensors", "clips"):
+        assert name in refused("generate", prompt=None, from_metadata=here / name)
 
 
 def test_a_previews_line_that_cannot_be(here: Path, refused: Callable[..., str]) -> None:

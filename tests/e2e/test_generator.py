@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -135,9 +136,27 @@ def test_the_python_call_of_the_docs(tiny: Path, tmp_path: Path, run_tool: Tool,
 
 
 def test_the_python_call_refuses_what_it_cannot_do(tiny: Path) -> None:
-    for settings in ({"save_path": "x.mp4"}, {"promt": 1}, {"dit": "absent.safetensors"}, {"infer_steps": "many"}):
-        with pytest.raises(ValueError):
-            wan_train.generate("a cat", **({"dit": tiny / DIT, "vae": tiny / VAE, "t5": tiny / T5} | settings))
+    for settings, told in (
+        ({"save_path": "x.mp4"}, "save_path is about files"),
+        ({"promt": 1}, "promt"),
+        ({"dit": "absent.safetensors"}, "absent.safetensors"),
+        ({"infer_steps": "many"}, "many"),
+        ({"seed": 2**64}, "--seed"),
+        ({"trim_tail_frames": 5}, "leaves none of 5 frames"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            wan_train.generate("a cat", **(calling(tiny) | settings))
+
+
+def test_lists_in_the_python_call(tiny: Path) -> None:
+    whole = wan_train.generate("a cat", **calling(tiny), timesteps=[1000, 500], slg_layers=[0, 1], slg_end=1)
+    written = wan_train.generate("a cat", **calling(tiny), timesteps="1000,500", slg_layers="0,1", slg_end=1)
+    assert whole.shape == (5, 48, 64, 3) and np.array_equal(whole, written)
+
+
+def calling(tiny: Path) -> dict[str, Any]:
+    files = {"dit": tiny / DIT, "vae": tiny / VAE, "t5": tiny / T5}
+    return files | {"task": "t2v-1.3B", "video_size": [64, 48], "video_length": 5, "seed": 1}
 
 
 def test_latents_are_the_bytes_of_the_video(tiny: Path, tmp_path: Path, run_tool: Tool) -> None:

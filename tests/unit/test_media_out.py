@@ -54,3 +54,10 @@ def test_pictures_carry_a_comment_and_folders_that_of_their_pictures(tmp_path: P
 def test_an_unknown_codec_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="h264, vp9, lossless"):
         write_video(tmp_path / "a.mp4", FRAMES, fps=16, codec="av2")
+
+
+def test_pictures_of_a_longer_video_before_do_not_stay(tmp_path: Path) -> None:
+    write_images(tmp_path / "many", FRAMES)
+    (tmp_path / "many" / "mine.png").write_bytes(b"")
+    write_images(tmp_path / "many", FRAMES[:2])
+    assert {path.name for path in (tmp_path / "many").iterdir()} == {"many_000.png", "many_001.png", "mine.png"}

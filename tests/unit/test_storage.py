@@ -104,3 +104,9 @@ def test_parts_that_find_no_room_say_what_the_disk_said(tmp_path: Path) -> None:
             save_parts(tmp_path / "run.pt", {"state": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_is_saved_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_tensors(tmp_path / "x.safetensors", tensors())
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -24,6 +24,13 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def _size(text: str) -> tuple[int, ...]:
+    size = tuple(map(_whole(16, 8192), text.replace(",", " ").split()))
+    if len(size) != 2:
+        raise ValueError("takes width and height")
+    return size
+
+
 def _number(low: float, high: float) -> Callable[[str], float]:
     def read(text: str) -> float:
         value = float(text)
@@ -52,7 +59,7 @@ def _switch(text: str) -> bool:
 
 @dataclass(frozen=True)
 class _Value:
-    """What a prompt says of one field of a request: its name in tables, and how its text is read."""
+    """What a prompt says of one field of a request ("size" is two): its name in tables, and how its text is read."""
 
     field: str
     name: str
@@ -69,6 +76,7 @@ _VALUES = {
     "l": _Value("guidance", "cfg_scale", _number(0, 1000)),
     "fs": _Value("shift", "discrete_flow_shift", _number(1e-3, 1000)),
     "n": _Value("negative_prompt", "negative_prompt", str),
+    "video_size": _Value("size", "video_size", _size),
     "sample_solver": _Value("solver", "sample_solver", _one_of(SOLVER_NAMES)),
     "timesteps": _Value("timesteps", "timesteps", read_numbers),
     "rand_device": _Value("rand_device", "rand_device", _one_of(NOISE_DEVICES)),
@@ -195,6 +203,10 @@ def _request(
             raise InputError(f"unknown option {name} of a prompt{nearest(letter, _BY_NAME)}: known are {known}")
         else:
             changes[_VALUES[letter].field] = _read(_VALUES[letter], value)
+    if size := changes.pop("size", None):
+        if beside := given.keys() & {"w", "h"}:
+            raise InputError(f"{given['video_size'].name} and {given[min(beside)].name} say the same: keep one of them")
+        changes["width"], changes["height"] = size  # type: ignore[misc]
     if "denoising_strength" in changes and not changes.get("video_path", defaults.video_path):
         raise InputError(
             f"{given['denoising_strength'].name} says how much of a video_path is made anew: give that too"

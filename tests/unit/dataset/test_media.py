@@ -195,3 +195,10 @@ def test_a_folder_of_frames_is_sorted_by_number_and_of_one_size(tmp_path):
     with pytest.raises(InputError, match="holds no pictures"):
         (tmp_path / "none").mkdir()
         probe(tmp_path / "none")
+
+
+def test_side_data_that_has_no_name_is_passed_over(tmp_path):
+    """ffmpeg hands on the EXIF data of a TIFF, for which PyAV has no name yet."""
+    draw_image(tmp_path / "a.tiff")
+    assert (probe(tmp_path / "a.tiff").width, probe(tmp_path / "a.tiff").height) == (64, 48)
+    assert len(list(read_frames(tmp_path / "a.tiff", {0}))) == 1

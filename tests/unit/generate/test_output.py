@@ -82,6 +82,9 @@ def test_seed_and_index_are_filled_in(given: Given, tmp_path: Path) -> None:
     [
         ((), "--save_path is missing"),
         (("--save_path", "{name}.mp4"), "{name} is not known"),
+        (("--save_path", "{seed:04d}.mp4"), "{seed:04d} is not known"),
+        (("--save_path", "x.webm"), r"\.webm is not written"),
+        (("--save_path", "x.JPG"), r"\.jpg is not written"),
         (("--save_path", "x.safetensors"), "is for latent"),
         (("--save_path", "x.png", "--output_type", "latent"), "is for video and both"),
         (("--save_path", "x.png"), "a picture for 5 frames"),
@@ -103,3 +106,17 @@ def test_one_name_for_several_videos_is_refused(given: Given, tmp_path: Path) ->
             check_output(settings.output, jobs)
     check_output(given("--save_path", tmp_path / "new" / "{index}" / "x.mp4").output, None)
     assert (tmp_path / "new").is_dir()
+
+
+def test_folders_that_are_named_by_seed_are_not_made_beforehand(given: Given, tmp_path: Path) -> None:
+    for place in ("{seed}/sub/x.mp4", "a/{index}/sub/{seed}"):
+        settings = given("--prompt", "a", "--save_path", tmp_path / place)
+        check_output(settings.output, make_jobs(settings))
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["a"]
+
+
+def test_a_folder_of_the_files_name_is_refused(given: Given, tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").mkdir()
+    settings = given("--prompt", "a", "--save_path", tmp_path / "x.mp4")
+    with pytest.raises(InputError, match="is a folder"):
+        check_output(settings.output, make_jobs(settings))

@@ -1,6 +1,7 @@
 """Files that say how they were made."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +9,18 @@ import pytest
 import torch
 
 from generate.jobs import make_jobs
-from generate.output import latent_metadata, save_latents
+from generate.output import check_output, latent_metadata, save_latents
 from generate.record import compare_hashes, make_record, model_hashes, read_record
 from generate.settings import GenerateSettings
 from tests.unit.generate.conftest import Given
 from wan_train.cli import InputError, parse
 from wan_train.media_out import write_image, write_images, write_video
+from wan_train.sampling.request import STRENGTH
 
 FRAMES = np.zeros((5, 32, 32, 3), dtype=np.uint8)
 WORDS = (
     *("--prompt", "a cat", "--seed", 5, "--fps", 8, "--save_path", "x.mp4", "--blocks_to_swap", 1, "--vae_tiling"),
-    *("--slg_layers", "1", "--lora_mode", "attach", "--no_metadata", "--text_cache", "somewhere"),
+    *("--slg_layers", "1", "--slg_end", 0.5, "--lora_mode", "attach", "--no_metadata", "--text_cache", "somewhere"),
 )
 
 
@@ -41,7 +43,8 @@ def test_every_kind_of_file_gives_the_settings_back(given: Given, tmp_path: Path
         for group in ("dit", "weights", "stream", "activations", "compile", "vae", "text", "lora"):
             assert getattr(again, group) == getattr(settings, group)
         assert again.output.fps == 8
-        assert again.output.save_path == str(path.with_name(f"{path.stem}_again{path.suffix}"))
+        suffix = ".png" if path.suffix == ".png" else ".mp4"
+        assert again.output.save_path == str(path.with_name(f"{path.stem}_again{suffix}"))
         # Where it was made and what it was allowed to say belong to the command, not to the video.
         assert not again.output.no_metadata and again.output.text_cache is None and again.output.device is None
 
@@ -88,3 +91,56 @@ def test_a_latent_file_without_a_record_says_nothing(tmp_path: Path, given: Give
     (job,) = make_jobs(given("--prompt", "secret"))
     save_latents(tmp_path / "l.safetensors", torch.zeros(16, 1, 4, 4), "", latent_metadata(job.request))
     assert b"secret" not in (tmp_path / "l.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "again"),
+    [
+        ("both", "a_latent.safetensors", "a_again.mp4"),
+        ("video", "a_pending_latent.safetensors", "a_again.mp4"),
+        ("latent_images", "many/many_000.png", "many/many_000_again.mp4"),
+        ("images", "v1.5", "v1.5_again.mp4"),
+        ("both", "p.png", "p_again.png"),
+        ("video", "a.mov", "a_again.mp4"),
+    ],
+)
+def test_the_place_of_the_new_one_suits_the_type(
+    kind: str, name: str, again: str, given: Given, tmp_path: Path
+) -> None:
+    settings = given(*WORDS, "--output_type", kind)
+    (job,) = make_jobs(settings)
+    comment = make_record(settings, job.request, {}).text()
+    paths = {path.name: path for path in write_all(tmp_path, comment)}
+    given_kinds = {".mov": "v.mp4", ".safetensors": "l.safetensors"}
+    old = tmp_path / name
+    if old.suffix in given_kinds:
+        paths[given_kinds[old.suffix]].rename(old)
+    elif name == "v1.5":
+        paths["many"].rename(old)
+    settings = parse(GenerateSettings, ["--from_metadata", str(old)])
+    assert settings.output.save_path == str(tmp_path / again)
+    check_output(settings.output, [])
+
+
+def test_the_folder_that_one_is_in_can_be_named_by_a_dot(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = given(*WORDS, "--output_type", "images")
+    (job,) = make_jobs(settings)
+    write_all(tmp_path, make_record(settings, job.request, {}).text())
+    monkeypatch.chdir(tmp_path / "many")
+    assert parse(GenerateSettings, ["--from_metadata", "."]).output.save_path == str(tmp_path / "many_again.mp4")
+
+
+def test_what_a_line_says_is_recorded_and_not_what_it_stands_over(given: Given, tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a cat --d 1 --s 3 --cfg_merge false\na dog --d 2 --slg_end 0.9\n")
+    settings = given(
+        *("--from_file", lines, "--timesteps", "999.98765,500.5", "--cfg_merge", "--slg_layers", 1, "--slg_end", 1),
+        *("--denoising_strength", 0.5),
+    )
+    for job in make_jobs(settings):
+        path = tmp_path / "p.png"
+        write_image(path, FRAMES[0], comment=make_record(settings, job.request, {}).text())
+        (again,) = make_jobs(parse(GenerateSettings, ["--from_metadata", str(path)]))
+        assert again.request == replace(job.request, denoising_strength=STRENGTH)  # of a video that is not there

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import generate.models
@@ -16,6 +16,7 @@ from generate.interactive import converse
 from generate.jobs import Job, make_jobs
 from generate.latents import check_latents, decode_latents
 from generate.models import Models
+from generate.preflight import fitted_jobs
 from generate.runs import InMemory, OnDisk, run_jobs
 from generate.settings import GenerateSettings
 from generate.text_cache import TextCache
@@ -203,8 +204,6 @@ def test_a_cache_of_texts_gives_back_what_it_was_given(given: Given, tmp_path: P
     ],
 )
 def test_what_cannot_be_decoded_is_refused(words: tuple[object, ...], told: str, given: Given, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"latent": torch.zeros(16, 2, 4, 4)}, tmp_path / "a_latent.safetensors")
     settings = given("--latent_path", tmp_path, "--save_path", tmp_path, *words)
     with pytest.raises(InputError, match=told):
@@ -212,8 +211,6 @@ def test_what_cannot_be_decoded_is_refused(words: tuple[object, ...], told: str,
 
 
 def test_files_that_hold_no_latents_are_refused(given: Given, tmp_path: Path, models: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"latent": torch.zeros(48, 2, 4, 4)}, tmp_path / "other.safetensors")
     (tmp_path / "empty").mkdir()
     output = given("--save_path", tmp_path).output
@@ -223,8 +220,6 @@ def test_files_that_hold_no_latents_are_refused(given: Given, tmp_path: Path, mo
 
 
 def test_latents_of_other_tools_have_a_batch_axis_and_a_name_of_their_own(given: Given, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"latent_tensor": torch.ones(1, 16, 2, 4, 4)}, tmp_path / "x.safetensors")
     (file,) = check_latents([str(tmp_path / "x.safetensors")], given("--save_path", tmp_path).output)
     assert file.read().shape == (16, 2, 4, 4) and file.name == "x"
@@ -234,3 +229,74 @@ def test_a_job_is_shown_in_a_few_words(given: Given) -> None:
     (job,) = make_jobs(given("--prompt", "x" * 60, "--seed", 1))
     assert job.shown == f'video 0 ("{"x" * 39}…", seed 1)'
     assert isinstance(job, Job)
+
+
+def test_a_line_of_too_few_frames_is_refused_and_what_one_leaves_is_told_and_kept(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = given("--interactive", "--save_path", tmp_path / "{index}.mp4", "--trim_tail_frames", 3)
+    lines = iter(["a cat --f 1", "a cat", "a dog"])
+
+    def read(prompt: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(Models, "decode", lambda *given: 1 / 0)
+    assert converse(Models(settings, (), CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
+    said = capsys.readouterr().err
+    assert "leaves none of 1 frames" in said
+    left = [f"{index:03d}_pending_latent.safetensors" for index in (0, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert all(f"sampled and not written: {tmp_path / name}; --latent_path" in said for name in left)
+
+
+def test_latents_are_told_of_where_somebody_interrupts(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Models, "decode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(given("--prompt", "a", "--save_path", tmp_path / "a.mp4"))
+    assert "a_pending_latent.safetensors; --latent_path" in capsys.readouterr().err
+
+
+def test_a_damaged_text_in_the_cache_is_encoded_again(
+    given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = TextCache(str(tmp_path), given().text, CPU)
+    cache.keep({"a": Conditions((torch.ones(1, 4),))})
+    (path,) = tmp_path.iterdir()
+    for content in (path.read_bytes()[:30], b""):
+        path.write_bytes(content)
+        assert cache.find(["a"]) == {} and "is damaged" in capsys.readouterr().err
+    save_file({"other": torch.zeros(1)}, path)
+    assert cache.find(["a"]) == {}
+
+
+def test_places_for_decoded_latents(given: Given, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        save_file({"latent": torch.zeros(16, 2, 4, 4)}, tmp_path / folder / "a_latent.safetensors", {"seeds": "../7"})
+    both = [str(tmp_path / folder) for folder in ("one", "two")]
+
+    def check(place: str, paths: list[str]) -> None:
+        check_latents(paths, given("--save_path", tmp_path / place).output)
+
+    for place, told in (("out", "two latents are called a"), ("{name}", "not known"), ("x.png", "for 5 frames")):
+        with pytest.raises(InputError, match=told):
+            check(place, both if place == "out" else both[:1])
+    check("{index}/sub", both)
+    assert not (tmp_path / "{index}").exists()
+    assert check_latents(both[:1], given("--save_path", tmp_path).output)[0].seed == "0"
+
+
+def test_latents_begin_with_a_vae_that_is_one(given: Given, models: Path) -> None:
+    words = ("--prompt", "a", "--video_path", "absent.mp4", "--output_type", "latent")
+    for vae in ("", models / "wan_t2v_tiny.safetensors"):
+        settings = given(*words, "--vae", vae)
+        with pytest.raises(InputError, match=r"--vae|wan_t2v_tiny"):
+            fitted_jobs(make_jobs(settings), settings)

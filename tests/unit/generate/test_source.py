@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from generate.jobs import make_jobs
 from generate.source import fit_to_source, read_source
@@ -60,3 +61,24 @@ def test_what_does_not_read_is_refused(request_: SampleRequest, tmp_path: Path) 
         with pytest.raises(InputError):
             fit_to_source(replace(request_, video_path=str(tmp_path / name)), 16)
     assert fit_to_source(request_, 16) == request_
+
+
+def test_a_video_may_have_any_name(request_: SampleRequest, tmp_path: Path) -> None:
+    write_video(tmp_path / "v.mp4", FRAMES, fps=16, codec="lossless")
+    write_images(tmp_path / "mixed", FRAMES)
+    (tmp_path / "mixed" / "v.mp4").write_bytes((tmp_path / "v.mp4").read_bytes())
+    (tmp_path / "v.mp4").rename(tmp_path / "clip.ts")
+    for name in ("clip.ts", "mixed"):
+        wished = fit_to_source(replace(request_, video_path=str(tmp_path / name)), 16)
+        assert wished.frames == 9 and greys(read_source(wished, 16)) == [12 * i for i in range(9)]
+
+
+def test_an_animation_without_durations_is_refused(request_: SampleRequest, tmp_path: Path) -> None:
+    first, *others = (Image.fromarray(frame) for frame in FRAMES)
+    first.save(tmp_path / "a.webp", save_all=True, append_images=others, duration=0)
+    with pytest.raises(InputError, match="does not say how long"):
+        fit_to_source(replace(request_, video_path=str(tmp_path / "a.webp")), 16)
+
+
+def test_an_empty_name_is_none(request_: SampleRequest) -> None:
+    assert fit_to_source(replace(request_, video_path=""), 16).frames == request_.frames

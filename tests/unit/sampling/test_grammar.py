@@ -92,3 +92,25 @@ def test_video_to_video_belongs_to_the_generator() -> None:
 def test_what_does_not_agree_is_refused(line: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
         parse_line(line, DEFAULTS, GENERATOR)
+
+
+def test_a_size_can_be_said_as_on_the_command_line() -> None:
+    for said in (
+        parse_line("a cat --video_size 64 48", DEFAULTS, GENERATOR),
+        parse_table({"prompt": "a cat", "video_size": [64, 48]}, DEFAULTS, GENERATOR),
+    ):
+        assert (said.width, said.height) == (64, 48)
+    for line, told in (
+        ("a --video_size 64", "takes width and height"),
+        ("a --video_size 64 48 --w 64", "say the same"),
+        ("a --video_size 64 8", "takes 16 to 8192"),
+    ):
+        with pytest.raises(InputError, match=told):
+            parse_line(line, DEFAULTS, GENERATOR)
+
+
+def test_a_strength_needs_a_video() -> None:
+    with pytest.raises(InputError, match="give that too"):
+        parse_line("a cat --denoising_strength 0.5", DEFAULTS, GENERATOR)
+    held = replace(DEFAULTS, video_path="a.mp4")
+    assert parse_line("a cat --denoising_strength 0.5", held, GENERATOR).denoising_strength == 0.5

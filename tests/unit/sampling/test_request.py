@@ -6,7 +6,7 @@ import pytest
 from wan_train.cli import InputError
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.grammar import parse_line, read_prompts
-from wan_train.sampling.request import fitted, preview_defaults
+from wan_train.sampling.request import checked, fitted, preview_defaults
 
 DEFAULTS = preview_defaults(VARIANTS["t2v-1.3B"])
 
@@ -100,3 +100,11 @@ def test_a_file_gives_a_request_a_line_and_names_the_bad_one(tmp_path: Path) -> 
         read_prompts(path, DEFAULTS)
     with pytest.raises(InputError, match=r"absent\.txt"):
         read_prompts(tmp_path / "absent.txt", DEFAULTS)
+
+
+def test_layers_that_no_step_skips_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    request = replace(preview_defaults(VARIANTS["t2v-1.3B"]), prompt="a", slg_layers=(1,))
+    checked(replace(request, steps=20))
+    assert capsys.readouterr().err == ""
+    checked(replace(request, steps=3))
+    assert "--slg_layers acts on none of 3 steps" in capsys.readouterr().err
