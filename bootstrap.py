@@ -1,7 +1,7 @@
 """From a fresh clone to a working tree, with nothing but CPython.
 
-    python bootstrap.py demo [FOLDER]      the whole job on a tiny model that it makes (in demo/)
-    python bootstrap.py test [ARGUMENT]... the tests; the arguments go to pytest
+    python bootstrap.py demo [FOLDER] [--fast]   teach a small model a new word, and see it (in demo/)
+    python bootstrap.py test [ARGUMENT]...       the tests; the arguments go to pytest
 
 Both first make `.venv` and install the requirements into it, unless that is done already.
 """
@@ -27,28 +27,6 @@ DEVELOPMENT = "requirements-dev.txt"
 OLDEST, NEWEST = (3, 11), (3, 13)
 UNFINISHED = {"python": "unfinished"}
 
-# The README's commands at a size that a CPU runs in seconds.
-DEMO = """\
-python examples/tiny/make.py DIR
-python wan_cache_latents.py --dataset_config DIR/data.toml --vae DIR/Wan2.1_VAE.safetensors
-python wan_cache_text_encoder_outputs.py --dataset_config DIR/data.toml \
- --t5 DIR/models_t5_umt5-xxl-enc-bf16.safetensors --batch_size 16
-accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no --num_cpu_threads_per_process 1 \
- --mixed_precision no wan_train_network.py --task t2v-1.3B --dit DIR/wan_t2v_tiny.safetensors \
- --dataset_config DIR/data.toml --sdpa --mixed_precision no --optimizer_type adamw8bit --learning_rate 2e-3 \
- --gradient_checkpointing --network_module networks.lora_wan --network_dim 8 --network_alpha 8 \
- --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 4 --save_every_n_epochs 2 --seed 42 \
- --output_dir DIR/out --output_name tiny --vae DIR/Wan2.1_VAE.safetensors \
- --t5 DIR/models_t5_umt5-xxl-enc-bf16.safetensors --sample_prompts DIR/prompts.txt --sample_every_n_epochs 2 \
- --sample_at_first
-python convert_lora.py --input DIR/out/tiny.safetensors --output DIR/tiny_comfy.safetensors --target other
-python wan_generate_video.py --task t2v-1.3B --video_size 96 64 --video_length 17 --infer_steps 6 \
- --prompt "a blue square moves down" --seed 1 --save_path DIR/tiny.mp4 --output_type both \
- --dit DIR/wan_t2v_tiny.safetensors --vae DIR/Wan2.1_VAE.safetensors \
- --t5 DIR/models_t5_umt5-xxl-enc-bf16.safetensors --attn_mode torch --lora_weight DIR/out/tiny.safetensors \
- --lora_multiplier 1.0
-"""
-
 
 class Failure(Exception):
     """One line for the user, and the exit code."""
@@ -68,7 +46,7 @@ def main(arguments: list[str]) -> int:
         if command == "test":
             run([prepare([RUNTIME, DEVELOPMENT]) / "python", "-m", "pytest", *rest], shown="pytest")
         else:
-            run_demo(prepare([RUNTIME]), Path(rest[0]).resolve() if rest else ROOT / "demo")
+            run([prepare([RUNTIME]) / "python", "examples/nano/demo.py", *rest], shown="the demo")
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return failure.code
@@ -90,12 +68,14 @@ def check_python(version: tuple[int, ...], implementation: str) -> None:
 
 
 def read_arguments(arguments: list[str]) -> tuple[str, list[str]]:
-    """The command, and what comes after it."""
+    """The command, and what comes after it; the demo's folder is made absolute, for it starts in the repo root."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    plain = len(rest) <= 1 and not any(word.startswith("-") for word in rest)
-    if command == "test" or (command == "demo" and plain):
+    if command == "test":
         return command, rest
-    raise Failure("usage: python bootstrap.py demo [FOLDER] | test [PYTEST ARGUMENT]...", 2)
+    fast, folders = [word for word in rest if word == "--fast"], [word for word in rest if word != "--fast"]
+    if command == "demo" and len(fast) <= 1 and len(folders) <= 1 and not any(word[:1] == "-" for word in folders):
+        return command, [*(str(Path(folder).resolve()) for folder in folders), *fast]
+    raise Failure("usage: python bootstrap.py demo [FOLDER] [--fast] | test [PYTEST ARGUMENT]...", 2)
 
 
 def prepare(requirements: list[str]) -> Path:
@@ -161,34 +141,6 @@ def run(command: list[str | Path], *, shown: str = "") -> None:
     code = subprocess.run(words, cwd=ROOT).returncode
     if code:
         raise Failure(f"exit code {code} from: {shown or shlex.join(words)}", code if code > 0 else 128 - code)
-
-
-def run_demo(programs: Path, folder: Path) -> None:
-    """Make the tiny model and the clips, run the five commands on them, and say where the results are."""
-    for words in demo_commands(folder):
-        shown = shlex.join(words)
-        print(f"\n$ {shown}", flush=True)
-        run([programs / words[0], *words[1:]], shown=shown)
-    previews = sorted((folder / "out" / "sample").glob("*.mp4"), key=lambda path: path.stat().st_mtime)
-    results = {
-        "LoRA": folder / "out" / "tiny.safetensors",
-        "LoRA for other tools": folder / "tiny_comfy.safetensors",
-        "preview": previews[-1] if previews else folder / "out" / "sample",
-        "video": folder / "tiny.mp4",
-    }
-    for name, path in results.items():
-        if not path.is_file():
-            raise Failure(f"all commands ran, but there is no {name} in {path}")
-    print("\nAll five commands ran. The results:")
-    for name, path in results.items():
-        print(f"  {name}: {path}")
-
-
-def demo_commands(folder: Path) -> list[list[str]]:
-    """The words of each command, for the folder (written from the repo root where it lies below it)."""
-    shown = (folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder).as_posix()
-    lines = [shlex.split(line) for line in DEMO.splitlines()]
-    return [[shown + word[3:] if word.split("/")[0] == "DIR" else word for word in words] for words in lines]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from dataset.config import DatasetConfig, read_config
 from dataset.manifest import Manifest
 from dataset.recipe import Recipe, take_fingerprint
 from dataset.sources import Plan, list_items, plan_clips
-from examples.tiny.make import VAE, draw_clips, make_models
+from tests.tiny.make import VAE, draw_clips, make_models
 from wan_train.cli import run
 
 REPEATS = 5

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from examples.tiny.make import DIT, T5, VAE, make
+from tests.tiny.make import DIT, T5, VAE, make
 from wan_train.cli import run
 from wan_train.training import loop, step
 from wan_train.training.settings import TOOL

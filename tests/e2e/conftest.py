@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from examples.tiny.make import make
+from tests.tiny.make import make
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of examples/tiny: models under their official names, clips, data.toml and prompts.txt.
+    """The folder of tests/tiny: models under their official names, clips, data.toml and prompts.txt.
 
     It is made once for all tests, so whoever writes (caches included) writes to a folder of his own.
     """

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cache_tools.settings import LATENTS_TOOL, TEXT_TOOL
-from examples.tiny.make import CLIPS, DIT, T5, VAE
 from generate.settings import TOOL as GENERATE
 from networks.settings import TOOL as CONVERT
+from tests.tiny.make import CLIPS, DIT, T5, VAE
 from wan_train.cli import Tool, run
 from wan_train.training.settings import TOOL as TRAIN
 

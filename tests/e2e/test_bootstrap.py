@@ -1,6 +1,5 @@
 """bootstrap.py: what it asks of Python, what it makes of its arguments, and when it installs anything."""
 
-import shlex
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import bootstrap
+from examples.nano import demo
 
 
 @pytest.fixture
@@ -49,7 +49,9 @@ def test_each_supported_python_is_accepted_and_other_implementations_are_not() -
         bootstrap.check_python((3, 11), "PyPy")
 
 
-@pytest.mark.parametrize("arguments", [[], ["run"], ["demo", "--fast"], ["demo", "here", "there"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["run"], ["demo", "--slow"], ["demo", "here", "there"], ["demo", "--fast", "--fast"]]
+)
 def test_what_it_does_not_know_ends_with_the_usage(root: Path, arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, root / "bootstrap.py", *arguments], capture_output=True, text=True)
     assert done.returncode == 2
@@ -128,41 +130,23 @@ def test_an_environment_of_someone_else_is_left_alone(clone: list[list[str]], tm
     assert not clone
 
 
-def test_a_failing_command_ends_the_demo_with_its_code_and_name(
-    clone: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failing_demo_ends_with_its_code(clone: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     bootstrap.prepare(["requirements.txt"])
-    monkeypatch.setattr(
-        bootstrap.subprocess,
-        "run",
-        lambda words, **_: subprocess.CompletedProcess(words, 3 if "wan_cache_latents.py" in words else 0),
-    )
+    failed = lambda words, **_: subprocess.CompletedProcess(words, 3)  # noqa: E731
+    monkeypatch.setattr(bootstrap.subprocess, "run", failed)
     assert bootstrap.main(["demo"]) == 3
-    shown = capsys.readouterr()
-    assert "exit code 3 from: python wan_cache_latents.py --dataset_config demo/data.toml" in shown.err
-    assert "wan_train_network.py" not in shown.out
 
 
-def test_the_demo_runs_the_five_commands_in_the_folder_it_is_given(root: Path, tmp_path: Path) -> None:
-    commands = bootstrap.demo_commands(tmp_path / "a folder")
-    scripts = [next(word for word in words if word.endswith(".py")) for words in commands]
-    assert scripts == [
-        "examples/tiny/make.py",
-        "wan_cache_latents.py",
-        "wan_cache_text_encoder_outputs.py",
-        "wan_train_network.py",
-        "convert_lora.py",
-        "wan_generate_video.py",
-    ]
-    assert all((root / script).is_file() for script in scripts)
-    assert not any(word.startswith("DIR") for words in commands for word in words)
-    assert shlex.quote(f"{(tmp_path / 'a folder').as_posix()}/data.toml") in shlex.join(commands[1])
+@pytest.mark.parametrize("arguments", [[], ["--fast"], ["here"], ["here", "--fast"], ["--fast", "here"]])
+def test_the_demo_gets_its_folder_and_how_fast(clone: list[list[str]], arguments: list[str]) -> None:
+    assert bootstrap.main(["demo", *arguments]) == 0
+    folder = [str(Path("here").resolve())] if "here" in arguments else []
+    assert clone[-1][1:] == ["examples/nano/demo.py", *folder, *(["--fast"] if "--fast" in arguments else [])]
 
 
-def test_the_scripts_of_the_demo_are_the_parsers_own(root: Path) -> None:
-    """Every option of the demo is one that its tool takes."""
-    for words in bootstrap.demo_commands(root / "demo")[1:]:
+def test_every_option_of_the_demo_is_one_that_its_tool_takes(root: Path) -> None:
+    for title, words in demo.commands("demo", "examples/nano", demo.FULL):
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         shown = subprocess.run([sys.executable, words[script], "--help"], cwd=root, capture_output=True, text=True)
         known = set(shown.stdout.replace(",", " ").split())
-        assert {word for word in words[script + 1 :] if word.startswith("--")} <= known
+        assert {word for word in words[script + 1 :] if word.startswith("--")} <= known, title

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.tiny.make import DIT, T5, VAE
+from tests.tiny.make import DIT, T5, VAE
 from wan_train.storage import read_tensors
 
 Tool = Callable[..., subprocess.CompletedProcess[str]]

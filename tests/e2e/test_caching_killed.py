@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.tiny.make import VAE
+from tests.tiny.make import VAE
 from tests.unit.dataset.drawing import make_clips
 from wan_train.storage import read_tensors
 

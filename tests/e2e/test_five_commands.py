@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from examples.tiny.make import DIT, FRAMES, SIZE, T5, VAE
+from tests.tiny.make import DIT, FRAMES, SIZE, T5, VAE
 
 Tool = Callable[..., subprocess.CompletedProcess[str]]
 PROMPT = "a blue square moves down"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_train
-from examples.tiny.make import CLIPS, DIT, T5, VAE
+from tests.tiny.make import CLIPS, DIT, T5, VAE
 from wan_train.models.loading import linear_shapes
 
 Tool = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,7 +12,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
-from examples.tiny.make import DIT, T5, VAE
+from tests.tiny.make import DIT, T5, VAE
 
 STORED = Path(__file__).parents[1] / "golden" / "losses.json"
 Tool = Callable[..., CompletedProcess[str]]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from examples.tiny.make import DIT, SIZE, T5, VAE, dit_shapes, draw_weight
+from tests.tiny.make import DIT, SIZE, T5, VAE, dit_shapes, draw_weight
 from wan_train.cli import run
 from wan_train.training.settings import TOOL
 

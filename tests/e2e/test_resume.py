@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples.tiny.make import DIT, T5, VAE
+from tests.tiny.make import DIT, T5, VAE
 from wan_train.cli import run
 from wan_train.training.settings import TOOL
 

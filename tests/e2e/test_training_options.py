@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from examples.tiny.make import DIT, T5, VAE
+from tests.tiny.make import DIT, T5, VAE
 from wan_train.cli import InputError, run
 from wan_train.storage import HOST, save_parts, save_tensors
 from wan_train.training.accelerator import make_accelerator

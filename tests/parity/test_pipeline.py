@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 import wan_train
-from examples.tiny import make
 from generate.jobs import make_jobs
 from generate.models import Models
 from generate.settings import GenerateSettings
 from tests.parity.golden import TOLERANCE, relative_error
+from tests.tiny import make
 from wan_train.config_file import from_values
 from wan_train.flow.solvers import make_solver
 from wan_train.models.text_encoder_files import t5_rename

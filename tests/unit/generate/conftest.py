@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.tiny.make import DIT, T5, VAE, make_models
 from generate.settings import GenerateSettings
+from tests.tiny.make import DIT, T5, VAE, make_models
 from wan_train.cli import parse
 
 Given = Callable[..., GenerateSettings]

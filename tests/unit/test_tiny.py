@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from examples.tiny import make
+from tests.tiny import make
 
 
 def fingerprint(shapes: make.Shapes) -> str:

@@ -1,6 +1,6 @@
 """A tiny random Wan2.1 text-to-video model in the official layout, and a few clips to train it on.
 
-    python examples/tiny/make.py FOLDER
+    python tests/tiny/make.py FOLDER
 
 Names, prefixes and file formats are those of the published files and only the sizes are small, so that the five
 commands run in seconds on a CPU. The weights are drawn by name: the same names give the same model everywhere.

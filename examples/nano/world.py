@@ -1,0 +1,153 @@
+"""The world of the small model: clips of one shape that moves or stays, on a plain ground, with captions.
+
+Everything follows from a seed by float64 arithmetic without library functions that differ between machines, so that the
+frames of a seed are the same everywhere.
+
+    python examples/nano/world.py FOLDER [--count 24] [--seed 0] [--colour red ...]     writes clips and captions
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIZE, FRAMES, FPS = 32, 17, 16
+RADIUS, TRAVEL = 6.0, 12.0  # pixels: half the width of a shape, and how far a moving one goes in a clip
+
+Colour = tuple[int, int, int]
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS: dict[str, Colour] = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 225),
+    "yellow": (235, 210, 45),
+    "white": (245, 245, 245),
+    "purple": (150, 50, 190),
+}
+# Words that no caption of the pretraining holds; the first is what the demo teaches.
+NEW_COLOURS: dict[str, Colour] = {"cyan": (30, 210, 215), "orange": (240, 130, 30)}
+BACKGROUNDS: dict[str, Colour] = {
+    "grey": (128, 128, 128),
+    "black": (16, 16, 16),
+    "brown": (110, 72, 48),
+    "navy": (24, 32, 84),
+}
+MOTIONS: dict[str, tuple[int, int]] = {  # (right, down)
+    "moves to the left": (-1, 0),
+    "moves to the right": (1, 0),
+    "moves up": (0, -1),
+    "moves down": (0, 1),
+    "stays still": (0, 0),
+}
+UNUSED_WORDS = (
+    *("cyan", "orange", "pink", "star", "heart", "ring", "cross", "diamond"),
+    *("jumps", "spins", "grows", "shrinks", "zorp", "blick", "fep", "dax"),
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows, in words."""
+
+    colour: str
+    shape: str
+    motion: str
+    background: str
+
+    @property
+    def caption(self) -> str:
+        return f"a {self.colour} {self.shape} {self.motion} on a {self.background} background"
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the pretraining never sees this combination of colour, shape and motion: one of six of each."""
+        numbers = (list(COLOURS).index(self.colour), SHAPES.index(self.shape), list(MOTIONS).index(self.motion))
+        return (numbers[0] + 2 * numbers[1] + numbers[2]) % 6 == 0
+
+
+def all_scenes(colours: Sequence[str] = tuple(COLOURS)) -> list[Scene]:
+    """Every combination."""
+    return [Scene(*parts) for parts in itertools.product(colours, SHAPES, MOTIONS, BACKGROUNDS)]
+
+
+def training_scenes() -> list[Scene]:
+    """What the pretraining may see."""
+    return [scene for scene in all_scenes() if not scene.held_out]
+
+
+def held_out_scenes() -> list[Scene]:
+    """What it never sees."""
+    return [scene for scene in all_scenes() if scene.held_out]
+
+
+def draw(scene: Scene, seed: int) -> NDArray[np.uint8]:
+    """The clip (17, 32, 32, 3) of a scene; the seed places the shape."""
+    colour = (COLOURS | NEW_COLOURS)[scene.colour]
+    return draw_clip(scene.shape, MOTIONS[scene.motion], colour, BACKGROUNDS[scene.background], seed)
+
+
+def draw_clip(shape: str, motion: tuple[int, int], colour: Colour, background: Colour, seed: int) -> NDArray[np.uint8]:
+    """The clip (17, 32, 32, 3) of a shape of any colour on any ground, wholly inside the picture all the time."""
+    place = np.random.Generator(np.random.PCG64(seed)).random(2)
+    frames = np.empty((FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
+    ends = [(RADIUS + 1 + max(0, -step) * TRAVEL, SIZE - RADIUS - 1 - max(0, step) * TRAVEL) for step in motion]
+    start = [low + (high - low) * part for (low, high), part in zip(ends, place, strict=True)]
+    rows, columns = np.mgrid[0:SIZE, 0:SIZE] + 0.5
+    for index in range(FRAMES):
+        way = TRAVEL * index / (FRAMES - 1)
+        x, y = columns - (start[0] + motion[0] * way), rows - (start[1] + motion[1] * way)
+        inside = np.clip(0.5 - _distance(shape, x, y), 0, 1)[..., None]
+        frames[index] = (np.array(background) * (1 - inside) + np.array(colour) * inside + 0.5).astype(np.uint8)
+    return frames
+
+
+def _distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """About how far outside the shape each point is, in pixels; negative inside."""
+    if shape == "circle":
+        return np.sqrt(x * x + y * y) - RADIUS
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.9 * RADIUS
+    # A triangle that stands on its base: two slanted sides of slope 2 and the base.
+    return np.maximum((2 * abs(x) - y - RADIUS) / 5**0.5, y - RADIUS)
+
+
+def write_clips(folder: Path, scenes: Sequence[Scene], *, first_seed: int = 0) -> list[Path]:
+    """An mp4 of each scene, with its caption beside it."""
+    from wan_train.media_out import write_video
+
+    paths = []
+    for index, scene in enumerate(scenes):
+        path = folder / f"{index:03d}_{scene.colour}_{scene.shape}.mp4"
+        write_video(path, draw(scene, first_seed + index), fps=FPS, quality=6)
+        path.with_suffix(".txt").write_text(scene.caption + "\n", encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def choose_scenes(count: int, seed: int, colours: Sequence[str] = tuple(COLOURS)) -> list[Scene]:
+    """Scenes drawn without repeats as far as there are enough."""
+    scenes = all_scenes(colours)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(scenes))
+    return [scenes[order[index % len(scenes)]] for index in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--colour", nargs="+", default=list(COLOURS), choices=[*COLOURS, *NEW_COLOURS])
+    given = parser.parse_args()
+    paths = write_clips(given.folder, choose_scenes(given.count, given.seed, given.colour), first_seed=given.seed)
+    print(f"{len(paths)} clips are in {given.folder}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    main()
