@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from generate import main as generate_main
+from generate import models as generate_models
 from generate.settings import TOOL
 from tests.tiny.make import DIT, SIZE, T5, VAE
 from wan_train.cli import run
@@ -104,8 +104,8 @@ def _generate(folder: Path, name: str, *more: object, **options: Any) -> torch.T
 def test_a_preview_is_the_generators_video_bit_for_bit(
     folder: Path, monkeypatch: pytest.MonkeyPatch, index: int, length: int
 ) -> None:
-    decoded, decode = [], generate_main.decode_frames
-    monkeypatch.setattr(generate_main, "decode_frames", lambda *given: decoded.append(decode(*given)) or decoded[-1])
+    decoded, decode = [], generate_models.decode_frames
+    monkeypatch.setattr(generate_models, "decode_frames", lambda *given: decoded.append(decode(*given)) or decoded[-1])
     latents = generate(folder, "attached", "--lora_mode", "attach", length=length)
     preview = load_file(folder / f"preview_{index}.safetensors")
     assert torch.equal(latents, preview["latents"])
