@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.nano.state import Trail
-from examples.nano.words import make_tokenizer
+from examples.nano.words import known_words, make_tokenizer
 from examples.nano.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, training_scenes
 from wan_train.models.text_encoder import TextEncoder, load_text_encoder
 
@@ -29,7 +29,7 @@ _ATTRIBUTES: Mapping[str, list[str]] = {
 
 def make_text_encoder(tokenizer: Path, seed: int = 0) -> TextEncoder:
     """A text encoder with random weights under official names, and its tokenizer, which is written to a folder."""
-    vocabulary = make_tokenizer(tokenizer)
+    vocabulary = make_tokenizer(tokenizer, known_words())
     torch.manual_seed(seed)
     state: dict[str, Tensor] = {"token_embedding.weight": torch.randn(vocabulary, DIM), "norm.weight": torch.ones(DIM)}
     for block in (f"blocks.{i}" for i in range(LAYERS)):

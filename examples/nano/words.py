@@ -1,5 +1,6 @@
 """The tokenizer of the small model: a word is a token, in the format of the published one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -14,12 +15,11 @@ def known_words() -> list[str]:
     return sorted({word for scene in all_scenes() for word in scene.caption.split()}) + list(UNUSED_WORDS)
 
 
-def make_tokenizer(folder: Path) -> int:
+def make_tokenizer(folder: Path, words: Sequence[str]) -> int:
     """A Unigram tokenizer as UMT5 has one (pad 0, end 1, unknown 2, bytes for what it does not know); its size."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
     pieces += [(f"<0x{byte:02X}>", -15.0) for byte in range(256)]
-    pieces += [(letter, -6.0) for letter in _LETTERS if letter != "a"]
-    pieces += [("a", -6.0)] + [(f"\u2581{word}", -4.0) for word in known_words()]
+    pieces += [(letter, -6.0) for letter in _LETTERS] + [(f"\u2581{word}", -4.0) for word in words]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]

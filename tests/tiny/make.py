@@ -12,13 +12,16 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import av
 import numpy
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
+
+from examples.nano import words
 
 DIT = "wan_t2v_tiny.safetensors"
 VAE = "Wan2.1_VAE.safetensors"
@@ -125,28 +128,8 @@ def t5_shapes(
 
 
 def make_tokenizer(folder: Path) -> int:
-    """A Unigram tokenizer as UMT5 has one (pad 0, end 1, unknown 2, bytes for what it does not know); its size."""
-    words = sorted({word for caption in SCENES for word in caption.split()})
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"()-\u2581"
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
-    pieces += [(f"<0x{byte:02X}>", -15.0) for byte in range(256)]
-    pieces += [(letter, -6.0) for letter in letters] + [(f"\u2581{word}", -4.0) for word in words]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(replacement="\u2581")])
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>",'
-        ' "unk_token": "<unk>", "model_max_length": 512}\n',
-        encoding="utf-8",
-    )
-    return tokenizer.get_vocab_size()
+    """A tokenizer in which the words of the scenes are tokens; its size."""
+    return words.make_tokenizer(folder, sorted({word for caption in SCENES for word in caption.split()}))
 
 
 def draw_clips(folder: Path, *, size: tuple[int, int] = SIZE, num_frames: int = 24, fps: int = 16) -> list[Path]:
