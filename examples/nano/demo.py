@@ -43,7 +43,7 @@ class Plan:
 
 
 FULL = Plan()
-FAST = Plan(new_clips=30, old_clips=30, epochs=16, previews=8, new_videos=5, old_videos=10, steps=12)
+FAST = Plan(new_clips=30, old_clips=30, epochs=24, previews=12, new_videos=5, old_videos=10, steps=12)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from wan_train.training.report_style import STYLE
 if TYPE_CHECKING:
     from examples.nano.demo import Done
 
+CLAIM = "8 of 10, none without, at most 10 points lost"
 ENLARGED = 4  # times: 32 pixels are small on a page
 
 
@@ -67,7 +68,8 @@ class Outcome:
                     f"old captions, {what}: {100 * before[name]:.0f}% before, {100 * after[name]:.0f}% after"
                     for name, what in (("whole", "one whole shape"), ("colour", "colour"), ("direction", "direction"))
                 ),
-                f"the claim (8 of 10, none without, at most 10 points lost) {'holds' if self.claim_holds else 'fails'}",
+                # Of a few videos, after a short training, the claim says nothing.
+                *([f"the claim ({CLAIM}) {'holds' if self.claim_holds else 'fails'}"] if count >= 10 else []),
             ]
         )
 
