@@ -34,7 +34,7 @@ from wan_train.models.variants import TEXT_LENGTH
 from wan_train.sampling.denoise import sample_latents
 from wan_train.sampling.request import SampleRequest
 
-STEPS, GUIDANCE, SHIFT = 3, 5.0, 5.0
+STEPS, GUIDANCE, SHIFT = 4, 5.0, 5.0
 SLICE = (LATENTS[4] * 8, LATENTS[3] * 8, 4 * LATENTS[2] - 3)  # width, height and frames of the latents of step.py
 WHOLE = (832, 480, 81)
 KINDS = ("guided", "batched")

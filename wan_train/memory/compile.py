@@ -40,6 +40,12 @@ def apply_compile(
     replays = settings.compile_mode in CUDA_GRAPHS
     for block in blocks:
         block.forward = _called(_compiled(block.forward, settings), vary, replays=replays)
+        block.compiled = True  # type: ignore[assignment]
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether `apply_compile` has had this block."""
+    return getattr(block, "compiled", False)
 
 
 def check_compile(settings: CompileSettings, *, device: torch.device | str, blocks_to_swap: int = 0) -> None:

@@ -53,9 +53,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, source: Tensor, turns: Tensor | None = None) -> Tensor:
         """x (B, L, d) attends to source (B, S, d), both turned by `turns` (2, L, 1, D) if given -> (B, L, d)."""
         query = self.norm_q(self.q(x), self.num_heads, turns)
-        key = self.norm_k(self.k(source), self.num_heads, turns)
-        value = rearrange(self.v(source), "B S (N D) -> B S N D", N=self.num_heads)
+        key, value = self.read(source) if turns is None else self.read(source, turns)
         return self.o(rearrange(self.attend(query, key, value), "B L N D -> B L (N D)"))
+
+    def read(self, source: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, S, N, D) of source (B, S, d)."""
+        key = self.norm_k(self.k(source), self.num_heads, turns)
+        return key, rearrange(self.v(source), "B S (N D) -> B S N D", N=self.num_heads)
 
 
 class GELU(nn.Module):
@@ -107,6 +111,13 @@ class Head(nn.Module):
         return self.head(modulate(self.norm(x), shift, scale))
 
 
+@dataclass(frozen=True)
+class EmbeddedContext:
+    """What `Dit.embed_context` made: `tokens` (B, T, d), for as many passes as see the same context."""
+
+    tokens: Tensor
+
+
 class Dit(nn.Module):
     """The whole transformer; see `load_dit` for its call."""
 
@@ -126,7 +137,7 @@ class Dit(nn.Module):
         self,
         latents: Tensor,
         timestep: Tensor,
-        context: list[Tensor] | Tensor,
+        context: list[Tensor] | Tensor | EmbeddedContext,
         *,
         image_latents: Tensor | None = None,
         clip_features: Tensor | None = None,
@@ -138,8 +149,8 @@ class Dit(nn.Module):
     ) -> Tensor:
         """Velocity (B, C, F, H, W) in float32 of noisy `latents` (B, C, F, H, W).
 
-        `timestep` (B,) or (B, F) in 0..1000; `context` a list of (L_i, text_dim) or (B, 512, text_dim). The other
-        inputs belong to models that carry weights for them; where there are none they are a ValueError.
+        `timestep` (B,) or (B, F) in 0..1000; `context` a list of (L_i, text_dim) or (B, 512, text_dim), or what
+        `embed_context` made of that. The other inputs belong to models that carry weights for them; where there are none they are a ValueError.
         """
         refuse_inputs(
             image_latents=image_latents,
@@ -152,11 +163,16 @@ class Dit(nn.Module):
         grid = self._grid(latents)
         x = self._embed(latents)
         time, modulation = self._embed_time(timestep)
-        text = self.text_embedding(pad_context(context, self.config, latents.device).to(self.compute_dtype))
+        embedded = context if isinstance(context, EmbeddedContext) else self.embed_context(context, latents.device)
         turns = rotations(grid, self.config.dim // self.config.num_heads, device=latents.device)
         for block in self.blocks:
-            x = block(x, text, modulation, turns)
+            x = block(x, embedded.tokens, modulation, turns)
         return self._unpatchify(self.head(x, time), grid)
+
+    def embed_context(self, context: list[Tensor] | Tensor, device: torch.device) -> EmbeddedContext:
+        """The context at the model's width, on a device: what every step of a sampling run has in common."""
+        padded = pad_context(context, self.config, device).to(self.compute_dtype)
+        return EmbeddedContext(self.text_embedding(padded))
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
         channels, *size = latents.shape[1:]

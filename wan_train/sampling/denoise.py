@@ -1,5 +1,6 @@
 """From noise to latents: the one sampling loop, shared by previews and the generator."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from wan_train.flow.path import interpolate
 from wan_train.flow.solvers import Solver, make_solver
 from wan_train.sampling.guidance import Predict, StepPlan, guide, plan_steps
 from wan_train.sampling.request import SampleRequest
+from wan_train.sampling.text_memory import remembering_texts
 
 CPU = torch.device("cpu")
 
@@ -66,4 +68,6 @@ def sample_latents(
     )
     x = noise if source is None else interpolate(source.cpu().float()[None], noise, solver.sigmas[:1])
     predict = guide(model, positive, negative, request.guided, device=device)
-    return denoise(predict, solver, x, plan_steps(request.steps, request.guided), quiet=quiet)[0]
+    num_tokens = math.prod(request.latent_shape[1:]) // 4  # patches are 2 x 2
+    with remembering_texts(model, num_tokens):
+        return denoise(predict, solver, x, plan_steps(request.steps, request.guided), quiet=quiet)[0]

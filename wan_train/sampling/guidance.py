@@ -7,6 +7,7 @@ it from Stable Diffusion 3.5, away from what the model makes of that prompt with
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from wan_train.cli import InputError, choose
 from wan_train.conditions import Conditions
+from wan_train.models.dit import Dit
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class StepPlan:
     skipping: bool = False
 
 
+Prompts = tuple[str, ...]
+POSITIVE: Prompts = ("positive",)
+NEGATIVE: Prompts = ("negative",)
+BOTH = POSITIVE + NEGATIVE
 Predict = Callable[[Tensor, Tensor, StepPlan], Tensor]
 
 
@@ -59,33 +65,44 @@ def guide(
     model: nn.Module, positive: Conditions, negative: Conditions, guidance: Guidance, *, device: torch.device
 ) -> Predict:
     """The velocity (1, C, F, H, W) of a step of x, which is anywhere; one pass of the model for a step not guided."""
-    positive, negative = positive.to(device), negative.to(device)
-    both = positive.joined(negative)
+    inputs = cache(partial(_step_inputs, model, positive.to(device), negative.to(device), device))
 
-    def run(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        size = len(conditions.context)
+    def run(x: Tensor, timestep: Tensor, prompts: Prompts) -> Tensor:
+        size = len(prompts)
         latents, time = x.to(device).expand(size, *x.shape[1:]), timestep.to(device).expand(size)
-        return model(latents, time, **conditions.inputs())
+        return model(latents, time, **inputs(prompts))
 
     def run_skipped(x: Tensor, timestep: Tensor) -> Tensor:
         with without_blocks(model, guidance.slg_layers):
-            return run(x, timestep, negative)
+            return run(x, timestep, NEGATIVE)
 
     def predict(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
         if not plan.guided:
-            return run(x, timestep, positive)
+            return run(x, timestep, POSITIVE)
         if plan.skipping and guidance.slg_mode == "uncond":
-            conditioned, unconditioned = run(x, timestep, positive), run_skipped(x, timestep)
+            conditioned, unconditioned = run(x, timestep, POSITIVE), run_skipped(x, timestep)
         elif guidance.merge:
-            conditioned, unconditioned = run(x, timestep, both).split(1)
+            conditioned, unconditioned = run(x, timestep, BOTH).split(1)
         else:
-            conditioned, unconditioned = run(x, timestep, positive), run(x, timestep, negative)
+            conditioned, unconditioned = run(x, timestep, POSITIVE), run(x, timestep, NEGATIVE)
         velocity = unconditioned + guidance.scale * (conditioned - unconditioned)
         if plan.skipping and guidance.slg_mode == "original":
             velocity = velocity + guidance.slg_scale * (conditioned - run_skipped(x, timestep))
         return velocity
 
     return predict
+
+
+def _step_inputs(
+    model: nn.Module, positive: Conditions, negative: Conditions, device: torch.device, prompts: Prompts
+) -> dict[str, Any]:
+    """What the model is called with at every step for a batch of these prompts. Their texts are embedded here, once:
+    for a picture that is a tenth of a pass."""
+    conditions = {POSITIVE: positive, NEGATIVE: negative}.get(prompts) or positive.joined(negative)
+    inputs: dict[str, Any] = dict(conditions.inputs())
+    if isinstance(model, Dit):
+        inputs["context"] = model.embed_context(inputs["context"], device)
+    return inputs
 
 
 @contextmanager

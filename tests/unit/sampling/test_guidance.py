@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from wan_train.conditions import Conditions
 from wan_train.models.dit import Dit, DitConfig
+from wan_train.sampling import text_memory
 from wan_train.sampling.denoise import sample_latents
 from wan_train.sampling.guidance import Guidance, StepPlan, guide, plan_steps, without_blocks
 from wan_train.sampling.request import SampleRequest
@@ -129,6 +130,23 @@ def test_every_way_of_guiding_acts_on_a_real_model(dit: Dit) -> None:
     for index, result in enumerate(results):
         assert all((result - other).abs().max() > 1e-3 for other in results[:index])
     assert torch.equal(sample(dit, slg_layers=(1,), slg_end=0.1), plain)
+
+
+@pytest.mark.parametrize("changes", [{}, {"cfg_merge": True}, {"slg_layers": (1,), "slg_end": 1.0}])
+def test_texts_are_read_once_for_all_steps(
+    dit: Dit, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[int] = []
+    parts = (dit.text_embedding, dit.blocks[0].cross_attn.k, dit.blocks[2].cross_attn.v)
+    for part in parts:
+        part.register_forward_hook(lambda module, inputs, output: texts.append(len(output)))
+    made = sample(dit, steps=5, **changes)
+    assert sum(texts) == 2 * len(parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(text_memory, "MOST_TOKENS", 0)
+        assert torch.equal(sample(dit, steps=5, **changes), made)
+    assert sum(texts) > 4 * len(parts)
+    assert all("read" not in vars(block.cross_attn) for block in dit.blocks)
 
 
 def test_a_source_decides_the_more_the_less_is_made_anew(dit: Dit) -> None:
