@@ -150,7 +150,8 @@ class Dit(nn.Module):
         """Velocity (B, C, F, H, W) in float32 of noisy `latents` (B, C, F, H, W).
 
         `timestep` (B,) or (B, F) in 0..1000; `context` a list of (L_i, text_dim) or (B, 512, text_dim), or what
-        `embed_context` made of that. The other inputs belong to models that carry weights for them; where there are none they are a ValueError.
+        `embed_context` made of that. The other inputs belong to models that carry weights for them; where there are
+        none they are a ValueError.
         """
         refuse_inputs(
             image_latents=image_latents,
