@@ -9,36 +9,46 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 import wan_train
-from cache_tools.extras import ExtraPictures, encode_extras, load_extras
+from cache_tools.extras import (
+    LATENTS,
+    ExtraPictures,
+    encode_extras,
+    load_extras,
+    one_frame_tensors,
+    to_pixels,
+)
 from cache_tools.fitting import encode_fitting
 from cache_tools.plan import show_plan
 from cache_tools.runner import rank_device, summarise_run, work_ahead
-from cache_tools.settings import CacheLatentsSettings, check_run
+from cache_tools.settings import CacheLatentsSettings, check_run, image_inputs
 from cache_tools.show import show_clips
 from cache_tools.survey import Survey, clear_remains, count_kinds, prune_caches, report_findings, survey_caches
 from dataset.buckets import describe_size
 from dataset.cache import latents_path, save_latents
 from dataset.config import DatasetConfig, read_config
+from dataset.extras import CLIP
 from dataset.items import Clip, Item
 from dataset.manifest import Manifest
 from dataset.media import load_clips
 from dataset.probes import note_broken
-from dataset.recipe import Fingerprint, Recipe, take_fingerprint
+from dataset.recipe import Fingerprint, Recipe, places_in_time, take_fingerprint
 from dataset.settings import DatasetSettings
 from dataset.sources import Plan, list_items, plan_clips, warn_too_short
 from dataset.staleness import latents_state
 from wan_train.cli import InputError
 from wan_train.distributed import Place, find_place
 from wan_train.log import get_logger
+from wan_train.models.image_encoder import ImageEncoder, check_image_encoder
 from wan_train.models.vae import check_vae
 from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import set_up
+from wan_train.sampling.encode import open_image_encoder
+from wan_train.sampling.pictures import to_picture
 from wan_train.storage import check_writable
 
 logger = get_logger(__name__)
@@ -56,18 +66,27 @@ class LoadedClip:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A VAE, the file that it is from, where it computes, and the dtype of what it leaves."""
+    """A VAE, the file that it is from, where it computes, and the dtype of what it leaves; for models that read
+    pictures through CLIP that too."""
 
     vae: Any
     model: Fingerprint
     device: torch.device
     dtype: torch.dtype
+    images: ImageEncoder | None = None
+    image_model: Fingerprint | None = None
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents (B, C, F', H', W') of pixels (B, 3, F, H, W) from anywhere."""
+        latents: Tensor = self.vae.encode(pixels.to(self.device))
+        return latents
 
 
 def main(settings: CacheLatentsSettings) -> None:
     """Check everything, then encode what is not there yet; a run that finds nothing to do loads no model."""
     check_run(settings.run)
-    configs = read_config(settings.dataset.dataset_config)
+    images = image_inputs(settings)
+    configs = read_config(settings.dataset.dataset_config, images=images, one_frame=settings.pictures.one_frame)
     if settings.inspect.plan or settings.inspect.plan_json:
         show_plan(make_plans(configs, settings.dataset), settings.inspect.plan_json)
         return
@@ -77,6 +96,8 @@ def main(settings: CacheLatentsSettings) -> None:
     if not settings.vae.vae:
         raise InputError("--vae is missing: name the VAE's file, such as Wan2.1_VAE.pth")
     check_vae(settings.vae.vae)
+    if images and images.clip:
+        check_image_encoder(settings.image.clip)
     place = find_place()
     for config in configs:
         check_writable(config.cache_directory)
@@ -112,10 +133,11 @@ def survey_plan(plan: Plan, settings: CacheLatentsSettings, place: Place) -> Sur
     """What there is for a dataset's clips, and which of them this process has to encode."""
     mine = set(place.share(plan.items))
     dtype, model = dtype_of(settings.vae.vae_dtype), Path(settings.vae.vae)
+    seen = Path(settings.image.clip) if plan.config.images and plan.config.images.clip else None
     return survey_caches(
         plan.config,
         [clip for clip in plan.clips if clip.item in mine],
-        lambda clip, manifest: latents_state(clip, manifest, dtype=dtype, model=model),
+        lambda clip, manifest: latents_state(clip, manifest, dtype=dtype, model=model, image_model=seen),
         planned=[latents_path(clip) for clip in plan.clips],
         place=place,
     )
@@ -124,10 +146,7 @@ def survey_plan(plan: Plan, settings: CacheLatentsSettings, place: Place) -> Sur
 def _encode(surveys: Sequence[Survey[Clip]], settings: CacheLatentsSettings, place: Place) -> list[Clip]:
     """Encode what is due; the clips that could be."""
     device, dtype = rank_device(settings.run.device, place), dtype_of(settings.vae.vae_dtype)
-    with Manifest(surveys[0].config.cache_directory) as manifest:
-        model = take_fingerprint(Path(settings.vae.vae), manifest)
-    encoder = Encoder(wan_train.load_vae(settings.vae.vae, device=device, dtype=dtype), model, device, dtype)
-    set_up(encoder.vae, settings.vae)
+    encoder = _open_encoder(surveys[0].config, settings, device, dtype)
     num_due = sum(len(survey.due) for survey in surveys)
     num_kept = sum(len(survey.states) for survey in surveys) - num_due
     encoded: list[Clip] = []
@@ -148,6 +167,18 @@ def _encode(surveys: Sequence[Survey[Clip]], settings: CacheLatentsSettings, pla
     return encoded
 
 
+def _open_encoder(
+    config: DatasetConfig, settings: CacheLatentsSettings, device: torch.device, dtype: torch.dtype
+) -> Encoder:
+    sees = config.images is not None and config.images.clip
+    with Manifest(config.cache_directory) as manifest:
+        model = take_fingerprint(Path(settings.vae.vae), manifest)
+        image_model = take_fingerprint(Path(settings.image.clip), manifest) if sees else None
+    vae = set_up(wan_train.load_vae(settings.vae.vae, device=device, dtype=dtype), settings.vae)
+    images = open_image_encoder(settings.image, device) if sees else None
+    return Encoder(vae, model, device, dtype, images, image_model)
+
+
 def batch_clips(loaded: Iterable[LoadedClip], batch_size: int) -> Iterator[list[LoadedClip]]:
     """Gather clips of one size and length, at most `batch_size` together.
 
@@ -164,11 +195,6 @@ def batch_clips(loaded: Iterable[LoadedClip], batch_size: int) -> Iterator[list[
         if len(batch) == batch_size:
             yield pending.pop(one.clip.num_frames)
     yield from pending.values()
-
-
-def to_pixels(pictures: Tensor) -> Tensor:
-    """Pictures (B, F, H, W, 3) in uint8 as the VAE takes them: (B, 3, F, H, W), float32 in [-1, 1]."""
-    return rearrange(pictures, "b f h w c -> b c f h w").float().div_(127.5).sub_(1.0)
 
 
 def _load(
@@ -209,12 +235,20 @@ def _load(
 @torch.no_grad()
 def _encode_batch(encoder: Encoder, batch: Sequence[LoadedClip]) -> None:
     pictures = torch.from_numpy(np.stack([one.pictures for one in batch])).to(encoder.device)
-    latents = encoder.vae.encode(to_pixels(pictures))
+    latents = encoder.encode(to_pixels(pictures))
+    if one_frame := batch[0].clip.item.config.one_frame:
+        for one, its in zip(batch, latents, strict=True):
+            others = [to_picture(picture) for picture in one.extras.others]
+            tensors = one_frame_tensors(one_frame, its, others, encode=encoder.encode, see=encoder.images)
+            whole = tensors.pop(LATENTS)
+            save_latents(one.clip, whole, encoder.dtype, _make_recipe(one, encoder), extras=tensors)
+        return
     extras = encode_extras(
         [one.clip for one in batch],
         pictures,
         [one.extras for one in batch],
-        lambda others: encoder.vae.encode(to_pixels(others)),
+        encode=encoder.encode,
+        see=encoder.images,
     )
     for one, its, beside in zip(batch, latents, extras, strict=True):
         save_latents(one.clip, its, encoder.dtype, _make_recipe(one, encoder), extras=beside)
@@ -233,7 +267,8 @@ def _make_recipe(one: LoadedClip, encoder: Encoder) -> Recipe:
         start=clip.start,
         frames=clip.frames,
         size=clip.size,
-        extras=one.extras.sources,
+        positions=places_in_time(clip.item.config),
+        extras=dict(one.extras.sources) | ({CLIP: encoder.image_model} if encoder.image_model else {}),
     )
 
 

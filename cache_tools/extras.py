@@ -1,36 +1,55 @@
-"""What is cached beside a clip's latents: those of the mirrored clip and of its control, and its loss mask."""
+"""What is cached beside a clip's latents: those of the mirrored clip and of its control, what a model for images is
+given of it, and its loss mask."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
 import torch
-from einops import reduce
+from einops import rearrange, reduce
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dataset.buckets import resize_to_bucket
-from dataset.extras import CONTROL, CONTROL_FLIPPED, FLIPPED, MASK, extra_sources, wanted_extras
+from dataset.extras import (
+    CLIP,
+    CLIP_FLIPPED,
+    CONTROL,
+    CONTROL_FLIPPED,
+    FLIPPED,
+    IMAGE,
+    IMAGE_FLIPPED,
+    MASK,
+    POSITIONS,
+    extra_sources,
+    wanted_extras,
+)
 from dataset.items import Clip
 from dataset.manifest import Manifest
 from dataset.media import is_video, probe, read_frames
 from dataset.recipe import Fingerprint, take_fingerprint
 from dataset.stills import read_image
 from wan_train.cli import InputError
+from wan_train.conditions import Encode, See, given_latents, one_frame_latents, seen_tokens
+from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VAE_STRIDE
+
+LATENTS = "latents"
 
 
 @dataclass(frozen=True)
 class ExtraPictures:
     """What goes with a clip: the pictures (F, H, W, 3) of its control, uint8; the mask (F, h, w) of its latent cells.
 
-    `sources` are the files that these are from, by what they are for.
+    `sources` are the files that these are from, by what they are for; `others` the pictures (H, W, 3) that a picture is
+    trained beside as one frame of several.
     """
 
     sources: Mapping[str, Fingerprint] = field(default_factory=dict)
     control: NDArray[np.uint8] | None = None
     mask: NDArray[np.float32] | None = None
+    others: tuple[NDArray[np.uint8], ...] = ()
 
 
 def load_extras(clips: Sequence[Clip], manifest: Manifest) -> list[ExtraPictures]:
@@ -40,18 +59,21 @@ def load_extras(clips: Sequence[Clip], manifest: Manifest) -> list[ExtraPictures
     """
     (item,) = {clip.item for clip in clips}
     sources = {kind: take_fingerprint(path, manifest) for kind, path in extra_sources(item).items()}
+    if item.config.one_frame:
+        others = [tuple(resize_to_bucket(read_image(path), clip.size) for path in item.controls) for clip in clips]
+        return [ExtraPictures(sources, others=pictures) for pictures in others]
     controls = _load_control(clips) if item.control else [None] * len(clips)
     masks = _load_mask(clips) if item.mask else [None] * len(clips)
     return [ExtraPictures(sources, control, mask) for control, mask in zip(controls, masks, strict=True)]
 
 
 def encode_extras(
-    clips: Sequence[Clip], pictures: Tensor, loaded: Sequence[ExtraPictures], encode: Callable[[Tensor], Tensor]
+    clips: Sequence[Clip], pictures: Tensor, loaded: Sequence[ExtraPictures], *, encode: Encode, see: See | None = None
 ) -> list[dict[str, Tensor]]:
     """The tensors that each clip's file holds beside its latents, by kind.
 
-    `pictures` (B, F, H, W, 3) in uint8 are those of the clips, on the device of `encode`, which makes them latents
-    (B, C, F, H, W); clips are of one dataset, so that all of them want the same but masks.
+    `pictures` (B, F, H, W, 3) in uint8 are those of the clips; `encode` makes pixels latents, `see` is there where the
+    model reads pictures through CLIP. Clips are of one dataset, so that all of them want the same but masks.
     """
     found: list[dict[str, Tensor]] = [{} for _ in clips]
     kinds = wanted_extras(clips[0].item)
@@ -64,12 +86,54 @@ def encode_extras(
     if CONTROL_FLIPPED in kinds:
         sources[CONTROL_FLIPPED] = sources[CONTROL].flip(3)
     for kind, source in sources.items():
-        for tensors, latents in zip(found, encode(source), strict=True):
+        for tensors, latents in zip(found, encode(to_pixels(source)), strict=True):
             tensors[kind] = latents
+    for image, clip, source in ((IMAGE, CLIP, pictures), (IMAGE_FLIPPED, CLIP_FLIPPED, pictures.flip(3))):
+        if image in kinds:
+            for tensors, pixels in zip(found, to_pixels(source), strict=True):
+                tensors |= _image_tensors(clips[0], pixels, (image, clip), encode, see)
     for tensors, extra in zip(found, loaded, strict=True):
         if extra.mask is not None:
             tensors[MASK] = torch.from_numpy(extra.mask)
     return found
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """Pictures (B, F, H, W, 3) in uint8 as the VAE takes them: (B, 3, F, H, W), float32 in [-1, 1]."""
+    return rearrange(pictures, "b f h w c -> b c f h w").float().div_(127.5).sub_(1.0)
+
+
+def _image_tensors(
+    clip: Clip, pixels: Tensor, kinds: tuple[str, str], encode: Encode, see: See | None
+) -> dict[str, Tensor]:
+    """What a model for images is given of a clip with these pixels (3, F, H, W), under the names of its latents and
+    its tokens."""
+    images = clip.item.config.images
+    assert images is not None
+    given = [pixels[:, 0].cpu(), pixels[:, -1].cpu()][: 1 + images.last]
+    tensors = {kinds[0]: given_latents(given, clip.num_frames, encode)}
+    if images.clip:
+        tensors[kinds[1]] = _tokens(given[: images.num_clip_images], see)
+    return tensors
+
+
+def one_frame_tensors(
+    one_frame: OneFrame, latents: Tensor, controls: Sequence[Tensor], *, encode: Encode, see: See | None
+) -> dict[str, Tensor]:
+    """What the file of a picture that is trained as one frame of several holds, by kind: its latents (C, 1, H, W)
+    among those of the others under LATENTS, and what a model for images is given of these controls (3, H, W)."""
+    given = one_frame_latents(controls, one_frame, encode)
+    whole, place = given[FRAME_STEP:].clone(), one_frame.target_place
+    whole[:, place : place + 1] = latents.to(whole)
+    places = torch.tensor(one_frame.positions, dtype=torch.int32)
+    return {LATENTS: whole, IMAGE: given, CLIP: _tokens(controls, see), POSITIONS: places}
+
+
+def _tokens(pictures: Sequence[Tensor], see: See | None) -> Tensor:
+    """CLIP's tokens as files hold them: (tokens, width) of a picture, of several one above the other."""
+    assert see is not None
+    tokens = seen_tokens(pictures, see)
+    return tokens.unflatten(0, (len(pictures), -1)) if len(pictures) > 1 else tokens
 
 
 def average_cells(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:

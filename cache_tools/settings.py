@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from dataset.settings import DatasetSettings
 from wan_train.cli import InputError, Tool, option
-from wan_train.models.settings import TextEncoderSettings, VaeSettings
+from wan_train.models.settings import ImageEncoderSettings, TextEncoderSettings, VaeSettings
+from wan_train.models.variants import VARIANTS, ImageInputs
 
 _DEVICE_HELP = "Device to encode on, such as cuda or cpu; without it the first accelerator there is."
 _SKIP_HELP = "Accepted for old commands: what is cached and up to date is always kept, what is stale made again."
@@ -50,6 +51,24 @@ class InspectSettings:
 
 
 @dataclass(frozen=True)
+class PictureSettings:
+    """Tasks with pictures."""
+
+    task: str = option(
+        "",
+        "What the caches are for: with an i2v or flf2v task they hold what it reads of a clip's first, or first and"
+        " last frame.",
+        choices=VARIANTS,
+    )
+    i2v: bool = option(False, "Cache what i2v tasks read of each clip's first frame; --clip alone means this too.")
+    one_frame: bool = option(
+        False,
+        "Cache pictures as one frame of several: the dataset's fp_1f_clean_indices and fp_1f_target_index say where in"
+        " time its controls and its own pictures are.",
+    )
+
+
+@dataclass(frozen=True)
 class TextRunSettings:
     """Encoding."""
 
@@ -66,6 +85,8 @@ class CacheLatentsSettings:
 
     dataset: DatasetSettings
     vae: VaeSettings
+    image: ImageEncoderSettings
+    pictures: PictureSettings
     run: LatentRunSettings
     inspect: InspectSettings
 
@@ -83,6 +104,24 @@ def check_run(run: LatentRunSettings | TextRunSettings) -> None:
     """Refuse options that contradict each other."""
     if run.keep_cache and run.prune:
         raise InputError("--keep_cache keeps every cache and --prune deletes some: give one of them")
+
+
+def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:
+    """Which pictures the caches are to hold conditions of. InputError for options that contradict each other."""
+    task, clip, i2v = settings.pictures.task, bool(settings.image.clip), settings.pictures.i2v
+    if not task:
+        return ImageInputs(clip=clip) if i2v or clip else None
+    images = VARIANTS[task].images
+    if images is None and (i2v or clip):
+        flag = "--i2v" if i2v else "--clip"
+        raise InputError(f"{flag}: --task {task} is given no pictures: leave out one of the two")
+    looking = settings.inspect.plan or settings.inspect.plan_json or settings.inspect.debug_mode
+    if images is not None and images.clip and not clip and not looking:
+        raise InputError(
+            f"--clip is missing: --task {task} reads its pictures through CLIP too; give"
+            " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+        )
+    return images
 
 
 LATENTS_TOOL = Tool(

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from torch.utils.data import Dataset
 
 from dataset.cache import latents_path, read_extra, read_latents, read_text
 from dataset.config import DatasetConfig
-from dataset.extras import FLIPPED, MASK
+from dataset.extras import CLIP, CLIP_FLIPPED, FLIPPED, IMAGE, IMAGE_FLIPPED, MASK, POSITIONS
 from dataset.items import Clip
 from dataset.opening import check_caches
 from dataset.order import Pick, SampleKey, draw_flip, draw_variant
 from dataset.sources import Plan, list_items, plan_clips, warn_too_short
 from dataset.trusted import plan_from_caches
+from wan_train.cli import InputError
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Sample:
     """One cached clip: normalised latents (C, F, H, W) and text (L, dim), in the dtypes of their files.
 
     `weights` (F, H, W), in float32 and 1 in the mean, say how much each latent cell counts; without them all the same.
-    `loss_weight` and `is_reg` are the dataset's.
+    `loss_weight` and `is_reg` are the dataset's. Models that are given pictures have `image_latents` (4+C, F, H, W),
+    `clip_features` (I, width) and `frame_positions` (F,), where the frames are in time if not one after the other.
     """
 
     key: SampleKey
@@ -35,6 +37,9 @@ class Sample:
     weights: Tensor | None = None
     loss_weight: float = 1.0
     is_reg: bool = False
+    image_latents: Tensor | None = None
+    clip_features: Tensor | None = None
+    frame_positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Batch:
     """Samples of one bucket: latents (B, C, F, H, W) and for each its text (L_i, dim).
 
     `weights` (B, 1, F, H, W) are there where one of the samples has some; those of the others are 1. The loss counts
-    `loss_weight` times; `is_reg`: what the model knows already and shall keep.
+    `loss_weight` times; `is_reg`: what the model knows already and shall keep. `image_latents` (B, 4+C, F, H, W) and
+    `clip_features` (B, I, width) as of samples, `frame_positions` (F,) the same for all.
     """
 
     keys: tuple[SampleKey, ...]
@@ -51,12 +57,15 @@ class Batch:
     weights: Tensor | None = None
     loss_weight: float = 1.0
     is_reg: bool = False
+    image_latents: Tensor | None = None
+    clip_features: Tensor | None = None
+    frame_positions: Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory; a DataLoader with `pin_memory` calls this."""
-        weights = None if self.weights is None else self.weights.pin_memory()
         context = [text.pin_memory() for text in self.context]
-        return replace(self, latents=self.latents.pin_memory(), context=context, weights=weights)
+        pinned: dict[str, Any] = {n: value.pin_memory() for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, context=context, **pinned)
 
 
 class Bucket(NamedTuple):
@@ -106,7 +115,8 @@ class CachedDataset(Dataset[Sample]):
         latents = read_extra(clip, FLIPPED) if pick.flipped else read_latents(clip)
         text = read_text(clip.item, pick.variant)
         weights, config = _read_weights(clip, flipped=pick.flipped), clip.item.config
-        return Sample(self.key_of(pick), latents, text, weights, config.loss_weight, config.is_reg)
+        images = _read_images(clip, flipped=pick.flipped)
+        return Sample(self.key_of(pick), latents, text, weights, config.loss_weight, config.is_reg, *images)
 
     def key_of(self, pick: Pick) -> SampleKey:
         """What a picked sample is called; when one is taken again in an epoch its repeats are counted on."""
@@ -156,7 +166,18 @@ def collate(samples: Sequence[Sample]) -> Batch:
     latents = torch.stack([sample.latents for sample in samples])
     context, weights = [sample.context for sample in samples], _stack_weights(samples)
     first = samples[0]
-    return Batch(tuple(s.key for s in samples), latents, context, weights, first.loss_weight, first.is_reg)
+    images, clip = ([getattr(s, name) for s in samples] for name in ("image_latents", "clip_features"))
+    return Batch(
+        keys=tuple(sample.key for sample in samples),
+        latents=latents,
+        context=context,
+        weights=weights,
+        loss_weight=first.loss_weight,
+        is_reg=first.is_reg,
+        image_latents=None if first.image_latents is None else torch.stack(images),
+        clip_features=None if first.clip_features is None else torch.stack(clip),
+        frame_positions=first.frame_positions,
+    )
 
 
 def _stack_weights(samples: Sequence[Sample]) -> Tensor | None:
@@ -173,6 +194,29 @@ def _read_weights(clip: Clip, *, flipped: bool) -> Tensor | None:
     mask = read_extra(clip, MASK).float()
     weights = mask / mask.mean()
     return weights.flip(-1) if flipped else weights
+
+
+def _read_images(clip: Clip, *, flipped: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A clip's `image_latents`, `clip_features` and `frame_positions`; tokens of several pictures follow one another.
+
+    Raises InputError where the frames are elsewhere in time than the TOML says.
+    """
+    config = clip.item.config
+    if config.images is None:
+        return None, None, None
+    latents = read_extra(clip, IMAGE_FLIPPED if flipped else IMAGE)
+    if not config.images.clip:
+        return latents, None, None
+    tokens = read_extra(clip, CLIP_FLIPPED if flipped else CLIP).flatten(0, -2)
+    if config.one_frame is None:
+        return latents, tokens, None
+    positions = read_extra(clip, POSITIONS)
+    if tuple(positions.tolist()) != config.one_frame.positions:
+        raise InputError(
+            f"{latents_path(clip)} has frames at {positions.tolist()} in time, {config} says"
+            f" {list(config.one_frame.positions)}: cache it again"
+        )
+    return latents, tokens, positions
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.extras import MASK, MASK_DTYPE, extra_key, extra_pattern
+from dataset.extras import extra_dtype, extra_key, extra_pattern
 from dataset.items import Clip, Item
 from dataset.recipe import RECIPE_KEY, Recipe, write_recipe
 from wan_train.cli import InputError
@@ -68,7 +68,7 @@ def save_latents(
     assert latents.shape == clip.latent_shape
     tensors = {_latents_key(clip, dtype): latents.to(dtype)}
     for kind, tensor in (extras or {}).items():
-        tensors[extra_key(kind, clip, dtype)] = tensor.to(MASK_DTYPE if kind == MASK else dtype)
+        tensors[extra_key(kind, clip, dtype)] = tensor.to(extra_dtype(kind, dtype))
     if not all(map(_is_finite, tensors.values())):
         raise InputError(
             f"{clip.item.path}, from frame {clip.start}: its latents are not finite in {name_of(dtype)}:"

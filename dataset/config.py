@@ -8,15 +8,16 @@ import json
 import os
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dataset.config_keys import MEDIA_KEYS, SHARED_KEYS, SOURCE_KEYS, VIDEO_KEYS
+from dataset.config_keys import IMAGE_KEYS, MEDIA_KEYS, SHARED_KEYS, SOURCE_KEYS, VIDEO_KEYS
 from dataset.frames import floor_frames
 from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
-from wan_train.models.variants import SIZE_STEP
+from wan_train.models.one_frame import OneFrame
+from wan_train.models.variants import SIZE_STEP, ImageInputs
 
 logger = get_logger(__name__)
 
@@ -27,6 +28,8 @@ class DatasetConfig:
 
     `number` counts from 1 in the order of the file; `target_frames` are sorted, distinct and of the form 4k+1;
     `listing` is a JSONL or CSV file that names the media in place of `directory`, which is then the file's folder.
+    `images` is not in the file: which of a clip's frames the model is given as pictures. `one_frame` is there where
+    pictures are trained as one frame of several, which the two keys before it describe.
     """
 
     source: Path
@@ -58,13 +61,31 @@ class DatasetConfig:
     is_reg: bool = False
     loss_weight: float = 1.0
     drop_last: bool = False
+    images: ImageInputs | None = None
+    fp_1f_clean_indices: tuple[int, ...] = ()
+    fp_1f_target_index: int | None = None
+    one_frame: OneFrame | None = None
+
+    @property
+    def num_clip_images(self) -> int:
+        """How many pictures of a clip the model is given through CLIP."""
+        if self.images is None or not self.images.clip:
+            return 0
+        return self.images.num_clip_images if self.one_frame is None else len(self.one_frame.controls)
 
     def __str__(self) -> str:
         return f"dataset {self.number} ({self.listing or self.directory})"
 
 
-def read_config(path: str | os.PathLike[str], *, with_sources: bool = True) -> tuple[DatasetConfig, ...]:
-    """Every dataset of a TOML file, or of a `.json` file with the same keys, in its order.
+def read_config(
+    path: str | os.PathLike[str],
+    *,
+    with_sources: bool = True,
+    images: ImageInputs | None = None,
+    one_frame: bool = False,
+) -> tuple[DatasetConfig, ...]:
+    """Every dataset of a TOML file, or of a `.json` file with the same keys, in its order, for a model with `images`;
+    with `one_frame` as pictures that are one frame of several.
 
     Relative paths start at the working directory, as users know it. Raises InputError for a file that does not parse
     (with the line), unknown or misplaced keys, wrong types, values out of range, missing folders and datasets that
@@ -82,7 +103,7 @@ def read_config(path: str | os.PathLike[str], *, with_sources: bool = True) -> t
         raise InputError(f"{source}: no datasets: add a [[datasets]] with video_directory or image_directory")
     place = f"{source}: [general]"
     for key in general:
-        if key in SOURCE_KEYS or key in VIDEO_KEYS:
+        if key in SOURCE_KEYS or key in VIDEO_KEYS or key in IMAGE_KEYS:
             raise InputError(f"{place}: {key} is each dataset's own: move it below [[datasets]]")
     _refuse_unknown(general, SHARED_KEYS, place, "key")
     defaults = _convert(general, place)
@@ -90,7 +111,8 @@ def read_config(path: str | os.PathLike[str], *, with_sources: bool = True) -> t
     for config in configs if with_sources else ():
         _refuse_missing(config)
     _refuse_shared_caches(configs)
-    return configs
+    given = tuple(replace(config, images=images) for config in configs)
+    return tuple(map(_as_one_frame, given)) if one_frame else given
 
 
 def _parse(source: Path) -> dict[str, Any]:
@@ -112,7 +134,7 @@ def _parse(source: Path) -> dict[str, Any]:
 
 def _read_dataset(source: Path, number: int, table: Mapping[str, Any], defaults: Mapping[str, Any]) -> DatasetConfig:
     place = f"{source}: dataset {number}"
-    _refuse_unknown(table, {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS}, place, "key")
+    _refuse_unknown(table, {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS, **IMAGE_KEYS}, place, "key")
     values = {**defaults, **_convert(table, place)}
     media = [key for key in MEDIA_KEYS if key in values]
     if len(media) != 1:
@@ -120,6 +142,8 @@ def _read_dataset(source: Path, number: int, table: Mapping[str, Any], defaults:
     is_video = media[0].startswith("video")
     if not is_video and (misplaced := sorted(table.keys() & VIDEO_KEYS.keys())):
         raise InputError(f"{place}: {misplaced[0]} is for videos and this dataset has {media[0]}: remove it")
+    if is_video and (misplaced := sorted(table.keys() & IMAGE_KEYS.keys())):
+        raise InputError(f"{place}: {misplaced[0]} is for images and this dataset has {media[0]}: remove it")
     values |= _find_media(media[0], values.pop(media[0]), values, place)
     config = DatasetConfig(source=source, number=number, is_video=is_video, **values)
     if config.listing and "recursive" in table:
@@ -184,6 +208,30 @@ def _warn_idle(table: Mapping[str, Any], config: DatasetConfig, place: str) -> N
         logger.warning('%s: frame_extraction "full" takes whole videos: target_frames changes nothing', place)
 
 
+def _as_one_frame(config: DatasetConfig) -> DatasetConfig:
+    """The dataset with `one_frame`. InputError for one that cannot be trained so."""
+    place = f"{config.source}: dataset {config.number}"
+    if config.images is None or not config.images.clip:
+        raise InputError("--one_frame is for Wan2.1's tasks with pictures: give --task i2v-14B or flf2v-14B")
+    if config.is_video:
+        raise InputError(f"{place} has videos, and --one_frame trains pictures: leave it out of the file")
+    if not config.fp_1f_clean_indices or config.fp_1f_target_index is None:
+        raise InputError(
+            f"{place}: --one_frame needs fp_1f_clean_indices and fp_1f_target_index, such as [0] and 1: say where in"
+            " time its control pictures and its own are"
+        )
+    for key, value in (("flip_augment", config.flip_augment), ("mask_directory", config.mask_directory)):
+        if value:
+            raise InputError(f"{place}: {key} does not go with --one_frame: remove it")
+    try:
+        one_frame = OneFrame(config.fp_1f_clean_indices, config.fp_1f_target_index)
+    except ValueError as problem:
+        raise InputError(f"{place}: fp_1f_clean_indices and fp_1f_target_index: {problem}") from None
+    if config.images.last and len(one_frame.controls) != 2:
+        raise InputError(f"{place}: fp_1f_clean_indices: a flf2v task is given two pictures: list two indices")
+    return replace(config, one_frame=one_frame)
+
+
 def _refuse_shared_caches(configs: tuple[DatasetConfig, ...]) -> None:
     seen: dict[Path, DatasetConfig] = {}
     for config in configs:
@@ -203,7 +251,7 @@ def _refuse_unknown(table: Mapping[str, Any], known: Collection[str], place: str
 
 
 def _convert(table: Mapping[str, Any], place: str) -> dict[str, Any]:
-    readers = {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS}
+    readers = {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS, **IMAGE_KEYS}
     values = {}
     for key, value in table.items():
         try:

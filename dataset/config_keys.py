@@ -72,6 +72,17 @@ def _read_frames(value: Any) -> tuple[int, ...]:
     return tuple(sorted({floor_frames(_whole(frames, what)) for frames in given}))
 
 
+def _read_indices(value: Any) -> tuple[int, ...]:
+    what = "places in time as whole numbers from 0, such as [0]"
+    if not isinstance(value, list) or not value:
+        raise ValueError(what)
+    return tuple(_whole(index, what, 0) for index in value)
+
+
+def _read_index(value: Any) -> int:
+    return _whole(value, "a place in time as a whole number from 0", 0)
+
+
 def _read_word(*words: str) -> Callable[[Any], str]:
     """A reader for one of these words."""
 
@@ -147,4 +158,9 @@ VIDEO_KEYS: dict[str, Callable[[Any], Any]] = {
     "frame_stride": _read_count,
     "max_frames": _read_count,
     "source_fps": _read_rate,
+}
+# Where in time pictures are that are trained as one frame of several.
+IMAGE_KEYS: dict[str, Callable[[Any], Any]] = {
+    "fp_1f_clean_indices": _read_indices,
+    "fp_1f_target_index": _read_index,
 }

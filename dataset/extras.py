@@ -1,7 +1,10 @@
 """What a clip's cache file holds beside its latents, where the dataset file asks for it: names and shapes.
 
 `latents_flipped` are the latents of the mirrored clip, `latents_control` (and `latents_control_flipped`) those of its
-control, `mask` the weight of each latent cell. musubi-tuner reads such names and uses what it knows.
+control, `mask` the weight of each latent cell. `latents_image` (4 channels of mask before those of the latents) and
+`clip`, CLIP's tokens of each picture, are what a model for images is given of the clip's first frame, or of first and
+last; `f_indices` is where the frames are in time of a picture that is trained as one of several. musubi-tuner
+reads such names and uses what it knows.
 """
 
 import re
@@ -11,39 +14,61 @@ from pathlib import Path
 import torch
 
 from dataset.items import Clip, Item
+from wan_train.models.variants import FRAME_STEP
 from wan_train.precision import name_of
 
 FLIPPED, CONTROL, CONTROL_FLIPPED, MASK = "latents_flipped", "latents_control", "latents_control_flipped", "mask"
+IMAGE, IMAGE_FLIPPED, CLIP, CLIP_FLIPPED = "latents_image", "latents_image_flipped", "clip", "clip_flipped"
+POSITIONS = "f_indices"
 MASK_DTYPE = torch.float16
+_OF_TOKENS = (CLIP, CLIP_FLIPPED)
+_OF_IMAGES = (IMAGE, IMAGE_FLIPPED)
+_WITHOUT_SIZE = (*_OF_TOKENS, POSITIONS)
 
 
 def wanted_extras(item: Item) -> tuple[str, ...]:
     """The kinds of tensors that an item's files hold beside the latents."""
-    flips = item.config.flip_augment
+    flips, images, one_frame = item.config.flip_augment, item.config.images, item.config.one_frame
+    controlled = item.control is not None and one_frame is None  # as one frame of several it is among the latents
+    sees = images is not None and images.clip
     kinds = {
         FLIPPED: flips,
-        CONTROL: item.control is not None,
-        CONTROL_FLIPPED: item.control is not None and flips,
+        CONTROL: controlled,
+        CONTROL_FLIPPED: controlled and flips,
         MASK: item.mask is not None,
+        IMAGE: images is not None,
+        IMAGE_FLIPPED: images is not None and flips,
+        CLIP: sees,
+        CLIP_FLIPPED: sees and flips,
+        POSITIONS: one_frame is not None,
     }
     return tuple(kind for kind, wanted in kinds.items() if wanted)
 
 
 def extra_sources(item: Item) -> dict[str, Path]:
     """The files beside its own that an item's caches are made from, by what they are for."""
-    sources = {"control": item.control, "mask": item.mask}
+    controls = {f"control_{number}" if number else "control": path for number, path in enumerate(item.controls)}
+    sources = {**controls, "mask": item.mask}
     return {kind: path for kind, path in sources.items() if path is not None}
 
 
 def extra_key(kind: str, clip: Clip, dtype: torch.dtype) -> str:
-    """The name of a tensor: its kind, the latent's frames, height and width, and its dtype."""
-    stored = MASK_DTYPE if kind == MASK else dtype
-    return f"{kind}_{'x'.join(map(str, clip.latent_shape[1:]))}_{name_of(stored)}"
+    """The name of a tensor: its kind, the latent's frames, height and width unless it is of tokens, and its dtype."""
+    size = "" if kind in _WITHOUT_SIZE else f"{'x'.join(map(str, clip.latent_shape[1:]))}_"
+    return f"{kind}_{size}{name_of(extra_dtype(kind, dtype))}"
+
+
+def extra_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """What a kind is stored in beside latents in `dtype`; CLIP's tokens keep the bits that the official code gives
+    them."""
+    if kind in _OF_TOKENS:
+        return torch.float32 if dtype is torch.float32 else torch.float16
+    return {MASK: MASK_DTYPE, POSITIONS: torch.int32}.get(kind, dtype)
 
 
 def extra_pattern(kind: str) -> re.Pattern[str]:
     """What the name of a tensor of this kind looks like, in whatever size and dtype."""
-    return re.compile(rf"{kind}_\d+x\d+x\d+_[a-z0-9]+")
+    return re.compile(rf"{kind}_[a-z0-9]+" if kind in _WITHOUT_SIZE else rf"{kind}_\d+x\d+x\d+_[a-z0-9]+")
 
 
 def find_extras_misfit(clip: Clip, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype | None = None) -> str:
@@ -52,8 +77,26 @@ def find_extras_misfit(clip: Clip, shapes: Mapping[str, Sequence[int]], dtype: t
     Without `dtype` any will do.
     """
     for kind in wanted_extras(clip.item):
-        shape = clip.latent_shape[1:] if kind == MASK else clip.latent_shape
-        pattern = extra_pattern(kind) if dtype is None else re.compile(re.escape(extra_key(kind, clip, dtype)))
-        if not any(pattern.fullmatch(key) and tuple(found) == shape for key, found in shapes.items()):
+        # Tokens that other tools cached are in another dtype than their name says, and good.
+        exact = None if dtype is None or kind in _OF_TOKENS else re.escape(extra_key(kind, clip, dtype))
+        pattern = extra_pattern(kind) if exact is None else re.compile(exact)
+        found = [tuple(shape) for key, shape in shapes.items() if pattern.fullmatch(key)]
+        if not found:
             return f"no {kind} in it"
+        if not any(_has_shape(kind, clip, shape) for shape in found):
+            return f"its {kind} is of another task, or of other pictures" if kind in _OF_TOKENS else f"no {kind} in it"
     return ""
+
+
+def _has_shape(kind: str, clip: Clip, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a kind has the shape that it has beside the clip's latents."""
+    if kind in _OF_TOKENS:
+        pictures = shape[0] if len(shape) == 3 else 1
+        return len(shape) in (2, 3) and pictures == clip.item.config.num_clip_images
+    channels, *size = clip.latent_shape
+    wanted: dict[str, tuple[int, ...]] = {
+        MASK: (*size,),
+        POSITIONS: (size[0],),
+        **dict.fromkeys(_OF_IMAGES, (channels + FRAME_STEP, *size)),
+    }
+    return shape == wanted.get(kind, clip.latent_shape)

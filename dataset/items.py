@@ -11,14 +11,20 @@ from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, VAE_STRIDE
 class Item:
     """One image or video of a dataset, and its captions: one or more, of which training takes one each time.
 
-    `control` and `mask` are the pictures, videos or folders of frames that go with it.
+    `controls` and `mask` are the pictures, videos or folders of frames that go with it: one control, or for a picture
+    that is trained as one frame of several those others.
     """
 
     config: DatasetConfig
     path: Path
     captions: tuple[str, ...]
-    control: Path | None = None
+    controls: tuple[Path, ...] = ()
     mask: Path | None = None
+
+    @property
+    def control(self) -> Path | None:
+        """The first control, of most tasks the only one."""
+        return next(iter(self.controls), None)
 
     @property
     def caption(self) -> str:
@@ -47,6 +53,8 @@ class Clip:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of its latents."""
+        """(C, F, H, W) of its latents; a picture that is one frame of several has those of the others too."""
         width, height = self.size
-        return LATENT_CHANNELS, (self.num_frames - 1) // FRAME_STEP + 1, height // VAE_STRIDE, width // VAE_STRIDE
+        one_frame = self.item.config.one_frame
+        frames = (self.num_frames - 1) // FRAME_STEP + 1 if one_frame is None else len(one_frame.positions)
+        return LATENT_CHANNELS, frames, height // VAE_STRIDE, width // VAE_STRIDE

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """A media file with its captions, none where none is given, and the control that a listing names for it."""
+    """A media file with its captions, none where none is given, and the controls that a listing names for it."""
 
     path: Path
     captions: tuple[str, ...]
-    control: Path | None = None
+    controls: tuple[Path, ...] = ()
 
 
 def find_entries(config: DatasetConfig) -> list[Entry]:
@@ -80,8 +81,9 @@ def _walk(config: DatasetConfig) -> Iterator[Path]:
                     waiting.append(path)
 
 
-# The line's number, and the path, the captions and the control's path in it, as they stand there.
-Row = tuple[int, Any, tuple[Any, ...], Any]
+# The line's number, and the path, the captions and the controls' paths in it, as they stand there.
+Row = tuple[int, Any, tuple[Any, ...], tuple[Any, ...]]
+_CONTROL = re.compile(r"control_path(_\d+)?")
 
 
 def _read_jsonl(config: DatasetConfig, listing: Path) -> Iterator[Row]:
@@ -95,10 +97,11 @@ def _read_jsonl(config: DatasetConfig, listing: Path) -> Iterator[Row]:
             raise InputError(f"{listing} line {number} is not JSON: {problem.msg} at column {problem.colno}") from None
         if not isinstance(row, dict) or key not in row:
             raise InputError(f'{listing} line {number}: takes {{"{key}": ..., "caption": ...}}')
-        unread |= row.keys() - {key, "caption", "control_path"}
+        controls = sorted(filter(_CONTROL.fullmatch, row), key=lambda name: (len(name), name))
+        unread |= row.keys() - {key, "caption", *controls}
         caption = row.get("caption")
         captions = tuple(caption) if isinstance(caption, list) else () if caption is None else (caption,)
-        yield number, row[key], captions, row.get("control_path")
+        yield number, row[key], captions, tuple(row[name] for name in controls if row[name] is not None)
     _warn_unread(config, unread)
 
 
@@ -113,13 +116,15 @@ def _read_csv(config: DatasetConfig, listing: Path) -> Iterator[Row]:
             if row[key] is None or row["prompt"] is None or None in row:
                 raise InputError(f"{listing} line {reader.line_num}: takes one cell for each column of the first line")
             path = row[key].strip()
-            yield reader.line_num, str(listing.parent / path) if path else "", (row["prompt"],), None
+            yield reader.line_num, str(listing.parent / path) if path else "", (row["prompt"],), ()
     except csv.Error as problem:
         raise InputError(f"{listing} line {reader.line_num + 1} is not CSV: {problem}") from None
     _warn_unread(config, columns - {key, "prompt"})
 
 
-def _read_row(config: DatasetConfig, number: int, given: Any, captions: tuple[Any, ...], control: Any) -> Entry:
+def _read_row(
+    config: DatasetConfig, number: int, given: Any, captions: tuple[Any, ...], controls: tuple[Any, ...]
+) -> Entry:
     place = f"{config.listing} line {number}"
     if not isinstance(given, str) or not given:
         raise InputError(f"{place}: the path of the {'video' if config.is_video else 'image'} is no text")
@@ -131,12 +136,11 @@ def _read_row(config: DatasetConfig, number: int, given: Any, captions: tuple[An
         raise InputError(f"{place}: no such file: {path}{start}")
     if not config.is_video and path.suffix.lower() not in IMAGE_SUFFIXES:
         raise InputError(f"{place}: {path.name} is no image that can be read: read are {', '.join(IMAGE_SUFFIXES)}")
-    return Entry(path, split_variants(captions, config.caption_variants), _read_control(control, place))
+    found = tuple(_read_control(control, place) for control in controls)
+    return Entry(path, split_variants(captions, config.caption_variants), found)
 
 
-def _read_control(given: Any, place: str) -> Path | None:
-    if given is None:
-        return None
+def _read_control(given: Any, place: str) -> Path:
     path = Path(given).expanduser() if isinstance(given, str) and given else None
     if path is None or not path.exists():
         raise InputError(f"{place}: control_path {given!r}: no such file (relative paths start at {Path.cwd()})")

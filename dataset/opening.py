@@ -41,10 +41,21 @@ def check_caches(plans: Sequence[Plan], options: str) -> None:
         if bad := [state for state in states if not state.usable]:
             problems.append(
                 f"{len(bad)} of {len(states)} {tool.kind} caches are missing or not for what the TOML describes now"
-                f" ({name_some(map(str, bad))}): run `python {tool.program} {options} {tool.model} ...`"
+                f" ({name_some(map(str, bad))}): run `python {tool.program} {options} {tool.model} ..."
+                f"{_pictures(plans, tool)}`"
             )
     if problems:
         raise InputError("; ".join(problems))
+
+
+def _pictures(plans: Sequence[Plan], tool: _Tool) -> str:
+    """What the command for latents says of pictures."""
+    images = plans[0].config.images
+    if images is None or tool is not _LATENTS:
+        return ""
+    one_frame = plans[0].config.one_frame is not None
+    task = " --task flf2v-14B" if images.last else " --i2v"
+    return task + " --clip ..." * images.clip + " --one_frame" * one_frame
 
 
 def _look_up(

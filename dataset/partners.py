@@ -3,7 +3,7 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dataset.config import DatasetConfig
@@ -18,26 +18,31 @@ def find_masks(config: DatasetConfig, paths: Sequence[Path]) -> list[Path | None
     if config.mask_directory is None:
         return [None] * len(paths)
     known = _by_stem(config.mask_directory)
-    return [_choose(path, known, video=config.is_video, still=True) for path in paths]
+    return [next(_choices(path, known, video=config.is_video, still=True), None) for path in paths]
 
 
-def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[Path | None]:
-    """The control of each media file: what its listing names, else what `control_directory` has; all None without both.
+def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple[Path, ...]]:
+    """The controls of each media file: what its listing names, else what `control_directory` has; none without both.
 
     A video takes the video of its whole name, else a folder of frames or a video with its stem; an image takes the
-    picture with its stem, else the first of `stem_0`, `stem_1`. Raises InputError with the names of those without.
+    picture with its stem, then `stem_0`, `stem_1` and so on: one, or as many as it is trained beside as one frame.
+    Raises InputError with the names of those without.
     """
-    if config.control_directory is None and not any(entry.control for entry in entries):
-        return [None] * len(entries)
+    wanted = 1 if config.one_frame is None else len(config.one_frame.controls)
+    if config.one_frame is None and config.control_directory is None and not any(entry.controls for entry in entries):
+        return [()] * len(entries)
     known = _by_stem(config.control_directory) if config.control_directory else {}
     is_still = not config.is_video
-    found = [entry.control or _choose(entry.path, known, video=config.is_video, still=is_still) for entry in entries]
-    missing = [entry.path.name for entry, control in zip(entries, found, strict=True) if control is None]
+    found = [
+        entry.controls or tuple(_choices(entry.path, known, video=config.is_video, still=is_still)) for entry in entries
+    ]
+    missing = [entry.path.name for entry, controls in zip(entries, found, strict=True) if len(controls) < wanted]
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         where = f"in {config.control_directory}" if config.control_directory else f"as control_path in {config.listing}"
-        raise InputError(f"{config}: {len(missing)} of {len(entries)} files have no control {where} ({shown})")
-    return found
+        what = "no control" if wanted == 1 else f"fewer than {wanted} controls"
+        raise InputError(f"{config}: {len(missing)} of {len(entries)} files have {what} {where} ({shown})")
+    return [controls[:wanted] for controls in found]
 
 
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
@@ -52,19 +57,19 @@ def _by_stem(folder: Path) -> dict[str, list[Path]]:
     return known
 
 
-def _choose(path: Path, known: dict[str, list[Path]], *, video: bool, still: bool) -> Path | None:
+def _choices(path: Path, known: dict[str, list[Path]], *, video: bool, still: bool) -> Iterator[Path]:
+    """What goes with a media file, the best first."""
     if video:
         videos = [p for p in known.get(path.stem, ()) if p.suffix.lower() in VIDEO_SUFFIXES or p.is_dir()]
         # The whole name first, then a folder of frames.
         videos.sort(key=lambda p: (p.name != path.name, not p.is_dir()))
-        if found := next(filter(is_video, videos), None):
-            return found
+        yield from filter(is_video, videos)
     if not still:
-        return None
+        return
     numbered = [stem for stem in known if re.fullmatch(rf"{re.escape(path.stem)}_\d+", stem)] if not video else []
     numbered.sort(key=lambda stem: int(stem.rpartition("_")[2]))
     pictures = (p for stem in (path.stem, *numbered) for p in known.get(stem, ()))
-    return next((p for p in pictures if p.suffix.lower() in IMAGE_SUFFIXES), None)
+    yield from (p for p in pictures if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _refuse(problem: OSError) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.config import DatasetConfig
 from dataset.manifest import Manifest
 from wan_train.storage import expand
 
@@ -32,7 +33,7 @@ class Recipe:
     """What a cache was made from and how; a caption's has no source, frames and size.
 
     `frames` are indices of decoded frames, `size` the bucket (width, height) in pixels, `extras` what else went into
-    the file, by what it is for.
+    the file, by what it is for; `positions` where in time the pictures of a one-frame sample are, its own last.
     """
 
     model: Fingerprint
@@ -42,6 +43,13 @@ class Recipe:
     frames: tuple[int, ...] = ()
     size: tuple[int, int] = (0, 0)
     extras: Mapping[str, Fingerprint] = dataclasses.field(default_factory=dict)
+    positions: tuple[int, ...] = ()
+
+
+def places_in_time(config: DatasetConfig) -> tuple[int, ...]:
+    """`Recipe.positions` of a dataset's samples."""
+    one_frame = config.one_frame
+    return () if one_frame is None else (*one_frame.controls, one_frame.target)
 
 
 def write_recipe(recipe: Recipe) -> str:
@@ -58,8 +66,11 @@ def read_recipe(text: str) -> Recipe | None:
         model, source = Fingerprint(**values.pop("model")), values.pop("source")
         source = Fingerprint(**source) if source else None
         frames, size = tuple(values.pop("frames")), tuple(values.pop("size"))
+        positions = tuple(values.pop("positions", ()))
         extras = {kind: Fingerprint(**extra) for kind, extra in values.pop("extras").items()}
-        return Recipe(model=model, source=source, frames=frames, size=size, extras=extras, **values)
+        return Recipe(
+            model=model, source=source, frames=frames, size=size, extras=extras, positions=positions, **values
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

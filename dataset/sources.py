@@ -72,8 +72,10 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool) -> list[I
         logger.warning("%s: %s: all of their picture counts", config, told)
     controls = find_controls(config, entries)
     return [
-        Item(config, entry.path, tuple(f"{prefix}{caption}".strip() for caption in entry.captions or ("",)), *beside)
-        for entry, *beside in zip(entries, controls, masks, strict=True)
+        Item(
+            config, entry.path, tuple(f"{prefix}{caption}".strip() for caption in entry.captions or ("",)), beside, mask
+        )
+        for entry, beside, mask in zip(entries, controls, masks, strict=True)
     ]
 
 

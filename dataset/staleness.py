@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 
 from dataset.cache import ARCHITECTURE, LATENTS_KEY, find_key, find_text_misfit, latents_path, text_path
-from dataset.extras import extra_sources, find_extras_misfit
+from dataset.extras import CLIP, extra_sources, find_extras_misfit
 from dataset.items import Clip, Item
 from dataset.manifest import Manifest
-from dataset.recipe import RECIPE_KEY, Recipe, is_same, read_recipe
+from dataset.recipe import RECIPE_KEY, Recipe, is_same, places_in_time, read_recipe
 from wan_train.cli import InputError
 from wan_train.precision import name_of
 from wan_train.storage import read_header
@@ -65,9 +65,14 @@ def read_facts(path: Path, manifest: Manifest) -> Facts | None:
 
 
 def latents_state(
-    clip: Clip, manifest: Manifest, *, dtype: torch.dtype | None = None, model: Path | None = None
+    clip: Clip,
+    manifest: Manifest,
+    *,
+    dtype: torch.dtype | None = None,
+    model: Path | None = None,
+    image_model: Path | None = None,
 ) -> State:
-    """The state of a clip's latents, compared with `dtype` and with the VAE's file where they are given."""
+    """The state of a clip's latents, compared with `dtype` and the files of VAE and CLIP where they are given."""
     path = latents_path(clip)
     try:
         facts = read_facts(path, manifest)
@@ -79,7 +84,7 @@ def latents_state(
     recipe, is_ours = _recipe_of(facts)
     if not is_ours:
         return State(path, Kind.STALE, reason) if reason else State(path, Kind.FOREIGN)
-    reason = reason or (_compare_recipe(clip, recipe, manifest, model) if recipe else "of another version")
+    reason = reason or (_compare_recipe(clip, recipe, manifest, model, image_model) if recipe else "of another version")
     return State(path, Kind.STALE, reason) if reason else State(path, Kind.UP_TO_DATE)
 
 
@@ -130,11 +135,15 @@ def _compare_contents(clip: Clip, facts: Facts, dtype: torch.dtype | None) -> st
     return find_extras_misfit(clip, facts.shapes, dtype)
 
 
-def _compare_recipe(clip: Clip, recipe: Recipe, manifest: Manifest, model: Path | None) -> str:
+def _compare_recipe(
+    clip: Clip, recipe: Recipe, manifest: Manifest, model: Path | None, image_model: Path | None
+) -> str:
     if recipe.size != clip.size:
         return "another size"
     if recipe.frames != clip.frames:
         return "other frames"
+    if recipe.positions != places_in_time(clip.item.config):
+        return "other places in time"
     if recipe.source and not is_same(recipe.source, clip.item.path, manifest):
         return "source changed"
     for kind, extra in extra_sources(clip.item).items():
@@ -142,6 +151,9 @@ def _compare_recipe(clip: Clip, recipe: Recipe, manifest: Manifest, model: Path 
             return f"{kind} changed"
     if model and not is_same(recipe.model, model, manifest):
         return f"another VAE ({recipe.model.name})"
+    seen = recipe.extras.get(CLIP)
+    if image_model and seen and not is_same(seen, image_model, manifest):
+        return f"another CLIP ({seen.name})"
     return ""
 
 

@@ -54,14 +54,14 @@ def _read_item(config: DatasetConfig, stem: str, latents: Facts, manifest: Manif
     # Its suffix is not known and not needed: caches are named by the stem.
     path = config.directory / f"{stem}.{'mp4' if config.is_video else 'png'}"
     has = {kind: bool(find_key(extra_pattern(kind), latents.shapes)) for kind in (CONTROL, MASK)}
-    bare = Item(config, path, ("",), control=path if has[CONTROL] else None, mask=path if has[MASK] else None)
+    bare = Item(config, path, ("",), controls=(path,) * has[CONTROL], mask=path if has[MASK] else None)
     try:
         facts = read_facts(text_path(bare), manifest)
     except OSError:
         return f"no {text_path(bare).name} beside it"
     if facts is None:
         return f"{text_path(bare).name} is truncated"
-    item = Item(config, path, _read_captions(facts.metadata), bare.control, bare.mask)
+    item = Item(config, path, _read_captions(facts.metadata), bare.controls, bare.mask)
     return find_text_misfit(item, facts.shapes, facts.metadata) or item
 
 
@@ -80,7 +80,8 @@ def _read_clip(item: Item, named: re.Match[str], facts: Facts) -> Clip | str:
     _, num_latents, height, width = facts.shapes[key]
     size = (width * VAE_STRIDE, height * VAE_STRIDE)
     start, length = int(named["start"] or 0), int(named["length"] or 1)
-    if num_latents != (length - 1) // FRAME_STEP + 1:
+    one_frame = item.config.one_frame
+    if num_latents != (len(one_frame.positions) if one_frame else (length - 1) // FRAME_STEP + 1):
         return "other frames than its name says"
     recipe = read_recipe(facts.metadata.get(RECIPE_KEY, ""))
     frames = recipe.frames if recipe else tuple(range(start, start + length))

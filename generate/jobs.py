@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from generate.settings import GenerateSettings
 from wan_train.cli import InputError
+from wan_train.models.one_frame import OneFrame, read_one_frame
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.grammar import GENERATOR, parse_line, read_prompts
 from wan_train.sampling.request import STRENGTH, SampleRequest, checked, fitted, read_layers, read_numbers
@@ -82,13 +83,19 @@ def default_request(sampling: SamplingSettings, variant: Variant) -> SampleReque
         frames=_chosen(sampling.video_length, variant.frames),
         steps=len(timesteps) or _chosen(sampling.infer_steps, variant.steps),
         guidance=_chosen(sampling.guidance_scale, variant.guidance),
-        shift=_chosen(sampling.flow_shift, variant.shift),
+        shift=sampling.flow_shift,
         seed=sampling.seed,
+        variant=variant,
         solver=sampling.sample_solver,
         timesteps=timesteps,
         rand_device=sampling.rand_device,
         video_path=sampling.video_path,
         denoising_strength=_chosen(sampling.denoising_strength, STRENGTH),
+        image_path=sampling.image_path,
+        end_image_path=sampling.end_image_path,
+        exact_size=sampling.exact_size,
+        one_frame=_read_one_frame(sampling.one_frame_inference),
+        control_images=sampling.control_image_path,
         cfg_skip_mode=sampling.cfg_skip_mode,
         cfg_apply_ratio=sampling.cfg_apply_ratio,
         cfg_merge=sampling.cfg_merge,
@@ -109,7 +116,7 @@ def request_options(request: SampleRequest) -> dict[str, object]:
         "video_length": request.frames,
         "infer_steps": request.steps,
         "guidance_scale": request.guidance,
-        "flow_shift": request.shift,
+        "flow_shift": request.noise_shift,
         "seed": request.seed,
         "sample_solver": request.solver,
         "rand_device": request.rand_device,
@@ -118,6 +125,13 @@ def request_options(request: SampleRequest) -> dict[str, object]:
         values["timesteps"] = ",".join(map(str, request.timesteps))
     if request.video_path:
         values |= {"video_path": request.video_path, "denoising_strength": request.denoising_strength}
+    if request.picture_paths:
+        named = {"image_path": request.image_path, "end_image_path": request.end_image_path}
+        values |= {name: path for name, path in named.items() if path} | {"exact_size": True}
+    if request.one_frame is not None:
+        values["one_frame_inference"] = str(request.one_frame)
+    if request.control_images:
+        values["control_image_path"] = list(request.control_images)
     if request.cfg_apply_ratio is not None:
         values |= {"cfg_skip_mode": request.cfg_skip_mode, "cfg_apply_ratio": request.cfg_apply_ratio}
     if request.cfg_merge:
@@ -130,6 +144,13 @@ def request_options(request: SampleRequest) -> dict[str, object]:
 
 def _chosen(given: T | None, default: T) -> T:
     return default if given is None else given
+
+
+def _read_one_frame(text: str | None) -> OneFrame | None:
+    try:
+        return None if text is None else read_one_frame(text)
+    except ValueError as problem:
+        raise InputError(f"--one_frame_inference {text!r}: it {problem}") from None
 
 
 def _read(flag: str, text: str | None, read: Callable[[str], tuple[T, ...]], example: str) -> tuple[T, ...]:

@@ -13,7 +13,7 @@ from generate.settings import GenerateSettings
 from generate.text_cache import TextCache
 from networks.attached import attach_loras
 from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, finish_dit
-from wan_train.conditions import Conditions
+from wan_train.conditions import Conditions, ImageConditions
 from wan_train.log import get_logger
 from wan_train.memory.report import release_memory
 from wan_train.models.loading import linear_shapes
@@ -22,7 +22,7 @@ from wan_train.models.vae import WanVAE
 from wan_train.precision import published_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import sample_latents
-from wan_train.sampling.encode import encode_with, open_text_encoder
+from wan_train.sampling.encode import encode_pictures, encode_with, open_image_encoder, open_text_encoder, see_pictures
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import read_header
 
@@ -36,9 +36,17 @@ class Lent:
     model: Any
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What a video is made from beside its texts: latents (C, F, H, W) of another, and pictures."""
+
+    source: Tensor | None = None
+    images: ImageConditions | None = None
+
+
 @dataclass
 class Models:
-    """Text encoder, DiT and VAE as the settings want them; one at a time is on the device.
+    """Text and image encoder, DiT and VAE as the settings want them; one at a time is on the device.
 
     With `keep` they rest in main memory between two uses, without it they are freed.
     """
@@ -69,14 +77,20 @@ class Models:
 
     @contextmanager
     def sampler(self) -> Iterator[Callable[..., Tensor]]:
-        """While this is entered, `sample(request, conditions by text, source latents)` gives latents (C, F, H, W)."""
+        """While this is entered, `sample(request, conditions by text, beginning)` gives latents (C, F, H, W)."""
         with self._lent("DiT", self._open_dit) as lent:
 
-            def sample(request: SampleRequest, conditions: dict[str, Conditions], source: Tensor | None) -> Tensor:
-                positive, negative = conditions[request.prompt], conditions[request.negative_prompt]
-                return sample_latents(lent.model, request, positive, negative, device=self.device, source=source)
+            def sample(request: SampleRequest, texts: dict[str, Conditions], beginning: Beginning) -> Tensor:
+                both = (texts[text].with_images(beginning.images) for text in (request.prompt, request.negative_prompt))
+                return sample_latents(lent.model, request, *both, device=self.device, source=beginning.source)
 
             yield sample
+
+    @contextmanager
+    def image_encoder(self) -> Iterator[Lent]:
+        """The image encoder, while this is entered."""
+        with self._lent("image encoder", lambda: open_image_encoder(self.settings.image, self.device)) as lent:
+            yield lent
 
     @contextmanager
     def vae(self) -> Iterator[Lent]:
@@ -91,6 +105,14 @@ class Models:
     def encode_video(self, vae: Lent, pixels: Tensor) -> Tensor:
         """Latents (C, F', H', W'), in main memory, of pixels (1, 3, F, H, W)."""
         return vae.model.encode(pixels.to(self.device))[0].cpu()
+
+    def see(self, encoder: Lent, request: SampleRequest) -> Tensor:
+        """CLIP's tokens (I, width), in main memory, of the request's pictures."""
+        return see_pictures(request, encoder.model)
+
+    def encode_pictures(self, vae: Lent, request: SampleRequest, tokens: Tensor | None) -> ImageConditions | None:
+        """What the DiT reads of the request's pictures, in main memory."""
+        return encode_pictures(request, vae.model, tokens, self.device)
 
     @contextmanager
     def _lent(self, name: str, load: Callable[[], Any]) -> Iterator[Lent]:

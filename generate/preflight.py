@@ -19,6 +19,7 @@ from wan_train.models.loading import linear_shapes, num_blocks
 from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.vae import check_vae
 from wan_train.models.variants import VARIANTS
+from wan_train.sampling.encode import check_given_clip
 from wan_train.storage import check_writable
 
 log = get_logger(__name__)
@@ -43,7 +44,10 @@ def check_generation(settings: GenerateSettings, device: torch.device, *, wants_
     if not settings.text.t5:
         raise InputError("--t5 is missing: give the UMT5-XXL encoder file")
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
-    if wants_frames:
+    if VARIANTS[settings.dit.task].images:
+        check_given_vae(settings)
+        check_given_clip(settings.image, VARIANTS[settings.dit.task], settings.dit.dit)
+    elif wants_frames:
         check_given_vae(settings, ", or --output_type latent")
     if settings.output.text_cache:
         check_writable(settings.output.text_cache)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from generate.jobs import Job
-from generate.models import Models
+from generate.models import Beginning, Models
 from generate.output import (
     Product,
     latent_metadata,
@@ -62,20 +62,14 @@ def run_jobs(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
 
 
 def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
-    fps = VARIANTS[models.settings.dit.task].fps
     failures = Failures(alone=len(jobs) == 1)
     conditions = models.encode([text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)])
-    sources: dict[int, Tensor] = {}
-    if starting := [job for job in jobs if job.request.video_path]:
-        with models.vae() as vae:
-            for job in starting:
-                with failures.of(job):
-                    sources[job.index] = models.encode_video(vae, read_source(job.request, fps))
+    beginnings = _begin(jobs, models, failures)
     with models.sampler() as sample:
         for job in failures.others(jobs):
             with failures.of(job):
                 log.info("%s", describe(job))
-                delivery.put_latents(job, sample(job.request, conditions, sources.pop(job.index, None)))
+                delivery.put_latents(job, sample(job.request, conditions, beginnings.pop(job.index, Beginning())))
     if delivery.wants_frames:
         with models.vae() as vae:
             for job in failures.others(jobs):
@@ -89,13 +83,35 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     failures.report(len(jobs))
 
 
+def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, Beginning]:
+    """What the jobs begin with, where that is more than noise; encoded with one model after the other."""
+    seen: dict[int, Tensor] = {}
+    pictured = [job for job in jobs if job.request.picture_paths]
+    if pictured and models.settings.image.clip:
+        with models.image_encoder() as encoder:
+            for job in pictured:
+                with failures.of(job):
+                    seen[job.index] = models.see(encoder, job.request)
+    beginnings: dict[int, Beginning] = {}
+    if starting := [job for job in failures.others(jobs) if job.request.video_path or job.request.picture_paths]:
+        with models.vae() as vae:
+            for job in starting:
+                request, source, images = job.request, None, None
+                with failures.of(job):
+                    if request.video_path:
+                        source = models.encode_video(vae, read_source(request, request.variant.fps))
+                    images = models.encode_pictures(vae, request, seen.get(job.index))
+                    beginnings[job.index] = Beginning(source, images)
+    return beginnings
+
+
 def describe(job: Job) -> str:
     """A job's settings in a line."""
     request = job.request
     levels = f" at {','.join(f'{value:g}' for value in request.timesteps)}" if request.timesteps else ""
     return (
         f"{job.shown}: {request.width} wide, {request.height} high, {request.frames} frames, {request.steps} steps"
-        f"{levels} of {request.solver}, shift {request.shift:g}, guidance {request.guidance:g}"
+        f"{levels} of {request.solver}, shift {request.noise_shift:g}, guidance {request.guidance:g}"
     )
 
 

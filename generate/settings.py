@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from wan_train.cli import Tool, option
 from wan_train.memory.settings import ActivationSettings, CompileSettings, FastWeightSettings, StreamSettings
-from wan_train.models.settings import DitSettings, TextEncoderSettings, VaeSettings
+from wan_train.models.settings import DitSettings, ImageEncoderSettings, TextEncoderSettings, VaeSettings
 from wan_train.sampling.settings import SamplingSettings
 
 LORA_MODES = ("merge", "attach")
@@ -88,6 +88,7 @@ class GenerateSettings:
     compile: CompileSettings
     vae: VaeSettings
     text: TextEncoderSettings
+    image: ImageEncoderSettings
     lora: LoraSettings
     sampling: SamplingSettings
     batch: BatchSettings
@@ -96,7 +97,7 @@ class GenerateSettings:
 
 TOOL = Tool(
     "wan_generate_video.py",
-    "Generate a video or a picture from a prompt with a Wan model.",
+    "Generate a video or a picture with a Wan model from a prompt and, for tasks that take them, pictures.",
     GenerateSettings,
     "generate.main:main",
 )

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from generate.call import generate as generate
     from wan_train.flow.solvers import make_solver as make_solver
+    from wan_train.models.image_encoder import load_image_encoder as load_image_encoder
     from wan_train.models.loading import load_dit as load_dit
     from wan_train.models.text_encoder import load_text_encoder as load_text_encoder
     from wan_train.models.vae import load_vae as load_vae
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 _DOORS = {
     "generate": "generate.call",
     "load_dit": "wan_train.models.loading",
+    "load_image_encoder": "wan_train.models.image_encoder",
     "load_vae": "wan_train.models.vae",
     "load_text_encoder": "wan_train.models.text_encoder",
     "make_solver": "wan_train.flow.solvers",
 }
 
-__all__ = ["generate", "load_dit", "load_text_encoder", "load_vae", "make_solver"]
+__all__ = ["generate", "load_dit", "load_image_encoder", "load_text_encoder", "load_vae", "make_solver"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ import torch
 from examples.nano.judge import Verdict, judge, psnr
 from examples.nano.names import DIT, T5, VAE
 from examples.nano.world import FRAMES, SIZE, Scene, draw, held_out_scenes
-from generate.models import Models
+from generate.models import Beginning, Models
 from generate.preflight import weighted_loras
 from generate.settings import GenerateSettings
 from wan_train.cli import parse
@@ -60,7 +60,7 @@ def generate_clips(
     ]
     conditions = models.encode([*captions, ""])
     with models.sampler() as sample:
-        latents = [sample(request, conditions, None) for request in requests]
+        latents = [sample(request, conditions, Beginning()) for request in requests]
     with models.vae() as vae:
         return [models.decode(vae, each) for each in latents]
 

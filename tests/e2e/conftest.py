@@ -7,8 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
+from cache_tools.settings import LATENTS_TOOL, TEXT_TOOL
+from generate.settings import TOOL as GENERATE
 from tests.tiny.make import make
+from wan_train.cli import Tool
+from wan_train.cli import run as run_in_process
+from wan_train.training.settings import TOOL as TRAIN
+
+TOOLS: dict[str, Tool] = {tool.program: tool for tool in (LATENTS_TOOL, TEXT_TOOL, TRAIN, GENERATE)}
 
 
 @pytest.fixture(scope="session")
@@ -34,5 +43,22 @@ def run_tool(root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             f"{' '.join(command)}\nexit code {done.returncode}\n{done.stdout}{done.stderr}"
         )
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_here() -> Callable[..., None]:
+    """The same in this process, on one thread: without the seconds that each start of Python and torch takes."""
+
+    def run(script: str, *arguments: object, expect: int = 0) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            assert run_in_process(TOOLS[script], [str(word) for word in arguments]) == expect
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            torch.set_num_threads(threads)
 
     return run

@@ -24,17 +24,27 @@ def run(model: Dit, case: Case) -> Tensor:
     spec = case.spec
     latents = case.normal("x", (spec["batch"], 16, *spec["latent"]))
     context = [case.normal(f"context.{i}", (n, 48)) for i, n in enumerate(spec["context_lens"])]
-    return model(latents, torch.tensor(spec["timesteps"]), context)
+    return model(latents, torch.tensor(spec["timesteps"]), context, **image_inputs(case))
 
 
-@pytest.mark.parametrize("name", ["wan21_t2v", "wan21_t2i"])
+def image_inputs(case: Case) -> dict[str, Tensor]:
+    spec = case.spec
+    if not (tokens := spec.get("clip_tokens")):
+        return {}
+    batch = spec["batch"]
+    features = case.normal("clip_fea", (batch * tokens // 257, 257, 1280)).view(batch, tokens, 1280)
+    return {"image_latents": case.normal("y", (batch, spec["y_channels"], *spec["latent"])), "clip_features": features}
+
+
+@pytest.mark.parametrize("name", ["wan21_t2v", "wan21_t2i", "wan21_i2v", "wan21_flf2v", "fun_inp"])
 def test_output(name: str) -> None:
     case = load_case(name)
     assert relative_error(run(load(case), case), case.outputs["out"]) < TOLERANCE
 
 
-def test_loss_and_gradients() -> None:
-    case = load_case("wan21_t2v")
+@pytest.mark.parametrize("name", ["wan21_t2v", "wan21_i2v"])
+def test_loss_and_gradients(name: str) -> None:
+    case = load_case(name)
     model = load(case).requires_grad_(True)
     out = run(model, case)
     loss = (out - case.normal("target", out.shape)).square().mean()
@@ -80,13 +90,15 @@ def test_lora_attached() -> None:
     assert relative_error(run(model, case), case.outputs["out"]) < TOLERANCE
 
 
-def test_diffusers_model_and_names() -> None:
+@pytest.mark.parametrize("with_image", [False, True])
+def test_diffusers_model_and_names(*, with_image: bool) -> None:
     from diffusers import WanTransformer3DModel
 
+    image = {"image_dim": 28, "added_kv_proj_dim": 48, "pos_embed_seq_len": 12} if with_image else {}
     theirs = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=24,
-        in_channels=16,
+        in_channels=36 if with_image else 16,
         out_channels=16,
         text_dim=20,
         freq_dim=64,
@@ -94,18 +106,38 @@ def test_diffusers_model_and_names() -> None:
         num_layers=2,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
+        **image,
     )
     weights = {name: 0.3 * normal(name, tuple(value.shape)) for name, value in theirs.state_dict().items()}
     theirs.load_state_dict(weights)
     ours = load_dit(weights, config={"num_attention_heads": 2})
     latents, text = normal("latents", (2, 16, 3, 4, 6)), normal("text", (2, 512, 20))
     timestep = torch.tensor([37.0, 901.0])
-    expected = theirs(latents, timestep, text, return_dict=False)[0]
-    assert relative_error(ours(latents, timestep, text), expected) < TOLERANCE
+    extra: dict[str, Tensor] = {}
+    whole, features = latents, None
+    if with_image:
+        extra["image_latents"] = normal("y", (2, 20, 3, 4, 6))
+        features = normal("features", (2, 12, 28))
+        whole = torch.cat([latents, extra["image_latents"]], dim=1)
+        extra["clip_features"] = features
+    # A pair of images is twice the batch for theirs.
+    halves = None if features is None else features.reshape(4, 6, 28)
+    expected = theirs(whole, timestep, text, encoder_hidden_states_image=halves, return_dict=False)[0]
+    assert relative_error(ours(latents, timestep, text, **extra), expected) < TOLERANCE
     assert {diffusers_name(name) for name in ours.state_dict()} == set(weights)
 
 
-@pytest.mark.parametrize(("name", "task"), [("wan2.1-t2v-1.3B", "t2v-1.3B"), ("wan2.1-t2v-14B", "t2v-14B")])
+MANIFESTS = [
+    ("wan2.1-t2v-1.3B", "t2v-1.3B"),
+    ("wan2.1-t2v-14B", "t2v-14B"),
+    ("wan2.1-i2v-14B", "i2v-14B"),
+    ("wan2.1-flf2v-14B", "flf2v-14B"),
+    ("wan2.1-fun-inp-1.3B", "i2v-14B"),
+    ("wan2.1-fun-inp-14B", "i2v-14B"),
+]
+
+
+@pytest.mark.parametrize(("name", "task"), MANIFESTS)
 def test_every_published_name_and_shape_is_accepted(name: str, task: str) -> None:
     manifest = load_manifest(name)
     with torch.device("meta"):
@@ -113,7 +145,8 @@ def test_every_published_name_and_shape_is_accepted(name: str, task: str) -> Non
     model = load_dit(state, device="meta")
     assert {key: tuple(p.shape) for key, p in model.named_parameters()} == manifest
     assert model.config.num_heads == model.config.dim // 128
-    assert check_dit(state, VARIANTS[task]) is None
+    warning = check_dit(state, VARIANTS[task])
+    assert (warning is None) == (model.config.dim == VARIANTS[task].dim)
     state.pop("blocks.3.norm3.weight")
     with pytest.raises(InputError, match=r"missing blocks\.3\.norm3\.weight"):
         check_dit(state, VARIANTS[task])

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 import wan_train
 from generate.jobs import make_jobs
-from generate.models import Models
+from generate.models import Beginning, Models
 from generate.settings import GenerateSettings
 from tests.parity.golden import TOLERANCE, relative_error
 from tests.tiny import make
@@ -62,7 +62,7 @@ class Tiny:
         models, request = Models(settings, (), CPU), make_jobs(settings)[0].request
         conditions = models.encode([request.prompt, request.negative_prompt])
         with models.sampler() as sample:
-            latents = sample(request, conditions, None)[None]
+            latents = sample(request, conditions, Beginning())[None]
         with models.vae() as vae:
             return Made(latents, vae.model.decode(latents))
 

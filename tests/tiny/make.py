@@ -59,15 +59,17 @@ def make_models(folder: Path) -> None:
     """DiT, VAE, text encoder and tokenizer under their official names."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = make_tokenizer(folder / TOKENIZER)
-    _save(folder / DIT, dit_shapes(), torch.bfloat16)
-    _save(folder / VAE, vae_shapes(), torch.float32)
-    _save(folder / T5, t5_shapes(vocabulary), torch.bfloat16)
+    save(folder / DIT, dit_shapes(), torch.bfloat16)
+    save(folder / VAE, vae_shapes(), torch.float32)
+    save(folder / T5, t5_shapes(vocabulary), torch.bfloat16)
 
 
-def dit_shapes(*, dim: int = 256, ffn_dim: int = 512, num_layers: int = 2, text_dim: int = TEXT_DIM) -> Shapes:
+def dit_shapes(
+    *, dim: int = 256, ffn_dim: int = 512, num_layers: int = 2, text_dim: int = TEXT_DIM, in_dim: int = 16
+) -> Shapes:
     """Names and shapes of a Wan2.1 T2V DiT; `dim` is 128 per head."""
     channels = 16
-    shapes: Shapes = {"patch_embedding.weight": (dim, channels, 1, 2, 2), "patch_embedding.bias": (dim,)}
+    shapes: Shapes = {"patch_embedding.weight": (dim, in_dim, 1, 2, 2), "patch_embedding.bias": (dim,)}
     for name, out, width in (
         ("text_embedding.0", dim, text_dim),
         ("text_embedding.2", dim, dim),
@@ -182,7 +184,7 @@ frame_extraction = "head"
 
 def draw_weight(name: str, shape: Sequence[int]) -> Tensor:
     """A float32 parameter that depends on its name and shape alone, at a scale that keeps activations near one."""
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "modulation" or leaf == "bias" or "pos_embedding" in name:
         return values * 0.1
@@ -193,7 +195,8 @@ def draw_weight(name: str, shape: Sequence[int]) -> Tensor:
     return values / math.sqrt(math.prod(shape[1:]))
 
 
-def _save(path: Path, shapes: Shapes, dtype: torch.dtype) -> None:
+def save(path: Path, shapes: Shapes, dtype: torch.dtype) -> None:
+    """Weights of these names and shapes, as a file."""
     save_file({name: draw_weight(name, shape).to(dtype) for name, shape in shapes.items()}, path)
 
 

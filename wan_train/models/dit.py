@@ -1,7 +1,7 @@
 """The Wan diffusion transformer, as the official Wan2.1 code computes it.
 
-Legend: B batch, C channels, F latent frames, H W latent size, P patches of one frame, L = F*P tokens, T text tokens,
-N heads, D head width, d = N*D the width of a token.
+Legend: B batch, C channels, F latent frames, H W latent size, P patches of one frame, L = F*P tokens, T context tokens
+(512 of the text, behind those of images), I image tokens, N heads, D head width, d = N*D the width of a token.
 
 Precision: products are taken in the dtype of the embedded text; norms, modulation, gates, residual sums, the time
 embedding and the head in float32. Modulation is kept per sample or per latent frame, never per token: (B, G, 6, d) with
@@ -15,60 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from wan_train.models.attention import Attend, attend_torch
-from wan_train.models.norms import LayerNorm, RMSNorm
+from wan_train.models.dit_layers import GELU, Attention, ImageAttention, ImageEmbedding
+from wan_train.models.dit_layers import DitConfig as DitConfig
+from wan_train.models.norms import LayerNorm
 from wan_train.models.rope import rotations
 from wan_train.models.variants import TEXT_LENGTH
 from wan_train.precision import Linear
-
-
-@dataclass(frozen=True)
-class DitConfig:
-    """Geometry of a DiT; everything but `num_heads` can be read off its tensors."""
-
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    in_dim: int = 16
-    out_dim: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
-
-
-class Attention(nn.Module):
-    """Attention of tokens to themselves or to the text (padding included: the model was trained so)."""
-
-    def __init__(self, config: DitConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.num_heads = config.num_heads
-        self.attend: Attend = attend_torch
-        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
-        self.norm_q = RMSNorm(dim, config.eps)
-        self.norm_k = RMSNorm(dim, config.eps)
-
-    def forward(self, x: Tensor, source: Tensor, turns: Tensor | None = None) -> Tensor:
-        """x (B, L, d) attends to source (B, S, d), both turned by `turns` (2, L, 1, D) if given -> (B, L, d)."""
-        query = self.norm_q(self.q(x), self.num_heads, turns)
-        key, value = self.read(source) if turns is None else self.read(source, turns)
-        return self.o(rearrange(self.attend(query, key, value), "B L N D -> B L (N D)"))
-
-    def read(self, source: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, S, N, D) of source (B, S, d)."""
-        key = self.norm_k(self.k(source), self.num_heads, turns)
-        return key, rearrange(self.v(source), "B S (N D) -> B S N D", N=self.num_heads)
-
-
-class GELU(nn.Module):
-    """GELU in its tanh form (Hendrycks and Gimpel 2016), in the memory of its input where no gradient needs that."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return F.gelu(x, approximate="tanh")
-        return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -80,7 +32,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(dim, config.eps, elementwise_affine=False)
         self.self_attn = Attention(config)
         self.norm3 = LayerNorm(dim, config.eps)
-        self.cross_attn = Attention(config)
+        self.cross_attn = ImageAttention(config) if config.image_dim else Attention(config)
         self.norm2 = LayerNorm(dim, config.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), GELU(), Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
@@ -130,6 +82,8 @@ class Dit(nn.Module):
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), GELU(), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
@@ -146,39 +100,58 @@ class Dit(nn.Module):
         vace_context: Tensor | None = None,
         vace_scale: float = 1.0,
         motion_bucket_id: Tensor | None = None,
+        frame_positions: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, C, F, H, W) in float32 of noisy `latents` (B, C, F, H, W).
 
         `timestep` (B,) or (B, F) in 0..1000; `context` a list of (L_i, text_dim) or (B, 512, text_dim), or what
-        `embed_context` made of that. The other inputs belong to models that carry weights for them; where there are
-        none they are a ValueError.
+        `embed_context` made of that and of `clip_features`; `frame_positions` (F,) where each latent frame is in time,
+        else 0..F-1. Models for images read `image_latents` (B, in_dim - C, F, H, W), a mask and latents, behind the
+        noisy ones, and those of Wan2.1 `clip_features` (B, I, image_dim). Inputs that the model has no weights for are
+        a ValueError, and so are missing ones.
         """
         refuse_inputs(
-            image_latents=image_latents,
-            clip_features=clip_features,
+            image_latents=image_latents if self.config.in_dim == latents.shape[1] else None,
             reference_latents=reference_latents,
             camera=camera,
             vace_context=vace_context,
             motion_bucket_id=motion_bucket_id,
         )
+        if image_latents is not None:
+            latents = torch.cat([latents, image_latents.to(latents)], dim=1)
         grid = self._grid(latents)
         x = self._embed(latents)
         time, modulation = self._embed_time(timestep)
-        embedded = context if isinstance(context, EmbeddedContext) else self.embed_context(context, latents.device)
-        turns = rotations(grid, self.config.dim // self.config.num_heads, device=latents.device)
+        if not isinstance(context, EmbeddedContext):
+            context = self.embed_context(context, clip_features, device=latents.device)
+        head_width = self.config.dim // self.config.num_heads
+        turns = rotations(grid, head_width, device=latents.device, frames=frame_positions)
         for block in self.blocks:
-            x = block(x, embedded.tokens, modulation, turns)
+            x = block(x, context.tokens, modulation, turns)
         return self._unpatchify(self.head(x, time), grid)
 
-    def embed_context(self, context: list[Tensor] | Tensor, device: torch.device) -> EmbeddedContext:
-        """The context at the model's width, on a device: what every step of a sampling run has in common."""
-        padded = pad_context(context, self.config, device).to(self.compute_dtype)
-        return EmbeddedContext(self.text_embedding(padded))
+    def embed_context(
+        self, context: list[Tensor] | Tensor, clip_features: Tensor | None = None, *, device: torch.device
+    ) -> EmbeddedContext:
+        """Texts and the images' tokens at the model's width: what every step of a sampling run has in common.
+
+        ValueError where the model reads `clip_features` and has none, or the other way round.
+        """
+        text: Tensor = self.text_embedding(pad_context(context, self.config, device).to(self.compute_dtype))
+        if (clip_features is not None) != bool(self.config.image_dim):
+            raise ValueError(
+                f"this model {'has no weights for' if clip_features is not None else 'needs'} clip_features"
+            )
+        if clip_features is None:
+            return EmbeddedContext(text)
+        return EmbeddedContext(torch.cat([self.img_emb(clip_features.to(device), self.compute_dtype), text], dim=1))
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
         channels, *size = latents.shape[1:]
         if channels != self.config.in_dim:
-            raise ValueError(f"the model takes {self.config.in_dim} channels of latents, not {channels}")
+            raise ValueError(
+                f"the model takes {self.config.in_dim} channels of latents and image_latents together, not {channels}"
+            )
         if any(n % p for n, p in zip(size, self.config.patch_size, strict=True)):
             raise ValueError(f"latents of {size} do not divide into patches of {list(self.config.patch_size)}")
         return tuple(n // p for n, p in zip(size, self.config.patch_size, strict=True))  # type: ignore[return-value]

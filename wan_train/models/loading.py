@@ -120,6 +120,7 @@ def check_dit(source: TensorSource, variant: Variant, *, flag: str = "--dit") ->
         )
     model = _empty(shapes, source, header.metadata, None, what)
     found = model.config
+    _require_images(found, variant, what)
     if (found.dim, found.num_layers) != (variant.dim, variant.num_layers):
         return (
             f"{what} is {found.dim} wide with {found.num_layers} blocks; {variant.name} as published is "
@@ -128,9 +129,33 @@ def check_dit(source: TensorSource, variant: Variant, *, flag: str = "--dit") ->
     return None
 
 
+def _require_images(found: DitConfig, variant: Variant, what: str) -> None:
+    """InputError for a model that reads other pictures through CLIP than the task gives."""
+    images = variant.images
+    wanted = (images is not None and images.clip, images is not None and images.clip and images.last)
+    has = (bool(found.image_dim), bool(found.image_positions))
+    if has == wanted:
+        return
+    reads = {(False, False): "no picture", (True, False): "one picture", (True, True): "a first and a last picture"}
+    fitting = [
+        v.name
+        for v in VARIANTS.values()
+        if v.in_dim == found.in_dim and v.images and v.images.clip and v.images.last == has[1] and has[0]
+    ]
+    way_out = f"use --task {fitting[0]}" if fitting else "give another file"
+    raise InputError(
+        f"{what} reads {reads[has]} through CLIP, but --task {variant.name} gives it {reads[wanted]}: {way_out}"
+    )
+
+
 def num_blocks(source: TensorSource) -> int:
     """How many blocks a DiT checkpoint has, from its header."""
     return _count_blocks(official_shapes(read_header(source).shapes))
+
+
+def image_width(source: TensorSource) -> int:
+    """How wide the CLIP tokens are that a checkpoint reads, from its header; 0 where it reads none."""
+    return official_shapes(read_header(source).shapes).get("img_emb.proj.0.weight", (0,))[0]
 
 
 def set_attention(
@@ -194,6 +219,8 @@ def _geometry(shapes: Shapes, extras: Mapping[str, Any], what: str) -> DitConfig
         in_dim=in_dim,
         out_dim=out // (patch[0] * patch[1] * patch[2]),
         text_dim=text_dim,
+        image_dim=shapes.get("img_emb.proj.0.weight", (0,))[0],
+        image_positions=shapes.get("img_emb.emb_pos", (0, 0, 0))[1],
         freq_dim=freq_dim,
         patch_size=patch_size,
         eps=float(extras.get("eps", 1e-6)),

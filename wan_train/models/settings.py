@@ -67,3 +67,14 @@ class TextEncoderSettings:
         "Keep the text encoder's matrices in fp8 and its token table in main memory: 5 GB on the device in place of 11,"
         " embeddings a little off. Captions that are cached are not encoded again for it.",
     )
+
+
+@dataclass(frozen=True)
+class ImageEncoderSettings:
+    """Image encoder."""
+
+    clip: str = option(
+        "",
+        "CLIP image encoder of Wan2.1's tasks with pictures"
+        " (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, or a safetensors file).",
+    )

@@ -16,11 +16,35 @@ NEGATIVE_PROMPT = (
 )
 
 
+# What the official I2V and FLF2V configurations put in front of it: no shaking camera; and no cut.
+I2V_NEGATIVE_PROMPT = "镜头晃动，" + NEGATIVE_PROMPT
+FLF2V_NEGATIVE_PROMPT = "镜头切换，" + I2V_NEGATIVE_PROMPT
+
+SMALL_AREA = 832 * 480  # pixels: up to here a task may have another shift
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Which pictures a model is given beside its text: the first frame and, with `last`, the last too.
+
+    `clip`: it reads each of them through CLIP as well, not only as latents.
+    """
+
+    last: bool = False
+    clip: bool = True
+
+    @property
+    def num_clip_images(self) -> int:
+        """How many pictures it reads through CLIP."""
+        return (1 + self.last) * self.clip
+
+
 @dataclass(frozen=True)
 class Variant:
     """One task: the geometry of its published file and the defaults of its sampler.
 
-    `size` is (width, height) in pixels, `frames` pixel frames, `shift` and `guidance` those of the official sampler.
+    `size` is (width, height) in pixels, `frames` pixel frames, `shift` and `guidance` those of the official sampler,
+    `small_shift` the shift up to SMALL_AREA where it is another.
     """
 
     name: str
@@ -33,8 +57,16 @@ class Variant:
     steps: int
     shift: float
     guidance: float
+    small_shift: float | None = None
+    images: ImageInputs | None = None
     negative_prompt: str = NEGATIVE_PROMPT
 
+    def shift_at(self, width: int, height: int) -> float:
+        """The official sampler's shift for a video of this size in pixels."""
+        return self.small_shift if self.small_shift and width * height <= SMALL_AREA else self.shift
+
+
+I2V, FLF2V = ImageInputs(), ImageInputs(last=True)
 
 VARIANTS: dict[str, Variant] = {
     row.name: row
@@ -42,5 +74,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("t2v-1.3B", 16, 1536, 30, (832, 480), 81, 16, 50, 5.0, 5.0),
         Variant("t2v-14B", 16, 5120, 40, (1280, 720), 81, 16, 50, 5.0, 5.0),
         Variant("t2i-14B", 16, 5120, 40, (1024, 1024), 1, 16, 50, 5.0, 5.0),
+        Variant("i2v-14B", 36, 5120, 40, (1280, 720), 81, 16, 40, 5.0, 5.0, 3.0, I2V, I2V_NEGATIVE_PROMPT),
+        Variant("flf2v-14B", 36, 5120, 40, (1280, 720), 81, 16, 50, 16.0, 5.0, None, FLF2V, FLF2V_NEGATIVE_PROMPT),
     )
 }

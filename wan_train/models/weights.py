@@ -25,7 +25,8 @@ _MARKERS: tuple[tuple[str, str], ...] = (
     ("blocks.0.pos_embedding.embedding.weight", "UMT5 encoder"),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5 encoder"),
     ("visual.patch_embedding.weight", "CLIP"),
-    ("vision_model.embeddings.patch_embedding.weight", "CLIP"),
+    ("transformer.0.attn.to_qkv.weight", "CLIP"),
+    ("embeddings.patch_embedding.weight", "CLIP"),
 )
 
 

@@ -49,7 +49,7 @@ def sample_latents(
     source: Tensor | None = None,
     quiet: bool = False,
 ) -> Tensor:
-    """Normalised latents (C, F, H, W) float32 of a request whose seed is set.
+    """Normalised latents (C, F, H, W) float32 of a request whose seed is set; of one frame of several that alone.
 
     With `source`, latents of that shape, the run begins at x = (1-t) source + t noise, with t the request's
     denoising strength after the shift.
@@ -61,7 +61,7 @@ def sample_latents(
     solver = make_solver(
         request.solver,
         steps=request.steps,
-        shift=request.shift,
+        shift=request.noise_shift,
         strength=1.0 if source is None else request.denoising_strength,
         timesteps=request.timesteps,
         generator=generator,
@@ -70,4 +70,8 @@ def sample_latents(
     predict = guide(model, positive, negative, request.guided, device=device)
     num_tokens = math.prod(request.latent_shape[1:]) // 4  # patches are 2 x 2
     with remembering_texts(model, num_tokens):
-        return denoise(predict, solver, x, plan_steps(request.steps, request.guided), quiet=quiet)[0]
+        latents = denoise(predict, solver, x, plan_steps(request.steps, request.guided), quiet=quiet)[0]
+    if request.one_frame is None:
+        return latents
+    place = request.one_frame.target_place
+    return latents[:, place : place + 1].clone()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
+from wan_train.models.one_frame import read_one_frame
 from wan_train.sampling.prompt_files import read_entries
 from wan_train.sampling.request import MAX_STEPS, SampleRequest, checked, fitted, read_layers, read_numbers
 from wan_train.sampling.settings import CFG_SKIP_MODES, MAX_SEED, NOISE_DEVICES, SLG_MODES, SOLVER_NAMES
@@ -50,6 +51,10 @@ def _one_of(names: Sequence[str]) -> Callable[[str], str]:
     return read
 
 
+def _paths(text: str) -> tuple[str, ...]:
+    return tuple(text.splitlines())
+
+
 def _switch(text: str) -> bool:
     """A switch is on by being there; tables say true or false."""
     if text.lower() not in ("", "true", "false"):
@@ -80,6 +85,11 @@ _VALUES = {
     "sample_solver": _Value("solver", "sample_solver", _one_of(SOLVER_NAMES)),
     "timesteps": _Value("timesteps", "timesteps", read_numbers),
     "rand_device": _Value("rand_device", "rand_device", _one_of(NOISE_DEVICES)),
+    "i": _Value("image_path", "image_path", str),
+    "ei": _Value("end_image_path", "end_image_path", str),
+    "ci": _Value("control_images", "control_image_path", _paths),
+    "of": _Value("one_frame", "one_frame", read_one_frame),
+    "exact_size": _Value("exact_size", "exact_size", _switch),
     "video_path": _Value("video_path", "video_path", str),
     "denoising_strength": _Value("denoising_strength", "denoising_strength", _number(1e-3, 1)),
     "cfg_skip_mode": _Value("cfg_skip_mode", "cfg_skip_mode", _one_of(CFG_SKIP_MODES)),
@@ -92,15 +102,12 @@ _VALUES = {
     "slg_end": _Value("slg_end", "slg_end", _number(0, 1)),
 }
 _IGNORED = {"g": "guidance_scale"}  # embedded guidance, which Wan does not have
-# Images and control, which these tasks do not take.
+# Control, which these tasks do not take.
 _ELSEWHERE = {
-    "i": "image_path",
-    "ei": "end_image_path",
     "cn": "control_video_path",
-    "ci": "control_image_path",
     "cim": "control_image_mask_path",
-    "of": "one_frame",
 }
+_REPEATED = ("ci",)  # what a line may say several times
 _BY_NAME = {value.name: letter for letter, value in _VALUES.items()} | {
     name: letter for letter, name in (_IGNORED | _ELSEWHERE).items()
 }
@@ -124,6 +131,10 @@ GENERATOR = Grammar(
         "video_length": "f",
         "negative_prompt": "n",
         "seed": "d",
+        "image_path": "i",
+        "end_image_path": "ei",
+        "control_image_path": "ci",
+        "one_frame_inference": "of",
     },
     refused={},
 )
@@ -152,9 +163,12 @@ def parse_line(line: str, defaults: SampleRequest, grammar: Grammar = PREVIEW) -
     for mark, end in zip(marks, starts[1:], strict=True):
         letter = mark[1].lower()
         letter = grammar.spellings.get(letter, letter)
+        text = line[mark.end() : end].strip()
         if letter in given:
-            raise InputError(f"--{letter} comes twice in a prompt line: keep one of them")
-        given[letter] = _Given(f"--{letter}", line[mark.end() : end].strip())
+            if letter not in _REPEATED:
+                raise InputError(f"--{letter} comes twice in a prompt line: keep one of them")
+            text = f"{given[letter].text}\n{text}"
+        given[letter] = _Given(f"--{letter}", text)
     return _request(line[: starts[0]].strip(), given, defaults, grammar, " ".join(f"--{name}" for name in _VALUES))
 
 
@@ -179,7 +193,9 @@ def parse_table(table: Mapping[str, object], defaults: SampleRequest, grammar: G
 
 def _as_text(value: object) -> str:
     """A value of a table as a line would have it."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return "\n".join(map(str, value)) if all(isinstance(item, str) for item in value) else ",".join(map(str, value))
+    return str(value)
 
 
 def _request(
@@ -194,7 +210,7 @@ def _request(
             log.info("%s is passed over: Wan has no embedded guidance; --l (cfg_scale) is its guidance", value.name)
         elif letter in _ELSEWHERE:
             raise InputError(
-                f"{value.name} belongs to tasks that take an image or a control video, not to text-to-video"
+                f"{value.name} belongs to tasks that take a control video or picture, not to {defaults.variant.name}"
             )
         elif letter in grammar.refused:
             raise InputError(f"{value.name}: {grammar.refused[letter]}")

@@ -101,7 +101,7 @@ def _step_inputs(
     conditions = {POSITIVE: positive, NEGATIVE: negative}.get(prompts) or positive.joined(negative)
     inputs: dict[str, Any] = dict(conditions.inputs())
     if isinstance(model, Dit):
-        inputs["context"] = model.embed_context(inputs["context"], device)
+        inputs["context"] = model.embed_context(inputs["context"], inputs.pop("clip_features", None), device=device)
     return inputs
 
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 from wan_train.cli import InputError
 from wan_train.flow.solvers import explicit_levels
 from wan_train.log import get_logger
-from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, SIZE_STEP, VAE_STRIDE, Variant
+from wan_train.models.one_frame import OneFrame
+from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, SIZE_STEP, VAE_STRIDE, VARIANTS, Variant
 from wan_train.sampling.guidance import Guidance, plan_steps
+from wan_train.sampling.pictures import check_controls, check_pictures, size_like
 
 log = get_logger(__name__)
 
@@ -18,8 +20,11 @@ STRENGTH = 0.7  # of video to video where nobody says
 class SampleRequest:
     """Everything that decides a video but the weights. Sizes in pixels, `frames` 4n+1, `seed` None draws one.
 
-    `timesteps`, 0..1000 before the shift, take the place of `steps` even ones. `video_path` is what the run begins
-    with, at `denoising_strength`; without it that is pure noise.
+    `shift` None is the variant's for the size. `timesteps`, 0..1000 before the shift, take the place of `steps` even
+    ones. `video_path` is what the run begins with, at `denoising_strength`; without it that is pure noise. The video
+    itself begins with `image_path` and ends with `end_image_path`; it takes the first's proportions at the area that
+    width and height say, unless `exact_size`. With `one_frame` a picture is made in place of a video, as a frame beside
+    `control_images`.
     """
 
     prompt: str
@@ -29,13 +34,19 @@ class SampleRequest:
     frames: int
     steps: int
     guidance: float
-    shift: float
+    shift: float | None
     seed: int | None = None
+    variant: Variant = VARIANTS["t2v-14B"]
     solver: str = "unipc"
     timesteps: tuple[float, ...] = ()
     rand_device: str = "cpu"
     video_path: str | None = None
     denoising_strength: float = STRENGTH
+    image_path: str | None = None
+    end_image_path: str | None = None
+    exact_size: bool = False
+    one_frame: OneFrame | None = None
+    control_images: tuple[str, ...] = ()
     cfg_skip_mode: str = "none"
     cfg_apply_ratio: float | None = None
     cfg_merge: bool = False
@@ -47,9 +58,19 @@ class SampleRequest:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of the latents."""
-        frames = 1 + (self.frames - 1) // FRAME_STEP
+        """(C, F, H, W) of the latents that the model makes."""
+        frames = 1 + (self.frames - 1) // FRAME_STEP if self.one_frame is None else len(self.one_frame.positions)
         return LATENT_CHANNELS, frames, self.height // VAE_STRIDE, self.width // VAE_STRIDE
+
+    @property
+    def noise_shift(self) -> float:
+        """The shift of its noise levels."""
+        return self.variant.shift_at(self.width, self.height) if self.shift is None else self.shift
+
+    @property
+    def picture_paths(self) -> tuple[str, ...]:
+        """The pictures that it is made from, the first frame's first."""
+        return self.control_images or tuple(path for path in (self.image_path, self.end_image_path) if path)
 
     @property
     def guided(self) -> Guidance:
@@ -103,7 +124,24 @@ def checked(request: SampleRequest) -> SampleRequest:
 
 
 def fitted(request: SampleRequest) -> SampleRequest:
-    """The request at a size and length that the model can make, with a warning where that is another."""
+    """The request at a size and length that the model can make, with a warning where that is another.
+
+    InputError for pictures that are missing, do not read, or that its task does not take.
+    """
+    if request.one_frame is None:
+        if request.control_images:
+            raise InputError(
+                "--control_image_path (--ci) is for pictures made as one frame: give --one_frame_inference (--of) too"
+            )
+        check_pictures(request.variant, request.image_path, request.end_image_path)
+    else:
+        check_controls(request.variant, request.one_frame, request.picture_paths)
+        if request.video_path:
+            raise InputError("--one_frame_inference makes a picture, --video_path begins with a video: leave out one")
+        request = replace(request, frames=1)
+    if request.picture_paths and not request.exact_size:
+        width, height = size_like(request.picture_paths[0], (request.width, request.height))
+        request = replace(request, width=width, height=height)
     width, height = (max(SIZE_STEP, side // SIZE_STEP * SIZE_STEP) for side in (request.width, request.height))
     frames = max(1, (request.frames - 1) // FRAME_STEP * FRAME_STEP + 1)
     if (width, height) != (request.width, request.height):
@@ -124,5 +162,6 @@ def preview_defaults(variant: Variant) -> SampleRequest:
         frames=1,
         steps=20,
         guidance=variant.guidance,
-        shift=variant.shift,
+        shift=None,
+        variant=variant,
     )

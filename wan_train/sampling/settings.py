@@ -25,7 +25,9 @@ class SamplingSettings:
     guidance_scale: float | None = option(
         None, "Classifier-free guidance; 1 does without the negative prompt; without it the task's.", minimum=0
     )
-    flow_shift: float | None = option(None, "Shift of the noise levels; without it the task's.", minimum=1e-3)
+    flow_shift: float | None = option(
+        None, "Shift of the noise levels; without it the task's, which for some goes by the size.", minimum=1e-3
+    )
     sample_solver: str = option(
         "unipc",
         "Solver of the sampling ODE; lcm adds new noise at every step, for distilled models.",
@@ -45,6 +47,23 @@ class SamplingSettings:
         "Where noise is drawn: cpu gives the same on every machine, device (cuda) what the official code draws there.",
         choices=NOISE_DEVICES,
         shortcuts={"--cpu_noise": "cpu"},
+    )
+    image_path: str | None = option(None, "The picture that the video begins with, of tasks that make it from one.")
+    end_image_path: str | None = option(
+        None,
+        "The picture that it ends with: of flf2v tasks, and as a trial of i2v ones (Fun-InP models are made for it).",
+    )
+    one_frame_inference: str | None = option(
+        None,
+        "Make a picture as one latent frame beside given ones: where in time they and it are, as in"
+        " control_index=0,target_index=1.",
+        metavar="control_index=N;N,target_index=N",
+    )
+    control_image_path: tuple[str, ...] = option((), "The given pictures of --one_frame_inference, one for each index.")
+    exact_size: bool = option(
+        False,
+        "Take --video_size as it is, and crop the picture to it; without it the video has the picture's proportions at"
+        " the area of --video_size.",
     )
     video_path: str | None = option(
         None, "Begin with this video, picture or folder of pictures in place of noise: video to video."

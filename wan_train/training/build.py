@@ -21,7 +21,7 @@ from wan_train.log import get_logger
 from wan_train.models.dit import Dit
 from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import open_vae
-from wan_train.sampling.encode import encode_texts
+from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
 from wan_train.training.accelerator import prepare_model
 from wan_train.training.ema import Ema
 from wan_train.training.hub import open_hub
@@ -210,13 +210,19 @@ def make_previewer(
     """What makes previews; None where none are asked for."""
     if not plan.requests:
         return None
-    vae = open_vae(settings.vae, accelerator.device)
+    device = accelerator.device
+    seen = see_requests(plan.requests, settings.image, device)
+    vae = open_vae(settings.vae, device)
+    images = [
+        encode_pictures(request, vae, tokens, device) for request, tokens in zip(plan.requests, seen, strict=True)
+    ]
     vae.to("cpu")
-    return Previewer(plan.requests, texts, vae, accelerator.device, settings.save, plan.variant.fps, seed)
+    return Previewer(plan.requests, texts, images, vae, device, settings.save, plan.variant.fps, seed)
 
 
 def make_prior(settings: TrainSettings, plan: Plan, texts: dict[str, Conditions]) -> Prior | None:
     """What is to be kept; None where nothing is."""
     if not plan.prior_captions:
         return None
-    return Prior([texts[caption] for caption in plan.prior_captions], settings.prior.prior_loss_weight)
+    rows = [texts[caption].context[0] for caption in plan.prior_captions]
+    return Prior(rows, settings.prior.prior_loss_weight)

@@ -82,7 +82,13 @@ def fetched(settings: TrainSettings) -> TrainSettings:
 
 def read_configs(path: str, settings: TrainSettings) -> tuple[DatasetConfig, ...]:
     """The datasets of a file; where caches are trusted the media need not be there."""
-    return read_config(path, with_sources=not settings.caches.trust_cache)
+    images = VARIANTS[settings.dit.task].images
+    return read_config(
+        path,
+        with_sources=not settings.caches.trust_cache,
+        images=images,
+        one_frame=settings.pictures.one_frame,
+    )
 
 
 def open_data(settings: TrainSettings, configs: tuple[DatasetConfig, ...]) -> Data:

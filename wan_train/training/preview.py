@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from wan_train.cli import InputError
-from wan_train.conditions import Conditions
+from wan_train.conditions import Conditions, ImageConditions
 from wan_train.log import get_logger
 from wan_train.media_out import write_image, write_video
 from wan_train.memory.report import release_memory
@@ -18,6 +18,7 @@ from wan_train.models.vae import WanVAE, check_vae
 from wan_train.models.variants import Variant
 from wan_train.sampling.decode import decode_frames
 from wan_train.sampling.denoise import sample_latents
+from wan_train.sampling.encode import check_given_clip
 from wan_train.sampling.grammar import read_prompts
 from wan_train.sampling.request import SampleRequest, preview_defaults
 from wan_train.training.settings import SaveSettings, TrainSettings
@@ -39,16 +40,19 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
         if not value:
             raise InputError(f"previews need {flag}: give it, or leave out --sample_prompts")
     check_vae(settings.vae.vae)
+    check_given_clip(settings.image, variant, settings.dit.dit)
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
     return requests
 
 
 @dataclass(frozen=True)
 class Previewer:
-    """Everything that a preview needs but the model; `conditions` by prompt, the VAE parked on the CPU."""
+    """Everything that a preview needs but the model; `conditions` by prompt, `images` of each request, the VAE parked
+    on the CPU."""
 
     requests: Sequence[SampleRequest]
     conditions: Mapping[str, Conditions]
+    images: Sequence[ImageConditions | None]
     vae: WanVAE
     device: torch.device
     save: SaveSettings
@@ -82,7 +86,8 @@ class Previewer:
 
     def _make_one(self, model: nn.Module, moment: str, index: int, request: SampleRequest) -> Path:
         seeded = request if request.seed is not None else replace(request, seed=self.seed + index)
-        positive, negative = self.conditions[request.prompt], self.conditions[request.negative_prompt]
+        texts = (self.conditions[text] for text in (request.prompt, request.negative_prompt))
+        positive, negative = (text.with_images(self.images[index]) for text in texts)
         latents = sample_latents(model, seeded, positive, negative, device=self.device)
         self.vae.to(self.device)
         frames = decode_frames(self.vae, latents, self.device)

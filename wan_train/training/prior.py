@@ -24,18 +24,15 @@ from wan_train.training.objective import Draws
 
 @dataclass(frozen=True)
 class Prior:
-    """The captions' conditions, and how much their loss counts."""
+    """The captions' embeddings (L, dim), and how much their loss counts."""
 
-    conditions: Sequence[Conditions]
+    texts: Sequence[Tensor]
     weight: float
 
-    def choose(self, keys: Sequence[SampleKey], *, seed: int, epoch: int) -> Conditions:
+    def choose(self, keys: Sequence[SampleKey], *, seed: int, epoch: int) -> list[Tensor]:
         """A caption for each sample of a batch, drawn by its key."""
-        texts: list[Tensor] = []
-        for key in keys:
-            chance = random.Random(f"{seed} {epoch} {key.repeat} {key.item} prior")
-            texts += self.conditions[chance.randrange(len(self.conditions))].context
-        return Conditions(tuple(texts))
+        chances = (random.Random(f"{seed} {epoch} {key.repeat} {key.item} prior") for key in keys)
+        return [self.texts[chance.randrange(len(self.texts))] for chance in chances]
 
 
 def prior_loss(

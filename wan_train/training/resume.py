@@ -18,7 +18,7 @@ log = get_logger(__name__)
 
 AUTO = "auto"
 # What decides the numbers of a run: groups of its settings, and the fields that do not, or are told apart below.
-GROUPS = ("weights", "network", "loop", "optimizer", "timesteps", "loss", "prior")
+GROUPS = ("weights", "network", "loop", "optimizer", "timesteps", "loss", "pictures", "prior")
 INDIFFERENT = {
     "lr_warmup_steps",
     "mixed_precision",

@@ -6,7 +6,7 @@ from dataset.settings import CacheReadSettings, DatasetSettings
 from networks.settings import NetworkSettings
 from wan_train.cli import InputError, Tool, option
 from wan_train.memory.settings import CompileSettings, RecomputeSettings, StreamSettings, WeightSettings
-from wan_train.models.settings import DitSettings, TextEncoderSettings, VaeSettings
+from wan_train.models.settings import DitSettings, ImageEncoderSettings, TextEncoderSettings, VaeSettings
 from wan_train.training.old_settings import OldSettings
 from wan_train.training.show_settings import HubSettings, LogSettings, PreviewSettings
 
@@ -148,6 +148,19 @@ class LossSettings:
 
 
 @dataclass(frozen=True)
+class PictureSettings:
+    """Tasks with pictures."""
+
+    image_dropout_rate: float = option(
+        0.0,
+        "Share of the samples that are trained on without their pictures, drawn anew each time.",
+        minimum=0,
+        maximum=1,
+    )
+    one_frame: bool = option(False, "Train on caches that were made with --one_frame.")
+
+
+@dataclass(frozen=True)
 class PriorSettings:
     """Keeping what the model knows."""
 
@@ -237,6 +250,7 @@ class TrainSettings:
     compile: CompileSettings
     vae: VaeSettings
     text: TextEncoderSettings
+    image: ImageEncoderSettings
     data: DatasetSettings
     caches: CacheReadSettings
     network: NetworkSettings
@@ -245,6 +259,7 @@ class TrainSettings:
     optimizer: OptimizerSettings
     timesteps: TimestepSettings
     loss: LossSettings
+    pictures: PictureSettings
     prior: PriorSettings
     save: SaveSettings
     preview: PreviewSettings

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dataset.batches import Batch
 from wan_train.cli import RunError
-from wan_train.conditions import Conditions
 from wan_train.log import get_logger
+from wan_train.training.conditioning import conditions_of, drop_pictures
 from wan_train.training.metrics import StepMetrics, loss_by_stratum, num_tokens, peak_memory_mib
 from wan_train.training.objective import Draws, Losses, draw, measure
 from wan_train.training.optimizer_state import learning_rates
@@ -95,7 +95,8 @@ def learn(run: Run, drawn: Drawn, epoch: int, *, share: float, last: bool) -> Lo
     batch, device = drawn.batch, run.accelerator.device
     latents, placed = batch.latents.to(device), drawn.draws.to(device)
     weights = None if batch.weights is None else batch.weights.to(device)
-    conditions = Conditions(tuple(batch.context)).to(device)
+    dropped = drop_pictures(batch.keys, run.settings.pictures.image_dropout_rate, seed=run.seed, epoch=epoch)
+    conditions = conditions_of(batch, device, without_pictures=dropped)
     seed_dropout(run.seed, epoch, batch, device)
     prior = None if run.prior is None or batch.is_reg else run.prior
     with exchange(run, now=last and prior is None):
@@ -103,7 +104,8 @@ def learn(run: Run, drawn: Drawn, epoch: int, *, share: float, last: bool) -> Lo
         run.accelerator.backward(losses.mean * (share * batch.loss_weight))
     mean = losses.mean.detach() * batch.loss_weight
     if prior is not None:
-        kept = prior.choose(batch.keys, seed=run.seed, epoch=epoch).to(device)
+        texts = prior.choose(batch.keys, seed=run.seed, epoch=epoch)
+        kept = conditions.with_context([rows.to(device) for rows in texts])
         with exchange(run, now=last):
             loss = prior_loss(run.model, run.dit, run.adapter, latents, kept, placed) * prior.weight
             run.accelerator.backward(loss * share)

@@ -27,9 +27,9 @@ from dataset.order import SampleKey
 from dataset.sources import name_some
 from dataset.split import find_shared, name_files, split_off
 from wan_train.cli import InputError
-from wan_train.conditions import Conditions
 from wan_train.flow.weighting import importance
 from wan_train.log import get_logger
+from wan_train.training.conditioning import conditions_of
 from wan_train.training.evaluation import Evaluation, History, Losses
 from wan_train.training.objective import Draws, draw_levels, measure
 from wan_train.training.settings import LossSettings, TimestepSettings, ValidationSettings
@@ -156,7 +156,7 @@ class Validator:
     def _measure_batch(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         """Losses (B, K) of a batch, on the CPU."""
         latents = batch.latents.to(device)
-        conditions = Conditions(tuple(batch.context)).to(device)
+        conditions = conditions_of(batch, device)
         weights = None if batch.weights is None else batch.weights.to(device)
         losses = []
         for stratum in range(self._settings.validation_timesteps):

@@ -18,8 +18,10 @@ from wan_train.cli import parse
 from wan_train.models.settings import VaeSettings
 from wan_train.models.vae import WanVAE
 from wan_train.models.vae_layers import FeatureCache
+from wan_train.models.variants import VARIANTS
 from wan_train.sampling import decode
 from wan_train.sampling.decode import decode_frames, open_vae
+from wan_train.sampling.request import preview_defaults
 from wan_train.training.build import make_previewer
 
 CPU = torch.device("cpu")
@@ -81,8 +83,8 @@ def generate_frames(settings: VaeSettings, path: str, _: pytest.MonkeyPatch) -> 
 
 def preview_frames(settings: VaeSettings, path: str, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """The frames that a preview would write for these latents."""
-    run = SimpleNamespace(vae=VaeSettings(**{**vars(settings), "vae": path}), text=None, save=None)
-    plan = SimpleNamespace(requests=[object()], variant=SimpleNamespace(fps=16))
+    run = SimpleNamespace(vae=VaeSettings(**{**vars(settings), "vae": path}), text=None, image=None, save=None)
+    plan = SimpleNamespace(requests=[preview_defaults(VARIANTS["t2v-1.3B"])], variant=SimpleNamespace(fps=16))
     previewer = make_previewer(run, plan, {}, SimpleNamespace(device=CPU), 0)  # type: ignore[arg-type]
     assert previewer is not None
     return decode_frames(previewer.vae, LATENTS, previewer.device)

@@ -14,7 +14,7 @@ DEFAULTS = preview_defaults(VARIANTS["t2v-1.3B"])
 def test_a_bare_line_takes_the_tasks_shift_and_guidance() -> None:
     request = parse_line("a cat", DEFAULTS)
     assert (request.prompt, request.width, request.height, request.frames) == ("a cat", 256, 256, 1)
-    assert (request.steps, request.shift, request.guidance, request.seed) == (20, 5.0, 5.0, None)
+    assert (request.steps, request.noise_shift, request.guidance, request.seed) == (20, 5.0, 5.0, None)
     assert request.negative_prompt == VARIANTS["t2v-1.3B"].negative_prompt
 
 
@@ -77,10 +77,12 @@ def test_sizes_and_lengths_are_made_to_fit() -> None:
         ("--w 832", "starts with its words"),
         ("a cat --w 832 --W 640", "--w comes twice"),
         ("a cat --l nan", "0 to 1000"),
-        ("a cat --ei cat.png", "--ei belongs to tasks"),
+        ("a cat --ei cat.png", r"--end_image_path \(--ei\): .*text alone"),
+        ("a cat --i cat.png", r"--image_path \(--i\): .*text alone"),
         ("a cat --cn dir", "--cn belongs to tasks"),
-        ("a cat --ci cat.png", "--ci belongs to tasks"),
-        ("a cat --of x=1", "--of belongs to tasks"),
+        ("a cat --ci cat.png", r"--control_image_path \(--ci\) is for pictures made as one frame"),
+        ("a cat --of x=1", "--of x=1 .* takes control_index=0"),
+        ("a cat --of control_index=0,target_index=1 --ci cat.png", "not for t2v-1.3B"),
     ],
 )
 def test_bad_lines_are_refused(line: str, told: str) -> None:

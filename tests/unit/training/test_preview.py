@@ -50,7 +50,7 @@ def previewer(folder: Path, vae: Any, requests: list[SampleRequest] = REQUESTS) 
     generator = torch.Generator().manual_seed(1)
     texts = ["", *(request.prompt for request in requests)]
     conditions = {text: Conditions((torch.randn(3, 8, generator=generator),)) for text in texts}
-    return Previewer(requests, conditions, vae, CPU, SaveSettings(str(folder), "name"), 16, 40)
+    return Previewer(requests, conditions, [None] * len(requests), vae, CPU, SaveSettings(str(folder), "name"), 16, 40)
 
 
 def fail_on(model: Dit, call: int, error: BaseException) -> Callable[[], None]:

@@ -43,13 +43,13 @@ def test_the_teacher_is_the_model_without_its_adapter() -> None:
 
 
 def test_captions_are_drawn_by_key() -> None:
-    prior = Prior([Conditions((text(i),)) for i in range(5)], 1.0)
+    prior = Prior([text(i) for i in range(5)], 1.0)
     keys = [SampleKey(f"clip{i}", 0) for i in range(40)]
-    together = prior.choose(keys, seed=1, epoch=2).context
-    alone = [prior.choose([key], seed=1, epoch=2).context[0] for key in keys]
+    together = prior.choose(keys, seed=1, epoch=2)
+    alone = [prior.choose([key], seed=1, epoch=2)[0] for key in keys]
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
     assert len({float(each[0, 0]) for each in together}) == 5
-    other = prior.choose(keys, seed=1, epoch=3).context
+    other = prior.choose(keys, seed=1, epoch=3)
     assert any(not torch.equal(a, b) for a, b in zip(together, other, strict=True))
 
 

@@ -1,0 +1,85 @@
+"""The pictures that a video begins and ends with."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dataset.buckets import resize_to_bucket
+from dataset.stills import image_size, read_image
+from wan_train.cli import InputError
+from wan_train.models.one_frame import OneFrame
+from wan_train.models.variants import SIZE_STEP, Variant
+
+
+def check_pictures(variant: Variant, first: str | None, last: str | None) -> None:
+    """InputError for a picture that the task needs and has not, that it does not take, or that does not read."""
+    if variant.images is None:
+        if flag := "--image_path (--i)" * bool(first) or "--end_image_path (--ei)" * bool(last):
+            raise InputError(
+                f"{flag}: --task {variant.name} makes videos from text alone: take an i2v task, or leave it out"
+            )
+        return
+    if not first:
+        raise InputError(f"--task {variant.name} begins with a picture: give --image_path (--i in a line of prompts)")
+    if variant.images.last and not last:
+        raise InputError(
+            f"--task {variant.name} ends with a picture: give --end_image_path (--ei in a line of prompts)"
+        )
+    for flag, path in (("--image_path", first), ("--end_image_path", last)):
+        if path:
+            _read(flag, path)
+
+
+def check_controls(variant: Variant, one_frame: OneFrame, pictures: Sequence[str]) -> None:
+    """InputError for pictures that do not do for making one frame beside them."""
+    if variant.images is None or not variant.images.clip:
+        raise InputError(f"--one_frame_inference is for Wan2.1's tasks with pictures, not for {variant.name}")
+    if variant.images.last and len(one_frame.controls) != 2:
+        raise InputError(f"--one_frame_inference {one_frame}: {variant.name} is given two pictures: list two indices")
+    if len(pictures) != len(one_frame.controls):
+        raise InputError(
+            f"--one_frame_inference {one_frame} is given {len(one_frame.controls)} pictures, and there are"
+            f" {len(pictures)}: give one --control_image_path for each index (--ci in a line of prompts)"
+        )
+    for path in pictures:
+        _read("--control_image_path", path)
+
+
+def size_like(picture: str, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of a picture's proportions at about the area of `size`, in steps of 16, never above it.
+
+    The rule of the official image2video: the sides of the exact area, each floored, here in whole numbers throughout.
+    """
+    width, height = image_size(Path(picture))
+    area = size[0] * size[1]
+
+    def floored(side: int, other: int) -> int:
+        return max(1, math.isqrt(area * side // (other * SIZE_STEP**2))) * SIZE_STEP
+
+    return floored(width, height), floored(height, width)
+
+
+def load_pictures(paths: Sequence[str], size: tuple[int, int]) -> list[Tensor]:
+    """Pixels (3, H, W) in [-1, 1] of pictures, scaled to cover a size (width, height) and cropped in the middle, just
+    as clips are when they are cached."""
+    return [to_picture(resize_to_bucket(read_image(Path(path)), size)) for path in paths]
+
+
+def to_picture(rgb: NDArray[np.uint8]) -> Tensor:
+    """(H, W, 3) uint8 as pixels (3, H, W) in [-1, 1]."""
+    return rearrange(torch.from_numpy(rgb.copy()), "h w c -> c h w").float().div_(127.5).sub_(1.0)
+
+
+def _read(flag: str, path: str) -> None:
+    if not Path(path).exists():
+        raise InputError(f"{flag} {path}: no such file")
+    try:
+        read_image(Path(path))
+    except InputError as problem:
+        raise InputError(f"{flag} {problem}") from None

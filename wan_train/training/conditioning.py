@@ -1,0 +1,33 @@
+"""What the model is given of a batch beside its noisy latents."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dataset.batches import Batch
+from dataset.order import SampleKey
+from wan_train.conditions import Conditions
+
+
+def conditions_of(batch: Batch, device: torch.device, *, without_pictures: Sequence[bool] = ()) -> Conditions:
+    """The texts of a batch and, where the model is given pictures, what it reads of them; all on a device.
+
+    Samples that are `without_pictures` have a mask that gives nothing, and zeros for latents and tokens: what models
+    that can do without a picture are given then (VideoX-Fun's InP).
+    """
+    images, clip = batch.image_latents, batch.clip_features
+    if images is not None and any(without_pictures):
+        kept = torch.tensor([not dropped for dropped in without_pictures])
+        images, clip = _where(kept, images), None if clip is None else _where(kept, clip)
+    return Conditions(tuple(batch.context), images, clip, batch.frame_positions).to(device)
+
+
+def drop_pictures(keys: Sequence[SampleKey], rate: float, *, seed: int, epoch: int) -> list[bool]:
+    """For each sample whether its pictures are dropped, drawn by its key."""
+    return [random.Random(f"{seed} {epoch} {key.repeat} {key.item} pictures").random() < rate for key in keys]
+
+
+def _where(kept: Tensor, values: Tensor) -> Tensor:
+    return values * kept.view(-1, *[1] * (values.ndim - 1)).to(values)
