@@ -11,7 +11,7 @@ from generate.merged import check_merged, save_merged_model
 from generate.models import Models
 from generate.output import check_output
 from generate.preflight import check_generation, check_given_vae, fitted_jobs
-from generate.record import compare_hashes, model_hashes
+from generate.record import compare_hashes, input_hashes, model_hashes
 from generate.runs import OnDisk, run_jobs
 from generate.settings import GenerateSettings
 from wan_train.cli import InputError
@@ -64,7 +64,7 @@ def _hashes(settings: GenerateSettings) -> dict[str, object]:
         return {}
     hashes = model_hashes(settings)
     if settings.batch.from_metadata:
-        compare_hashes(settings.batch.from_metadata, hashes)
+        compare_hashes(settings.batch.from_metadata, hashes | input_hashes(settings.sampling))
     return hashes
 
 

@@ -85,6 +85,8 @@ def check_output(settings: OutputSettings, jobs: Sequence[Job] | None) -> None:
 def check_place(settings: OutputSettings, count: int) -> None:
     """Refuse a `--save_path` that cannot take this many results, whatever is in them."""
     given, suffix = settings.save_path, Path(settings.save_path).suffix.lower()
+    if settings.codec == "lossless" and settings.video_quality is not None:
+        raise InputError(f"--video_quality {settings.video_quality}: --codec lossless has one quality; leave out one")
     if not given:
         raise InputError("--save_path is missing: say where to write, a .mp4 file or a folder")
     if unknown := [name for name in re.findall(r"\{[^{}]*\}", given) if name not in _NAMES]:

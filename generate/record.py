@@ -18,6 +18,7 @@ from wan_train.log import get_logger
 from wan_train.media_out import read_comment
 from wan_train.models.fingerprint import file_hash, fingerprint
 from wan_train.sampling.request import SampleRequest
+from wan_train.sampling.settings import SamplingSettings
 from wan_train.storage import read_header
 
 log = get_logger(__name__)
@@ -45,19 +46,26 @@ class Record:
 
 def model_hashes(settings: GenerateSettings) -> dict[str, Any]:
     """By option, what tells its file from others: of models a fingerprint, of each LoRA the SHA-256."""
-    models = {"dit": settings.dit.dit, "vae": settings.vae.vae, "t5": settings.text.t5}
+    models = {"dit": settings.dit.dit, "vae": settings.vae.vae, "t5": settings.text.t5, "clip": settings.image.clip}
     hashes: dict[str, Any] = {name: fingerprint(path) for name, path in models.items() if path}
     if settings.lora.lora_weight:
         hashes["lora_weight"] = [file_hash(path) for path in settings.lora.lora_weight]
     return hashes
 
 
+def input_hashes(settings: SamplingSettings | SampleRequest) -> dict[str, str]:
+    """By option, the SHA-256 of the video and the pictures that a video is made from; folders have none."""
+    paths = {name: getattr(settings, name) for name in ("video_path", "image_path", "end_image_path")}
+    return {name: file_hash(path) for name, path in paths.items() if path and Path(path).is_file()}
+
+
 def make_record(settings: GenerateSettings, request: SampleRequest, hashes: Mapping[str, Any]) -> Record:
-    """The record of one of the videos that the settings have made."""
+    """The record of one of the videos that the settings have made; `hashes` are those of the models."""
     # What the command line says of sampling may not hold for this video: a line of a file stands over it.
     groups = [rows for group, rows in changed_options(settings).items() if group != "sampling"]
     about = {name: value for rows in groups for name, value in rows.items() if name not in _ELSEWHERE}
-    return Record(about | {"task": settings.dit.task} | request_options(request), hashes)
+    options = about | {"task": settings.dit.task} | request_options(request)
+    return Record(options, {**hashes, **input_hashes(request)})
 
 
 def read_record(path: str) -> Record:

@@ -96,8 +96,8 @@ def prepare(folder: Path, plan: Plan) -> None:
     taught = [others[(7 * index) % len(others)] for index in range(plan.new_clips)]
     for name, scenes, seed in (("new", taught, 1000), ("old", choose_scenes(plan.old_clips, seed=103), 2000)):
         (folder / "clips" / name).mkdir(parents=True, exist_ok=True)
-        for path in (folder / "clips" / name).iterdir():
-            path.unlink()
+        for path in (folder / "clips" / name).glob("[0-9][0-9][0-9]_*_*"):
+            path.unlink()  # of an earlier demo; what else lies there is not ours
         write_clips(folder / "clips" / name, scenes, first_seed=seed)
     shown = _shown(folder)
     datasets = [

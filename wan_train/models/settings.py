@@ -28,6 +28,12 @@ class DitSettings:
         },
     )
     split_attn: bool = option(False, "Attend for one sample of a batch at a time: less memory with some backends.")
+    disable_numpy_memmap: bool = option(
+        False, "Accepted for old commands and does nothing: checkpoints are read tensor by tensor."
+    )
+    force_v2_1_time_embedding: bool = option(
+        False, "Accepted for old commands and does nothing: time is embedded once for each frame, never for each token."
+    )
 
 
 @dataclass(frozen=True)

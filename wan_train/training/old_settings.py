@@ -9,7 +9,6 @@ from wan_train.cli import InputError, option
 class OldSettings:
     """Accepted for old commands."""
 
-    disable_numpy_memmap: bool = option(False, "Does nothing: checkpoints are read tensor by tensor.")
     img_in_txt_in_offloading: bool = option(False, "Does nothing: Wan's inputs are too small to be worth moving.")
     guidance_scale: float = option(
         1.0, "Does nothing: Wan has no embedded guidance; previews have --l in their prompts."

@@ -90,6 +90,7 @@ def test_seed_and_index_are_filled_in(given: Given, tmp_path: Path) -> None:
         (("--save_path", "x.png"), "a picture for 5 frames"),
         (("--save_path", "x", "--trim_tail_frames", 5), "none of 5 frames"),
         (("--save_path", "README.md/x"), "cannot write"),
+        (("--save_path", "x", "--codec", "lossless", "--video_quality", 20), "lossless has one quality"),
     ],
 )
 def test_bad_places_are_refused(words: tuple[object, ...], told: str, given: Given) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from generate.jobs import make_jobs
 from generate.output import check_output, latent_metadata, save_latents
-from generate.record import compare_hashes, make_record, model_hashes, read_record
+from generate.record import compare_hashes, input_hashes, make_record, model_hashes, read_record
 from generate.settings import GenerateSettings
 from tests.unit.generate.conftest import Given
 from wan_train.cli import InputError, parse
@@ -85,6 +85,18 @@ def test_another_model_is_told(given: Given, tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err == ""
     compare_hashes(path, hashes | {"vae": "other"})
     assert "--vae is not the file" in capsys.readouterr().err
+
+
+def test_a_picture_that_has_changed_is_told(tmp_path: Path, given: Given, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image(tmp_path / "first.png", FRAMES[0])
+    settings = given("--prompt", "a", "--task", "i2v-14B", "--image_path", tmp_path / "first.png")
+    (job,) = make_jobs(settings)
+    path = str(write_all(tmp_path, make_record(settings, job.request, {}).text())[0])
+    compare_hashes(path, input_hashes(settings.sampling))
+    assert capsys.readouterr().err == ""
+    write_image(tmp_path / "first.png", FRAMES[0] + 9)
+    compare_hashes(path, input_hashes(settings.sampling))
+    assert "--image_path is not the file" in capsys.readouterr().err
 
 
 def test_a_latent_file_without_a_record_says_nothing(tmp_path: Path, given: Given) -> None:
