@@ -88,10 +88,10 @@ def encode_extras(
     for kind, source in sources.items():
         for tensors, latents in zip(found, encode(to_pixels(source)), strict=True):
             tensors[kind] = latents
-    for image, clip, source in ((IMAGE, CLIP, pictures), (IMAGE_FLIPPED, CLIP_FLIPPED, sources.get(FLIPPED))):
+    for image, clip, shown in ((IMAGE, CLIP, pictures), (IMAGE_FLIPPED, CLIP_FLIPPED, sources.get(FLIPPED))):
         if image in kinds:
-            assert source is not None
-            for tensors, pixels in zip(found, to_pixels(source), strict=True):
+            assert shown is not None
+            for tensors, pixels in zip(found, to_pixels(shown), strict=True):
                 tensors |= _image_tensors(clips[0], pixels, (image, clip), encode, see)
     for tensors, extra in zip(found, loaded, strict=True):
         if extra.mask is not None:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from generate.settings import GenerateSettings
 from wan_train.cli import InputError
+from wan_train.models.experts import read_boundary
 from wan_train.models.one_frame import OneFrame, read_one_frame
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.grammar import GENERATOR, parse_line, read_prompts
@@ -32,7 +33,7 @@ class Job:
 
 def make_jobs(settings: GenerateSettings) -> list[Job]:
     """What `--prompt` or `--from_file` wants. InputError for what the options or a line of the file get wrong."""
-    defaults = default_request(settings.sampling, VARIANTS[settings.dit.task])
+    defaults = _defaults(settings)
     if settings.batch.from_file:
         requests = read_prompts(settings.batch.from_file, defaults, GENERATOR)
     elif settings.sampling.prompt.strip():
@@ -46,13 +47,13 @@ def make_jobs(settings: GenerateSettings) -> list[Job]:
 
 def parse_job(line: str, settings: GenerateSettings, index: int) -> Job:
     """The job of a prompt line over the command line's options."""
-    defaults = default_request(settings.sampling, VARIANTS[settings.dit.task])
+    defaults = _defaults(settings)
     return Job(with_seed(parse_line(line, defaults, GENERATOR)), index)
 
 
 def check_request(settings: GenerateSettings) -> None:
     """Refuse options that no prompt line could mend."""
-    checked(default_request(settings.sampling, VARIANTS[settings.dit.task]))
+    checked(_defaults(settings))
 
 
 def numbered(requests: Iterable[SampleRequest]) -> list[Job]:
@@ -63,6 +64,12 @@ def numbered(requests: Iterable[SampleRequest]) -> list[Job]:
 def with_seed(request: SampleRequest) -> SampleRequest:
     """The request with a seed, drawn if it has none."""
     return replace(request, seed=_chosen(request.seed, random.SystemRandom().randrange(2**32)))
+
+
+def _defaults(settings: GenerateSettings) -> SampleRequest:
+    variant, boundary = VARIANTS[settings.dit.task], settings.experts.timestep_boundary
+    request = default_request(settings.sampling, variant)
+    return request if boundary is None else replace(request, boundary=read_boundary(boundary, variant))
 
 
 def default_request(sampling: SamplingSettings, variant: Variant) -> SampleRequest:
@@ -83,6 +90,7 @@ def default_request(sampling: SamplingSettings, variant: Variant) -> SampleReque
         frames=_chosen(sampling.video_length, variant.frames),
         steps=len(timesteps) or _chosen(sampling.infer_steps, variant.steps),
         guidance=_chosen(sampling.guidance_scale, variant.guidance),
+        guidance_high_noise=sampling.guidance_scale_high_noise,
         shift=sampling.flow_shift,
         seed=sampling.seed,
         variant=variant,
@@ -121,6 +129,8 @@ def request_options(request: SampleRequest) -> dict[str, object]:
         "sample_solver": request.solver,
         "rand_device": request.rand_device,
     }
+    if request.guidance_high_noise is not None:
+        values["guidance_scale_high_noise"] = request.guidance_high_noise
     if request.timesteps:
         values["timesteps"] = ",".join(map(str, request.timesteps))
     if request.video_path:

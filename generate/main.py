@@ -50,7 +50,7 @@ def _converse(settings: GenerateSettings, device: torch.device) -> None:
 def _decode(settings: GenerateSettings, device: torch.device) -> None:
     check_given_vae(settings)
     files = check_latents(settings.batch.latent_path, settings.output)
-    decode_latents(files, Models(settings, (), device))
+    decode_latents(files, Models(settings, {}, device))
 
 
 def _merge(settings: GenerateSettings, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """The generator's models: each is loaded when it is needed, and on the device only while it is."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,23 @@ from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, finish
 from wan_train.conditions import Conditions, ImageConditions
 from wan_train.log import get_logger
 from wan_train.memory.report import release_memory
+from wan_train.models.experts import HIGH, LOW, ORDER
 from wan_train.models.loading import linear_shapes
 from wan_train.models.stored import storage_dtype
 from wan_train.models.vae import WanVAE
+from wan_train.models.variants import Variant
 from wan_train.precision import published_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
-from wan_train.sampling.denoise import sample_latents
+from wan_train.sampling.denoise import Sampling
 from wan_train.sampling.encode import encode_pictures, encode_with, open_image_encoder, open_text_encoder, see_pictures
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import read_header
 
 log = get_logger(__name__)
+
+
+Loras = Mapping[str | None, Sequence[WeightedLora]]  # by expert, None for a task's only model
+FLAGS: dict[str | None, str] = {None: "--dit", LOW: "--dit", HIGH: "--dit_high_noise"}
 
 
 @dataclass
@@ -52,7 +58,7 @@ class Models:
     """
 
     settings: GenerateSettings
-    loras: Sequence[WeightedLora]
+    loras: Loras
     device: torch.device
     keep: bool = False
     _resting: dict[str, nn.Module] = field(default_factory=dict)
@@ -75,16 +81,17 @@ class Models:
             self._encoded |= known
         return known
 
+    def begin(self, request: SampleRequest, texts: dict[str, Conditions], beginning: Beginning) -> Sampling:
+        """A run, at its beginning."""
+        both = (texts[text].with_images(beginning.images) for text in (request.prompt, request.negative_prompt))
+        return Sampling(request, *both, source=beginning.source, device=self.device)
+
     @contextmanager
-    def sampler(self) -> Iterator[Callable[..., Tensor]]:
-        """While this is entered, `sample(request, conditions by text, beginning)` gives latents (C, F, H, W)."""
-        with self._lent("DiT", self._open_dit) as lent:
-
-            def sample(request: SampleRequest, texts: dict[str, Conditions], beginning: Beginning) -> Tensor:
-                both = (texts[text].with_images(beginning.images) for text in (request.prompt, request.negative_prompt))
-                return sample_latents(lent.model, request, *both, device=self.device, source=beginning.source)
-
-            yield sample
+    def dit(self, expert: str | None = None) -> Iterator[Lent]:
+        """The DiT, or one of two experts, while this is entered."""
+        name = f"DiT {expert}" if expert else "DiT"
+        with self._lent(name, lambda: self._open_dit(expert)) as lent:
+            yield lent
 
     @contextmanager
     def image_encoder(self) -> Iterator[Lent]:
@@ -133,27 +140,36 @@ class Models:
 
     def _moves(self, name: str) -> bool:
         """Whether a model goes to main memory between two uses: not if parts of it are there all the time."""
-        return not {"text encoder": self.settings.text.fp8_t5, "DiT": self.settings.stream.blocks_to_swap}.get(name)
+        streamed = name.startswith("DiT") and self.settings.stream.blocks_to_swap
+        return not (streamed or (name == "text encoder" and self.settings.text.fp8_t5))
 
     def _open_vae(self) -> WanVAE:
         log.info("loading %s", self.settings.vae.vae)
         return open_vae(self.settings.vae, self.device)
 
-    def _open_dit(self) -> nn.Module:
-        settings, loras = self.settings, self.loras
-        log.info("loading %s%s", settings.dit.dit, "".join(f" + {lora.multiplier:g} x {lora.path}" for lora in loras))
+    def _open_dit(self, expert: str | None) -> nn.Module:
+        settings, loras = model_settings(self.settings, expert), self.loras.get(expert, ())
+        path = settings.dit.dit
+        log.info("loading %s%s", path, "".join(f" + {lora.multiplier:g} x {lora.path}" for lora in loras))
         # An accelerator computes float32 files in bfloat16, as the official sampler does.
-        wide = storage_dtype(read_header(settings.dit.dit)) is torch.float32
+        wide = storage_dtype(read_header(path)) is torch.float32
         dtype = published_dtype(self.device) if wide else None
-        attached = settings.lora.lora_mode == "attach"
-        model = assemble_dit(model_settings(settings), device=self.device, dtype=dtype, loras=[] if attached else loras)
+        attached = self.settings.lora.lora_mode == "attach"
+        model = assemble_dit(settings, device=self.device, dtype=dtype, loras=[] if attached else loras)
         if attached:
-            names = linear_shapes(settings.dit.dit)
+            names = linear_shapes(path)
             attach_loras(model, [(lora.read(names), lora.multiplier) for lora in loras], device=self.device)
-        finish_dit(model, model_settings(settings), self.device)
+        finish_dit(model, settings, self.device)
         return model
 
 
-def model_settings(settings: GenerateSettings) -> ModelSettings:
-    """What the settings say about the DiT."""
-    return ModelSettings(settings.dit, settings.weights, settings.stream, settings.activations, settings.compile)
+def experts_of(variant: Variant) -> tuple[str | None, ...]:
+    """The models of a task: its experts in the order of a run, or None for the only one."""
+    return (None,) if variant.experts is None else ORDER
+
+
+def model_settings(settings: GenerateSettings, expert: str | None = None) -> ModelSettings:
+    """What the settings say about the DiT, or about one of two experts."""
+    path = settings.experts.dit_high_noise if expert == HIGH else settings.dit.dit
+    dit = replace(settings.dit, dit=path)
+    return ModelSettings(dit, settings.weights, settings.stream, settings.activations, settings.compile)

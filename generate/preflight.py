@@ -7,40 +7,50 @@ from itertools import zip_longest
 import torch
 
 from generate.jobs import Job
-from generate.models import model_settings
+from generate.models import FLAGS, Loras, experts_of, model_settings
 from generate.settings import GenerateSettings, LoraSettings
 from generate.source import fit_to_source
+from networks.expert import warn_of_other_expert
 from networks.formats import check_lora
 from networks.selection import filter_modules
 from wan_train.assemble import WeightedLora, check_model
 from wan_train.cli import InputError
 from wan_train.log import get_logger
+from wan_train.models.experts import HIGH
 from wan_train.models.loading import linear_shapes, num_blocks
 from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.vae import check_vae
-from wan_train.models.variants import VARIANTS
+from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.encode import check_given_clip
 from wan_train.storage import check_writable
 
 log = get_logger(__name__)
 
 
-def weighted_loras(settings: LoraSettings) -> list[WeightedLora]:
-    """The LoRA files with their multipliers, 1.0 where fewer multipliers than files are given."""
-    if len(settings.lora_multiplier) > len(settings.lora_weight):
+def weighted_loras(settings: LoraSettings, expert: str | None = None) -> list[WeightedLora]:
+    """The LoRA files with their multipliers, 1.0 where fewer multipliers than files are given; for one of two experts
+    its own."""
+    ending = "_high_noise" if expert == HIGH else ""
+    files: tuple[str, ...] = getattr(settings, f"lora_weight{ending}")
+    multipliers: tuple[float, ...] = getattr(settings, f"lora_multiplier{ending}")
+    if len(multipliers) > len(files):
         raise InputError(
-            f"{len(settings.lora_multiplier)} --lora_multiplier for {len(settings.lora_weight)} --lora_weight: "
+            f"{len(multipliers)} --lora_multiplier{ending} for {len(files)} --lora_weight{ending}: "
             "give at most one for each file"
         )
-    pairs = zip_longest(settings.lora_weight, settings.lora_multiplier, fillvalue=1.0)
+    pairs = zip_longest(files, multipliers, fillvalue=1.0)
     patterns = settings.include_patterns, settings.exclude_patterns
     return [WeightedLora(str(path), float(multiplier), *patterns) for path, multiplier in pairs]
 
 
-def check_generation(settings: GenerateSettings, device: torch.device, *, wants_frames: bool) -> list[WeightedLora]:
-    """Refuse models that cannot make videos, by headers and tiny trials alone; the LoRA files that take part."""
-    if warning := check_model(model_settings(settings), VARIANTS[settings.dit.task], device):
-        log.warning(warning)
+def check_generation(settings: GenerateSettings, device: torch.device, *, wants_frames: bool) -> Loras:
+    """Refuse models that cannot make videos, by headers and tiny trials alone; the LoRA files that take part, by
+    expert."""
+    variant = VARIANTS[settings.dit.task]
+    check_experts(settings, variant)
+    for expert in experts_of(variant):
+        if warning := check_model(model_settings(settings, expert), variant, device, flag=FLAGS[expert]):
+            log.warning(warning)
     if not settings.text.t5:
         raise InputError("--t5 is missing: give the UMT5-XXL encoder file")
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
@@ -51,7 +61,24 @@ def check_generation(settings: GenerateSettings, device: torch.device, *, wants_
         check_given_vae(settings, ", or --output_type latent")
     if settings.output.text_cache:
         check_writable(settings.output.text_cache)
-    return check_loras(settings)
+    return {expert: check_loras(settings, expert) for expert in experts_of(variant)}
+
+
+def check_experts(settings: GenerateSettings, variant: Variant) -> None:
+    """InputError for an expert that is missing, and for options of one where the task has a single model."""
+    if variant.experts is not None:
+        for flag, path in (("--dit", settings.dit.dit), ("--dit_high_noise", settings.experts.dit_high_noise)):
+            if not path:
+                raise InputError(f"{flag} is missing: --task {variant.name} has two models, give both")
+        return
+    given = {
+        "--dit_high_noise": settings.experts.dit_high_noise,
+        "--lora_weight_high_noise": settings.lora.lora_weight_high_noise,
+        "--guidance_scale_high_noise": settings.sampling.guidance_scale_high_noise is not None,
+    }
+    for flag, there in given.items():
+        if there:
+            raise InputError(f"{flag}: --task {variant.name} has one model: take an A14B task, or leave it out")
 
 
 def check_given_vae(settings: GenerateSettings, instead: str = "") -> None:
@@ -61,12 +88,15 @@ def check_given_vae(settings: GenerateSettings, instead: str = "") -> None:
     check_vae(settings.vae.vae)
 
 
-def check_loras(settings: GenerateSettings) -> list[WeightedLora]:
-    """The LoRA files with their multipliers. InputError for one that is of another model."""
-    loras, shapes = weighted_loras(settings.lora), linear_shapes(settings.dit.dit)
-    if (settings.lora.include_patterns or settings.lora.exclude_patterns) and not loras:
+def check_loras(settings: GenerateSettings, expert: str | None = None) -> list[WeightedLora]:
+    """The LoRA files with their multipliers, of one of two experts. InputError for one that is of another model."""
+    loras = weighted_loras(settings.lora, expert)
+    shapes = linear_shapes(model_settings(settings, expert).dit.dit)
+    if expert != HIGH and (settings.lora.include_patterns or settings.lora.exclude_patterns) and not loras:
         raise InputError("--include_patterns and --exclude_patterns choose modules of --lora_weight: give one")
     for lora in loras:
+        if expert is not None:
+            warn_of_other_expert(lora.path, expert)
         filter_modules(check_lora(lora.path, shapes), lora.include, lora.exclude)
     return loras
 

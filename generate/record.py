@@ -47,9 +47,11 @@ class Record:
 def model_hashes(settings: GenerateSettings) -> dict[str, Any]:
     """By option, what tells its file from others: of models a fingerprint, of each LoRA the SHA-256."""
     models = {"dit": settings.dit.dit, "vae": settings.vae.vae, "t5": settings.text.t5, "clip": settings.image.clip}
+    models["dit_high_noise"] = settings.experts.dit_high_noise
     hashes: dict[str, Any] = {name: fingerprint(path) for name, path in models.items() if path}
-    if settings.lora.lora_weight:
-        hashes["lora_weight"] = [file_hash(path) for path in settings.lora.lora_weight]
+    for name in ("lora_weight", "lora_weight_high_noise"):
+        if paths := getattr(settings.lora, name):
+            hashes[name] = [file_hash(path) for path in paths]
     return hashes
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from generate.jobs import Job
-from generate.models import Beginning, Models
+from generate.models import Beginning, Models, experts_of
 from generate.output import (
     Product,
     latent_metadata,
@@ -27,6 +27,7 @@ from generate.source import read_source
 from wan_train.cli import RunError
 from wan_train.log import get_logger
 from wan_train.models.variants import VARIANTS
+from wan_train.sampling.denoise import Sampling
 from wan_train.storage import read_tensors
 
 log = get_logger(__name__)
@@ -65,11 +66,19 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     failures = Failures(alone=len(jobs) == 1)
     conditions = models.encode([text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)])
     beginnings = _begin(jobs, models, failures)
-    with models.sampler() as sample:
-        for job in failures.others(jobs):
-            with failures.of(job):
-                log.info("%s", describe(job))
-                delivery.put_latents(job, sample(job.request, conditions, beginnings.pop(job.index, Beginning())))
+    samplings: dict[int, Sampling] = {}
+    for job in failures.others(jobs):
+        with failures.of(job):
+            samplings[job.index] = models.begin(job.request, conditions, beginnings.pop(job.index, Beginning()))
+    # One model after the other, each for all jobs: no more than one is there at a time, and each is read once.
+    for expert in [e for e in experts_of(jobs[0].request.variant) if any(e in s.experts() for s in samplings.values())]:
+        with models.dit(expert) as dit:
+            for job in failures.others(jobs):
+                with failures.of(job):
+                    log.info("%s", describe(job))
+                    samplings[job.index].advance(dit.model, expert)
+                    if not samplings[job.index].experts():
+                        delivery.put_latents(job, samplings.pop(job.index).latents)
     if delivery.wants_frames:
         with models.vae() as vae:
             for job in failures.others(jobs):

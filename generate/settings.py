@@ -4,7 +4,13 @@ from dataclasses import dataclass
 
 from wan_train.cli import Tool, option
 from wan_train.memory.settings import ActivationSettings, CompileSettings, FastWeightSettings, StreamSettings
-from wan_train.models.settings import DitSettings, ImageEncoderSettings, TextEncoderSettings, VaeSettings
+from wan_train.models.settings import (
+    DitSettings,
+    ExpertSettings,
+    ImageEncoderSettings,
+    TextEncoderSettings,
+    VaeSettings,
+)
 from wan_train.sampling.settings import SamplingSettings
 
 LORA_MODES = ("merge", "attach")
@@ -13,11 +19,24 @@ CODEC_NAMES = ("h264", "vp9", "lossless")
 
 
 @dataclass(frozen=True)
+class GenerateExpertSettings(ExpertSettings):
+    """Two experts (Wan2.2 A14B)."""
+
+    lazy_loading: bool = option(
+        False,
+        "Accepted for old commands, as --offload_inactive_dit is: an expert is read when its steps come, and gone after"
+        " them.",
+    )
+
+
+@dataclass(frozen=True)
 class LoraSettings:
     """LoRA."""
 
     lora_weight: tuple[str, ...] = option((), "LoRA files, kohya or lora_A/lora_B keys.")
     lora_multiplier: tuple[float, ...] = option((), "Strength of each LoRA, in their order; 1.0 where none is given.")
+    lora_weight_high_noise: tuple[str, ...] = option((), "LoRA files of the expert for high noise.")
+    lora_multiplier_high_noise: tuple[float, ...] = option((), "Strength of each of them, as --lora_multiplier.")
     lora_mode: str = option(
         "merge",
         "merge adds LoRAs to the weights, which costs no time per step; attach computes them beside, as in training.",
@@ -82,6 +101,7 @@ class GenerateSettings:
     """All settings of the generator."""
 
     dit: DitSettings
+    experts: GenerateExpertSettings
     weights: FastWeightSettings
     stream: StreamSettings
     activations: ActivationSettings

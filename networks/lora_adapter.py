@@ -90,6 +90,14 @@ class Lora:
             yield f"{name}.lora.down.weight", branch.down.weight
             yield f"{name}.lora.up.weight", branch.up.weight
 
+    def act_on(self, model: nn.Module) -> None:
+        """Change another model of the same geometry too, by the same pairs."""
+        model.requires_grad_(False)
+        for name, branch in self.branches.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            attach_branch(linear, branch)
+
     def disabled(self) -> AbstractContextManager[None]:
         """While it lasts the model computes as if it had no branches; see `networks.lora.disabled`."""
         return disabled(self.branches.values())

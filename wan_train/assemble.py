@@ -82,16 +82,22 @@ class WeightedLora:
 
 
 def check_model(
-    settings: ModelSettings, variant: Variant, device: torch.device, *, computing: torch.dtype | None = None
+    settings: ModelSettings,
+    variant: Variant,
+    device: torch.device,
+    *,
+    computing: torch.dtype | None = None,
+    flag: str = "--dit",
 ) -> str | None:
     """Refuse what cannot be put together, from the file's header and tiny trials on the device; a warning when the
-    model's size is another one than the task's. Products will be taken in `computing`, or without it in the file's."""
+    model's size is another one than the task's. Products will be taken in `computing`, or without it in the file's.
+    `flag` is the option that names the file."""
     path, recompute = settings.dit.dit, settings.recompute
     if not path:
-        raise InputError("--dit is missing: give the DiT checkpoint")
-    warning = check_dit(path, variant)
+        raise InputError(f"{flag} is missing: give the DiT checkpoint")
+    warning = check_dit(path, variant, flag=flag)
     header = read_header(path)
-    check_storage(header, settings.weights, f"--dit {path}")
+    check_storage(header, settings.weights, f"{flag} {path}")
     check_stream(settings.stream, num_blocks(path), recompute=recompute.recompute if recompute else None)
     # In the dtype that it will see: older GPUs have kernels for float16 and none for bfloat16.
     seen = compute_dtype(device, computing or storage_dtype(header))

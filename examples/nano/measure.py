@@ -47,7 +47,7 @@ def open_models(folder: Path, options: Sequence[str] = ()) -> Models:
     """The generator's models on the files of a folder, with further options of the generator."""
     files = [f"--dit={folder / DIT}", f"--vae={folder / VAE}", f"--t5={folder / T5}"]
     settings = parse(GenerateSettings, ["--task=t2v-1.3B", *files, *options])
-    return Models(settings, weighted_loras(settings.lora), CPU)
+    return Models(settings, {None: weighted_loras(settings.lora)}, CPU)
 
 
 def generate_clips(
@@ -59,8 +59,11 @@ def generate_clips(
         for index, caption in enumerate(captions)
     ]
     conditions = models.encode([*captions, ""])
-    with models.sampler() as sample:
-        latents = [sample(request, conditions, Beginning()) for request in requests]
+    runs = [models.begin(request, conditions, Beginning()) for request in requests]
+    with models.dit() as dit:
+        for run in runs:
+            run.advance(dit.model)
+    latents = [run.latents for run in runs]
     with models.vae() as vae:
         return [models.decode(vae, each) for each in latents]
 

@@ -107,7 +107,7 @@ def generated(line: str, task: str, files: list[str]) -> ImageConditions | None:
     settings = parse(GenerateSettings, ["--task", task, *files])
     request = parse_job(line, settings, 0).request
     assert (request.width, request.height) == BUCKET  # of the picture's own proportions
-    models = Models(settings, (), CPU)
+    models = Models(settings, {}, CPU)
     with models.image_encoder() as encoder:
         tokens = models.see(encoder, request)
     with models.vae() as vae:

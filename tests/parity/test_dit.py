@@ -29,14 +29,17 @@ def run(model: Dit, case: Case) -> Tensor:
 
 def image_inputs(case: Case) -> dict[str, Tensor]:
     spec = case.spec
-    if not (tokens := spec.get("clip_tokens")):
+    if not spec.get("y_channels"):
         return {}
-    batch = spec["batch"]
+    batch, tokens = spec["batch"], spec["clip_tokens"]
+    images = {"image_latents": case.normal("y", (batch, spec["y_channels"], *spec["latent"]))}
+    if not tokens:
+        return images
     features = case.normal("clip_fea", (batch * tokens // 257, 257, 1280)).view(batch, tokens, 1280)
-    return {"image_latents": case.normal("y", (batch, spec["y_channels"], *spec["latent"])), "clip_features": features}
+    return images | {"clip_features": features}
 
 
-@pytest.mark.parametrize("name", ["wan21_t2v", "wan21_t2i", "wan21_i2v", "wan21_flf2v", "fun_inp"])
+@pytest.mark.parametrize("name", ["wan21_t2v", "wan21_t2i", "wan21_i2v", "wan21_flf2v", "fun_inp", "wan22_i2v_a14b"])
 def test_output(name: str) -> None:
     case = load_case(name)
     assert relative_error(run(load(case), case), case.outputs["out"]) < TOLERANCE
@@ -134,6 +137,8 @@ MANIFESTS = [
     ("wan2.1-flf2v-14B", "flf2v-14B"),
     ("wan2.1-fun-inp-1.3B", "i2v-14B"),
     ("wan2.1-fun-inp-14B", "i2v-14B"),
+    ("wan2.2-t2v-A14B", "t2v-A14B"),
+    ("wan2.2-i2v-A14B", "i2v-A14B"),
 ]
 
 

@@ -59,10 +59,12 @@ class Tiny:
     def ours(self, **changes: Any) -> Made:
         """What the generator makes, by its own stages."""
         settings = from_values(GenerateSettings, self.options(**changes), "the test")
-        models, request = Models(settings, (), CPU), make_jobs(settings)[0].request
+        models, request = Models(settings, {}, CPU), make_jobs(settings)[0].request
         conditions = models.encode([request.prompt, request.negative_prompt])
-        with models.sampler() as sample:
-            latents = sample(request, conditions, Beginning())[None]
+        sampling = models.begin(request, conditions, Beginning())
+        with models.dit() as dit:
+            sampling.advance(dit.model)
+        latents = sampling.latents[None]
         with models.vae() as vae:
             return Made(latents, vae.model.decode(latents))
 
@@ -172,7 +174,7 @@ def check_equal(ours: Made, theirs: Made) -> None:
 
 def test_embeddings(tiny: Tiny) -> None:
     settings = from_values(GenerateSettings, tiny.options(), "the test")
-    ours = Models(settings, (), CPU).encode([PROMPT, NEGATIVE_PROMPT])
+    ours = Models(settings, {}, CPU).encode([PROMPT, NEGATIVE_PROMPT])
     with torch.no_grad():
         theirs = tiny.pipeline.encode_prompt(PROMPT, NEGATIVE_PROMPT, max_sequence_length=512)
     for text, padded in zip((PROMPT, NEGATIVE_PROMPT), theirs, strict=True):

@@ -37,6 +37,22 @@ class DitSettings:
 
 
 @dataclass(frozen=True)
+class ExpertSettings:
+    """Two experts (Wan2.2 A14B)."""
+
+    dit_high_noise: str = option(
+        "", "DiT checkpoint of the expert for high noise; --dit is then that of the one for low noise."
+    )
+    timestep_boundary: float | None = option(
+        None,
+        "Where the experts meet: t from 0 to 1, or a timestep up to 1000; without it the task's, 0.875 or 0.9.",
+        minimum=0,
+        maximum=1000,
+    )
+    offload_inactive_dit: bool = option(False, "Keep the expert that has nothing to do in main memory.")
+
+
+@dataclass(frozen=True)
 class VaeSettings:
     """VAE."""
 

@@ -40,11 +40,20 @@ class ImageInputs:
 
 
 @dataclass(frozen=True)
+class ExpertDefaults:
+    """Of a task with two models, one for t at `boundary` and above: where that is, and the first one's guidance."""
+
+    boundary: float
+    guidance: float
+
+
+@dataclass(frozen=True)
 class Variant:
     """One task: the geometry of its published file and the defaults of its sampler.
 
     `size` is (width, height) in pixels, `frames` pixel frames, `shift` and `guidance` those of the official sampler,
-    `small_shift` the shift up to SMALL_AREA where it is another.
+    `small_shift` the shift up to SMALL_AREA where it is another. Of a task with `experts` the guidance is that of the
+    one for low noise.
     """
 
     name: str
@@ -60,13 +69,20 @@ class Variant:
     small_shift: float | None = None
     images: ImageInputs | None = None
     negative_prompt: str = NEGATIVE_PROMPT
+    experts: ExpertDefaults | None = None
+
+    @property
+    def family(self) -> str:
+        """What model managers call the models that it belongs to."""
+        return "wan2.1" if self.experts is None else "wan2.2"
 
     def shift_at(self, width: int, height: int) -> float:
         """The official sampler's shift for a video of this size in pixels."""
         return self.small_shift if self.small_shift and width * height <= SMALL_AREA else self.shift
 
 
-I2V, FLF2V = ImageInputs(), ImageInputs(last=True)
+I2V, FLF2V, LATENTS_ONLY = ImageInputs(), ImageInputs(last=True), ImageInputs(clip=False)
+HD = (1280, 720)
 
 VARIANTS: dict[str, Variant] = {
     row.name: row
@@ -76,5 +92,9 @@ VARIANTS: dict[str, Variant] = {
         Variant("t2i-14B", 16, 5120, 40, (1024, 1024), 1, 16, 50, 5.0, 5.0),
         Variant("i2v-14B", 36, 5120, 40, (1280, 720), 81, 16, 40, 5.0, 5.0, 3.0, I2V, I2V_NEGATIVE_PROMPT),
         Variant("flf2v-14B", 36, 5120, 40, (1280, 720), 81, 16, 50, 16.0, 5.0, None, FLF2V, FLF2V_NEGATIVE_PROMPT),
+        Variant("t2v-A14B", 16, 5120, 40, HD, 81, 16, 40, 12.0, 3.0, experts=ExpertDefaults(0.875, 4.0)),
+        Variant(
+            "i2v-A14B", 36, 5120, 40, HD, 81, 16, 40, 5.0, 3.5, images=LATENTS_ONLY, experts=ExpertDefaults(0.9, 3.5)
+        ),
     )
 }

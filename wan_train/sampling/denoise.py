@@ -1,7 +1,9 @@
 """From noise to latents: the one sampling loop, shared by previews and the generator."""
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,9 @@ from tqdm import tqdm
 
 from wan_train.conditions import Conditions
 from wan_train.flow.path import interpolate
-from wan_train.flow.solvers import Solver, make_solver
-from wan_train.sampling.guidance import Predict, StepPlan, guide, plan_steps
+from wan_train.flow.solvers import make_solver
+from wan_train.models.experts import expert_at
+from wan_train.sampling.guidance import StepPlan, guide, plan_steps
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.text_memory import remembering_texts
 
@@ -27,20 +30,79 @@ def seeded(seed: int, device: torch.device = CPU) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def denoise(predict: Predict, solver: Solver, x: Tensor, plans: Sequence[StepPlan], *, quiet: bool) -> Tensor:
-    """Noise led to latents. `predict(x, timestep, plan)` returns the velocity, on any device.
+class Sampling:
+    """A run from noise to latents, which may be led by one model after the other.
 
     The solver's arithmetic stays on the CPU in float32.
     """
-    steps = list(zip(solver.timesteps, plans, strict=True))
-    for timestep, plan in tqdm(steps, desc="sampling", disable=quiet, leave=False):
-        x = solver.step(predict(x, timestep, plan).float().cpu(), timestep, x)
-    return x
+
+    def __init__(
+        self,
+        request: SampleRequest,
+        positive: Conditions,
+        negative: Conditions,
+        *,
+        source: Tensor | None = None,
+        device: torch.device,
+    ) -> None:
+        """Begin a request whose seed is set, at noise, or with `source`, latents (C, F, H, W), at
+        x = (1-t) source + t noise, with t the request's denoising strength after the shift."""
+        assert request.seed is not None, "a request's seed is drawn before sampling"
+        generator = seeded(request.seed)
+        first = generator if request.rand_device == "cpu" or device.type == "cpu" else seeded(request.seed, device)
+        noise = initial_noise(request.latent_shape, first)
+        self.request, self.positive, self.negative, self.device = request, positive, negative, device
+        self.solver = make_solver(
+            request.solver,
+            steps=request.steps,
+            shift=request.noise_shift,
+            strength=1.0 if source is None else request.denoising_strength,
+            timesteps=request.timesteps,
+            generator=generator,
+        )
+        start = self.solver.sigmas[:1]
+        self._x = noise if source is None else interpolate(source.cpu().float()[None], noise, start)
+        self._done = 0
+
+    def experts(self) -> list[str | None]:
+        """The experts that the steps still to be taken ask for, in their order; None is the only model of a task."""
+        return list(dict.fromkeys(self._expert(timestep) for timestep in self.solver.timesteps[self._done :]))
+
+    @torch.no_grad()
+    def advance(self, model: nn.Module, expert: str | None = None, *, quiet: bool = False) -> None:
+        """Take the next steps, as far as they are this expert's, the model being it."""
+        request = self.request
+        guidance = request.guided(expert)
+        predict = guide(model, self.positive, self.negative, guidance, device=self.device)
+        plans = plan_steps(request.steps, guidance)
+        steps = list(itertools.takewhile(lambda step: self._expert(step[0]) == expert, self._coming(plans)))
+        num_tokens = math.prod(request.latent_shape[1:]) // 4  # patches are 2 x 2
+        with remembering_texts(model, num_tokens):
+            for timestep, plan in tqdm(steps, desc=_words(expert), disable=quiet, leave=False):
+                velocity = predict(self._x, timestep, plan).float().cpu()
+                self._x = self.solver.step(velocity, timestep, self._x)
+                self._done += 1
+
+    @property
+    def latents(self) -> Tensor:
+        """What the run has come to: normalised latents (C, F, H, W) float32; of one frame of several that alone."""
+        assert not self.experts(), "steps are left"
+        if self.request.one_frame is None:
+            return self._x[0]
+        place = self.request.one_frame.target_place
+        return self._x[0][:, place : place + 1].clone()
+
+    def _coming(self, plans: Sequence[StepPlan]) -> list[tuple[Tensor, StepPlan]]:
+        return list(zip(self.solver.timesteps, plans, strict=True))[self._done :]
+
+    def _expert(self, timestep: Tensor) -> str | None:
+        if self.request.variant.experts is None:
+            return None
+        return expert_at(float(timestep), self.request.expert_boundary)
 
 
-@torch.no_grad()
 def sample_latents(
-    model: nn.Module,
+    model: Any,
     request: SampleRequest,
     positive: Conditions,
     negative: Conditions,
@@ -49,29 +111,12 @@ def sample_latents(
     source: Tensor | None = None,
     quiet: bool = False,
 ) -> Tensor:
-    """Normalised latents (C, F, H, W) float32 of a request whose seed is set; of one frame of several that alone.
+    """`Sampling` from its beginning to its end, with one model, or one whose `of` gives either expert's."""
+    sampling = Sampling(request, positive, negative, source=source, device=device)
+    for expert in sampling.experts():
+        sampling.advance(model if expert is None else model.of(expert), expert, quiet=quiet)
+    return sampling.latents
 
-    With `source`, latents of that shape, the run begins at x = (1-t) source + t noise, with t the request's
-    denoising strength after the shift.
-    """
-    assert request.seed is not None, "a request's seed is drawn before sampling"
-    generator = seeded(request.seed)
-    first = generator if request.rand_device == "cpu" or device.type == "cpu" else seeded(request.seed, device)
-    noise = initial_noise(request.latent_shape, first)
-    solver = make_solver(
-        request.solver,
-        steps=request.steps,
-        shift=request.noise_shift,
-        strength=1.0 if source is None else request.denoising_strength,
-        timesteps=request.timesteps,
-        generator=generator,
-    )
-    x = noise if source is None else interpolate(source.cpu().float()[None], noise, solver.sigmas[:1])
-    predict = guide(model, positive, negative, request.guided, device=device)
-    num_tokens = math.prod(request.latent_shape[1:]) // 4  # patches are 2 x 2
-    with remembering_texts(model, num_tokens):
-        latents = denoise(predict, solver, x, plan_steps(request.steps, request.guided), quiet=quiet)[0]
-    if request.one_frame is None:
-        return latents
-    place = request.one_frame.target_place
-    return latents[:, place : place + 1].clone()
+
+def _words(expert: str | None) -> str:
+    return f"sampling, {expert.replace('_', ' ')}" if expert else "sampling"

@@ -79,6 +79,7 @@ _VALUES = {
     "d": _Value("seed", "seed", _whole(0, MAX_SEED)),
     "s": _Value("steps", "sample_steps", _whole(1, MAX_STEPS)),
     "l": _Value("guidance", "cfg_scale", _number(0, 1000)),
+    "guidance_scale_high_noise": _Value("guidance_high_noise", "guidance_scale_high_noise", _number(0, 1000)),
     "fs": _Value("shift", "discrete_flow_shift", _number(1e-3, 1000)),
     "n": _Value("negative_prompt", "negative_prompt", str),
     "video_size": _Value("size", "video_size", _size),

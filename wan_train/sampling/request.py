@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from wan_train.cli import InputError
 from wan_train.flow.solvers import explicit_levels
 from wan_train.log import get_logger
+from wan_train.models.experts import HIGH, read_boundary
 from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, SIZE_STEP, VAE_STRIDE, VARIANTS, Variant
 from wan_train.sampling.guidance import Guidance, plan_steps
@@ -24,7 +25,8 @@ class SampleRequest:
     ones. `video_path` is what the run begins with, at `denoising_strength`; without it that is pure noise. The video
     itself begins with `image_path` and ends with `end_image_path`; it takes the first's proportions at the area that
     width and height say, unless `exact_size`. With `one_frame` a picture is made in place of a video, as a frame beside
-    `control_images`.
+    `control_images`. Of two experts `guidance` is the low-noise one's; `guidance_high_noise` and `boundary`, a t in
+    [0, 1], are the variant's where they are None.
     """
 
     prompt: str
@@ -47,6 +49,8 @@ class SampleRequest:
     exact_size: bool = False
     one_frame: OneFrame | None = None
     control_images: tuple[str, ...] = ()
+    guidance_high_noise: float | None = None
+    boundary: float | None = None
     cfg_skip_mode: str = "none"
     cfg_apply_ratio: float | None = None
     cfg_merge: bool = False
@@ -73,10 +77,17 @@ class SampleRequest:
         return self.control_images or tuple(path for path in (self.image_path, self.end_image_path) if path)
 
     @property
-    def guided(self) -> Guidance:
-        """How its steps are guided."""
+    def expert_boundary(self) -> float:
+        """The t in [0, 1] from which on the expert for high noise is asked."""
+        return read_boundary(self.boundary, self.variant)
+
+    def guided(self, expert: str | None = None) -> Guidance:
+        """How its steps are guided, those of one of two experts if there are two."""
+        scale = self.guidance
+        if expert == HIGH and self.variant.experts is not None:
+            scale = self.variant.experts.guidance if self.guidance_high_noise is None else self.guidance_high_noise
         return Guidance(
-            self.guidance,
+            scale,
             self.cfg_skip_mode,
             self.cfg_apply_ratio,
             self.cfg_merge,
@@ -116,7 +127,7 @@ def checked(request: SampleRequest) -> SampleRequest:
         if request.video_path:
             raise InputError("--timesteps says where a run begins, and so does --video_path: give one of them")
         request = replace(request, steps=len(request.timesteps))
-    if request.slg_layers and not any(plan.skipping for plan in plan_steps(request.steps, request.guided)):
+    if request.slg_layers and not any(plan.skipping for plan in plan_steps(request.steps, request.guided())):
         log.warning(
             "--slg_layers acts on none of %d steps: give a larger --slg_end, or more --infer_steps", request.steps
         )

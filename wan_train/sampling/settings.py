@@ -25,6 +25,9 @@ class SamplingSettings:
     guidance_scale: float | None = option(
         None, "Classifier-free guidance; 1 does without the negative prompt; without it the task's.", minimum=0
     )
+    guidance_scale_high_noise: float | None = option(
+        None, "Guidance of the expert for high noise; without it the task's.", minimum=0
+    )
     flow_shift: float | None = option(
         None, "Shift of the noise levels; without it the task's, which for some goes by the size.", minimum=1e-3
     )

@@ -19,17 +19,20 @@ from wan_train.cli import InputError, Stopped
 from wan_train.conditions import Conditions
 from wan_train.log import get_logger
 from wan_train.models.dit import Dit
+from wan_train.models.experts import LOW, pair_of
 from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
 from wan_train.training.accelerator import prepare_model
 from wan_train.training.ema import Ema
+from wan_train.training.experts import ExpertPlan, only_expert, settings_of
 from wan_train.training.hub import open_hub
 from wan_train.training.loop import run_length
 from wan_train.training.metadata import RunFacts, training_metadata
 from wan_train.training.metrics import MetricsWriter, RunningMean
 from wan_train.training.optimizer_state import Portable
 from wan_train.training.optimizers import make_optimizer
+from wan_train.training.pair import PairAdapter, PairModel
 from wan_train.training.preflight import Plan, model_settings
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
@@ -57,7 +60,7 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     log.info(summarise(dataset))
     texts = encode(settings, plan, accelerator)
     previewer = make_previewer(settings, plan, texts, accelerator, seed) if is_first else None
-    model, adapter = make_model(settings, accelerator, seed)
+    model, adapter = make_models(settings, plan.experts, accelerator, seed)
     warmup = warmup_steps(settings.optimizer.lr_warmup_steps, length.steps)
     groups = adapter.parameter_groups(settings.optimizer.learning_rate)
     optimizer = make_optimizer(groups, settings.optimizer, warmup=warmup)
@@ -73,7 +76,7 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
         "skipped": skipped,
         "scaler": accelerator.scaler,
         "ema": ema,
-        "validator": make_validator(settings, data),
+        "validator": make_validator(settings, data, plan.experts),
     }
     if plan.state is not None:
         go_on(plan.state, dict(adapter.named_parameters()), carried)
@@ -83,6 +86,7 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
         settings=settings,
         accelerator=accelerator,
         dit=model,
+        experts=plan.experts,
         model=prepare_model(model.train(), accelerator),
         adapter=adapter,
         optimizer=prepared,
@@ -107,8 +111,31 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     )
 
 
-def make_model(settings: TrainSettings, accelerator: Accelerator, seed: int) -> tuple[Dit, Adapter]:
-    """The DiT with its adapter, saving memory as the settings say."""
+def make_models(
+    settings: TrainSettings, experts: ExpertPlan, accelerator: Accelerator, seed: int
+) -> tuple[Dit | PairModel, Adapter]:
+    """The DiT with its adapter, or both experts with theirs."""
+    if not experts.is_pair:
+        return make_model(settings_of(settings, only_expert(experts)), accelerator, seed)
+    made: dict[str, tuple[Dit, Adapter]] = {}
+    for expert in reversed(experts.trained):
+        shared = made[LOW][1] if settings.experts.shared_lora and made else None
+        made[expert] = make_model(settings_of(settings, expert), accelerator, seed, shared=shared)
+    models = pair_of({expert: model for expert, (model, _) in made.items()})
+    parts = pair_of({expert: adapter for expert, (_, adapter) in made.items()})
+    model = PairModel(
+        models,
+        device=accelerator.device,
+        offload=settings.experts.offload_inactive_dit,
+        exchanging=accelerator.num_processes > 1,
+    )
+    return model, parts.low_noise if settings.experts.shared_lora else PairAdapter(parts)
+
+
+def make_model(
+    settings: TrainSettings, accelerator: Accelerator, seed: int, *, shared: Adapter | None = None
+) -> tuple[Dit, Adapter]:
+    """The DiT with its adapter, or one that is `shared` with another DiT, saving memory as the settings say."""
     device = accelerator.device
     dtype = None if accelerator.mixed_precision == "no" else dtype_of(accelerator.mixed_precision)
     log.info("loading %s%s", settings.dit.dit, f" in {name_of(dtype)}" if dtype else "")
@@ -119,9 +146,12 @@ def make_model(settings: TrainSettings, accelerator: Accelerator, seed: int) -> 
         computing=None if dtype else torch.float32,
         loras=[WeightedLora(path, multiplier) for path, multiplier in settings.network.base_loras],
     )
-    adapter = attach_adapter(model, settings.network, seed=seed, device=device)
+    if shared is not None:
+        shared.act_on(model)
+    adapter = shared or attach_adapter(model, settings.network, seed=seed, device=device)
     finish_dit(model, model_settings(settings), device)
-    log.info(adapter.describe())
+    if shared is None:
+        log.info(adapter.describe())
     return model, adapter
 
 
@@ -149,11 +179,11 @@ def go_on(state: State, trained: dict[str, nn.Parameter], carried: dict[str, Sta
             part.load_state_dict(parts[name])
 
 
-def make_validator(settings: TrainSettings, data: Data) -> Validator | None:
+def make_validator(settings: TrainSettings, data: Data, experts: ExpertPlan) -> Validator | None:
     """What measures the held-out loss; None where nothing is held out."""
     if data.held_out is None:
         return None
-    return Validator(data.held_out, settings.validation, settings.timesteps, settings.loss)
+    return Validator(data.held_out, settings.validation, settings.timesteps, settings.loss, experts)
 
 
 def make_facts(

@@ -1,7 +1,7 @@
 """Names of what a run saves, the saving of an adapter, and which files newer ones replace."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from networks.adapter import Adapter
@@ -23,9 +23,14 @@ def of_step(step: int) -> str:
     return f"-step{step:08d}"
 
 
-def path_of(save: SaveSettings, moment: str, ending: str) -> Path:
-    """OUTPUT_DIR/NAME, the moment ("" at the end of the run), and FILE, EMA_FILE or STATE."""
-    return Path(save.output_dir) / f"{save.output_name}{moment}{ending}"
+def path_of(save: SaveSettings, moment: str, ending: str, expert: str | None = None) -> Path:
+    """OUTPUT_DIR/NAME, of one of two experts its name behind that, the moment ("" at the end of the run), and FILE,
+    EMA_FILE or STATE."""
+    return Path(save.output_dir) / f"{_name(save, expert)}{moment}{ending}"
+
+
+def _name(save: SaveSettings, expert: str | None) -> str:
+    return f"{save.output_name}_{expert}" if expert else save.output_name
 
 
 def save_adapter(path: Path, adapter: Adapter, save: SaveSettings, metadata: Mapping[str, str]) -> None:
@@ -37,8 +42,8 @@ def save_adapter(path: Path, adapter: Adapter, save: SaveSettings, metadata: Map
     save_tensors(path, tensors, add_hashes(tensors, metadata))
 
 
-def outlived(save: SaveSettings, *, epoch: int, step: int) -> list[Path]:
-    """What `--save_last_n_...` no longer keeps once all of this epoch and step is saved.
+def outlived(save: SaveSettings, *, epoch: int, step: int, experts: Sequence[str | None] = (None,)) -> list[Path]:
+    """What `--save_last_n_...` no longer keeps once all of this epoch and step is saved, of each expert's files.
 
     Of epochs the last N saved ones stay, of steps those of the last N steps. States go with their files unless they
     have a number of their own.
@@ -47,11 +52,12 @@ def outlived(save: SaveSettings, *, epoch: int, step: int) -> list[Path]:
     epoch_states = save.save_last_n_epochs_state or epochs
     step_states = save.save_last_n_steps_state or steps
     gone: list[Path] = []
-    for endings, last_epochs, last_steps in (((FILE, EMA_FILE), epochs, steps), ((STATE,), epoch_states, step_states)):
-        for ending in endings:
-            saved = _numbered(save, of_epoch, ending)
-            gone += [path for number, path in saved if last_epochs and number not in _last(saved, last_epochs, epoch)]
-            gone += [p for number, p in _numbered(save, of_step, ending) if last_steps and number <= step - last_steps]
+    files = [(_name(save, expert), ending, epochs, steps) for expert in experts for ending in (FILE, EMA_FILE)]
+    for name, ending, last_epochs, last_steps in (*files, (save.output_name, STATE, epoch_states, step_states)):
+        saved = _numbered(save, name, of_epoch, ending)
+        gone += [path for number, path in saved if last_epochs and number not in _last(saved, last_epochs, epoch)]
+        by_step = _numbered(save, name, of_step, ending)
+        gone += [path for number, path in by_step if last_steps and number <= step - last_steps]
     return gone
 
 
@@ -61,11 +67,11 @@ def _last(saved: list[tuple[int, Path]], count: int, newest: int) -> set[int]:
     return {n for n in numbers if n > newest} | set([n for n in numbers if n <= newest][-count:])
 
 
-def _numbered(save: SaveSettings, moment: Callable[[int], str], ending: str) -> list[tuple[int, Path]]:
+def _numbered(save: SaveSettings, name: str, moment: Callable[[int], str], ending: str) -> list[tuple[int, Path]]:
     """What is there under names of this kind, with the numbers in them."""
     example = moment(0)
     digits = len(example) - len(example.rstrip("0"))
-    prefix = re.escape(save.output_name + example.rstrip("0"))
+    prefix = re.escape(name + example.rstrip("0"))
     pattern = re.compile(rf"{prefix}(\d{{{digits},}}){re.escape(ending)}")
     matches = ((pattern.fullmatch(path.name), path) for path in Path(save.output_dir).iterdir())
     return [(int(match[1]), path) for match, path in matches if match]

@@ -48,7 +48,8 @@ class Evaluation:
     """One look at the held-out clips: the mean loss, that of each stratum of t from data to noise, and comparisons.
 
     `to_first` and `to_best` compare with the first evaluation and with the best before this one; the first of all has
-    neither. `is_best` is the lowest mean so far.
+    neither. `is_best` is the lowest mean so far. Where two `experts` are trained the strata are those of one, then the
+    other's.
     """
 
     step: int
@@ -59,6 +60,14 @@ class Evaluation:
     is_best: bool
     to_first: Difference | None = None
     to_best: Difference | None = None
+    experts: tuple[str, ...] = ()
+
+    @property
+    def by_expert(self) -> dict[str, float]:
+        """The mean of each expert's strata; nothing where one model is trained."""
+        count = len(self.strata) // max(1, len(self.experts))
+        parts = (self.strata[index * count : (index + 1) * count] for index in range(len(self.experts)))
+        return {expert: sum(part) / count for expert, part in zip(self.experts, parts, strict=True)}
 
     @property
     def verdict(self) -> str:
@@ -79,11 +88,16 @@ class Evaluation:
             "to_first": self.to_first.row() if self.to_first else None,
             "to_best": self.to_best.row() if self.to_best else None,
         }
+        if self.experts:
+            values["experts"] = {expert: _finite(value) for expert, value in self.by_expert.items()}
         return {"step": self.step, "validation": values}
 
     def describe(self) -> str:
         """One line for the log."""
         told = f"held-out loss {self.mean:.5f} at step {self.step}"
+        if self.experts:
+            each = (f"{expert.replace('_', ' ')} {value:.5f}" for expert, value in self.by_expert.items())
+            told += f" ({', '.join(each)})"
         if self.verdict == "not finite":
             return f"{told}: not a number"
         if self.to_best is None:
@@ -134,8 +148,9 @@ class History:
         """The step of the lowest mean so far."""
         return self._references["best"].step if self._references else None
 
-    def add(self, step: int, losses: Losses) -> Evaluation:
-        """Judge losses (N, K) of the model at a step, and keep what later ones are compared with.
+    def add(self, step: int, losses: Losses, *, experts: Sequence[str] = ()) -> Evaluation:
+        """Judge losses (N, K) of the model at a step, and keep what later ones are compared with; with `experts` the
+        first columns are one's.
 
         `since` counts the evaluations after the last one that was better, beyond the interval, than the one before it
         that was: many small improvements add up to a sure one.
@@ -151,6 +166,7 @@ class History:
             is_best=is_best,
             to_first=self.compare(losses, known["first"]) if known else None,
             to_best=self.compare(losses, known["best"]) if known and math.isfinite(known["best"].mean) else None,
+            experts=tuple(experts),
         )
         self._references.setdefault("first", now)
         if is_best:

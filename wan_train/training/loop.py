@@ -64,7 +64,7 @@ def train_epoch(run: Run, position: Position, bar: Any) -> Position:
     step, epoch, epoch_step = position.step, position.epoch, position.epoch_step
     size = run.settings.loop.gradient_accumulation_steps
     run.batches.set_epoch(epoch, skip=epoch_step * size)
-    for window in windows(read_ahead(with_draws(run, run.loader, epoch)), size):
+    for window in windows(read_ahead(with_draws(run, run.loader, position)), size):
         step, epoch_step = step + 1, epoch_step + 1
         position = Position(step, epoch, epoch_step)
         metrics, asked_to_stop = take_step(run, window, position)

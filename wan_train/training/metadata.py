@@ -11,8 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import wan_train
+from networks.expert import KEY as EXPERT_KEY
 from wan_train.models.fingerprint import fingerprint
 from wan_train.models.variants import VARIANTS
+from wan_train.training.experts import settings_of
 from wan_train.training.settings import TrainSettings
 
 LIBRARIES = ("torch", "accelerate", "transformers", "diffusers", "safetensors", "bitsandbytes")
@@ -39,6 +41,7 @@ class RunFacts:
 def training_metadata(settings: TrainSettings, facts: RunFacts, network: Mapping[str, str]) -> dict[str, str]:
     """The `ss_*` rows that hold for the whole run; every value is text."""
     loop, optimizer, timesteps = settings.loop, settings.optimizer, settings.timesteps
+    base = settings.dit.dit or settings.experts.dit_high_noise
     arguments = f"({', '.join(optimizer.optimizer_args)})" if optimizer.optimizer_args else ""
     rows: dict[str, object] = {
         "ss_session_id": facts.session_id,
@@ -77,10 +80,10 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, network: Mapping
         "ss_num_timestep_buckets": timesteps.num_timestep_buckets,
         "ss_loss_type": settings.loss.loss_type,
         "ss_datasets": facts.datasets,
-        "ss_sd_model_name": Path(settings.dit.dit).name,
+        "ss_sd_model_name": Path(base).name,
         "ss_vae_name": Path(settings.vae.vae).name if settings.vae.vae else None,
         "ss_t5_name": Path(settings.text.t5).name if settings.text.t5 else None,
-        "ss_base_fingerprint": fingerprint(settings.dit.dit),
+        "ss_base_fingerprint": fingerprint(base),
         "ss_wan_task": settings.dit.task,
         "ss_wan_train_version": wan_train.__version__,
         "ss_library_versions": json.dumps(library_versions()),
@@ -102,12 +105,21 @@ def saved_metadata(settings: TrainSettings, common: Mapping[str, str], *, step: 
     return dict(common) | moment | _model_spec(settings)
 
 
+def expert_metadata(settings: TrainSettings, expert: str | None) -> dict[str, str]:
+    """What the file of one expert says beside the run's rows; of a task of one model nothing."""
+    if expert is None or settings.save.no_metadata:
+        return {} if expert is None else {EXPERT_KEY: expert}
+    path = settings_of(settings, expert).dit.dit
+    return {EXPERT_KEY: expert, "ss_sd_model_name": Path(path).name, "ss_base_fingerprint": fingerprint(path)}
+
+
 def _model_spec(settings: TrainSettings) -> dict[str, str]:
     """The sai_model_spec 1.0.0 rows that model managers show."""
-    save, size = settings.save, VARIANTS[settings.dit.task].size
+    save, variant = settings.save, VARIANTS[settings.dit.task]
+    size = variant.size
     rows = {
         "sai_model_spec": "1.0.0",
-        "architecture": save.metadata_arch or "wan2.1/lora",
+        "architecture": save.metadata_arch or f"{variant.family}/lora",
         "implementation": "https://github.com/Wan-Video/Wan2.1",
         "title": save.metadata_title or save.output_name,
         "resolution": save.metadata_reso or f"{size[0]}x{size[1]}",

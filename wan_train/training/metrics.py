@@ -27,7 +27,7 @@ class StepMetrics:
     """One optimizer step: `loss` is the mean over its batches, `seconds` its time, `memory_mib` the peak so far.
 
     `strata` are the losses by eighths of t (`loss_by_stratum`), `learning_rates` those of each group of parameters by
-    its name, with d*lr where the optimizer has a d.
+    its name, with d*lr where the optimizer has a d. `expert` is the one of two that took the step.
     """
 
     step: int
@@ -42,6 +42,7 @@ class StepMetrics:
     tokens_per_second: float | None = None
     strata: Mapping[str, float] = field(default_factory=dict)
     learning_rates: Mapping[str, float] = field(default_factory=dict)
+    expert: str | None = None
 
 
 class RunningMean:

@@ -95,9 +95,12 @@ def check_timesteps(settings: TimestepSettings, sizes: Iterable[tuple[int, int]]
             )
 
 
-def draw_levels(uniform: Sequence[float], size: tuple[int, int], settings: TimestepSettings) -> Tensor:
-    """t (B,) in float32, as the settings distribute it, of uniform numbers in [0, 1); `size` as above."""
-    made, limits = distribution(settings, size), span(settings)
+def draw_levels(
+    uniform: Sequence[float], size: tuple[int, int], settings: TimestepSettings, limits: Span | None = None
+) -> Tensor:
+    """t (B,) in float32, as the settings distribute it, of uniform numbers in [0, 1); `size` as above. `limits` stand
+    over those of the settings."""
+    made, limits = distribution(settings, size), limits or span(settings)
     return torch.tensor([level(number, made, limits) for number in uniform], dtype=torch.float32)
 
 
@@ -109,8 +112,9 @@ def draw(
     seed: int,
     epoch: int,
     strata: Strata | None = None,
+    limits: Span | None = None,
 ) -> Draws:
-    """Noise level and noise of every sample of a batch; `shape` is that of one sample's latents.
+    """Noise level and noise of every sample of a batch; `shape` is that of one sample's latents, `limits` as above.
 
     `strata` are there exactly if --num_timestep_buckets is.
     """
@@ -123,7 +127,7 @@ def draw(
     if strata is not None:
         places = strata.place(keys, epoch)
         uniforms = [(place + u) / strata.num_strata for place, u in zip(places, uniforms, strict=True)]
-    t = draw_levels(uniforms, (shape[-2], shape[-1]), settings)
+    t = draw_levels(uniforms, (shape[-2], shape[-1]), settings, limits)
     return Draws(t, torch.stack(noises), importance(settings.weighting_scheme, t))
 
 

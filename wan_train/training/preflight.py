@@ -17,6 +17,7 @@ from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable
 from wan_train.training.accelerator import launched_device, launched_dtype
+from wan_train.training.experts import FLAGS, ExpertPlan, plan_experts, settings_of
 from wan_train.training.hub import check_hub, fetch_state
 from wan_train.training.objective import check_timesteps
 from wan_train.training.optimizer_state import is_schedule_free
@@ -41,12 +42,14 @@ class Plan:
     configs: tuple[DatasetConfig, ...]
     requests: list[SampleRequest]
     prior_captions: list[str]
+    experts: ExpertPlan
     state: State | None
 
 
 def preflight(settings: TrainSettings) -> Plan:
     """Refuse what cannot work, from options and headers alone."""
     variant = VARIANTS[settings.dit.task]
+    experts = plan_experts(settings)
     check_output_name(settings.save.output_name)
     ours = settings.network.network_module in MODULES
     several_rates = ours and lora_arguments(settings.network).loraplus_lr_ratio != 1
@@ -65,11 +68,23 @@ def preflight(settings: TrainSettings) -> Plan:
     requests = check_previews(settings, variant)
     captions = check_prior(settings)
     device, computing = launched_device(), launched_dtype(settings.loop)
-    if warning := check_model(model_settings(settings), variant, device, computing=computing):
-        log.warning(warning)
-    check_network(settings.network, linear_shapes(settings.dit.dit))
+    for expert in experts.trained or (None,):
+        its, flag = settings_of(settings, expert), FLAGS.get(expert or "", "--dit")
+        if warning := check_model(model_settings(its), variant, device, computing=computing, flag=flag):
+            log.warning(warning)
+        check_network(its.network, linear_shapes(its.dit.dit))
+    check_pair_previews(settings, experts)
     check_writable(settings.save.output_dir)
-    return Plan(variant, configs, requests, captions, find_state(fetched(settings)))
+    return Plan(variant, configs, requests, captions, experts, find_state(fetched(settings)))
+
+
+def check_pair_previews(settings: TrainSettings, experts: ExpertPlan) -> None:
+    """InputError for previews of a task with two models where one is there: a video takes both."""
+    if experts.trained and not experts.is_pair and settings.preview.sample_prompts is not None:
+        raise InputError(
+            "--sample_prompts: a preview takes both experts: give --dit and --dit_high_noise, which trains both, or"
+            " leave out the previews"
+        )
 
 
 def fetched(settings: TrainSettings) -> TrainSettings:

@@ -10,6 +10,7 @@ from dataset.config import DatasetConfig
 from dataset.order import SampleKey
 from wan_train.cli import InputError
 from wan_train.log import get_logger
+from wan_train.models.variants import VARIANTS
 from wan_train.training.schedules import warmup_steps
 from wan_train.training.settings import TrainSettings
 from wan_train.training.state import State, differences, newest_state, open_state
@@ -73,6 +74,14 @@ def configuration(settings: TrainSettings, trained: Trained, *, num_processes: i
     depends on it.
     """
     known: dict[str, Any] = {"--task": settings.dit.task, "--dit": Path(settings.dit.dit).name}
+    if VARIANTS[settings.dit.task].experts is not None:
+        experts = settings.experts
+        known |= {
+            "--dit_high_noise": Path(experts.dit_high_noise).name,
+            "--timestep_boundary": experts.timestep_boundary,
+            "--expert_steps": experts.expert_steps,
+            "--shared_lora": experts.shared_lora,
+        }
     for group in GROUPS:
         values = getattr(settings, group)
         fields = dataclasses.fields(values)

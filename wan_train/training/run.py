@@ -20,10 +20,12 @@ from wan_train.log import get_logger
 from wan_train.models.dit import Dit
 from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, of_step, outlived, path_of, save_adapter
 from wan_train.training.ema import Ema
+from wan_train.training.experts import ExpertPlan, only_expert
 from wan_train.training.hub import Hub
-from wan_train.training.metadata import saved_metadata
+from wan_train.training.metadata import expert_metadata, saved_metadata
 from wan_train.training.metrics import MetricsWriter, RunningMean
 from wan_train.training.optimizer_state import for_saving
+from wan_train.training.pair import PairModel, parts_of
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
 from wan_train.training.settings import TrainSettings
@@ -80,7 +82,8 @@ class Run:
 
     settings: TrainSettings
     accelerator: Accelerator
-    dit: Dit
+    dit: Dit | PairModel
+    experts: ExpertPlan
     model: nn.Module
     adapter: Adapter
     optimizer: torch.optim.Optimizer
@@ -122,7 +125,8 @@ def save(run: Run, moment: str, position: Position, *, with_state: bool) -> None
             saved = write_files(run, moment, position)
             if with_state:
                 saved.append(keep_state(run, moment, position))
-        remove(outlived(run.settings.save, epoch=epoch_of(position), step=position.step))
+        experts = [expert for expert, _ in parts_of(run.adapter)]
+        remove(outlived(run.settings.save, epoch=epoch_of(position), step=position.step, experts=experts))
         upload(run, saved)
     run.accelerator.wait_for_everyone()
 
@@ -158,15 +162,19 @@ def upload(run: Run, paths: list[Path]) -> None:
 def write_files(run: Run, moment: str, position: Position) -> list[Path]:
     """Write the adapter and its average under a moment's name; their paths."""
     settings = run.settings.save
-    metadata = saved_metadata(run.settings, run.metadata, step=position.step, epoch=epoch_of(position))
-    saved = [path_of(settings, moment, FILE)]
-    with for_saving(run.optimizer):
-        save_adapter(saved[0], run.adapter, settings, metadata)
-    log.info("saved %s", saved[0])
-    if run.ema is not None:
-        saved.append(path_of(settings, moment, EMA_FILE))
-        with run.ema.applied():
-            save_adapter(saved[1], run.adapter, settings, metadata)
+    common = saved_metadata(run.settings, run.metadata, step=position.step, epoch=epoch_of(position))
+    saved: list[Path] = []
+    for expert, part in parts_of(run.adapter):
+        metadata = common | expert_metadata(run.settings, expert or only_expert(run.experts))
+        path = path_of(settings, moment, FILE, expert)
+        with for_saving(run.optimizer):
+            save_adapter(path, part, settings, metadata)
+        log.info("saved %s", path)
+        saved.append(path)
+        if run.ema is not None:
+            saved.append(path_of(settings, moment, EMA_FILE, expert))
+            with run.ema.applied():
+                save_adapter(saved[-1], part, settings, metadata)
     return saved
 
 

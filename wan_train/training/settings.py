@@ -6,7 +6,13 @@ from dataset.settings import CacheReadSettings, DatasetSettings
 from networks.settings import NetworkSettings
 from wan_train.cli import InputError, Tool, option
 from wan_train.memory.settings import CompileSettings, RecomputeSettings, StreamSettings, WeightSettings
-from wan_train.models.settings import DitSettings, ImageEncoderSettings, TextEncoderSettings, VaeSettings
+from wan_train.models.settings import (
+    DitSettings,
+    ExpertSettings,
+    ImageEncoderSettings,
+    TextEncoderSettings,
+    VaeSettings,
+)
 from wan_train.training.old_settings import OldSettings
 from wan_train.training.show_settings import HubSettings, LogSettings, PreviewSettings
 
@@ -148,6 +154,19 @@ class LossSettings:
 
 
 @dataclass(frozen=True)
+class TrainExpertSettings(ExpertSettings):
+    """Two experts (Wan2.2 A14B)."""
+
+    expert_steps: int = option(
+        10, "With both experts given, train one for so many optimizer steps, then the other.", minimum=1
+    )
+    shared_lora: bool = option(False, "Train one LoRA on both experts, in place of one for each.")
+    network_weights_high_noise: str | None = option(
+        None, "LoRA file that the expert for high noise starts from; --network_weights is the other's."
+    )
+
+
+@dataclass(frozen=True)
 class PictureSettings:
     """Tasks with pictures."""
 
@@ -244,6 +263,7 @@ class TrainSettings:
 
     config: ConfigSettings
     dit: DitSettings
+    experts: TrainExpertSettings
     weights: WeightSettings
     stream: StreamSettings
     activations: RecomputeSettings

@@ -17,6 +17,7 @@ from wan_train.training.conditioning import conditions_of, drop_pictures
 from wan_train.training.metrics import StepMetrics, loss_by_stratum, num_tokens, peak_memory_mib
 from wan_train.training.objective import Draws, Losses, draw, measure
 from wan_train.training.optimizer_state import learning_rates
+from wan_train.training.pair import PairAdapter, PairModel
 from wan_train.training.prior import prior_loss
 from wan_train.training.run import Run
 from wan_train.training.state import Position
@@ -39,17 +40,29 @@ class Shared:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch with its noise and noise levels."""
+    """A batch with its noise and noise levels, and the expert that it is for, if there are two."""
 
     batch: Batch
     draws: Draws
+    expert: str | None = None
 
 
-def with_draws(run: Run, batches: Iterable[Batch], epoch: int) -> Iterator[Drawn]:
-    """The batches, each with what is drawn for its samples by their keys."""
-    for batch in batches:
+def with_draws(run: Run, batches: Iterable[Batch], position: Position) -> Iterator[Drawn]:
+    """The batches that follow a position, each with what is drawn for its samples by their keys."""
+    size = run.settings.loop.gradient_accumulation_steps
+    for index, batch in enumerate(batches):
         shape, settings = batch.latents.shape[1:], run.settings.timesteps
-        yield Drawn(batch, draw(batch.keys, shape, settings, seed=run.seed, epoch=epoch, strata=run.strata))
+        expert = run.experts.at(position.step + 1 + index // size)
+        draws = draw(
+            batch.keys,
+            shape,
+            settings,
+            seed=run.seed,
+            epoch=position.epoch,
+            strata=run.strata,
+            limits=run.experts.limits(expert, settings),
+        )
+        yield Drawn(batch, draws, expert)
 
 
 def take_step(run: Run, window: list[Drawn], position: Position) -> tuple[StepMetrics, int]:
@@ -62,6 +75,7 @@ def take_step(run: Run, window: list[Drawn], position: Position) -> tuple[StepMe
         samples.append(losses.samples)
     levels = torch.cat([drawn.draws.t for drawn in window])
     shared = share(run, torch.stack(means).mean(), levels, torch.cat(samples))
+    let_idle_rest(run, window[0].expert)
     norm = clip(run)
     if math.isfinite(shared.loss) and math.isfinite(norm):
         update(run)
@@ -86,6 +100,7 @@ def take_step(run: Run, window: list[Drawn], position: Position) -> tuple[StepMe
         tokens_per_second=sum(num_tokens(drawn.batch.latents.shape) for drawn in window) * run.num_processes / seconds,
         strata=loss_by_stratum(shared.t[finite], shared.samples[finite]),
         learning_rates=rates if len(rates) > 1 else {},
+        expert=window[0].expert if run.experts.is_pair else None,
     )
     return metrics, shared.signal
 
@@ -93,6 +108,8 @@ def take_step(run: Run, window: list[Drawn], position: Position) -> tuple[StepMe
 def learn(run: Run, drawn: Drawn, epoch: int, *, share: float, last: bool) -> Losses:
     """Add this batch's gradient, times `share`; the losses, detached. `last`: processes exchange gradients here."""
     batch, device = drawn.batch, run.accelerator.device
+    if isinstance(run.dit, PairModel):
+        run.dit.of(str(drawn.expert))
     latents, placed = batch.latents.to(device), drawn.draws.to(device)
     weights = None if batch.weights is None else batch.weights.to(device)
     dropped = drop_pictures(batch.keys, run.settings.pictures.image_dropout_rate, seed=run.seed, epoch=epoch)
@@ -111,6 +128,14 @@ def learn(run: Run, drawn: Drawn, epoch: int, *, share: float, last: bool) -> Lo
             run.accelerator.backward(loss * share)
         mean = mean + loss.detach()
     return Losses(mean, losses.samples)
+
+
+def let_idle_rest(run: Run, expert: str | None) -> None:
+    """Take the gradient, which is nothing, from the adapter whose turn it is not, so that no step is taken with it."""
+    if isinstance(run.adapter, PairAdapter):
+        for other, _ in run.adapter.parts.items():
+            for parameter in run.adapter.parameters_of(other) if other != expert else ():
+                parameter.grad = None
 
 
 def exchange(run: Run, *, now: bool) -> AbstractContextManager[None]:

@@ -27,11 +27,14 @@ from dataset.order import SampleKey
 from dataset.sources import name_some
 from dataset.split import find_shared, name_files, split_off
 from wan_train.cli import InputError
+from wan_train.flow.timesteps import Span
 from wan_train.flow.weighting import importance
 from wan_train.log import get_logger
 from wan_train.training.conditioning import conditions_of
 from wan_train.training.evaluation import Evaluation, History, Losses
+from wan_train.training.experts import ExpertPlan
 from wan_train.training.objective import Draws, draw_levels, measure
+from wan_train.training.pair import PairModel
 from wan_train.training.settings import LossSettings, TimestepSettings, ValidationSettings
 
 log = get_logger(__name__)
@@ -97,9 +100,17 @@ class Validator:
     """
 
     def __init__(
-        self, dataset: CachedDataset, settings: ValidationSettings, timesteps: TimestepSettings, loss: LossSettings
+        self,
+        dataset: CachedDataset,
+        settings: ValidationSettings,
+        timesteps: TimestepSettings,
+        loss: LossSettings,
+        experts: ExpertPlan = ExpertPlan(),  # noqa: B008
     ) -> None:
         self._dataset, self._settings, self._timesteps, self._loss = dataset, settings, timesteps, loss
+        # From data to noise, as the strata of one model are.
+        trained: list[str | None] = [*reversed(experts.trained)] or [None]
+        self._parts = [(expert, experts.limits(expert, timesteps)) for expert in trained]
         self._batches = cut_batches(dataset)
         order = [position for batch in self._batches for position in batch]
         self._rows = {position: row for row, position in enumerate(order)}
@@ -119,7 +130,8 @@ class Validator:
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator, *, step: int) -> Evaluation:
         """Measure the model as it is at a step and judge it; all processes call this together and learn the same."""
-        evaluation = self.history.add(step, self.measure(model, accelerator))
+        names = [expert for expert, _ in self._parts if expert and len(self._parts) > 1]
+        evaluation = self.history.add(step, self.measure(model, accelerator), experts=names)
         if accelerator.is_main_process:
             alarming = evaluation.verdict in ("worse", "not finite")
             log.log(logging.WARNING if alarming else logging.INFO, evaluation.describe())
@@ -148,7 +160,7 @@ class Validator:
             for positions, batch in shown:
                 losses = self._measure_batch(model, batch, accelerator.device)
                 measured += zip(positions, losses.tolist(), strict=True)
-        table = np.zeros((len(self._rows), self._settings.validation_timesteps), np.float32)
+        table = np.zeros((len(self._rows), len(self._parts) * self._settings.validation_timesteps), np.float32)
         for position, values in gather_object(measured):
             table[self._rows[position]] = values
         return table
@@ -159,17 +171,21 @@ class Validator:
         conditions = conditions_of(batch, device)
         weights = None if batch.weights is None else batch.weights.to(device)
         losses = []
-        for stratum in range(self._settings.validation_timesteps):
-            draws = draw_stratum(
-                batch.keys,
-                latents.shape[1:],
-                self._timesteps,
-                stratum=stratum,
-                num_strata=self._settings.validation_timesteps,
-                seed=self._settings.validation_seed,
-            ).to(device)
-            measured = measure(model, latents, conditions, draws, weights=weights, settings=self._loss)
-            losses.append(measured.samples)
+        for expert, limits in self._parts:
+            if isinstance(model, PairModel):
+                model.of(str(expert))
+            for stratum in range(self._settings.validation_timesteps):
+                draws = draw_stratum(
+                    batch.keys,
+                    latents.shape[1:],
+                    self._timesteps,
+                    stratum=stratum,
+                    num_strata=self._settings.validation_timesteps,
+                    seed=self._settings.validation_seed,
+                    limits=limits,
+                ).to(device)
+                measured = measure(model, latents, conditions, draws, weights=weights, settings=self._loss)
+                losses.append(measured.samples)
         return torch.stack(losses, dim=1).cpu()
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,7 +201,8 @@ class Validator:
 
     def _measure(self) -> str:
         settings = self._settings
-        return f"{settings.validation_timesteps} {settings.validation_seed} {self._timesteps} {self._loss}"
+        parts = "" if self._parts[0][0] is None else f"{self._parts} "
+        return parts + f"{settings.validation_timesteps} {settings.validation_seed} {self._timesteps} {self._loss}"
 
 
 def cut_batches(dataset: CachedDataset) -> list[list[int]]:
@@ -206,15 +223,19 @@ def draw_stratum(
     stratum: int,
     num_strata: int,
     seed: int,
+    limits: Span | None = None,
 ) -> Draws:
-    """Noise of latents of a `shape`, and t in this stratum, of each sample: keyed by seed, name and stratum alone."""
+    """Noise of latents of a `shape`, and t in this stratum, of each sample: keyed by seed, name and stratum alone.
+
+    Strata are of the settings' distribution, or of what it has within `limits`.
+    """
     uniforms, noises = [], []
     for key in keys:
         digest = hashlib.blake2b(f"held out/{seed}/{stratum}/{key.item}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         uniforms.append((stratum + float(torch.rand((), generator=generator))) / num_strata)
         noises.append(torch.randn(*shape, generator=generator))
-    t = draw_levels(uniforms, (shape[-2], shape[-1]), timesteps)
+    t = draw_levels(uniforms, (shape[-2], shape[-1]), timesteps, limits)
     return Draws(t, torch.stack(noises), importance(timesteps.weighting_scheme, t))
 
 

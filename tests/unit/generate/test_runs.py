@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import generate.models
 from generate.interactive import converse
@@ -24,6 +23,7 @@ from tests.unit.generate.conftest import Given
 from wan_train.cli import InputError, RunError
 from wan_train.conditions import Conditions
 from wan_train.media_out import write_video
+from wan_train.sampling.denoise import Sampling
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def run(settings: GenerateSettings) -> None:
     jobs = make_jobs(settings)
-    run_jobs(jobs, Models(settings, (), CPU), OnDisk(settings, {}, several=len(jobs) > 1))
+    run_jobs(jobs, Models(settings, {}, CPU), OnDisk(settings, {}, several=len(jobs) > 1))
 
 
 def test_equal_prompts_with_other_seeds_or_negatives_give_other_videos(
@@ -67,14 +67,14 @@ def test_equal_prompts_with_other_seeds_or_negatives_give_other_videos(
 def test_a_job_that_fails_costs_itself_only(
     given: Given, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sample = generate.models.sample_latents
+    advance = Sampling.advance
 
-    def breaking(model: Any, request: Any, *given: Any, **more: Any) -> Tensor:
-        if request.seed == 2:
+    def breaking(self: Sampling, *given: Any, **more: Any) -> None:
+        if self.request.seed == 2:
             raise torch.OutOfMemoryError("no room\nat all")
-        return sample(model, request, *given, **more)
+        advance(self, *given, **more)
 
-    monkeypatch.setattr(generate.models, "sample_latents", breaking)
+    monkeypatch.setattr(Sampling, "advance", breaking)
     with pytest.raises(RunError, match=r"1 of 3 videos failed \(video 1: no room\)"):
         run(given("--from_file", prompts, "--save_path", tmp_path / "out"))
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
@@ -95,7 +95,7 @@ def test_latents_are_there_before_anything_is_decoded_and_can_be_decoded_later(
     left = sorted(tmp_path.glob("b_*"))
     assert [path.name for path in left] == [f"b_{i:03d}_pending_latent.safetensors" for i in range(3)]
     later = given("--latent_path", tmp_path, "--save_path", tmp_path / "later", "--codec", "lossless")
-    decode_latents(check_latents(later.batch.latent_path, later.output), Models(later, (), CPU))
+    decode_latents(check_latents(later.batch.latent_path, later.output), Models(later, {}, CPU))
     for index in range(3):
         # The same video with the same words about it; the name of the file is not in it.
         first, second = tmp_path / f"{index:03d}.mp4", tmp_path / "later" / f"b_{index:03d}.mp4"
@@ -125,7 +125,7 @@ def test_a_job_alone_fails_as_it_fails(given: Given, tmp_path: Path, monkeypatch
     def breaking(*given: object, **more: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(generate.models, "sample_latents", breaking)
+    monkeypatch.setattr(Sampling, "advance", breaking)
     with pytest.raises(ZeroDivisionError):
         run(given("--prompt", "a", "--save_path", tmp_path / "a.mp4"))
 
@@ -142,7 +142,7 @@ def test_lines_from_the_keyboard_share_the_models(
         except StopIteration:
             raise EOFError from None
 
-    models = Models(settings, (), CPU, keep=True)
+    models = Models(settings, {}, CPU, keep=True)
     assert converse(models, OnDisk(settings, {}, several=True), read=read) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"000.mp4", "001.mp4", "002.mp4"}
     assert loaded == ["open_text_encoder", "assemble_dit", "open_vae"]
@@ -155,8 +155,8 @@ def test_a_line_that_breaks_costs_itself_only(
 ) -> None:
     settings = given("--interactive", "--save_path", tmp_path)
     lines = iter(["a cat", "a dog"])
-    monkeypatch.setattr(generate.models, "sample_latents", lambda *_, **__: 1 / 0)
-    models = Models(settings, (), CPU, keep=True)
+    monkeypatch.setattr(Sampling, "advance", lambda *_, **__: 1 / 0)
+    models = Models(settings, {}, CPU, keep=True)
 
     def read(prompt: str) -> str:
         line = next(lines, None)
@@ -174,7 +174,7 @@ def test_the_text_cache_does_without_the_text_encoder(
     def frames(*words: object) -> np.ndarray:
         settings = given("--prompt", "a cat", "--seed", 1, *words)
         delivery = InMemory()
-        run_jobs(make_jobs(settings), Models(settings, (), CPU), delivery)
+        run_jobs(make_jobs(settings), Models(settings, {}, CPU), delivery)
         return delivery.frames[0]
 
     plain = frames()
@@ -244,7 +244,7 @@ def test_a_line_of_too_few_frames_is_refused_and_what_one_leaves_is_told_and_kep
         return line
 
     monkeypatch.setattr(Models, "decode", lambda *given: 1 / 0)
-    assert converse(Models(settings, (), CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
+    assert converse(Models(settings, {}, CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
     said = capsys.readouterr().err
     assert "leaves none of 1 frames" in said
     left = [f"{index:03d}_pending_latent.safetensors" for index in (0, 1)]

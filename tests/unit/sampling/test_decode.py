@@ -76,7 +76,7 @@ def options_of(settings: VaeSettings, path: str) -> list[str]:
 def generate_frames(settings: VaeSettings, path: str, _: pytest.MonkeyPatch) -> np.ndarray:
     """The frames that the generator would write for these latents."""
     command = ["--dit", "x", "--prompt", "a cat", "--save_path", "x.mp4", *options_of(settings, path)]
-    models = Models(parse(GENERATE_TOOL.settings, command), (), CPU)
+    models = Models(parse(GENERATE_TOOL.settings, command), {}, CPU)
     with models.vae() as vae:
         return models.decode(vae, LATENTS)
 

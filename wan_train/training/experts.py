@@ -1,0 +1,95 @@
+"""Which experts a run trains, when, and at which noise levels."""
+
+from dataclasses import dataclass, replace
+
+from wan_train.cli import InputError
+from wan_train.flow.timesteps import NUM_TIMESTEPS, Span
+from wan_train.models.experts import HIGH, LOW, ORDER, read_boundary, span_of
+from wan_train.models.variants import VARIANTS, Variant
+from wan_train.training.settings import TimestepSettings, TrainSettings
+
+FLAGS = {LOW: "--dit", HIGH: "--dit_high_noise"}
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """The experts that are trained, none for a task of one model, and the boundary between them, t in [0, 1].
+
+    Two take turns of `steps` optimizer steps, the one for high noise first.
+    """
+
+    trained: tuple[str, ...] = ()
+    boundary: float = 0.0
+    steps: int = 1
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether both are trained."""
+        return len(self.trained) > 1
+
+    def at(self, step: int) -> str | None:
+        """The expert of an optimizer step, counted from 1; None where there is but one model."""
+        return self.trained[(step - 1) // self.steps % len(self.trained)] if self.trained else None
+
+    def limits(self, expert: str | None, settings: TimestepSettings) -> Span | None:
+        """The noise levels of an expert: its part of the distribution, within what the settings allow. None: all that
+        they allow. A single expert is trained where --min_timestep and --max_timestep say, if they say so."""
+        own_range = (settings.min_timestep, settings.max_timestep) != (0, NUM_TIMESTEPS)
+        if expert is None or (own_range and not self.is_pair):
+            return None
+        low, high = span_of(expert, self.boundary)
+        low, high = max(low, settings.min_timestep / NUM_TIMESTEPS), min(high, settings.max_timestep / NUM_TIMESTEPS)
+        if low >= high:
+            raise InputError(
+                f"--min_timestep {settings.min_timestep} and --max_timestep {settings.max_timestep} leave nothing to"
+                f" the expert for {expert.replace('_', ' ')}: the boundary is {NUM_TIMESTEPS * self.boundary:g}"
+            )
+        return Span(low, high, keep_shape=True)
+
+
+def plan_experts(settings: TrainSettings) -> ExpertPlan:
+    """What the options say of experts. InputError for what does not go together."""
+    variant, experts = VARIANTS[settings.dit.task], settings.experts
+    if variant.experts is None:
+        _refuse_for_one_model(settings, variant)
+        return ExpertPlan()
+    given = {HIGH: experts.dit_high_noise, LOW: settings.dit.dit}
+    trained = tuple(expert for expert in ORDER if given[expert])
+    if not trained:
+        raise InputError(
+            f"--task {variant.name} has two models: give --dit (low noise), --dit_high_noise, or both to train both"
+        )
+    if len(trained) == 1 and experts.shared_lora:
+        raise InputError("--shared_lora is one LoRA for two experts: give --dit and --dit_high_noise")
+    if experts.offload_inactive_dit and settings.stream.blocks_to_swap:
+        raise InputError(
+            f"--offload_inactive_dit and --blocks_to_swap {settings.stream.blocks_to_swap} both keep weights in main"
+            " memory: give one of them"
+        )
+    plan = ExpertPlan(trained, read_boundary(experts.timestep_boundary, variant), experts.expert_steps)
+    for expert in trained:
+        plan.limits(expert, settings.timesteps)
+    return plan
+
+
+def _refuse_for_one_model(settings: TrainSettings, variant: Variant) -> None:
+    if settings.experts.dit_high_noise:
+        raise InputError(f"--dit_high_noise: --task {variant.name} has one model: take an A14B task, or leave it out")
+    if settings.experts.timestep_boundary is not None:
+        read_boundary(settings.experts.timestep_boundary, variant)
+    if settings.experts.shared_lora:
+        raise InputError(f"--shared_lora: --task {variant.name} has one model: leave it out")
+
+
+def settings_of(settings: TrainSettings, expert: str | None) -> TrainSettings:
+    """The settings with `--dit` that of an expert, and `--network_weights` its own."""
+    if expert != HIGH:
+        return settings
+    weights = settings.experts.network_weights_high_noise
+    network = replace(settings.network, network_weights=weights)
+    return replace(settings, dit=replace(settings.dit, dit=settings.experts.dit_high_noise), network=network)
+
+
+def only_expert(plan: ExpertPlan) -> str | None:
+    """The expert that a file is of which stands alone: of a LoRA that both share it is neither."""
+    return plan.trained[0] if len(plan.trained) == 1 else None

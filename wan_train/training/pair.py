@@ -1,0 +1,121 @@
+"""Two experts in one run: the model that is one of them at a time, and the adapter that is both of theirs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from networks.adapter import Adapter
+from networks.norms import Norms
+from wan_train.models.experts import ORDER, Pair
+
+
+class PairModel(nn.Module):
+    """Two models of which one answers; the other is in main memory meanwhile if `offload` says so.
+
+    `active` is the one that answers. With `exchanging` what is trained of the other still has a part in the result,
+    nothing times it: processes that exchange gradients wait for all of them.
+    """
+
+    def __init__(
+        self, models: Pair[Any], *, device: torch.device, offload: bool = False, exchanging: bool = False
+    ) -> None:
+        super().__init__()
+        self.high_noise, self.low_noise = models.high_noise, models.low_noise
+        self._device, self._offload, self._exchanging = device, offload, exchanging
+        self.active = ORDER[0]
+        if offload:
+            move_frozen(self.low_noise, torch.device("cpu"))
+
+    def of(self, expert: str) -> nn.Module:
+        """That expert's model, which answers from now on."""
+        if expert != self.active:
+            if self._offload:
+                move_frozen(getattr(self, self.active), torch.device("cpu"))
+                move_frozen(getattr(self, expert), self._device)
+            self.active = expert
+        return getattr(self, expert)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        (idle,) = (expert for expert in ORDER if expert != self.active)
+        velocity: Tensor = getattr(self, self.active)(*args, **kwargs)
+        if not (self._exchanging and torch.is_grad_enabled()):
+            return velocity
+        waiting = [parameter for parameter in getattr(self, idle).parameters() if parameter.requires_grad]
+        return velocity + 0 * torch.stack([parameter.sum() for parameter in waiting]).sum() if waiting else velocity
+
+
+def move_frozen(model: nn.Module, device: torch.device) -> None:
+    """Move what is not trained; what is stays where optimizer and processes know it."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+class PairAdapter:
+    """The adapters of both experts as one `Adapter`; `parts` are what is saved apart."""
+
+    def __init__(self, parts: Pair[Adapter]) -> None:
+        self.parts = parts
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """The groups of one, then of the other: each learns by itself."""
+        return [group for _, part in self.parts.items() for group in part.parameter_groups(learning_rate)]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Both, under the expert's name."""
+        for expert, part in self.parts.items():
+            yield from ((f"{expert}.{name}", parameter) for name, parameter in part.named_parameters())
+
+    def parameters_of(self, expert: str) -> list[nn.Parameter]:
+        """What is trained of one expert."""
+        return [parameter for _, parameter in self.parts.of(expert).named_parameters()]
+
+    def export(self) -> dict[str, Tensor]:
+        """Both, under the expert's name; files hold each part by itself."""
+        return {f"{expert}.{key}": t for expert, part in self.parts.items() for key, t in part.export().items()}
+
+    def metadata(self) -> dict[str, str]:
+        """That of one: both are of the same settings."""
+        return self.parts.low_noise.metadata()
+
+    def describe(self) -> str:
+        """One of them in words."""
+        return f"of each expert: {self.parts.low_noise.describe()}"
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `export` gave."""
+        for expert, part in self.parts.items():
+            mine = {k.removeprefix(f"{expert}."): t for k, t in tensors.items() if k.startswith(f"{expert}.")}
+            part.load(mine)
+
+    def act_on(self, model: nn.Module) -> None:
+        """Not to be called: the adapters of two experts act on those."""
+        raise NotImplementedError
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """While it lasts both models compute as if they had never been trained."""
+        stack = ExitStack()
+        for _, part in self.parts.items():
+            stack.enter_context(part.disabled())
+        return stack  # type: ignore[return-value]
+
+    def norm(self) -> float:
+        """The length of what both have learnt."""
+        return float(sum(part.norm() ** 2 for _, part in self.parts.items()) ** 0.5)
+
+    def scale_norms(self, limit: float) -> Norms:
+        """Shrink each module's change of either to this norm at most."""
+        each = [part.scale_norms(limit) for _, part in self.parts.items()]
+        mean = sum(norms.mean for norms in each) / len(each)
+        return Norms(sum(norms.num_scaled for norms in each), mean, max(norms.maximum for norms in each))
+
+
+def parts_of(adapter: Adapter) -> list[tuple[str | None, Adapter]]:
+    """What is saved in a file of its own, by expert; None for an adapter that is one file."""
+    return list(adapter.parts.items()) if isinstance(adapter, PairAdapter) else [(None, adapter)]
