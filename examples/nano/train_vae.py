@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from examples.nano.state import Trail, load_state, save_state
 from examples.nano.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, draw_clip
-from wan_train.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
+from wan_train.models.vae import WanVAE
+from wan_train.models.vae21 import LATENT_MEAN, LATENT_STD
 from wan_train.models.vae_geometry import Geometry
 from wan_train.models.vae_layers import FeatureCache
 

@@ -1,131 +1,37 @@
-"""The Wan2.1 VAE: video to latents and back, as a stream of one frame and then four at a time.
+"""The Wan VAEs: video to latents and back, as a stream of one frame and then four at a time.
 
-B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent positions. T = 1 + (F - 1) / 4, h = H / 8,
-w = W / 8. Pixels are in [-1, 1]; latents are normalised. Module and parameter names are those of the official file.
+B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent positions. T = 1 + (F - 1) / 4; h = H / 8,
+w = W / 8 and 16 latent channels in Wan2.1, h = H / 16, w = W / 16 and 48 channels in Wan2.2. Pixels are in [-1, 1];
+latents are normalised. Module and parameter names are those of the official files.
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_train.cli import InputError
+from wan_train.models.vae_coders import Decoder, Encoder
 from wan_train.models.vae_geometry import Geometry, read_geometry
-from wan_train.models.vae_layers import (
-    AttentionBlock,
-    CausalConv3d,
-    Downsample,
-    FeatureCache,
-    ResidualBlock,
-    RMSNorm,
-    Upsample,
-)
+from wan_train.models.vae_kinds import KINDS, kind_of
+from wan_train.models.vae_layers import CausalConv3d, FeatureCache
 from wan_train.models.vae_names import vae_rename
 from wan_train.models.vae_tiling import Tiling, blend_tiles
 from wan_train.models.variants import LATENT_CHANNELS
 from wan_train.models.weights import Shapes, check_names, fill, renamed, require_kind
 from wan_train.storage import TensorSource, read_header, read_tensors
 
-# Statistics of the latents, per channel, published with the official Wan2.1 VAE.
-LATENT_MEAN = (
-    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
-    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-)
-LATENT_STD = (
-    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
-    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-)
-
 Layers = Callable[[Tensor, FeatureCache], Tensor]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
 
 
-class Encoder(nn.Module):
-    """A chunk of pixels (B, 3, F, H, W) -> mean and log variance (B, 2 * latent channels, T, h, w), not yet mixed."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__()
-        self.conv1 = CausalConv3d(3, geometry.base)
-        self.downsamples = nn.ModuleList()
-        channels = geometry.base
-        for level, width in enumerate(geometry.widths):
-            if level:
-                self.downsamples.append(Downsample(channels, temporal=geometry.temporal[level - 1]))
-            for _ in range(geometry.num_blocks):
-                self.downsamples.append(ResidualBlock(channels, width))
-                channels = width
-        self.middle = _make_middle(channels)
-        self.head = _make_head(channels, 2 * geometry.latent_channels)
-
-    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        return self.finish(self.narrow(x, cache), cache)
-
-    def narrow(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The part that sees a neighbourhood only: pixels to features (B, C, T, h, w)."""
-        x = self.conv1(x, cache)
-        for layer in self.downsamples:
-            x = layer(x, cache)
-        return x
-
-    def finish(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The part that sees the whole picture, in one size."""
-        for layer in self.middle:
-            x = layer(x, cache)
-        x = self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
-        return x
-
-
-class Decoder(nn.Module):
-    """A chunk of mixed latents (B, latent channels, T, h, w) -> pixels (B, 3, F, H, W), not clamped."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__()
-        channels = geometry.widths[-1]
-        self.conv1 = CausalConv3d(geometry.latent_channels, channels)
-        self.middle = _make_middle(channels)
-        self.upsamples = nn.ModuleList()
-        for level, width in enumerate(reversed(geometry.widths)):
-            if level:
-                self.upsamples.append(Upsample(channels, channels // 2, temporal=geometry.temporal[-level]))
-                channels //= 2
-            for _ in range(geometry.num_blocks + 1):
-                self.upsamples.append(ResidualBlock(channels, width))
-                channels = width
-        self.head = _make_head(channels, 3)
-
-    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        return self.widen(self.begin(x, cache), cache)
-
-    def begin(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The part that sees the whole picture, in one size: to features (B, C, T, h, w)."""
-        x = self.conv1(x, cache)
-        for layer in self.middle:
-            x = layer(x, cache)
-        return x
-
-    def widen(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The part that sees a neighbourhood only: features to pixels."""
-        for layer in self.upsamples:
-            x = layer(x, cache)
-        x = self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
-        return x
-
-
-def _make_middle(channels: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
-    )
-
-
-def _make_head(channels: int, out_channels: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": RMSNorm(channels), "2": CausalConv3d(channels, out_channels)})
-
-
 class WanVAE(nn.Module):
-    """The Wan2.1 video VAE; make one with `load_vae`.
+    """A Wan2.1 or Wan2.2 video VAE; make one with `load_vae`.
+
+    A latent position stands for `stride` x `stride` pixels and, after the first, for `frame_stride` frames. The model
+    works on latents of `latent_channels` channels, normalised with `latent_mean` and `latent_std`, one number each.
 
     Memory beyond input and output does not grow with the number of frames. `cache_on_cpu` (settable) keeps what the
     layers remember between chunks in main memory.
@@ -139,19 +45,22 @@ class WanVAE(nn.Module):
         super().__init__()
         self.cache_on_cpu = False
         self.tiling: Tiling | None = None
-        self.stride = 2 ** len(geometry.temporal)
+        kind = KINDS[geometry.kind]
+        self.latent_channels = geometry.latent_channels
+        self.latent_mean, self.latent_std = kind.latent_mean, kind.latent_std
+        self.stride = kind.patch * 2 ** len(geometry.temporal)
         self.frame_stride = 2 ** sum(geometry.temporal)
-        self.encoder = Encoder(geometry)
-        self.decoder = Decoder(geometry)
+        self.encoder = Encoder(geometry, kind.make_down_layers(geometry), patch=kind.patch)
+        self.decoder = Decoder(geometry, kind.make_up_layers(geometry), patch=kind.patch)
         self.conv1 = CausalConv3d(2 * geometry.latent_channels, 2 * geometry.latent_channels, (1, 1, 1))
         self.conv2 = CausalConv3d(geometry.latent_channels, geometry.latent_channels, (1, 1, 1))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, F, H, W) in [-1, 1] -> normalised latents (B, 16, T, h, w), float32, on the pixels' device.
+        """Pixels (B, 3, F, H, W) in [-1, 1] -> normalised latents (B, C, T, h, w), float32, on their device.
 
         The latents are the posterior's mean, not a sample. Without gradient. Raises ValueError unless F is 4n + 1 and
-        H and W are multiples of 8.
+        H and W are multiples of `stride`.
         """
         self._check_pixels(pixels.shape)
         num_frames = 1 + (pixels.shape[2] - 1) // self.frame_stride
@@ -164,23 +73,23 @@ class WanVAE(nn.Module):
 
         if self.tiling and self.tiling.divides(pixels.shape[-2] // self.stride, pixels.shape[-1] // self.stride):
             features = blend_tiles(narrow, pixels, self.tiling, cell=self.stride, out_cell=1)
-            return normalise(self._stream(finish, features, step=1, num_frames=num_frames))
+            return self._normalise(self._stream(finish, features, step=1, num_frames=num_frames))
         whole = self._stream(
             lambda x, cache: finish(self.encoder.narrow(x, cache), cache),
             pixels,
             step=self.frame_stride,
             num_frames=num_frames,
         )
-        return normalise(whole)
+        return self._normalise(whole)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, 16, T, h, w) -> pixels (B, 3, F, H, W) in [-1, 1], float32, on the latents' device.
+        """Normalised latents (B, C, T, h, w) -> pixels (B, 3, F, H, W) in [-1, 1], float32, on the latents' device.
 
         Without gradient. Raises ValueError for another number of axes or channels.
         """
-        if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
-            raise ValueError(f"latents are (B, {LATENT_CHANNELS}, T, h, w), not {tuple(latents.shape)}")
+        if latents.ndim != 5 or latents.shape[1] != self.latent_channels or 0 in latents.shape:
+            raise ValueError(f"latents are (B, {self.latent_channels}, T, h, w), not {tuple(latents.shape)}")
         num_latents = latents.shape[2]
         num_frames = 1 + (num_latents - 1) * self.frame_stride
 
@@ -190,7 +99,7 @@ class WanVAE(nn.Module):
         def widen(tile: Tensor) -> Tensor:
             return self._stream(self.decoder.widen, tile, step=1, num_frames=num_frames).clamp_(-1, 1)
 
-        x = denormalise(latents.float())
+        x = denormalise(latents.float(), self.latent_mean, self.latent_std)
         if self.tiling and self.tiling.divides(*latents.shape[-2:]):
             features = self._stream(begin, x, step=1, num_frames=num_latents)
             return blend_tiles(widen, features, self.tiling, cell=1, out_cell=self.stride)
@@ -210,6 +119,9 @@ class WanVAE(nn.Module):
             whole[:, :, done : done + part.shape[2]] = part
             done += part.shape[2]
         return whole
+
+    def _normalise(self, means: Tensor) -> Tensor:
+        return normalise(means, self.latent_mean, self.latent_std)
 
     def _place(self, chunk: Tensor) -> Tensor:
         weight = self.conv2.weight
@@ -231,27 +143,25 @@ def _chunks(x: Tensor, size: int) -> Iterator[Tensor]:
     yield from x[:, :, 1:].split(size, dim=2) if x.shape[2] > 1 else ()
 
 
-def normalise(means: Tensor) -> Tensor:
-    """The VAE's own latents (B, 16, ...) -> latents of about zero mean and unit variance."""
-    mean, std = _statistics(means)
-    return (means - mean) / std
+def normalise(means: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The VAE's own latents (B, C, ...) -> latents of about zero mean and unit variance.
+
+    `mean` and `std`: the statistics of the C channels.
+    """
+    return (means - _per_channel(mean, means)) / _per_channel(std, means)
 
 
-def denormalise(latents: Tensor) -> Tensor:
+def denormalise(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The inverse of `normalise`."""
-    mean, std = _statistics(latents)
-    return latents * std + mean
+    return latents * _per_channel(std, latents) + _per_channel(mean, latents)
 
 
-def _statistics(like: Tensor) -> Sequence[Tensor]:
-    shape = (1, LATENT_CHANNELS, *[1] * (like.ndim - 2))
-    return [
-        torch.tensor(values, dtype=like.dtype, device=like.device).view(shape) for values in (LATENT_MEAN, LATENT_STD)
-    ]
+def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, *[1] * (like.ndim - 2))
 
 
 def load_vae(source: TensorSource, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> WanVAE:
-    """Load a Wan2.1 VAE, frozen.
+    """Load a Wan2.1 or Wan2.2 VAE, frozen; which of them, its names tell.
 
     `source`: a .pth or safetensors file, or a state dict, under official or diffusers names. The weights are `dtype`
     (None: as stored) and compute in it; on a CPU they are float32 in any case. Raises InputError when the file cannot
@@ -269,23 +179,31 @@ def load_vae(source: TensorSource, *, device: torch.device | str = "cpu", dtype:
     return model.eval()
 
 
-def check_vae(source: TensorSource, flag: str = "--vae") -> None:
-    """Raise InputError, naming `flag` and the file, unless `load_vae` would take it; reads the header only."""
+def check_vae(source: TensorSource, flag: str = "--vae", *, latent_channels: int = LATENT_CHANNELS) -> None:
+    """Raise InputError, naming `flag` and the file, unless `load_vae` would take it; reads the header only.
+
+    `latent_channels`: those of the model that the VAE is for; the VAE of another kind of model is refused.
+    """
     what = flag if isinstance(source, Mapping) else f"{flag} {os.fspath(source)}"
-    _make_empty(read_header(source).shapes, what)
+    _make_empty(read_header(source).shapes, what, latent_channels=latent_channels)
 
 
-def _make_empty(shapes: Shapes, what: str) -> WanVAE:
-    """The model on `meta` that these tensors fill exactly, or an InputError."""
+def _make_empty(shapes: Shapes, what: str, *, latent_channels: int | None = None) -> WanVAE:
+    """The model on `meta` that these tensors fill exactly, or an InputError.
+
+    `latent_channels`: those that it has to have; None takes either kind.
+    """
     require_kind(shapes, "VAE", what)
     rename = vae_rename(shapes)
     official = {rename(name): shape for name, shape in shapes.items()}
     geometry = read_geometry(official)
-    if geometry.latent_channels != LATENT_CHANNELS:
-        kind = "a Wan2.2 VAE" if geometry.latent_channels == 48 else "another VAE"
+    kind = KINDS[geometry.kind]
+    wanted = kind if latent_channels is None else kind_of(latent_channels)
+    if kind is not wanted or geometry.latent_channels != kind.latent_channels:
+        named = f"a {kind.name} VAE" if geometry.latent_channels == kind.latent_channels else "another VAE"
         raise InputError(
-            f"{what} is {kind} with {geometry.latent_channels} latent channels, the model has {LATENT_CHANNELS}: "
-            "give Wan2.1_VAE.pth"
+            f"{what} is {named} with {geometry.latent_channels} latent channels, the model has "
+            f"{wanted.latent_channels}: give {wanted.file}"
         )
     with torch.device("meta"):
         model = WanVAE(geometry)

@@ -141,6 +141,18 @@ class AttentionBlock(nn.Module):
         return x + mix_channels(y, self.proj)
 
 
+def make_middle(channels: int) -> nn.ModuleList:
+    """The layers of a VAE's innermost level."""
+    return nn.ModuleList(
+        [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+    )
+
+
+def make_head(channels: int, out_channels: int) -> nn.ModuleDict:
+    """The norm and the convolution that end an encoder or a decoder."""
+    return nn.ModuleDict({"0": RMSNorm(channels), "2": CausalConv3d(channels, out_channels)})
+
+
 class Downsample(nn.Module):
     """Halve height and width, and with `temporal` the frames too: (B, C, F, H, W) -> (B, C, F or ceil(F/2), H/2, W/2).
 

@@ -1,6 +1,7 @@
-"""Names of the Wan2.1 VAE's tensors: the official ones and those of diffusers' AutoencoderKLWan.
+"""Names of the Wan VAEs' tensors: the official ones and those of diffusers' AutoencoderKLWan.
 
-Every tensor keeps its shape.
+Every tensor keeps its shape. In Wan2.1 the layers that narrow are one flat list in both namings, and so are those that
+widen in the official one; in Wan2.2 both namings have a list for each stage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from wan_train.models.weights import Rename, Shapes
 
 STAGE_BLOCKS = 3  # residual blocks per stage of the published decoder
+
+# What only the names of a Wan2.2 VAE begin with.
+_STAGED = ("encoder.down_blocks.0.resnets.", "encoder.down_blocks.0.downsampler.", "decoder.up_blocks.0.upsampler.")
 
 _TOP = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
 _ENDS = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2"}
@@ -27,13 +31,15 @@ def vae_rename(shapes: Shapes) -> Rename:
     blocks = {name.removeprefix(stage).split(".")[0] for name in shapes if name.startswith(stage)}
     if not blocks and "quant_conv.weight" not in shapes:
         return lambda name: name
-    return lambda name: official_name(name, stage_blocks=len(blocks) or STAGE_BLOCKS)
+    staged = any(name.startswith(_STAGED) for name in shapes)
+    return lambda name: official_name(name, stage_blocks=len(blocks) or STAGE_BLOCKS, staged=staged)
 
 
-def official_name(name: str, *, stage_blocks: int = STAGE_BLOCKS) -> str:
+def official_name(name: str, *, stage_blocks: int = STAGE_BLOCKS, staged: bool = False) -> str:
     """A diffusers name of a VAE tensor in official naming; a name that is not one comes back as it is.
 
-    The decoder's stages are one flat list in the official model: `stage_blocks` residual blocks, then the upsampler.
+    A stage of the decoder has `stage_blocks` residual blocks, then the upsampler; one of a Wan2.2 encoder has a block
+    less, then the downsampler. `staged`: the official decoder has its stages too (Wan2.2), not one flat list.
     """
     match name.split("."):
         case [top, *tail] if top in _TOP:
@@ -42,8 +48,16 @@ def official_name(name: str, *, stage_blocks: int = STAGE_BLOCKS) -> str:
             return _join(side, [_ENDS[end], *tail])
         case ["encoder" | "decoder" as side, "mid_block", kind, index, *tail] if f"{kind}.{index}" in _MIDDLE:
             return _join(side, ["middle", _MIDDLE[f"{kind}.{index}"], *_renamed(tail, _BLOCK)])
+        case ["encoder", "down_blocks", stage, "resnets", block, *tail]:
+            return _join("encoder", ["downsamples", stage, "downsamples", block, *_renamed(tail, _BLOCK)])
+        case ["encoder", "down_blocks", stage, "downsampler", *tail]:
+            return _join("encoder", ["downsamples", stage, "downsamples", str(stage_blocks - 1), *tail])
         case ["encoder", "down_blocks", index, *tail]:
             return _join("encoder", ["downsamples", index, *_renamed(tail, _BLOCK)])
+        case ["decoder", "up_blocks", stage, "upsampler", *tail]:
+            return _join("decoder", ["upsamples", stage, "upsamples", str(stage_blocks), *tail])
+        case ["decoder", "up_blocks", stage, "resnets", block, *tail] if staged:
+            return _join("decoder", ["upsamples", stage, "upsamples", block, *_renamed(tail, _BLOCK)])
         case ["decoder", "up_blocks", stage, "resnets", block, *tail] if stage.isdecimal() and block.isdecimal():
             number = int(stage) * (stage_blocks + 1) + int(block)
             return _join("decoder", ["upsamples", str(number), *_renamed(tail, _BLOCK)])
@@ -59,12 +73,18 @@ def diffusers_name(name: str, *, stage_blocks: int = STAGE_BLOCKS) -> str:
             return _join(_inverse(_TOP)[top], tail)
         case ["encoder" | "decoder" as side, "middle", index, *tail] if index in _MIDDLE.values():
             return _join(side, ["mid_block", _inverse(_MIDDLE)[index], *_renamed(tail, _inverse(_BLOCK))])
+        case ["encoder", "downsamples", stage, "downsamples", index, *tail]:
+            part = ["downsampler"] if index == str(stage_blocks - 1) else ["resnets", index]
+            return _join("encoder", ["down_blocks", stage, *part, *_renamed(tail, _inverse(_BLOCK))])
+        case ["decoder", "upsamples", stage, "upsamples", index, *tail]:
+            part = ["upsampler"] if index == str(stage_blocks) else ["resnets", index]
+            return _join("decoder", ["up_blocks", stage, *part, *_renamed(tail, _inverse(_BLOCK))])
         case ["encoder", "downsamples", index, *tail]:
             return _join("encoder", ["down_blocks", index, *_renamed(tail, _inverse(_BLOCK))])
         case ["decoder", "upsamples", index, *tail] if index.isdecimal():
-            stage, block = divmod(int(index), stage_blocks + 1)
-            part = "upsamplers.0" if block == stage_blocks else f"resnets.{block}"
-            return _join("decoder", ["up_blocks", str(stage), part, *_renamed(tail, _inverse(_BLOCK))])
+            number, block = divmod(int(index), stage_blocks + 1)
+            part = ["upsamplers", "0"] if block == stage_blocks else ["resnets", str(block)]
+            return _join("decoder", ["up_blocks", str(number), *part, *_renamed(tail, _inverse(_BLOCK))])
         case ["encoder" | "decoder" as side, *tail]:
             return _join(side, _renamed(tail, _inverse(_ENDS)))
     return name

@@ -147,8 +147,10 @@ def test_odd_latents_are_refused(vae: WanVAE) -> None:
 
 def test_normalising_is_undone() -> None:
     x = torch.randn(2, 16, 3, 2, 2, dtype=torch.float64)
-    assert torch.allclose(denormalise(normalise(x)), x)
-    assert normalise(x).shape == x.shape
+    mean, std = torch.randn(16).tolist(), torch.rand(16).add(0.1).tolist()
+    normalised = normalise(x, mean, std)
+    assert torch.allclose(denormalise(normalised, mean, std), x)
+    assert torch.allclose(normalised[:, 3] * std[3] + mean[3], x[:, 3])
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
@@ -214,10 +216,10 @@ def test_a_file_that_does_not_fit_is_refused(change, complaint: str) -> None:
 
 
 def test_a_wrong_file_is_refused_by_name(tmp_path: Path) -> None:
-    vae22 = {**WEIGHTS, "conv2.weight": torch.zeros(48, 48, 1, 1, 1), "conv2.bias": torch.zeros(48)}
+    other_vae = {**WEIGHTS, "conv2.weight": torch.zeros(32, 32, 1, 1, 1), "conv2.bias": torch.zeros(32)}
     files = {
         "dit": ({"head.modulation": torch.zeros(1, 2, 8)}, "is a Wan DiT, not a VAE"),
-        "vae22": (vae22, "Wan2.2 VAE with 48 latent channels"),
+        "vae32": (other_vae, "another VAE with 32 latent channels, the model has 16: give Wan2.1_VAE.pth"),
         "other": ({"x": torch.zeros(1)}, "none of the known models"),
     }
     for name, (state, complaint) in files.items():
