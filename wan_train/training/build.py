@@ -61,9 +61,8 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     texts = encode(settings, plan, accelerator)
     previewer = make_previewer(settings, plan, texts, accelerator, seed) if is_first else None
     model, adapter = make_models(settings, plan.experts, accelerator, seed)
-    warmup = warmup_steps(settings.optimizer.lr_warmup_steps, length.steps)
-    groups = adapter.parameter_groups(settings.optimizer.learning_rate)
-    optimizer = make_optimizer(groups, settings.optimizer, warmup=warmup)
+    warmup, rate = warmup_steps(settings.optimizer.lr_warmup_steps, length.steps), settings.optimizer.learning_rate
+    optimizer = make_optimizer(adapter.parameter_groups(rate), settings.optimizer, warmup=warmup)
     prepared = accelerator.prepare_optimizer(optimizer)
     schedule = make_schedule(optimizer, settings.optimizer, total=length.steps)
     decay, average, skipped = settings.loop.ema_decay, RunningMean(), Skipped()
