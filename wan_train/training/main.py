@@ -6,9 +6,13 @@ from accelerate.utils import set_seed
 
 from dataset.remains import remove_remains
 from wan_train.config_file import configuration_text
+from wan_train.flow.boundaries import describe_boundary
 from wan_train.log import get_logger
+from wan_train.models.experts import read_boundary
+from wan_train.models.variants import VARIANTS
 from wan_train.storage import replacing
 from wan_train.training.accelerator import agree_on_seed, make_accelerator
+from wan_train.training.audit import audit
 from wan_train.training.build import build
 from wan_train.training.checkpoints import path_of
 from wan_train.training.loop import train
@@ -24,6 +28,12 @@ def main(settings: TrainSettings) -> None:
     """Train as the settings say. Raises InputError, before a model is loaded, for what cannot work."""
     if settings.timesteps.show_timesteps:
         print(show_timesteps(settings))
+        return
+    if settings.experts.audit_timesteps:
+        print(audit(settings))
+        return
+    if settings.experts.convert_boundary:
+        print(describe_boundary(read_boundary(settings.experts.timestep_boundary, VARIANTS[settings.dit.task])))
         return
     plan = preflight(settings)
     data = open_data(settings, plan.configs)

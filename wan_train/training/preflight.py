@@ -17,6 +17,7 @@ from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable
 from wan_train.training.accelerator import launched_device, launched_dtype
+from wan_train.training.audit import refuse_unused
 from wan_train.training.experts import FLAGS, ExpertPlan, plan_experts, settings_of
 from wan_train.training.hub import check_hub, fetch_state
 from wan_train.training.objective import check_timesteps
@@ -74,6 +75,8 @@ def preflight(settings: TrainSettings) -> Plan:
             log.warning(warning)
         check_network(its.network, linear_shapes(its.dit.dit))
     check_pair_previews(settings, experts)
+    if not settings.experts.allow_unused_timesteps:
+        refuse_unused(experts, settings.timesteps)
     check_writable(settings.save.output_dir)
     return Plan(variant, configs, requests, captions, experts, find_state(fetched(settings)))
 

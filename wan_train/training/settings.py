@@ -8,11 +8,11 @@ from wan_train.cli import InputError, Tool, option
 from wan_train.memory.settings import CompileSettings, RecomputeSettings, StreamSettings, WeightSettings
 from wan_train.models.settings import (
     DitSettings,
-    ExpertSettings,
     ImageEncoderSettings,
     TextEncoderSettings,
     VaeSettings,
 )
+from wan_train.training.expert_settings import TrainExpertSettings
 from wan_train.training.old_settings import OldSettings
 from wan_train.training.show_settings import HubSettings, LogSettings, PreviewSettings
 
@@ -151,19 +151,6 @@ class LossSettings:
 
     loss_type: str = option("mse", "How an error counts: squared, or with huber linearly once large.", choices=LOSSES)
     huber_c: float = option(0.1, "From which error on huber is linear.", minimum=1e-6)
-
-
-@dataclass(frozen=True)
-class TrainExpertSettings(ExpertSettings):
-    """Two experts (Wan2.2 A14B)."""
-
-    expert_steps: int = option(
-        10, "With both experts given, train one for so many optimizer steps, then the other.", minimum=1
-    )
-    shared_lora: bool = option(False, "Train one LoRA on both experts, in place of one for each.")
-    network_weights_high_noise: str | None = option(
-        None, "LoRA file that the expert for high noise starts from; --network_weights is the other's."
-    )
 
 
 @dataclass(frozen=True)

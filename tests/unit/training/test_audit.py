@@ -1,0 +1,43 @@
+"""What an audit finds is what a run draws and a generator visits."""
+
+import pytest
+
+from wan_train.cli import InputError, parse
+from wan_train.training.audit import audit, measure, refuse_unused
+from wan_train.training.experts import plan_experts
+from wan_train.training.settings import TrainSettings
+
+NEEDED = ("--dataset_config", "d.toml", "--output_dir", "o", "--output_name", "n", "--task", "t2v-A14B")
+
+
+def settings(*words: str) -> TrainSettings:
+    return parse(TrainSettings, [*NEEDED, *words])
+
+
+def test_two_experts_share_the_draws_and_keep_to_their_sides() -> None:
+    told = settings("--dit", "l", "--dit_high_noise", "h", "--timestep_sampling", "shift", "--flow_shift", "3")
+    high, low = measure(plan_experts(told), told.timesteps, 4000, seed=0, boundary=0.875)
+    assert (high.expert, low.expert) == ("high_noise", "low_noise")
+    assert high.part == low.part == 0.5
+    assert 0.875 <= high.low < 0.88 and 0.99 < high.high <= 1
+    assert 0 < low.low < 0.2 and 0.87 < low.high <= 0.875
+    assert high.astray == low.astray == 0
+
+
+def test_an_own_range_may_go_astray() -> None:
+    told = settings("--dit_high_noise", "h", "--min_timestep", "800", "--max_timestep", "900")
+    (share,) = measure(plan_experts(told), told.timesteps, 4000, seed=0, boundary=0.875)
+    assert share.astray == pytest.approx(0.75, abs=0.05)
+    refuse_unused(plan_experts(told), told.timesteps)
+    beyond = settings("--dit", "l", "--min_timestep", "900", "--max_timestep", "1000")
+    with pytest.raises(InputError, match="low noise would be trained from 900 to 1000"):
+        refuse_unused(plan_experts(beyond), beyond.timesteps)
+
+
+def test_what_generation_visits() -> None:
+    text = audit(settings("--dit", "l"), num_draws=1000)
+    # The published implication: of 40 steps with shift 12 the first 26 are the high-noise expert's.
+    assert "unipc, 40 steps, shift 12: high noise 26 steps" in text and "low noise 14 steps" in text
+    text = audit(settings("--dit", "l", "--task", "i2v-A14B"), num_draws=1000)
+    assert "unipc, 40 steps, shift 5: high noise 15 steps" in text
+    assert "trained, low noise: 100.0% of the draws" in text
