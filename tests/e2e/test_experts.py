@@ -1,7 +1,10 @@
 """The two experts of Wan2.2 A14B, trained in one run and sampled together."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from generate.settings import TOOL as GENERATE
 from tests.e2e.test_pictures import frames_of
-from tests.tiny.make import DIT, SIZE, T5, VAE, dit_shapes, draw_weight
+from tests.tiny.make import DIT, SCENES, SIZE, T5, VAE, dit_shapes, draw_frames, draw_weight
 from wan_train.cli import run
 from wan_train.training.settings import TOOL as TRAIN
 
@@ -210,3 +213,49 @@ def test_what_training_refuses(desk: Desk, capsys: pytest.CaptureFixture[str]) -
     files = ("--vae", desk.folder / VAE, "--t5", desk.folder / T5)
     assert "takes both experts" in told(desk.training("no", *previews, *files, high=False))
     assert "--dit_high_noise" in told(desk.training("no", "--dit_high_noise", desk.folder / VAE))
+
+
+def test_two_processes_take_the_same_expert(desk: Desk, root: Path) -> None:
+    """Gone on from a state, two processes come to what they come to unbroken; no gradient is waited for in vain."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29621"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+    def train(name: str, *more: object) -> None:
+        words = [str(word) for word in desk.training(name, "--network_dropout", 0.1, *more, steps=4)]
+        command = [*launch, "wan_train_network.py", *words]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+        assert "INFO: done: " in done.stderr, done.stderr[-3000:]
+
+    train("whole2")
+    train("parts2", "--save_every_n_steps", 3, "--save_state")
+    for path in (desk.folder / "out").glob("parts2_*noise.safetensors"):
+        path.unlink()
+    train("parts2", "--resume", desk.folder / "out" / "parts2-step00000003-state")
+    assert [row["expert"] for row in desk.rows("whole2")] == ["high_noise"] * 2 + ["low_noise"] * 2
+    for expert in ("high_noise", "low_noise"):
+        whole, parts = desk.lora(f"whole2_{expert}"), desk.lora(f"parts2_{expert}")
+        assert all(torch.equal(parts[key], whole[key]) for key in whole) and learnt(whole)
+
+
+def test_from_a_picture_without_an_image_encoder(desk: Desk, tmp_path: Path) -> None:
+    task = ("--task", "i2v-A14B")
+    files: list[object] = []
+    for flag, salt in (("--dit_high_noise", "high."), ("--dit", "")):
+        shapes = dit_shapes(in_dim=36)
+        path = tmp_path / f"i2v{flag}.safetensors"
+        save_file({key: draw_weight(salt + key, shape).bfloat16() for key, shape in shapes.items()}, path)
+        files += [flag, path]
+    data = tmp_path / "data.toml"
+    data.write_text((desk.folder / "data.toml").read_text().replace('/cache"', '/cache_i2v"'))
+    desk.run_tool("wan_cache_latents.py", "--dataset_config", data, "--vae", desk.folder / VAE, *task)
+    desk.run_tool("wan_cache_text_encoder_outputs.py", "--dataset_config", data, "--t5", desk.folder / T5)
+    (cached, *_) = sorted((desk.folder / "cache_i2v").glob("*_wan.safetensors"))
+    assert {key.split("_")[1] for key in load_file(cached)} == {"5x8x12", "image"}
+    desk.train("i2v", *task, *files, "--dataset_config", data, steps=3)
+    assert learnt(desk.lora("i2v_high_noise"))
+    frames = list(draw_frames(next(iter(SCENES)), size=(120, 80)))
+    frames[0].save(tmp_path / "first.png")
+    frames[-1].save(tmp_path / "other.png")
+    words = (*task, *files, "--image_path")
+    first = desk.generate("first", *words, tmp_path / "first.png")
+    assert not np.array_equal(first, desk.generate("other", *words, tmp_path / "other.png"))
