@@ -4,6 +4,11 @@ Each side lives in a process of its own, so that its peak memory is its own; the
 order that alternates, and the ratio is taken within each pair.
 
     python benchmarks/step.py [--pairs 15] [--threads 2] [--kind forward lora checkpointed]
+
+What a block is given of time where each frame has a timestep of its own, as with Wan2.2's 5B, for latents of several
+sizes, and what a timestep for each token would take; shapes alone, no weights:
+
+    python benchmarks/step.py --modulation
 """
 
 import argparse
@@ -151,13 +156,33 @@ def measure(sides: Mapping[str, Callable[[], Step]], pairs: int, threads: int) -
     }
 
 
+def modulation(size: tuple[int, int, int], dim: int = 3072) -> dict[str, object]:
+    """MiB of modulation that a block reads for latents (F, H, W) of one sample with a timestep for each frame."""
+    from wan_train.models.dit import Dit, DitConfig
+
+    seen: list[int] = []
+    with torch.device("meta"):
+        model = Dit(DitConfig(dim, FFN, dim // 128, 1, in_dim=48, out_dim=48, text_dim=TEXT)).requires_grad_(False)
+        model.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[2].nbytes))
+        frames, height, width = size
+        model(torch.empty(1, 48, *size), torch.empty(1, frames), torch.empty(1, 512, TEXT))
+    tokens = frames * (height // 2) * (width // 2)
+    whole = tokens * 6 * dim * torch.float32.itemsize
+    return {"latents": size, "tokens": tokens, "modulation_mib": seen[0] / 2**20, "per_token_mib": whole / 2**20}
+
+
 def main() -> None:
     """Print one line of JSON for each kind of step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kind", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--modulation", action="store_true")
     options = parser.parse_args()
+    if options.modulation:
+        for size in ((31, 16, 16), (31, 44, 80), (31, 88, 160), (61, 44, 80)):
+            print(json.dumps(modulation(size)))
+        return
     print(json.dumps({"machine": platform.processor() or platform.machine(), "torch": torch.__version__}))
     for kind in options.kind:
         sides = {side: partial(build, kind) for side, build in SIDES.items()}

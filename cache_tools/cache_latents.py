@@ -45,6 +45,7 @@ from wan_train.distributed import Place, find_place
 from wan_train.log import get_logger
 from wan_train.models.image_encoder import ImageEncoder, check_image_encoder
 from wan_train.models.vae import check_vae
+from wan_train.models.variants import VARIANTS, WAN21
 from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import set_up
 from wan_train.sampling.encode import open_image_encoder
@@ -86,7 +87,9 @@ def main(settings: CacheLatentsSettings) -> None:
     """Check everything, then encode what is not there yet; a run that finds nothing to do loads no model."""
     check_run(settings.run)
     images = image_inputs(settings)
-    configs = read_config(settings.dataset.dataset_config, images=images, one_frame=settings.pictures.one_frame)
+    task, one_frame = settings.pictures.task, settings.pictures.one_frame
+    space = VARIANTS[task].space if task else WAN21
+    configs = read_config(settings.dataset.dataset_config, images=images, space=space, one_frame=one_frame)
     if settings.inspect.plan or settings.inspect.plan_json:
         show_plan(make_plans(configs, settings.dataset), settings.inspect.plan_json)
         return
@@ -95,7 +98,7 @@ def main(settings: CacheLatentsSettings) -> None:
         return
     if not settings.vae.vae:
         raise InputError("--vae is missing: name the VAE's file, such as Wan2.1_VAE.pth")
-    check_vae(settings.vae.vae)
+    check_vae(settings.vae.vae, latent_channels=space.channels)
     if images and images.clip:
         check_image_encoder(settings.image.clip)
     place = find_place()
@@ -235,7 +238,10 @@ def _load(
 @torch.no_grad()
 def _encode_batch(encoder: Encoder, batch: Sequence[LoadedClip]) -> None:
     pictures = torch.from_numpy(np.stack([one.pictures for one in batch])).to(encoder.device)
-    latents = encoder.encode(to_pixels(pictures))
+    images = batch[0].clip.item.config.images
+    # One at a time where a clip's own first frame is what it is given: bit for bit what previews encode of that.
+    apart = 1 if images is not None and images.fused else len(batch)
+    latents = torch.cat([encoder.encode(part) for part in to_pixels(pictures).split(apart)])
     if one_frame := batch[0].clip.item.config.one_frame:
         for one, its in zip(batch, latents, strict=True):
             others = [to_picture(picture) for picture in one.extras.others]

@@ -137,13 +137,14 @@ def _tokens(pictures: Sequence[Tensor], see: See | None) -> Tensor:
     return tokens.unflatten(0, (len(pictures), -1)) if len(pictures) > 1 else tokens
 
 
-def average_cells(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """A mask's pictures (F, H, W, 3), F = 4k+1, as the mean white, 0 to 1, of each latent cell: (k+1, H/8, W/8).
+def average_cells(pictures: NDArray[np.uint8], stride: int = VAE_STRIDE) -> NDArray[np.float32]:
+    """A mask's pictures (F, H, W, 3), F = 4k+1, as the mean white, 0 to 1, of each latent cell: (k+1, H/8, W/8), or of
+    cells of another stride.
 
     The first latent frame holds the first picture alone, each further one four.
     """
     grey = pictures.mean(axis=3, dtype=np.float32) / 255
-    cells = reduce(grey, "f (h a) (w b) -> f h w", "mean", a=VAE_STRIDE, b=VAE_STRIDE)
+    cells = reduce(grey, "f (h a) (w b) -> f h w", "mean", a=stride, b=stride)
     later = reduce(cells[1:], "(f n) h w -> f h w", "mean", n=FRAME_STEP)
     return np.concatenate([cells[:1], later])
 
@@ -174,7 +175,8 @@ def _load_mask(clips: Sequence[Clip]) -> list[NDArray[np.float32]]:
     else:
         still = _fit_mask(read_image(path), clip)
         fitted = {index: still for clip in clips for index in clip.frames}
-    masks = [average_cells(np.stack([fitted[index] for index in clip.frames])) for clip in clips]
+    stride = clip.item.config.space.stride
+    masks = [average_cells(np.stack([fitted[index] for index in clip.frames]), stride) for clip in clips]
     for clip, mask in zip(clips, masks, strict=True):
         if not mask.any():
             raise InputError(

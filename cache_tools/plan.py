@@ -12,7 +12,6 @@ from dataset.batches import Bucket, CachedDataset
 from dataset.buckets import Size
 from dataset.config import DatasetConfig
 from dataset.epochs import count_batches, epoch_sizes
-from dataset.frames import TARGET_FPS
 from dataset.items import Clip, Item
 from dataset.media import MediaInfo
 from dataset.sources import Plan, name_some, used_frames
@@ -56,7 +55,7 @@ class BucketPlan:
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """What becomes of a dataset; `empty_targets` are lengths that no file has."""
+    """What becomes of a dataset; `empty_targets` are lengths that no file has, `model_fps` the rate of the model."""
 
     number: int
     name: str
@@ -64,6 +63,7 @@ class DatasetPlan:
     files: tuple[FilePlan, ...]
     buckets: tuple[BucketPlan, ...]
     empty_targets: tuple[int, ...]
+    model_fps: int
 
 
 def describe_plans(plans: Sequence[Plan]) -> list[DatasetPlan]:
@@ -85,7 +85,7 @@ def _describe_plan(plan: Plan, sizes: Mapping[Bucket, int]) -> DatasetPlan:
         buckets.append(BucketPlan(size, frames, count, samples, count_batches(samples, config)))
     wanted = () if config.frame_extraction == "full" or not config.is_video else config.target_frames
     empty = tuple(frames for frames in wanted if frames not in {frames for _, frames in counts})
-    return DatasetPlan(config.number, str(config), config.batch_size, files, tuple(buckets), empty)
+    return DatasetPlan(config.number, str(config), config.batch_size, files, tuple(buckets), empty, config.space.fps)
 
 
 def _describe_file(item: Item, clips: Sequence[Clip], info: MediaInfo | None) -> FilePlan:
@@ -114,10 +114,10 @@ def _describe_file(item: Item, clips: Sequence[Clip], info: MediaInfo | None) ->
 def _rate_out(config: DatasetConfig, fps: float | None) -> float | None:
     """Frames of a clip for each second of the file."""
     if config.source_fps == "auto":
-        return TARGET_FPS
+        return float(config.space.fps)
     if fps is None or config.source_fps is None:
         return fps
-    return fps * min(1.0, TARGET_FPS / float(config.source_fps))
+    return fps * min(1.0, config.space.fps / float(config.source_fps))
 
 
 def _why_lost(config: DatasetConfig, num_frames: int, *, num_clips: int) -> str:
@@ -183,7 +183,7 @@ def _format_dataset(dataset: DatasetPlan) -> list[str]:
         lines.append(f"nothing from {len(nothing)} of {len(dataset.files)} files: {name_some(nothing)}")
     if dataset.empty_targets:
         lines.append(f"no file is as long as these target_frames: {', '.join(map(str, dataset.empty_targets))}")
-    lines += _format_rates(dataset.files)
+    lines += _format_rates(dataset.files, dataset.model_fps)
     lines.append(f"{'bucket w x h':<15}{'frames':>8}{'clips':>8}{'samples':>9}  batches of {dataset.batch_size}")
     for bucket in dataset.buckets:
         empty = "" if bucket.batches else "  too few for a batch: drop_last drops them all"
@@ -192,13 +192,13 @@ def _format_dataset(dataset: DatasetPlan) -> list[str]:
     return lines
 
 
-def _format_rates(files: Sequence[FilePlan]) -> list[str]:
+def _format_rates(files: Sequence[FilePlan], model_fps: int) -> list[str]:
     lines = []
     if dropped := sum(max(file.frames - file.frames_at_rate, 0) for file in files):
         lines.append(f"the rate leaves out {dropped} of {sum(file.frames for file in files)} frames")
-    other = [Path(f.path).name for f in files if f.fps_out and f.frames > 1 and abs(f.fps_out - TARGET_FPS) > 0.1]
+    other = [Path(f.path).name for f in files if f.fps_out and f.frames > 1 and abs(f.fps_out - model_fps) > 0.1]
     if other:
-        lines.append(f"not at {TARGET_FPS:g} frames a second, they move at another speed: {name_some(other)}")
+        lines.append(f"not at {model_fps} frames a second, they move at another speed: {name_some(other)}")
     return lines
 
 

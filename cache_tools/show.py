@@ -12,7 +12,6 @@ from PIL import Image
 from cache_tools.settings import CONSOLE_COLOURS, InspectSettings
 from dataset.buckets import describe_size
 from dataset.cache import latents_path
-from dataset.frames import TARGET_FPS
 from dataset.media import load_clips
 from dataset.sources import Plan
 from wan_train.media_out import write_image, write_video
@@ -37,7 +36,8 @@ def show_clips(plans: Sequence[Plan], settings: InspectSettings) -> None:
             if settings.debug_mode == "console":
                 print("\n".join(draw_blocks(pictures[0], settings.console_width, settings.console_back)))
             else:
-                print(f"  {_write(folder / latents_path(clip).stem, pictures, settings.debug_mode)}")
+                stem, fps = folder / latents_path(clip).stem, plan.config.space.fps
+                print(f"  {_write(stem, pictures, settings.debug_mode, fps)}")
 
 
 def draw_blocks(picture: Picture, width: int, back: str = "") -> Iterator[str]:
@@ -71,10 +71,10 @@ def make_sheet(pictures: Picture) -> Picture:
     return rearrange(filled, "(row column) h w colour -> (row h) (column w) colour", column=columns)
 
 
-def _write(stem: Path, pictures: Picture, mode: str) -> Path:
+def _write(stem: Path, pictures: Picture, mode: str, fps: int) -> Path:
     if mode == "video" and len(pictures) > 1:
         path = stem.with_name(f"{stem.name}.mp4")
-        write_video(path, pictures, fps=int(TARGET_FPS))
+        write_video(path, pictures, fps=fps)
     else:
         path = stem.with_name(f"{stem.name}.png")
         write_image(path, make_sheet(pictures))

@@ -202,7 +202,7 @@ def _read_images(clip: Clip, *, flipped: bool) -> tuple[Tensor | None, Tensor | 
     Raises InputError where the frames are elsewhere in time than the TOML says.
     """
     config = clip.item.config
-    if config.images is None:
+    if config.images is None or config.images.fused:
         return None, None, None
     latents = read_extra(clip, IMAGE_FLIPPED if flipped else IMAGE)
     if not config.images.clip:

@@ -17,32 +17,34 @@ Size = tuple[int, int]
 
 
 @functools.lru_cache
-def bucket_sizes(width: int, height: int) -> tuple[Size, ...]:
-    """Every size of about the area width x height whose sides are multiples of 16, sorted.
+def bucket_sizes(width: int, height: int, step: int = SIZE_STEP) -> tuple[Size, ...]:
+    """Every size of about the area width x height whose sides are multiples of `step`, sorted.
 
-    The shorter side goes from half the root of the area up to the root. Both arguments are 16 or more.
+    The shorter side goes from half the root of the area up to the root. Both sides are a step or more.
     """
     area = width * height
     root = math.isqrt(area)
     # Areas below 32 x 32 would start at 0.
-    first = max(_floor(root // 2), SIZE_STEP)
-    pairs = ((side, _floor(area // side)) for side in range(first, root + SIZE_STEP, SIZE_STEP))
+    first = max(_floor(root // 2, step), step)
+    pairs = ((side, _floor(area // side, step)) for side in range(first, root + step, step))
     return tuple(sorted({size for a, b in pairs if b for size in ((a, b), (b, a))}))
 
 
-def choose_bucket(size: Size, resolution: Size, *, enable_bucket: bool, no_upscale: bool) -> Size:
+def choose_bucket(
+    size: Size, resolution: Size, *, enable_bucket: bool, no_upscale: bool, step: int = SIZE_STEP
+) -> Size:
     """The bucket for a picture of `size`, images and videos alike.
 
     Without `enable_bucket` it is `resolution`. With it, the bucket of the nearest width / height; the first in order
     where two are as near. `no_upscale` leaves a picture whose area is not above that of `resolution` at its own size
-    floored to 16, which is 0 for a side below 16.
+    floored to `step`, which is 0 for a side below that.
     """
     if not enable_bucket:
         return resolution
     width, height = size
     if no_upscale and width * height <= resolution[0] * resolution[1]:
-        return _floor(width), _floor(height)
-    return min(bucket_sizes(*resolution), key=lambda bucket: abs(bucket[0] / bucket[1] - width / height))
+        return _floor(width, step), _floor(height, step)
+    return min(bucket_sizes(*resolution, step), key=lambda bucket: abs(bucket[0] / bucket[1] - width / height))
 
 
 def resize_to_bucket(rgb: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
@@ -63,5 +65,5 @@ def describe_size(size: Size) -> str:
     return f"{size[0]} wide, {size[1]} high"
 
 
-def _floor(side: int) -> int:
-    return side - side % SIZE_STEP
+def _floor(side: int, step: int) -> int:
+    return side - side % step

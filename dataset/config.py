@@ -17,7 +17,7 @@ from dataset.frames import floor_frames
 from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
 from wan_train.models.one_frame import OneFrame
-from wan_train.models.variants import SIZE_STEP, ImageInputs
+from wan_train.models.variants import WAN21, ImageInputs, LatentSpace
 
 logger = get_logger(__name__)
 
@@ -28,8 +28,8 @@ class DatasetConfig:
 
     `number` counts from 1 in the order of the file; `target_frames` are sorted, distinct and of the form 4k+1;
     `listing` is a JSONL or CSV file that names the media in place of `directory`, which is then the file's folder.
-    `images` is not in the file: which of a clip's frames the model is given as pictures. `one_frame` is there where
-    pictures are trained as one frame of several, which the two keys before it describe.
+    `images` and `space` are not in the file: which of a clip's frames the model is given as pictures, and its latents.
+    `one_frame` is there where pictures are trained as one frame of several, which the two keys before it describe.
     """
 
     source: Path
@@ -62,6 +62,7 @@ class DatasetConfig:
     loss_weight: float = 1.0
     drop_last: bool = False
     images: ImageInputs | None = None
+    space: LatentSpace = WAN21
     fp_1f_clean_indices: tuple[int, ...] = ()
     fp_1f_target_index: int | None = None
     one_frame: OneFrame | None = None
@@ -82,10 +83,11 @@ def read_config(
     *,
     with_sources: bool = True,
     images: ImageInputs | None = None,
+    space: LatentSpace = WAN21,
     one_frame: bool = False,
 ) -> tuple[DatasetConfig, ...]:
-    """Every dataset of a TOML file, or of a `.json` file with the same keys, in its order, for a model with `images`;
-    with `one_frame` as pictures that are one frame of several.
+    """Every dataset of a TOML file, or of a `.json` file with the same keys, in its order, for a model with `images`
+    and latents in `space`; with `one_frame` as pictures that are one frame of several.
 
     Relative paths start at the working directory, as users know it. Raises InputError for a file that does not parse
     (with the line), unknown or misplaced keys, wrong types, values out of range, missing folders and datasets that
@@ -107,12 +109,12 @@ def read_config(
             raise InputError(f"{place}: {key} is each dataset's own: move it below [[datasets]]")
     _refuse_unknown(general, SHARED_KEYS, place, "key")
     defaults = _convert(general, place)
+    defaults |= {"images": images, "space": space}
     configs = tuple(_read_dataset(source, number, table, defaults) for number, table in enumerate(tables, 1))
     for config in configs if with_sources else ():
         _refuse_missing(config)
     _refuse_shared_caches(configs)
-    given = tuple(replace(config, images=images) for config in configs)
-    return tuple(map(_as_one_frame, given)) if one_frame else given
+    return tuple(map(_as_one_frame, configs)) if one_frame else configs
 
 
 def _parse(source: Path) -> dict[str, Any]:
@@ -179,10 +181,11 @@ def _refuse_missing(config: DatasetConfig) -> None:
 
 
 def _check_size(config: DatasetConfig, place: str) -> None:
-    floored = tuple(side // SIZE_STEP * SIZE_STEP for side in config.resolution)
+    step = config.space.size_step
+    floored = tuple(side // step * step for side in config.resolution)
     if not config.enable_bucket and floored != config.resolution:
         raise InputError(
-            f"{place}: resolution {list(config.resolution)} without enable_bucket takes multiples of {SIZE_STEP}:"
+            f"{place}: resolution {list(config.resolution)} without enable_bucket takes multiples of {step}:"
             f" {list(floored)} would do"
         )
 

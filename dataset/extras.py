@@ -31,13 +31,14 @@ def wanted_extras(item: Item) -> tuple[str, ...]:
     flips, images, one_frame = item.config.flip_augment, item.config.images, item.config.one_frame
     controlled = item.control is not None and one_frame is None  # as one frame of several it is among the latents
     sees = images is not None and images.clip
+    reads = images is not None and not images.fused
     kinds = {
         FLIPPED: flips,
         CONTROL: controlled,
         CONTROL_FLIPPED: controlled and flips,
         MASK: item.mask is not None,
-        IMAGE: images is not None,
-        IMAGE_FLIPPED: images is not None and flips,
+        IMAGE: reads,
+        IMAGE_FLIPPED: reads and flips,
         CLIP: sees,
         CLIP_FLIPPED: sees and flips,
         POSITIONS: one_frame is not None,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.config import DatasetConfig
-from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, VAE_STRIDE
+from wan_train.models.variants import FRAME_STEP
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,6 @@ class Clip:
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, F, H, W) of its latents; a picture that is one frame of several has those of the others too."""
         width, height = self.size
-        one_frame = self.item.config.one_frame
+        one_frame, space = self.item.config.one_frame, self.item.config.space
         frames = (self.num_frames - 1) // FRAME_STEP + 1 if one_frame is None else len(one_frame.positions)
-        return LATENT_CHANNELS, frames, height // VAE_STRIDE, width // VAE_STRIDE
+        return space.channels, frames, height // space.stride, width // space.stride

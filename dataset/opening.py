@@ -51,8 +51,10 @@ def check_caches(plans: Sequence[Plan], options: str) -> None:
 def _pictures(plans: Sequence[Plan], tool: _Tool) -> str:
     """What the command for latents says of pictures."""
     images = plans[0].config.images
-    if images is None or tool is not _LATENTS:
+    if tool is not _LATENTS or images is None:
         return ""
+    if images.fused:
+        return " --task ti2v-5B"
     one_frame = plans[0].config.one_frame is not None
     task = " --task flf2v-14B" if images.last else " --i2v"
     return task + " --clip ..." * images.clip + " --one_frame" * one_frame

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dataset.buckets import choose_bucket, describe_size
 from dataset.config import DatasetConfig
-from dataset.frames import TARGET_FPS, clip_positions, kept_frames, timed_frames
+from dataset.frames import clip_positions, kept_frames, timed_frames
 from dataset.items import Clip, Item
 from dataset.listings import find_entries
 from dataset.manifest import Manifest
@@ -20,7 +20,6 @@ from dataset.partners import find_controls, find_masks
 from dataset.probes import recall_header
 from wan_train.cli import InputError
 from wan_train.log import get_logger
-from wan_train.models.variants import SIZE_STEP
 
 logger = get_logger(__name__)
 
@@ -134,18 +133,25 @@ def name_some(names: Iterable[str]) -> str:
 def used_frames(config: DatasetConfig, header: MediaInfo) -> tuple[int, ...]:
     """The frames of a video that remain at the rate that `source_fps` asks for, of which clips are cut."""
     rate = config.source_fps
-    return timed_frames(header.times) if rate == "auto" else kept_frames(header.num_frames, rate)
+    if rate == "auto":
+        return timed_frames(header.times, target_fps=config.space.fps)
+    return kept_frames(header.num_frames, rate, target_fps=config.space.fps)
 
 
 def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
     config = item.config
     source_size = (header.width, header.height)
     size = choose_bucket(
-        source_size, config.resolution, enable_bucket=config.enable_bucket, no_upscale=config.bucket_no_upscale
+        source_size,
+        config.resolution,
+        enable_bucket=config.enable_bucket,
+        no_upscale=config.bucket_no_upscale,
+        step=config.space.size_step,
     )
-    if min(size) < SIZE_STEP:
+    if min(size) < config.space.size_step:
         raise InputError(
-            f"{item.path} is {describe_size(source_size)}: with bucket_no_upscale a side takes {SIZE_STEP} or more"
+            f"{item.path} is {describe_size(source_size)}: with bucket_no_upscale a side takes"
+            f" {config.space.size_step} or more"
         )
     if not config.is_video:
         return [Clip(item, 0, (0,), size, source_size)]
@@ -178,7 +184,7 @@ def _refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
 
 
 def _after_rate(config: DatasetConfig) -> str:
-    return f" at {TARGET_FPS:g} a second after source_fps {config.source_fps}" if config.source_fps else ""
+    return f" at {config.space.fps} a second after source_fps {config.source_fps}" if config.source_fps else ""
 
 
 def _warn_other_rate(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) -> None:
@@ -189,7 +195,7 @@ def _warn_other_rate(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) -> 
     other = [
         f"{item.path.name} ({info.fps:.4g})"
         for item, info in infos.items()
-        if info.fps is not None and abs(info.fps - TARGET_FPS) > _RATE_TOLERANCE
+        if info.fps is not None and abs(info.fps - config.space.fps) > _RATE_TOLERANCE
     ]
     if other:
         logger.warning(
@@ -198,6 +204,6 @@ def _warn_other_rate(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) -> 
             config,
             len(other),
             len(infos),
-            TARGET_FPS,
+            config.space.fps,
             name_some(other),
         )

@@ -123,6 +123,8 @@ def _compare_contents(clip: Clip, facts: Facts, dtype: torch.dtype | None) -> st
     key = find_key(LATENTS_KEY, facts.shapes)
     if key is None:
         return "no latents in it"
+    if facts.shapes[key][0] != clip.latent_shape[0]:
+        return f"of another VAE, with {facts.shapes[key][0]} channels"
     if tuple(facts.shapes[key]) != clip.latent_shape:
         return "other frames or another size"
     if dtype is not None and not key.endswith(f"_{name_of(dtype)}"):

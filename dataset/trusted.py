@@ -12,7 +12,7 @@ from dataset.recipe import RECIPE_KEY, read_recipe
 from dataset.sources import Plan, name_some
 from dataset.staleness import LATENTS_NAME, Facts, list_orphans, read_facts
 from wan_train.cli import InputError
-from wan_train.models.variants import FRAME_STEP, VAE_STRIDE
+from wan_train.models.variants import FRAME_STEP
 
 
 def plan_from_caches(config: DatasetConfig) -> Plan:
@@ -77,8 +77,11 @@ def _read_clip(item: Item, named: re.Match[str], facts: Facts) -> Clip | str:
     key = find_key(LATENTS_KEY, facts.shapes)
     if key is None:
         return "no latents in it"
-    _, num_latents, height, width = facts.shapes[key]
-    size = (width * VAE_STRIDE, height * VAE_STRIDE)
+    channels, num_latents, height, width = facts.shapes[key]
+    if channels != item.config.space.channels:
+        return f"of another VAE, with {channels} channels"
+    stride = item.config.space.stride
+    size = (width * stride, height * stride)
     start, length = int(named["start"] or 0), int(named["length"] or 1)
     one_frame = item.config.one_frame
     if num_latents != (len(one_frame.positions) if one_frame else (length - 1) // FRAME_STEP + 1):

@@ -12,7 +12,7 @@ from generate.record import KEY, plain_name
 from generate.settings import OutputSettings
 from wan_train.cli import InputError
 from wan_train.log import get_logger
-from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, VARIANTS
+from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
 from wan_train.storage import Header, read_header, read_tensors
 
 log = get_logger(__name__)
@@ -43,14 +43,16 @@ class LatentFile:
         return dict(read_tensors(self.path))[self.key].float().view(self.shape)
 
 
-def check_latents(paths: Sequence[str], output: OutputSettings) -> list[LatentFile]:
+def check_latents(
+    paths: Sequence[str], output: OutputSettings, variant: Variant = VARIANTS["t2v-14B"]
+) -> list[LatentFile]:
     """The latent files behind paths, folders among them. InputError for one that is none, and for a `--save_path` or
     an `--output_type` that cannot be."""
     if output.output_type not in ("video", "images"):
         raise InputError(
             f"--output_type {output.output_type} with --latent_path: the latents are there; give video or images"
         )
-    files = [_open(file) for path in paths for file in _expand(Path(path))]
+    files = [_open(file, variant.space.channels) for path in paths for file in _expand(Path(path))]
     check_place(output, len(files))
     for file in files:
         check_length(output, 1 + (file.shape[1] - 1) * FRAME_STEP)
@@ -83,14 +85,14 @@ def _expand(path: Path) -> list[Path]:
     return found
 
 
-def _open(path: Path) -> LatentFile:
+def _open(path: Path, channels: int) -> LatentFile:
     header = read_header(path)
     key = _key_of(header)
     shape = header.shapes[key] if key else ()
     shape = shape[1:] if len(shape) == 5 and shape[0] == 1 else shape
-    if not key or len(shape) != 4 or shape[0] != LATENT_CHANNELS or 0 in shape:
+    if not key or len(shape) != 4 or shape[0] != channels or 0 in shape:
         raise InputError(
-            f"--latent_path {path} holds no latents of {LATENT_CHANNELS} channels, frames, height and width: "
+            f"--latent_path {path} holds no latents of {channels} channels, frames, height and width: "
             "give a file that --output_type latent has written"
         )
     return LatentFile(path, key, shape, header.metadata)

@@ -17,6 +17,7 @@ from generate.settings import GenerateSettings
 from wan_train.cli import InputError
 from wan_train.log import get_logger
 from wan_train.memory.report import describe_peak
+from wan_train.models.variants import VARIANTS
 from wan_train.precision import default_device
 
 log = get_logger(__name__)
@@ -49,7 +50,7 @@ def _converse(settings: GenerateSettings, device: torch.device) -> None:
 
 def _decode(settings: GenerateSettings, device: torch.device) -> None:
     check_given_vae(settings)
-    files = check_latents(settings.batch.latent_path, settings.output)
+    files = check_latents(settings.batch.latent_path, settings.output, VARIANTS[settings.dit.task])
     decode_latents(files, Models(settings, {}, device))
 
 

@@ -85,7 +85,7 @@ def check_given_vae(settings: GenerateSettings, instead: str = "") -> None:
     """Refuse a VAE that is missing or none; `instead` says what would do without."""
     if not settings.vae.vae:
         raise InputError(f"--vae is missing: give Wan2.1_VAE.pth{instead}")
-    check_vae(settings.vae.vae)
+    check_vae(settings.vae.vae, latent_channels=VARIANTS[settings.dit.task].space.channels)
 
 
 def check_loras(settings: GenerateSettings, expert: str | None = None) -> list[WeightedLora]:

@@ -22,12 +22,14 @@ class ImageConditions:
     """What a model reads of the pictures that a video is made from.
 
     `latents` (4+C, F, H, W): a mask of what is given, then the latents of that; `clip` (I, width), the tokens of each
-    picture behind one another; `positions` (F,), where the frames are in time if not one after the other.
+    picture behind one another; `positions` (F,), where the frames are in time if not one after the other. A model that
+    reads the first frame fused has `first` (C, 1, H, W) alone, its latents.
     """
 
-    latents: Tensor
+    latents: Tensor | None = None
     clip: Tensor | None = None
     positions: Tensor | None = None
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -35,23 +37,23 @@ class Conditions:
     """The conditioning of a batch: `context`, a text embedding (L_i, text_dim) for each sample.
 
     `image_latents` (B, 4+C, F, H, W), `clip_features` (B, I, width) and `frame_positions` (F,) are what
-    `ImageConditions` hold of each sample, where there are pictures.
+    `ImageConditions` hold of each sample, where there are pictures. `first_frame` (B, C, 1, H, W) is what takes the
+    place of the noisy first frame, in the samples for which `has_first` (B,) says so; see `fuse`.
     """
 
     context: tuple[Tensor, ...]
     image_latents: Tensor | None = None
     clip_features: Tensor | None = None
     frame_positions: Tensor | None = None
+    first_frame: Tensor | None = None
+    has_first: Tensor | None = None
 
     def to(self, device: torch.device) -> "Conditions":
         """The same on another device."""
-        images, clip = self.image_latents, self.clip_features
-        return Conditions(
-            tuple(rows.to(device) for rows in self.context),
-            None if images is None else images.to(device),
-            None if clip is None else clip.to(device),
-            self.frame_positions,  # turned into angles in main memory
-        )
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        # Positions are turned into angles in main memory.
+        moved.pop("frame_positions", None)
+        return replace(self, context=tuple(rows.to(device) for rows in self.context), **moved)
 
     def joined(self, other: "Conditions") -> "Conditions":
         """A batch of these and the other's samples."""
@@ -60,14 +62,19 @@ class Conditions:
             _joined(self.image_latents, other.image_latents),
             _joined(self.clip_features, other.clip_features),
             self.frame_positions,
+            _joined(self.first_frame, other.first_frame),
+            _joined(self.has_first, other.has_first),
         )
 
     def with_images(self, images: ImageConditions | None) -> "Conditions":
         """A single text with the pictures of its video."""
         if images is None:
             return self
+        if images.first is not None:
+            return replace(self, first_frame=images.first[None], has_first=torch.ones(1, dtype=torch.bool))
         clip = None if images.clip is None else images.clip[None]
-        return Conditions(self.context, images.latents[None], clip, images.positions)
+        latents = None if images.latents is None else images.latents[None]
+        return Conditions(self.context, latents, clip, images.positions)
 
     def with_context(self, context: Sequence[Tensor]) -> "Conditions":
         """Other texts beside the same pictures."""
@@ -81,6 +88,18 @@ class Conditions:
             "frame_positions": self.frame_positions,
         }
         return {"context": list(self.context)} | {name: value for name, value in given.items() if value is not None}
+
+    def fuse(self, noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents (B, C, F, H, W) with the first frames that are given, and timesteps (B, F) with 0 for these;
+        latents and timesteps (B,) as they are where none is given (official Wan2.2 TI2V)."""
+        if self.first_frame is None:
+            return noisy, timestep
+        assert self.has_first is not None
+        chosen = self.has_first.view(-1, 1, 1, 1, 1)
+        begun = torch.where(chosen, self.first_frame.to(noisy), noisy[:, :, :1])
+        each = timestep.unsqueeze(1).repeat(1, noisy.shape[2])
+        each[:, 0] = torch.where(self.has_first, 0.0, each[:, 0])
+        return torch.cat([begun, noisy[:, :, 1:]], dim=2), each
 
 
 def given_latents(pictures: Sequence[Tensor], num_frames: int, encode: Encode) -> Tensor:

@@ -15,8 +15,9 @@ from dataset.sources import list_items, plan_clips
 from generate.jobs import parse_job
 from generate.models import Models
 from generate.settings import GenerateSettings
-from tests.tiny.make import SCENES, VAE, draw_clips, draw_frames
+from tests.tiny.make import SCENES, VAE, draw_clips, draw_frames, save
 from tests.tiny.pictures import CLIP, make_picture_models
+from tests.tiny.vae22 import VAE22, vae22_shapes
 from wan_train.cli import parse, run
 from wan_train.conditions import Conditions, ImageConditions
 from wan_train.models.settings import ImageEncoderSettings, VaeSettings
@@ -118,3 +119,32 @@ def previewed(line: str, task: str, files: list[str]) -> ImageConditions | None:
     request = parse_line(line, preview_defaults(VARIANTS[task]))
     (tokens,) = see_requests([request], ImageEncoderSettings(clip=files[3]), CPU)
     return encode_pictures(request, open_vae(VaeSettings(vae=files[1], vae_dtype="fp32"), CPU), tokens, CPU)
+
+
+@pytest.mark.parametrize("num_frames", (5, 13, 121))
+def test_the_first_frame_of_the_5b(num_frames: int, models: Path, folder: Path) -> None:
+    """A clip's first latent frame, which training gives, is what preview and generator encode of its picture."""
+    save(models / VAE22, vae22_shapes(), torch.float32)
+    write_data(folder, num_frames)
+    files = ["--vae", str(models / VAE22), "--vae_dtype", "fp32", "--clip", ""]
+    words = ["--dataset_config", "data.toml", "--task", "ti2v-5B", "--device", "cpu", *files[:4]]
+    assert run(LATENTS_TOOL, words) == 0
+    variant = VARIANTS["ti2v-5B"]
+    (config,) = read_config("data.toml", images=variant.images, space=variant.space)
+    plan = plan_clips(config, list_items(config, allow_missing_captions=False))
+    for item in plan.items:
+        save_text(item, {item.caption: torch.zeros(2, 8)})
+    trained = conditions_of(collate([CachedDataset([plan])[1]]), CPU, fused=True)
+    assert trained.first_frame is not None and trained.has_first is not None and trained.has_first.all()
+    given = dict(read_frames(plan.clips[1].item.path, {0}))
+    Image.fromarray(given[0]).save(folder / "first.png")
+    line = f"a --w {BUCKET[0]} --h {BUCKET[1]} --f {num_frames} --d 1 --i {folder / 'first.png'}"
+    settings = parse(GenerateSettings, ["--task", "ti2v-5B", *files])
+    made = Models(settings, {}, CPU)
+    with made.vae() as vae:
+        built = made.encode_pictures(vae, parse_job(line, settings, 0).request, None)
+    request = parse_line(line, preview_defaults(variant))
+    shown = encode_pictures(request, open_vae(VaeSettings(vae=files[1], vae_dtype="fp32"), CPU), None, CPU)
+    assert built is not None and shown is not None and built.first is not None and shown.first is not None
+    assert torch.equal(built.first, trained.first_frame[0])
+    assert torch.equal(shown.first, trained.first_frame[0])

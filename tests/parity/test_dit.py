@@ -22,9 +22,14 @@ def load(case: Case, weights: dict[str, Tensor] | None = None) -> Dit:
 
 def run(model: Dit, case: Case) -> Tensor:
     spec = case.spec
-    latents = case.normal("x", (spec["batch"], 16, *spec["latent"]))
+    channels = spec["config"]["in_dim"] - spec.get("y_channels", 0)
+    latents = case.normal("x", (spec["batch"], channels, *spec["latent"]))
     context = [case.normal(f"context.{i}", (n, 48)) for i, n in enumerate(spec["context_lens"])]
-    return model(latents, torch.tensor(spec["timesteps"]), context, **image_inputs(case))
+    timestep = torch.tensor(spec["timesteps"])
+    if spec.get("per_token_timestep"):  # those of the first frame are 0
+        timestep = timestep[:, None].repeat(1, spec["latent"][0])
+        timestep[:, 0] = 0
+    return model(latents, timestep, context, **image_inputs(case))
 
 
 def image_inputs(case: Case) -> dict[str, Tensor]:
@@ -39,7 +44,9 @@ def image_inputs(case: Case) -> dict[str, Tensor]:
     return images | {"clip_features": features}
 
 
-@pytest.mark.parametrize("name", ["wan21_t2v", "wan21_t2i", "wan21_i2v", "wan21_flf2v", "fun_inp", "wan22_i2v_a14b"])
+@pytest.mark.parametrize(
+    "name", ["wan21_t2v", "wan21_t2i", "wan21_i2v", "wan21_flf2v", "fun_inp", "wan22_i2v_a14b", "wan22_ti2v_5b"]
+)
 def test_output(name: str) -> None:
     case = load_case(name)
     assert relative_error(run(load(case), case), case.outputs["out"]) < TOLERANCE
@@ -139,6 +146,7 @@ MANIFESTS = [
     ("wan2.1-fun-inp-14B", "i2v-14B"),
     ("wan2.2-t2v-A14B", "t2v-A14B"),
     ("wan2.2-i2v-A14B", "i2v-A14B"),
+    ("wan2.2-ti2v-5B", "ti2v-5B"),
 ]
 
 

@@ -65,10 +65,15 @@ def make_models(folder: Path) -> None:
 
 
 def dit_shapes(
-    *, dim: int = 256, ffn_dim: int = 512, num_layers: int = 2, text_dim: int = TEXT_DIM, in_dim: int = 16
+    *,
+    dim: int = 256,
+    ffn_dim: int = 512,
+    num_layers: int = 2,
+    text_dim: int = TEXT_DIM,
+    in_dim: int = 16,
+    channels: int = 16,
 ) -> Shapes:
-    """Names and shapes of a Wan2.1 T2V DiT; `dim` is 128 per head."""
-    channels = 16
+    """Names and shapes of a Wan2.1 T2V DiT; `dim` is 128 per head, `channels` are those of the latents."""
     shapes: Shapes = {"patch_embedding.weight": (dim, in_dim, 1, 2, 2), "patch_embedding.bias": (dim,)}
     for name, out, width in (
         ("text_embedding.0", dim, text_dim),

@@ -56,7 +56,7 @@ class ExpertSettings:
 class VaeSettings:
     """VAE."""
 
-    vae: str = option("", "VAE checkpoint (Wan2.1_VAE.pth or a safetensors file).")
+    vae: str = option("", "VAE checkpoint: Wan2.1_VAE.pth, for ti2v-5B Wan2.2_VAE.pth, or a safetensors file.")
     vae_dtype: str = option(
         "bf16", "Precision of the VAE and of cached latents; a CPU computes in float32.", choices=PRECISIONS
     )
@@ -64,7 +64,7 @@ class VaeSettings:
     vae_tiling: bool = option(
         False, "Encode and decode in tiles that overlap and blend: much less device memory for big pictures, slower."
     )
-    vae_tile_size: int = option(34, "Side of a tile with --vae_tiling, in latent cells of 8 pixels.", minimum=2)
+    vae_tile_size: int = option(34, "Side of a tile with --vae_tiling, in latent cells.", minimum=2)
     vae_tile_overlap: int = option(8, "What two tiles have in common, in latent cells; 8 and more are safe.", minimum=0)
 
     def __post_init__(self) -> None:

@@ -24,14 +24,33 @@ SMALL_AREA = 832 * 480  # pixels: up to here a task may have another shift
 
 
 @dataclass(frozen=True)
+class LatentSpace:
+    """The latents that a model works on: channels, pixels to a cell's side, and the rate of the videos in them."""
+
+    channels: int = LATENT_CHANNELS
+    stride: int = VAE_STRIDE
+    fps: int = 16
+
+    @property
+    def size_step(self) -> int:
+        """What sides of a video, in pixels, are multiples of: two cells, which the DiT takes as one token."""
+        return 2 * self.stride
+
+
+WAN21, WAN22 = LatentSpace(), LatentSpace(48, 16, 24)
+
+
+@dataclass(frozen=True)
 class ImageInputs:
     """Which pictures a model is given beside its text: the first frame and, with `last`, the last too.
 
-    `clip`: it reads each of them through CLIP as well, not only as latents.
+    `clip`: it reads each of them through CLIP as well, not only as latents. `fused`: it reads the first frame in place
+    of the noisy one, and does without a picture too.
     """
 
     last: bool = False
     clip: bool = True
+    fused: bool = False
 
     @property
     def num_clip_images(self) -> int:
@@ -70,11 +89,12 @@ class Variant:
     images: ImageInputs | None = None
     negative_prompt: str = NEGATIVE_PROMPT
     experts: ExpertDefaults | None = None
+    space: LatentSpace = WAN21
 
     @property
     def family(self) -> str:
         """What model managers call the models that it belongs to."""
-        return "wan2.1" if self.experts is None else "wan2.2"
+        return "wan2.1" if self.experts is None and self.space == WAN21 else "wan2.2"
 
     def shift_at(self, width: int, height: int) -> float:
         """The official sampler's shift for a video of this size in pixels."""
@@ -82,6 +102,7 @@ class Variant:
 
 
 I2V, FLF2V, LATENTS_ONLY = ImageInputs(), ImageInputs(last=True), ImageInputs(clip=False)
+FUSED = ImageInputs(clip=False, fused=True)
 HD = (1280, 720)
 
 VARIANTS: dict[str, Variant] = {
@@ -96,5 +117,6 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "i2v-A14B", 36, 5120, 40, HD, 81, 16, 40, 5.0, 3.5, images=LATENTS_ONLY, experts=ExpertDefaults(0.9, 3.5)
         ),
+        Variant("ti2v-5B", 48, 3072, 30, (1280, 704), 121, 24, 50, 5.0, 5.0, images=FUSED, space=WAN22),
     )
 }

@@ -61,7 +61,7 @@ class Sampling:
             generator=generator,
         )
         start = self.solver.sigmas[:1]
-        self._x = noise if source is None else interpolate(source.cpu().float()[None], noise, start)
+        self._x = self._with_first(noise if source is None else interpolate(source.cpu().float()[None], noise, start))
         self._done = 0
 
     def experts(self) -> list[str | None]:
@@ -80,7 +80,7 @@ class Sampling:
         with remembering_texts(model, num_tokens):
             for timestep, plan in tqdm(steps, desc=_words(expert), disable=quiet, leave=False):
                 velocity = predict(self._x, timestep, plan).float().cpu()
-                self._x = self.solver.step(velocity, timestep, self._x)
+                self._x = self._with_first(self.solver.step(velocity, timestep, self._x))
                 self._done += 1
 
     @property
@@ -91,6 +91,11 @@ class Sampling:
             return self._x[0]
         place = self.request.one_frame.target_place
         return self._x[0][:, place : place + 1].clone()
+
+    def _with_first(self, x: Tensor) -> Tensor:
+        """x with the first frame that is given, where one is: no step of the solver changes it."""
+        first = self.positive.first_frame
+        return x if first is None else torch.cat([first.cpu().to(x), x[:, :, 1:]], dim=2)
 
     def _coming(self, plans: Sequence[StepPlan]) -> list[tuple[Tensor, StepPlan]]:
         return list(zip(self.solver.timesteps, plans, strict=True))[self._done :]

@@ -80,6 +80,8 @@ def encode_pictures(
         return vae.encode(pixels.to(device))
 
     pictures, one_frame = _pictures(request), request.one_frame
+    if request.variant.images is not None and request.variant.images.fused:
+        return ImageConditions(first=encode(pictures[0][None, :, None])[0].cpu())
     if one_frame is None:
         return ImageConditions(given_latents(pictures, request.frames, encode), tokens)
     places = torch.tensor(one_frame.positions)

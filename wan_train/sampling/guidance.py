@@ -65,11 +65,13 @@ def guide(
     model: nn.Module, positive: Conditions, negative: Conditions, guidance: Guidance, *, device: torch.device
 ) -> Predict:
     """The velocity (1, C, F, H, W) of a step of x, which is anywhere; one pass of the model for a step not guided."""
-    inputs = cache(partial(_step_inputs, model, positive.to(device), negative.to(device), device))
+    conditions = cache(partial(_conditions, positive.to(device), negative.to(device)))
+    inputs = cache(lambda prompts: _step_inputs(model, conditions(prompts), device))
 
     def run(x: Tensor, timestep: Tensor, prompts: Prompts) -> Tensor:
         size = len(prompts)
         latents, time = x.to(device).expand(size, *x.shape[1:]), timestep.to(device).expand(size)
+        latents, time = conditions(prompts).fuse(latents, time.float())
         return model(latents, time, **inputs(prompts))
 
     def run_skipped(x: Tensor, timestep: Tensor) -> Tensor:
@@ -93,12 +95,13 @@ def guide(
     return predict
 
 
-def _step_inputs(
-    model: nn.Module, positive: Conditions, negative: Conditions, device: torch.device, prompts: Prompts
-) -> dict[str, Any]:
-    """What the model is called with at every step for a batch of these prompts. Their texts are embedded here, once:
-    for a picture that is a tenth of a pass."""
-    conditions = {POSITIVE: positive, NEGATIVE: negative}.get(prompts) or positive.joined(negative)
+def _conditions(positive: Conditions, negative: Conditions, prompts: Prompts) -> Conditions:
+    return {POSITIVE: positive, NEGATIVE: negative}.get(prompts) or positive.joined(negative)
+
+
+def _step_inputs(model: nn.Module, conditions: Conditions, device: torch.device) -> dict[str, Any]:
+    """What the model is called with at every step. The texts are embedded here, once: for a picture that is a tenth of
+    a pass."""
     inputs: dict[str, Any] = dict(conditions.inputs())
     if isinstance(model, Dit):
         inputs["context"] = model.embed_context(inputs["context"], inputs.pop("clip_features", None), device=device)

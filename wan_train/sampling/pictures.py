@@ -14,7 +14,7 @@ from dataset.buckets import resize_to_bucket
 from dataset.stills import image_size, read_image
 from wan_train.cli import InputError
 from wan_train.models.one_frame import OneFrame
-from wan_train.models.variants import SIZE_STEP, Variant
+from wan_train.models.variants import Variant
 
 
 def check_pictures(variant: Variant, first: str | None, last: str | None) -> None:
@@ -25,6 +25,10 @@ def check_pictures(variant: Variant, first: str | None, last: str | None) -> Non
                 f"{flag}: --task {variant.name} makes videos from text alone: take an i2v task, or leave it out"
             )
         return
+    if not first and variant.images.fused:
+        if last:
+            raise InputError(f"--end_image_path (--ei): --task {variant.name} takes a first picture only: leave it out")
+        return
     if not first:
         raise InputError(f"--task {variant.name} begins with a picture: give --image_path (--i in a line of prompts)")
     if variant.images.last and not last:
@@ -32,7 +36,7 @@ def check_pictures(variant: Variant, first: str | None, last: str | None) -> Non
             f"--task {variant.name} ends with a picture: give --end_image_path (--ei in a line of prompts)"
         )
     for flag, path in (("--image_path", first), ("--end_image_path", last)):
-        if path:
+        if path and not (variant.images.fused and flag == "--end_image_path"):
             _read(flag, path)
 
 
@@ -51,18 +55,24 @@ def check_controls(variant: Variant, one_frame: OneFrame, pictures: Sequence[str
         _read("--control_image_path", path)
 
 
-def size_like(picture: str, size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of a picture's proportions at about the area of `size`, in steps of 16, never above it.
+def size_like(picture: str, size: tuple[int, int], variant: Variant) -> tuple[int, int]:
+    """(width, height) of a picture's proportions at about the area of `size`, in the task's steps, never above it.
 
     The rule of the official image2video: the sides of the exact area, each floored, here in whole numbers throughout.
+    For models that read the first frame fused, the official rule of the 5B: one side floored, the other the most that
+    the area leaves; of the two ways that which is nearer to the picture's proportions.
     """
-    width, height = image_size(Path(picture))
-    area = size[0] * size[1]
+    (width, height), area, step = image_size(Path(picture)), size[0] * size[1], variant.space.size_step
 
     def floored(side: int, other: int) -> int:
-        return max(1, math.isqrt(area * side // (other * SIZE_STEP**2))) * SIZE_STEP
+        return max(1, math.isqrt(area * side // (other * step**2))) * step
 
-    return floored(width, height), floored(height, width)
+    across, down = floored(width, height), floored(height, width)
+    if variant.images is None or not variant.images.fused:
+        return across, down
+    ways = [(across, max(step, area // across // step * step)), (max(step, area // down // step * step), down)]
+    wanted = width / height
+    return min(ways, key=lambda way: max(way[0] / way[1] / wanted, wanted * way[1] / way[0]))
 
 
 def load_pictures(paths: Sequence[str], size: tuple[int, int]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from wan_train.flow.solvers import explicit_levels
 from wan_train.log import get_logger
 from wan_train.models.experts import HIGH, read_boundary
 from wan_train.models.one_frame import OneFrame
-from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, SIZE_STEP, VAE_STRIDE, VARIANTS, Variant
+from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
 from wan_train.sampling.guidance import Guidance, plan_steps
 from wan_train.sampling.pictures import check_controls, check_pictures, size_like
 
@@ -64,7 +64,8 @@ class SampleRequest:
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, F, H, W) of the latents that the model makes."""
         frames = 1 + (self.frames - 1) // FRAME_STEP if self.one_frame is None else len(self.one_frame.positions)
-        return LATENT_CHANNELS, frames, self.height // VAE_STRIDE, self.width // VAE_STRIDE
+        space = self.variant.space
+        return space.channels, frames, self.height // space.stride, self.width // space.stride
 
     @property
     def noise_shift(self) -> float:
@@ -151,13 +152,14 @@ def fitted(request: SampleRequest) -> SampleRequest:
             raise InputError("--one_frame_inference makes a picture, --video_path begins with a video: leave out one")
         request = replace(request, frames=1)
     if request.picture_paths and not request.exact_size:
-        width, height = size_like(request.picture_paths[0], (request.width, request.height))
+        width, height = size_like(request.picture_paths[0], (request.width, request.height), request.variant)
         request = replace(request, width=width, height=height)
-    width, height = (max(SIZE_STEP, side // SIZE_STEP * SIZE_STEP) for side in (request.width, request.height))
+    step = request.variant.space.size_step
+    width, height = (max(step, side // step * step) for side in (request.width, request.height))
     frames = max(1, (request.frames - 1) // FRAME_STEP * FRAME_STEP + 1)
     if (width, height) != (request.width, request.height):
         asked = f"{request.width} wide, {request.height} high"
-        log.warning("sizes go in steps of %d: %s becomes %d wide, %d high", SIZE_STEP, asked, width, height)
+        log.warning("sizes go in steps of %d: %s becomes %d wide, %d high", step, asked, width, height)
     if frames != request.frames:
         log.warning("frames are 4n+1: %d becomes %d", request.frames, frames)
     return replace(request, width=width, height=height, frames=frames)

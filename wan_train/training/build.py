@@ -20,6 +20,7 @@ from wan_train.conditions import Conditions
 from wan_train.log import get_logger
 from wan_train.models.dit import Dit
 from wan_train.models.experts import LOW, pair_of
+from wan_train.models.variants import VARIANTS
 from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
@@ -182,7 +183,9 @@ def make_validator(settings: TrainSettings, data: Data, experts: ExpertPlan) -> 
     """What measures the held-out loss; None where nothing is held out."""
     if data.held_out is None:
         return None
-    return Validator(data.held_out, settings.validation, settings.timesteps, settings.loss, experts)
+    images = VARIANTS[settings.dit.task].images
+    fused = images is not None and images.fused
+    return Validator(data.held_out, settings.validation, settings.timesteps, settings.loss, experts, fused=fused)
 
 
 def make_facts(

@@ -11,12 +11,20 @@ from dataset.order import SampleKey
 from wan_train.conditions import Conditions
 
 
-def conditions_of(batch: Batch, device: torch.device, *, without_pictures: Sequence[bool] = ()) -> Conditions:
+def conditions_of(
+    batch: Batch, device: torch.device, *, without_pictures: Sequence[bool] = (), fused: bool = False
+) -> Conditions:
     """The texts of a batch and, where the model is given pictures, what it reads of them; all on a device.
 
     Samples that are `without_pictures` have a mask that gives nothing, and zeros for latents and tokens: what models
-    that can do without a picture are given then (VideoX-Fun's InP).
+    that can do without a picture are given then (VideoX-Fun's InP). With `fused` the first frame of the others takes
+    the place of the noisy one, in clips of more than one.
     """
+    if fused:
+        given = [not dropped for dropped in without_pictures] or [True] * len(batch.context)
+        has_first = torch.tensor(given) & (batch.latents.shape[2] > 1)
+        first = batch.latents[:, :, :1].float()
+        return Conditions(tuple(batch.context), first_frame=first, has_first=has_first).to(device)
     images, clip = batch.image_latents, batch.clip_features
     if images is not None and any(without_pictures):
         kept = torch.tensor([not dropped for dropped in without_pictures])

@@ -158,16 +158,27 @@ def measure(
     """
     data = latents.float()
     target = velocity(data, draws.noise)
-    noisy = interpolate(data, draws.noise, draws.t)
-    predicted = model(noisy, draws.t * NUM_TIMESTEPS, **conditions.inputs()).float()
+    noisy, timestep = conditions.fuse(interpolate(data, draws.noise, draws.t), draws.t * NUM_TIMESTEPS)
+    predicted = model(noisy, timestep, **conditions.inputs()).float()
     error = choose("loss", settings.loss_type, ERRORS)
-    counts = _counts(draws, weights, data.ndim)
+    counts = _without_given(_counts(draws, weights, data.ndim), conditions, data)
     if counts is None:
         with torch.no_grad():
             samples = error(predicted, target, settings, "none").flatten(1).mean(1)
         return Losses(error(predicted, target, settings, "mean"), samples)
     errors = error(predicted, target, settings, "none") * counts
     return Losses(errors.mean(), errors.detach().flatten(1).mean(1))
+
+
+def _without_given(counts: Tensor | None, conditions: Conditions, data: Tensor) -> Tensor | None:
+    """The counts with the first frames that are given out of the loss, whose mean is then over the others."""
+    if conditions.has_first is None:
+        return counts
+    frames = data.shape[2]
+    kept = torch.ones(len(data), 1, frames, 1, 1, device=data.device)
+    kept[:, 0, 0, 0, 0] = torch.where(conditions.has_first, 0.0, 1.0)
+    kept = kept * (frames / kept.sum(2, keepdim=True))
+    return kept if counts is None else counts * kept
 
 
 def _counts(draws: Draws, weights: Tensor | None, ndim: int) -> Tensor | None:

@@ -100,11 +100,12 @@ def fetched(settings: TrainSettings) -> TrainSettings:
 
 def read_configs(path: str, settings: TrainSettings) -> tuple[DatasetConfig, ...]:
     """The datasets of a file; where caches are trusted the media need not be there."""
-    images = VARIANTS[settings.dit.task].images
+    variant = VARIANTS[settings.dit.task]
     return read_config(
         path,
         with_sources=not settings.caches.trust_cache,
-        images=images,
+        images=variant.images,
+        space=variant.space,
         one_frame=settings.pictures.one_frame,
     )
 
@@ -116,7 +117,8 @@ def open_data(settings: TrainSettings, configs: tuple[DatasetConfig, ...]) -> Da
         settings.validation,
         lambda path: open_dataset(read_configs(path, settings), settings),
     )
-    sizes = {(bucket.size[1] // 8, bucket.size[0] // 8) for bucket in data.training.buckets}
+    stride = VARIANTS[settings.dit.task].space.stride
+    sizes = {(bucket.size[1] // stride, bucket.size[0] // stride) for bucket in data.training.buckets}
     check_timesteps(settings.timesteps, sizes)
     return data
 

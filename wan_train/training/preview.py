@@ -39,7 +39,7 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
     for flag, value in (("--vae", settings.vae.vae), ("--t5", settings.text.t5)):
         if not value:
             raise InputError(f"previews need {flag}: give it, or leave out --sample_prompts")
-    check_vae(settings.vae.vae)
+    check_vae(settings.vae.vae, latent_channels=variant.space.channels)
     check_given_clip(settings.image, variant, settings.dit.dit)
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
     return requests

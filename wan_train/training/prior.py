@@ -42,8 +42,7 @@ def prior_loss(
 
     `model` is what is trained, `bare` the same without whatever wraps it; all tensors are on the device.
     """
-    noisy = interpolate(latents.float(), draws.noise, draws.t)
-    timestep = draws.t * NUM_TIMESTEPS
+    noisy, timestep = conditions.fuse(interpolate(latents.float(), draws.noise, draws.t), draws.t * NUM_TIMESTEPS)
     with torch.no_grad(), adapter.disabled():
         taught = bare(noisy, timestep, **conditions.inputs())
     return F.mse_loss(model(noisy, timestep, **conditions.inputs()), taught)

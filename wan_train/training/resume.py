@@ -82,7 +82,8 @@ def configuration(settings: TrainSettings, trained: Trained, *, num_processes: i
             "--expert_steps": experts.expert_steps,
             "--shared_lora": experts.shared_lora,
         }
-    for group in GROUPS:
+    pictured = VARIANTS[settings.dit.task].images is not None
+    for group in (group for group in GROUPS if group != "pictures" or pictured):
         values = getattr(settings, group)
         fields = dataclasses.fields(values)
         known |= {f"--{f.name}": getattr(values, f.name) for f in fields if f.name not in INDIFFERENT}

@@ -18,6 +18,7 @@ from networks.adapter import Adapter
 from wan_train.cli import InputError, RunError
 from wan_train.log import get_logger
 from wan_train.models.dit import Dit
+from wan_train.models.variants import VARIANTS
 from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, of_step, outlived, path_of, save_adapter
 from wan_train.training.ema import Ema
 from wan_train.training.experts import ExpertPlan, only_expert
@@ -111,6 +112,12 @@ class Run:
     def num_processes(self) -> int:
         """How many processes take a step together."""
         return int(self.accelerator.num_processes)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the model reads a given first frame in place of the noisy one."""
+        images = VARIANTS[self.settings.dit.task].images
+        return images is not None and images.fused
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:

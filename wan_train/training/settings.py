@@ -164,6 +164,12 @@ class PictureSettings:
         maximum=1,
     )
     one_frame: bool = option(False, "Train on caches that were made with --one_frame.")
+    i2v_ratio: float = option(
+        0.5,
+        "With ti2v-5B, the share of samples whose first frame is given; the others are text to video.",
+        minimum=0,
+        maximum=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,10 @@ def learn(run: Run, drawn: Drawn, epoch: int, *, share: float, last: bool) -> Lo
         run.dit.of(str(drawn.expert))
     latents, placed = batch.latents.to(device), drawn.draws.to(device)
     weights = None if batch.weights is None else batch.weights.to(device)
-    dropped = drop_pictures(batch.keys, run.settings.pictures.image_dropout_rate, seed=run.seed, epoch=epoch)
-    conditions = conditions_of(batch, device, without_pictures=dropped)
+    pictures = run.settings.pictures
+    rate = 1 - pictures.i2v_ratio if run.fused else pictures.image_dropout_rate
+    dropped = drop_pictures(batch.keys, rate, seed=run.seed, epoch=epoch)
+    conditions = conditions_of(batch, device, without_pictures=dropped, fused=run.fused)
     seed_dropout(run.seed, epoch, batch, device)
     prior = None if run.prior is None or batch.is_reg else run.prior
     with exchange(run, now=last and prior is None):

@@ -106,7 +106,10 @@ class Validator:
         timesteps: TimestepSettings,
         loss: LossSettings,
         experts: ExpertPlan = ExpertPlan(),  # noqa: B008
+        *,
+        fused: bool = False,
     ) -> None:
+        self._fused = fused
         self._dataset, self._settings, self._timesteps, self._loss = dataset, settings, timesteps, loss
         # From data to noise, as the strata of one model are.
         trained: list[str | None] = [*reversed(experts.trained)] or [None]
@@ -168,7 +171,7 @@ class Validator:
     def _measure_batch(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         """Losses (B, K) of a batch, on the CPU."""
         latents = batch.latents.to(device)
-        conditions = conditions_of(batch, device)
+        conditions = conditions_of(batch, device, fused=self._fused)
         weights = None if batch.weights is None else batch.weights.to(device)
         losses = []
         for expert, limits in self._parts:

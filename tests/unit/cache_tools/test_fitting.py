@@ -74,7 +74,7 @@ def test_caching_retries_and_names_the_clip(tmp_path, monkeypatch, capsys) -> No
         '[[datasets]]\nvideo_directory = "clips"\nresolution = [64, 48]\nbatch_size = 2\ntarget_frames = [9]',
     )
     (tmp_path / "vae.safetensors").write_bytes(b"vae")
-    monkeypatch.setattr("cache_tools.cache_latents.check_vae", lambda path: None)
+    monkeypatch.setattr("cache_tools.cache_latents.check_vae", lambda path, **more: None)
     vae = SmallDevice(0, 34)
 
     def encode_pixels(pixels):

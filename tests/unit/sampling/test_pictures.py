@@ -37,7 +37,22 @@ def picture(folder: Path, width: int, height: int) -> str:
 def test_a_video_has_the_pictures_proportions(
     source: tuple[int, int], asked: tuple[int, int], wanted: tuple[int, int], tmp_path: Path
 ) -> None:
-    assert size_like(picture(tmp_path, *source), asked) == wanted
+    assert size_like(picture(tmp_path, *source), asked, VARIANTS["i2v-14B"]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("source", "asked", "wanted"),
+    [
+        ((1280, 704), (1280, 704), (1280, 704)),
+        ((704, 1280), (1280, 704), (704, 1280)),
+        ((1920, 1080), (1280, 704), (1248, 704)),  # 1265.6 x 711.9: 1248 leaves 704, and 704 leaves 1280
+        ((1000, 1000), (1280, 704), (928, 960)),  # 949.3
+    ],
+)
+def test_the_5b_takes_the_nearer_of_two_ways(
+    source: tuple[int, int], asked: tuple[int, int], wanted: tuple[int, int], tmp_path: Path
+) -> None:
+    assert size_like(picture(tmp_path, *source), asked, VARIANTS["ti2v-5B"]) == wanted
 
 
 def request(line: str, task: str = "i2v-14B") -> SampleRequest:
