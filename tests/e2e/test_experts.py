@@ -123,7 +123,7 @@ def learnt(lora: dict[str, torch.Tensor]) -> bool:
     return any(bool(value.any()) for key, value in lora.items() if key.endswith("lora_up.weight"))
 
 
-def test_two_adapters_and_two_files_in_one_run(desk: Desk) -> None:
+def test_two_adapters_and_two_files_in_one_run(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     desk.train("pair", "--validation_split", 0.34, "--validate_every_n_steps", 6, "--network_dropout", 0.1)
     rows = [row for row in desk.rows("pair") if "loss" in row]
     assert [row["expert"] for row in rows] == [f"{e}_noise" for e in ("high", "high", "low", "low", "high", "high")]
@@ -135,6 +135,8 @@ def test_two_adapters_and_two_files_in_one_run(desk: Desk) -> None:
     high, low = desk.lora("pair_high_noise"), desk.lora("pair_low_noise")
     assert high.keys() == low.keys() and learnt(high) and learnt(low)
     assert not (desk.folder / "out" / "pair.safetensors").exists()
+    (told,) = (line for line in caplog.messages if line.startswith("done: "))
+    assert all(Path(word).is_file() for word in told.removeprefix("done: ").split(" and "))
     with safe_open(desk.folder / "out" / "pair_high_noise.safetensors", framework="pt") as file:
         assert file.metadata()["wan_train_expert"] == "high_noise"
         assert file.metadata()["ss_sd_model_name"] == HIGH

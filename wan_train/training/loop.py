@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from dataset.ahead import read_ahead
 from wan_train.cli import Stopped
 from wan_train.log import get_logger
-from wan_train.training.checkpoints import FILE, of_epoch, of_step, path_of
+from wan_train.training.checkpoints import of_epoch, of_step
 from wan_train.training.metrics import StepMetrics
 from wan_train.training.optimizer_state import for_saving
 from wan_train.training.run import Length, Run, save, save_best, save_stopped
@@ -34,8 +33,8 @@ def run_length(batches_per_epoch: int, settings: TrainSettings) -> Length:
     return Length(loop.max_train_steps, math.ceil(loop.max_train_steps / steps_per_epoch))
 
 
-def train(run: Run) -> Path:
-    """Train to the end and return the path of the final file. Raises Stopped, all saved, if a signal asks for it."""
+def train(run: Run) -> None:
+    """Train to the end. Raises Stopped, all saved, if a signal asks for it."""
     position = run.start
     with run.stop:
         if position.step == 0:
@@ -49,7 +48,6 @@ def train(run: Run) -> Path:
         evaluate(run, position)
     settings = run.settings.save
     save(run, "", position, with_state=settings.save_state or settings.save_state_on_train_end)
-    return path_of(settings, "", FILE)
 
 
 def before_first_step(run: Run) -> None:

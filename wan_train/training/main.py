@@ -14,8 +14,9 @@ from wan_train.storage import replacing
 from wan_train.training.accelerator import agree_on_seed, make_accelerator
 from wan_train.training.audit import audit
 from wan_train.training.build import build
-from wan_train.training.checkpoints import path_of
+from wan_train.training.checkpoints import FILE, path_of
 from wan_train.training.loop import train
+from wan_train.training.pair import parts_of
 from wan_train.training.preflight import open_data, preflight
 from wan_train.training.resume import chosen_seed
 from wan_train.training.settings import TrainSettings
@@ -47,14 +48,15 @@ def main(settings: TrainSettings) -> None:
     length, processes = run.length, accelerator.num_processes
     log.info("%d steps, %d epochs, %d process(es) on %s", length.steps, length.epochs, processes, accelerator.device)
     try:
-        path = train(run)
+        train(run)
     finally:
         if run.writer is not None:
             run.writer.close()
         if run.hub is not None:
             run.hub.finish()
     if accelerator.is_main_process:
-        log.info("done: %s", path)
+        files = [str(path_of(settings.save, "", FILE, expert)) for expert, _ in parts_of(run.adapter)]
+        log.info("done: %s", " and ".join(files))
     accelerator.end_training()
 
 
