@@ -36,7 +36,7 @@ from dataset.items import Clip, Item
 from dataset.manifest import Manifest
 from dataset.media import load_clips
 from dataset.probes import note_broken
-from dataset.recipe import Fingerprint, Recipe, places_in_time, take_fingerprint
+from dataset.recipe import Fingerprint, Recipe, gives_last, places_in_time, take_fingerprint
 from dataset.settings import DatasetSettings
 from dataset.sources import Plan, list_items, plan_clips, warn_too_short
 from dataset.staleness import latents_state
@@ -97,7 +97,7 @@ def main(settings: CacheLatentsSettings) -> None:
         show_clips(make_plans(configs, settings.dataset), settings.inspect)
         return
     if not settings.vae.vae:
-        raise InputError("--vae is missing: name the VAE's file, such as Wan2.1_VAE.pth")
+        raise InputError(f"--vae is missing: name the VAE's file, such as {space.vae_file}")
     check_vae(settings.vae.vae, latent_channels=space.channels)
     if images and images.clip:
         check_image_encoder(settings.image.clip)
@@ -274,6 +274,7 @@ def _make_recipe(one: LoadedClip, encoder: Encoder) -> Recipe:
         frames=clip.frames,
         size=clip.size,
         positions=places_in_time(clip.item.config),
+        last=gives_last(clip.item.config),
         extras=dict(one.extras.sources) | ({CLIP: encoder.image_model} if encoder.image_model else {}),
     )
 

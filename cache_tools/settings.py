@@ -115,6 +115,8 @@ def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:
     if images is None and (i2v or clip):
         flag = "--i2v" if i2v else "--clip"
         raise InputError(f"{flag}: --task {task} is given no pictures: leave out one of the two")
+    if clip and not VARIANTS[task].reads_clip:
+        raise InputError(f"--clip: --task {task} reads no pictures through CLIP: leave it out")
     looking = settings.inspect.plan or settings.inspect.plan_json or settings.inspect.debug_mode
     if images is not None and images.clip and not clip and not looking:
         raise InputError(

@@ -182,6 +182,8 @@ def _refuse_missing(config: DatasetConfig) -> None:
 
 def _check_size(config: DatasetConfig, place: str) -> None:
     step = config.space.size_step
+    if min(config.resolution) < step:
+        raise InputError(f"{place}: resolution {list(config.resolution)}: a side takes {step} or more")
     floored = tuple(side // step * step for side in config.resolution)
     if not config.enable_bucket and floored != config.resolution:
         raise InputError(

@@ -9,6 +9,7 @@ from dataset.sources import Plan, name_some
 from dataset.staleness import State, latents_state, text_state
 from wan_train.cli import InputError
 from wan_train.log import get_logger
+from wan_train.models.variants import VARIANTS
 
 logger = get_logger(__name__)
 
@@ -50,14 +51,14 @@ def check_caches(plans: Sequence[Plan], options: str) -> None:
 
 def _pictures(plans: Sequence[Plan], tool: _Tool) -> str:
     """What the command for latents says of pictures."""
-    images = plans[0].config.images
+    config = plans[0].config
+    images = config.images
     if tool is not _LATENTS or images is None:
         return ""
-    if images.fused:
-        return " --task ti2v-5B"
-    one_frame = plans[0].config.one_frame is not None
-    task = " --task flf2v-14B" if images.last else " --i2v"
-    return task + " --clip ..." * images.clip + " --one_frame" * one_frame
+    # The first of those that such caches are for.
+    task = next(v.name for v in VARIANTS.values() if (v.images, v.space) == (images, config.space))
+    one_frame = config.one_frame is not None
+    return f" --task {task}" + " --clip ..." * images.clip + " --one_frame" * one_frame
 
 
 def _look_up(

@@ -33,7 +33,8 @@ class Recipe:
     """What a cache was made from and how; a caption's has no source, frames and size.
 
     `frames` are indices of decoded frames, `size` the bucket (width, height) in pixels, `extras` what else went into
-    the file, by what it is for; `positions` where in time the pictures of a one-frame sample are, its own last.
+    the file, by what it is for; `positions` where in time the pictures of a one-frame sample are, its own last;
+    `last` whether the clip's last frame is given beside the first.
     """
 
     model: Fingerprint
@@ -44,12 +45,18 @@ class Recipe:
     size: tuple[int, int] = (0, 0)
     extras: Mapping[str, Fingerprint] = dataclasses.field(default_factory=dict)
     positions: tuple[int, ...] = ()
+    last: bool = False
 
 
 def places_in_time(config: DatasetConfig) -> tuple[int, ...]:
     """`Recipe.positions` of a dataset's samples."""
     one_frame = config.one_frame
     return () if one_frame is None else (*one_frame.controls, one_frame.target)
+
+
+def gives_last(config: DatasetConfig) -> bool:
+    """`Recipe.last` of a dataset's samples."""
+    return config.images is not None and config.images.last
 
 
 def write_recipe(recipe: Recipe) -> str:

@@ -13,7 +13,7 @@ from dataset.cache import ARCHITECTURE, LATENTS_KEY, find_key, find_text_misfit,
 from dataset.extras import CLIP, extra_sources, find_extras_misfit
 from dataset.items import Clip, Item
 from dataset.manifest import Manifest
-from dataset.recipe import RECIPE_KEY, Recipe, is_same, places_in_time, read_recipe
+from dataset.recipe import RECIPE_KEY, Recipe, gives_last, is_same, places_in_time, read_recipe
 from wan_train.cli import InputError
 from wan_train.precision import name_of
 from wan_train.storage import read_header
@@ -146,6 +146,8 @@ def _compare_recipe(
         return "other frames"
     if recipe.positions != places_in_time(clip.item.config):
         return "other places in time"
+    if clip.item.config.images is not None and recipe.last != gives_last(clip.item.config):
+        return "of other pictures"
     if recipe.source and not is_same(recipe.source, clip.item.path, manifest):
         return "source changed"
     for kind, extra in extra_sources(clip.item).items():

@@ -8,7 +8,7 @@ from dataset.config import DatasetConfig
 from dataset.extras import CONTROL, MASK, extra_pattern, find_extras_misfit
 from dataset.items import Clip, Item
 from dataset.manifest import Manifest
-from dataset.recipe import RECIPE_KEY, read_recipe
+from dataset.recipe import RECIPE_KEY, gives_last, read_recipe
 from dataset.sources import Plan, name_some
 from dataset.staleness import LATENTS_NAME, Facts, list_orphans, read_facts
 from wan_train.cli import InputError
@@ -91,4 +91,6 @@ def _read_clip(item: Item, named: re.Match[str], facts: Facts) -> Clip | str:
     clip = Clip(item, start, frames, size, (int(named["width"]), int(named["height"])))
     if latents_path(clip).stem != named[0]:
         return "another size than its name says"
+    if recipe and item.config.images is not None and recipe.last != gives_last(item.config):
+        return "of other pictures"
     return find_extras_misfit(clip, facts.shapes) or clip

@@ -28,6 +28,9 @@ def check_merged(settings: GenerateSettings, path: str) -> list[WeightedLora]:
         raise InputError("--dit is missing: give the DiT checkpoint")
     if warning := check_dit(settings.dit.dit, VARIANTS[settings.dit.task]):
         log.warning(warning)
+    given = (settings.experts.dit_high_noise, *settings.lora.lora_weight_high_noise)
+    if any(given):
+        raise InputError(f"--save_merged_model merges one model: give {given[0] or given[1]} as --dit or --lora_weight")
     loras = check_loras(settings)
     if not loras:
         raise InputError("--save_merged_model merges --lora_weight into the model: give one")

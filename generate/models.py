@@ -16,7 +16,7 @@ from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, finish
 from wan_train.conditions import Conditions, ImageConditions
 from wan_train.log import get_logger
 from wan_train.memory.report import release_memory
-from wan_train.models.experts import HIGH, LOW, ORDER
+from wan_train.models.experts import HIGH, ORDER
 from wan_train.models.loading import linear_shapes
 from wan_train.models.stored import storage_dtype
 from wan_train.models.vae import WanVAE
@@ -32,7 +32,6 @@ log = get_logger(__name__)
 
 
 Loras = Mapping[str | None, Sequence[WeightedLora]]  # by expert, None for a task's only model
-FLAGS: dict[str | None, str] = {None: "--dit", LOW: "--dit", HIGH: "--dit_high_noise"}
 
 
 @dataclass

@@ -7,7 +7,7 @@ from itertools import zip_longest
 import torch
 
 from generate.jobs import Job
-from generate.models import FLAGS, Loras, experts_of, model_settings
+from generate.models import Loras, experts_of, model_settings
 from generate.settings import GenerateSettings, LoraSettings
 from generate.source import fit_to_source
 from networks.expert import warn_of_other_expert
@@ -16,7 +16,7 @@ from networks.selection import filter_modules
 from wan_train.assemble import WeightedLora, check_model
 from wan_train.cli import InputError
 from wan_train.log import get_logger
-from wan_train.models.experts import HIGH
+from wan_train.models.experts import FLAGS, HIGH
 from wan_train.models.loading import linear_shapes, num_blocks
 from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.vae import check_vae
@@ -74,7 +74,10 @@ def check_experts(settings: GenerateSettings, variant: Variant) -> None:
     given = {
         "--dit_high_noise": settings.experts.dit_high_noise,
         "--lora_weight_high_noise": settings.lora.lora_weight_high_noise,
+        "--lora_multiplier_high_noise": settings.lora.lora_multiplier_high_noise,
         "--guidance_scale_high_noise": settings.sampling.guidance_scale_high_noise is not None,
+        "--offload_inactive_dit": settings.experts.offload_inactive_dit,
+        "--lazy_loading": settings.experts.lazy_loading,
     }
     for flag, there in given.items():
         if there:
@@ -84,7 +87,7 @@ def check_experts(settings: GenerateSettings, variant: Variant) -> None:
 def check_given_vae(settings: GenerateSettings, instead: str = "") -> None:
     """Refuse a VAE that is missing or none; `instead` says what would do without."""
     if not settings.vae.vae:
-        raise InputError(f"--vae is missing: give Wan2.1_VAE.pth{instead}")
+        raise InputError(f"--vae is missing: give {VARIANTS[settings.dit.task].space.vae_file}{instead}")
     check_vae(settings.vae.vae, latent_channels=VARIANTS[settings.dit.task].space.channels)
 
 

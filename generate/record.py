@@ -58,7 +58,14 @@ def model_hashes(settings: GenerateSettings) -> dict[str, Any]:
 def input_hashes(settings: SamplingSettings | SampleRequest) -> dict[str, str]:
     """By option, the SHA-256 of the video and the pictures that a video is made from; folders have none."""
     paths = {name: getattr(settings, name) for name in ("video_path", "image_path", "end_image_path")}
-    return {name: file_hash(path) for name, path in paths.items() if path and Path(path).is_file()}
+    controls = settings.control_images if isinstance(settings, SampleRequest) else settings.control_image_path
+    paths["control_image_path"] = "\n".join(controls)
+    named = {name: text.splitlines() for name, text in paths.items() if text}
+    return {
+        name: " ".join(file_hash(path) for path in files)
+        for name, files in named.items()
+        if all(Path(path).is_file() for path in files)
+    }
 
 
 def make_record(settings: GenerateSettings, request: SampleRequest, hashes: Mapping[str, Any]) -> Record:

@@ -96,7 +96,7 @@ def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[in
     """What the jobs begin with, where that is more than noise; encoded with one model after the other."""
     seen: dict[int, Tensor] = {}
     pictured = [job for job in jobs if job.request.picture_paths]
-    if pictured and models.settings.image.clip:
+    if pictured and pictured[0].request.variant.reads_clip:
         with models.image_encoder() as encoder:
             for job in pictured:
                 with failures.of(job):

@@ -24,8 +24,8 @@ class GenerateExpertSettings(ExpertSettings):
 
     lazy_loading: bool = option(
         False,
-        "Accepted for old commands, as --offload_inactive_dit is: an expert is read when its steps come, and gone after"
-        " them.",
+        "Accepted for old commands, as --offload_inactive_dit is: an expert is read when its steps come and gone after"
+        " them, with --interactive in main memory meanwhile.",
     )
 
 

@@ -44,10 +44,6 @@ class Adapter(Protocol):
         """What is trained, under the names that the bare model has for it, in an order that does not change."""
         ...
 
-    def act_on(self, model: nn.Module) -> None:
-        """Change another model of the same geometry too, by the same parameters."""
-        ...
-
     def disabled(self) -> AbstractContextManager[None]:
         """While it lasts the model computes as if it had never been trained."""
         ...

@@ -150,4 +150,5 @@ def given_mask(given: Sequence[int], num_frames: int, height: int, width: int) -
 
 
 def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    assert (one is None) == (other is None), "samples of a batch have pictures, or none has"
     return None if one is None or other is None else torch.cat([one, other])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from generate.settings import TOOL as GENERATE
 from tests.e2e.test_pictures import frames_of
 from tests.tiny.make import DIT, SCENES, SIZE, T5, VAE, dit_shapes, draw_frames, draw_weight
+from tests.tiny.pictures import CLIP, make_picture_models
 from wan_train.cli import run
 from wan_train.training.settings import TOOL as TRAIN
 
@@ -106,8 +107,7 @@ def test_a_video_is_made_again(desk: Desk) -> None:
 
 def test_what_the_generator_refuses(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     def told(words: list[object]) -> str:
-        assert run(GENERATE, [str(word) for word in words]) == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
+        return told_by(GENERATE, words, capsys)
 
     words = desk.generating("no")
     without = [word for word in words if word not in ("--dit_high_noise", desk.folder / HIGH)]
@@ -116,7 +116,14 @@ def test_what_the_generator_refuses(desk: Desk, capsys: pytest.CaptureFixture[st
     single = [*without, "--task", "t2v-1.3B", "--dit", desk.folder / DIT]
     assert "has one model" in told([*single, "--dit_high_noise", desk.folder / HIGH])
     assert "has one model" in told([*single, "--timestep_boundary", 0.9])
-    assert HIGH not in told([*words, "--dit_high_noise", desk.folder / VAE])
+    assert "--dit_high_noise" in told([*words, "--dit_high_noise", desk.folder / VAE])
+    assert "merges one model" in told([*words, "--prompt", "", "--save_merged_model", desk.folder / "m.safetensors"])
+
+
+def told_by(tool: Any, words: list[object], capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line that a tool says which refuses."""
+    assert run(tool, [str(word) for word in words]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def learnt(lora: dict[str, torch.Tensor]) -> bool:
@@ -201,8 +208,7 @@ def test_one_expert_is_trained_on_its_own_noise_levels(desk: Desk, *, high: bool
 
 def test_what_training_refuses(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     def told(words: list[object]) -> str:
-        assert run(TRAIN, [str(word) for word in words]) == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
+        return told_by(TRAIN, words, capsys)
 
     assert "give --dit (low noise)" in told(desk.training("no", high=False, low=False))
     assert "--shared_lora" in told(desk.training("no", "--shared_lora", high=False))
@@ -215,6 +221,34 @@ def test_what_training_refuses(desk: Desk, capsys: pytest.CaptureFixture[str]) -
     files = ("--vae", desk.folder / VAE, "--t5", desk.folder / T5)
     assert "takes both experts" in told(desk.training("no", *previews, *files, high=False))
     assert "--dit_high_noise" in told(desk.training("no", "--dit_high_noise", desk.folder / VAE))
+    for more in (("--network_weights_high_noise", "x"), ("--offload_inactive_dit",)):
+        assert more[0] in told(desk.training("no", *more, high=False))
+    assert "--base_weights" in told(desk.training("no", "--base_weights", "x"))
+    assert "averages all the time" in told(desk.training("no", "--optimizer_type", "AdamWScheduleFree"))
+    thin = ("--timestep_sampling", "sigmoid", "--sigmoid_scale", 0.1)
+    assert "next to nothing from 875 to 1000" in told(desk.training("no", *thin))
+    assert "--image_dropout_rate" in told(desk.training("no", "--image_dropout_rate", 0.1))
+
+
+def test_going_on_from_files_and_their_averages(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    desk.train("begun", "--ema_decay", 0.5, steps=4)
+    high, low = (desk.folder / "out" / f"begun_{expert}_noise.safetensors" for expert in ("high", "low"))
+    # The average of the one that rested is that of its own turn, not of what it rested at.
+    desk.train("short", "--ema_decay", 0.5, steps=2)
+    for key, value in desk.lora("short_high_noise-ema").items():
+        assert torch.equal(desk.lora("begun_high_noise-ema")[key], value)
+    caplog.clear()
+    weights = ("--network_weights", low, "--network_weights_high_noise", high, "--learning_rate", 0)
+    desk.train("same", *weights, steps=2)
+    for expert in ("high", "low"):
+        for key, value in desk.lora(f"begun_{expert}_noise").items():
+            assert torch.equal(desk.lora(f"same_{expert}_noise")[key], value)
+    desk.train("alone", "--network_weights", high, "--learning_rate", 0, low=False, steps=1)
+    for key, value in desk.lora("begun_high_noise").items():
+        assert torch.equal(desk.lora("alone")[key], value)
+    assert "was trained on" not in caplog.text
+    desk.train("alone", "--network_weights", low, "--learning_rate", 0, low=False, steps=1)
+    assert caplog.text.count("was trained on") == 1
 
 
 def test_two_processes_take_the_same_expert(desk: Desk, root: Path) -> None:
@@ -239,7 +273,9 @@ def test_two_processes_take_the_same_expert(desk: Desk, root: Path) -> None:
         assert all(torch.equal(parts[key], whole[key]) for key in whole) and learnt(whole)
 
 
-def test_from_a_picture_without_an_image_encoder(desk: Desk, tmp_path: Path) -> None:
+def test_from_a_picture_without_an_image_encoder(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     task = ("--task", "i2v-A14B")
     files: list[object] = []
     for flag, salt in (("--dit_high_noise", "high."), ("--dit", "")):
@@ -258,6 +294,14 @@ def test_from_a_picture_without_an_image_encoder(desk: Desk, tmp_path: Path) -> 
     frames = list(draw_frames(next(iter(SCENES)), size=(120, 80)))
     frames[0].save(tmp_path / "first.png")
     frames[-1].save(tmp_path / "other.png")
-    words = (*task, *files, "--image_path")
+    make_picture_models(tmp_path)
+    # An image encoder that is not read is not in the way.
+    words = (*task, *files, "--clip", tmp_path / CLIP, "--image_path")
     first = desk.generate("first", *words, tmp_path / "first.png")
     assert not np.array_equal(first, desk.generate("other", *words, tmp_path / "other.png"))
+    # Caches of a first and a last frame have the same names and shapes, and are not these.
+    caching = ("--dataset_config", data, "--vae", desk.folder / VAE)
+    desk.run_tool("wan_cache_latents.py", *caching, "--task", "flf2v-14B", "--clip", tmp_path / CLIP)
+    for more in ((), ("--trust_cache",)):
+        line = told_by(TRAIN, desk.training("no", *task, *files, "--dataset_config", data, *more), capsys)
+        assert "of other pictures" in line

@@ -267,14 +267,14 @@ def test_what_training_and_caching_refuse(desk: Desk, tmp_path: Path, refused: C
     of_other = {task: ["--dataset_config", desk.folder / f"{task}.toml"] for task in MODELS}
     line = refused("train", [*desk.training("flf2v-14B", "no"), *of_other["i2v-14B"]])
     assert "wan_cache_latents.py" in line and "--task flf2v-14B" in line and "--clip" in line
-    assert "--i2v" in refused("train", [*desk.training("i2v-14B", "no"), *of_other["flf2v-14B"]])
+    assert "--task i2v-14B" in refused("train", [*desk.training("i2v-14B", "no"), *of_other["flf2v-14B"]])
     line = refused("train", [*desk.training("i2v-14B", "no", "--trust_cache"), *of_other["flf2v-14B"]])
-    assert "its clip is of another task" in line
+    assert "of other pictures" in line
     bare = desk.data("t2v-1.3B")
     shutil.copytree(desk.folder / "cache_i2v-14B", desk.folder / "cache_t2v-1.3B", dirs_exist_ok=True)
     for path in (desk.folder / "cache_t2v-1.3B").glob("*_wan.safetensors"):
         save_file({key: value for key, value in load_file(path).items() if key.startswith("latents_3")}, path)
-    assert "--i2v --clip" in refused("train", [*desk.training("i2v-14B", "no"), "--dataset_config", bare])
+    assert "--task i2v-14B --clip" in refused("train", [*desk.training("i2v-14B", "no"), "--dataset_config", bare])
     prompts = ("--sample_prompts", desk.folder / "i2v-14B.txt", "--sample_at_first")
     files = ("--vae", desk.folder / VAE, "--t5", desk.folder / T5)
     assert "--clip" in refused("train", desk.training("i2v-14B", "no", *prompts, *files))

@@ -41,7 +41,7 @@ class Desk:
     def losses(self, name: str, *more: object) -> list[float]:
         self.run_tool("wan_train_network.py", *self.training(name, *more))
         lines = (self.folder / "out" / f"{name}.metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
+        return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
     def generating(self, name: str, *more: object) -> list[object]:
         return [
@@ -84,6 +84,13 @@ def test_text_and_picture_in_one_training(desk: Desk) -> None:
     assert rows[0] != rows[1] and all(np.isfinite(values).all() for values in rows.values())
     # Each sample of the mixture is one or the other; with batches of one the first step tells.
     assert rows[0.5][0] in (rows[0][0], rows[1][0])
+    held_out = ("--validation_split", 0.34, "--validate_every_n_steps", 3)
+    measured = []
+    for ratio in (0, 1):
+        desk.losses(f"held{ratio}", "--i2v_ratio", ratio, *held_out)
+        lines = (desk.folder / "out" / f"held{ratio}.metrics.jsonl").read_text().splitlines()
+        measured.append(json.loads(lines[0])["validation"]["loss"])
+    assert measured[0] != measured[1]  # each is measured on what it trains
     whole = desk.losses("whole", "--network_dropout", 0.1)
     desk.losses("parts", "--network_dropout", 0.1, "--save_every_n_steps", 2, "--save_state")
     went_on = desk.losses(
@@ -130,7 +137,15 @@ def test_what_is_refused(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "give Wan2.2_VAE.pth" in told(GENERATE, desk.generating("no", "--vae", desk.folder / VAE))
     assert "--task ti2v-5B" in told(LATENTS_TOOL, [*data, "--vae", desk.folder / VAE22])
     assert "--task ti2v-5B" in told(GENERATE, desk.generating("no", "--task", "t2v-1.3B", "--vae", desk.folder / VAE))
-    assert "first picture only" in told(GENERATE, desk.generating("no", "--end_image_path", desk.folder / "0.png"))
+    end = ("--end_image_path", desk.folder / "0.png")
+    assert "first picture only" in told(GENERATE, desk.generating("no", *end))
+    assert "first picture only" in told(GENERATE, desk.generating("no", *end, "--image_path", desk.folder / "0.png"))
+    one = ("--image_path", desk.folder / "0.png", "--video_length", 1)
+    assert "is the picture itself" in told(GENERATE, desk.generating("no", *one))
+    assert "Wan2.2_VAE.pth" in told(GENERATE, desk.generating("no", "--vae", ""))
+    assert "--i2v_ratio" in told(TRAIN, desk.training("no", "--image_dropout_rate", 0.5))
+    (desk.folder / "small.toml").write_text((desk.folder / "data.toml").read_text().replace("[96, 64]", "[24, 24]"))
+    assert "32 or more" in told(TRAIN, [*desk.training("no"), "--dataset_config", desk.folder / "small.toml"])
     # Caches of one VAE are not the other's.
     line = told(TRAIN, [*desk.training("no"), "--task", "t2v-1.3B", "--dit", desk.folder / DIT])
     assert "of another VAE, with 48 channels" in line

@@ -10,6 +10,7 @@ from wan_train.models.variants import Variant
 
 HIGH, LOW = "high_noise", "low_noise"
 ORDER = (HIGH, LOW)  # in which a run from noise to data meets them
+FLAGS: dict[str | None, str] = {None: "--dit", LOW: "--dit", HIGH: "--dit_high_noise"}  # the option of each one's file
 
 T = TypeVar("T")
 
@@ -24,11 +25,11 @@ def span_of(expert: str, boundary: float) -> tuple[float, float]:
     return {HIGH: (boundary, 1.0), LOW: (0.0, boundary)}[expert]
 
 
-def read_boundary(given: float | None, variant: Variant) -> float:
+def read_boundary(given: float | None, variant: Variant, flag: str = "--timestep_boundary") -> float:
     """The boundary as t in [0, 1]: as users give it, 0..1 or 0..1000, or the task's. InputError for another number, and
-    for a task of one model."""
+    for a task of one model, naming the option that asks for it."""
     if variant.experts is None:
-        raise InputError(f"--timestep_boundary: --task {variant.name} has one model, and so no boundary; leave it out")
+        raise InputError(f"{flag}: --task {variant.name} has one model, and so no boundary: take an A14B task")
     if given is None:
         return variant.experts.boundary
     t = given / NUM_TIMESTEPS if given > 1 else given

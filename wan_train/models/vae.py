@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wan_train.cli import InputError
 from wan_train.models.vae_coders import Decoder, Encoder
-from wan_train.models.vae_geometry import WAN21, WAN22, Geometry, read_geometry
+from wan_train.models.vae_geometry import KIND21, KIND22, Geometry, read_geometry
 from wan_train.models.vae_kinds import KINDS, kind_of
 from wan_train.models.vae_layers import CausalConv3d, FeatureCache
 from wan_train.models.vae_names import vae_rename
@@ -200,7 +200,7 @@ def _make_empty(shapes: Shapes, what: str, *, latent_channels: int | None = None
     kind = KINDS[geometry.kind]
     wanted = kind if latent_channels is None else kind_of(latent_channels)
     if kind is not wanted or geometry.latent_channels != kind.latent_channels:
-        other = ", or --task ti2v-5B" if kind.name == WAN22 and wanted.name == WAN21 else ""
+        other = ", or --task ti2v-5B" if kind.name == KIND22 and wanted.name == KIND21 else ""
         named = f"a {kind.name} VAE" if geometry.latent_channels == kind.latent_channels else "another VAE"
         raise InputError(
             f"{what} is {named} with {geometry.latent_channels} latent channels, the model has "

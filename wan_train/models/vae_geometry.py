@@ -8,7 +8,7 @@ from statistics import mode
 from wan_train.models.variants import LATENT_CHANNELS
 from wan_train.models.weights import Shapes
 
-WAN21, WAN22 = "Wan2.1", "Wan2.2"
+KIND21, KIND22 = "Wan2.1", "Wan2.2"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Geometry:
     temporal: tuple[bool, ...] = (False, True, True)
     latent_channels: int = LATENT_CHANNELS
     decoder_widths: tuple[int, ...] = ()
-    kind: str = WAN21
+    kind: str = KIND21
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decoder_widths", self.decoder_widths or self.widths)
@@ -34,13 +34,13 @@ class Geometry:
 
 # The published VAEs, by kind.
 GEOMETRIES: dict[str, Geometry] = {
-    WAN21: Geometry(),
-    WAN22: Geometry(
+    KIND21: Geometry(),
+    KIND22: Geometry(
         base=160,
         widths=(160, 320, 640, 640),
         latent_channels=48,
         decoder_widths=(256, 512, 1024, 1024),
-        kind=WAN22,
+        kind=KIND22,
     ),
 }
 
@@ -61,7 +61,7 @@ def read_geometry(shapes: Shapes) -> Geometry:
     Each size is the one that most tensors agree on, so that a single wrong tensor is later reported as just that.
     """
     staged = _below(shapes, "encoder.downsamples.0.downsamples.") or _below(shapes, "decoder.upsamples.0.upsamples.")
-    kind = WAN22 if staged else WAN21
+    kind = KIND22 if staged else KIND21
     down = _read_levels(_layers(shapes, "encoder.downsamples"))
     # The widths of a Wan2.1 decoder are those of its encoder.
     up = _read_levels(_layers(shapes, "decoder.upsamples")) if staged else _Levels(down.widths[::-1], (), ())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from wan_train.models import vae21, vae22
-from wan_train.models.vae_geometry import WAN21, WAN22, Geometry
+from wan_train.models.vae_geometry import KIND21, KIND22, Geometry
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ KINDS: dict[str, Kind] = {
     row.name: row
     for row in (
         Kind(
-            name=WAN21,
+            name=KIND21,
             file="Wan2.1_VAE.pth",
             patch=1,
             make_down_layers=vae21.make_down_layers,
@@ -43,7 +43,7 @@ KINDS: dict[str, Kind] = {
             latent_std=vae21.LATENT_STD,
         ),
         Kind(
-            name=WAN22,
+            name=KIND22,
             file="Wan2.2_VAE.pth",
             patch=2,
             make_down_layers=vae22.make_down_layers,

@@ -1,4 +1,4 @@
-"""What each `--task` means, as rows of a table (published Wan2.1 configurations)."""
+"""What each `--task` means, as rows of a table (published Wan2.1 and Wan2.2 configurations)."""
 
 from dataclasses import dataclass
 
@@ -25,11 +25,13 @@ SMALL_AREA = 832 * 480  # pixels: up to here a task may have another shift
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """The latents that a model works on: channels, pixels to a cell's side, and the rate of the videos in them."""
+    """The latents that a model works on: channels, pixels to a cell's side, the rate of the videos in them, and the
+    published file of the VAE that makes them."""
 
     channels: int = LATENT_CHANNELS
     stride: int = VAE_STRIDE
     fps: int = 16
+    vae_file: str = "Wan2.1_VAE.pth"
 
     @property
     def size_step(self) -> int:
@@ -37,7 +39,7 @@ class LatentSpace:
         return 2 * self.stride
 
 
-WAN21, WAN22 = LatentSpace(), LatentSpace(48, 16, 24)
+WAN21, WAN22 = LatentSpace(), LatentSpace(48, 16, 24, "Wan2.2_VAE.pth")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,6 @@ class Variant:
     num_layers: int
     size: tuple[int, int]
     frames: int
-    fps: int
     steps: int
     shift: float
     guidance: float
@@ -90,6 +91,21 @@ class Variant:
     negative_prompt: str = NEGATIVE_PROMPT
     experts: ExpertDefaults | None = None
     space: LatentSpace = WAN21
+
+    @property
+    def fps(self) -> int:
+        """Frames per second of its videos."""
+        return self.space.fps
+
+    @property
+    def reads_clip(self) -> bool:
+        """Whether it reads pictures through CLIP."""
+        return self.images is not None and self.images.clip
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it reads a first frame that is given in place of the noisy one."""
+        return self.images is not None and self.images.fused
 
     @property
     def family(self) -> str:
@@ -108,15 +124,13 @@ HD = (1280, 720)
 VARIANTS: dict[str, Variant] = {
     row.name: row
     for row in (
-        Variant("t2v-1.3B", 16, 1536, 30, (832, 480), 81, 16, 50, 5.0, 5.0),
-        Variant("t2v-14B", 16, 5120, 40, (1280, 720), 81, 16, 50, 5.0, 5.0),
-        Variant("t2i-14B", 16, 5120, 40, (1024, 1024), 1, 16, 50, 5.0, 5.0),
-        Variant("i2v-14B", 36, 5120, 40, (1280, 720), 81, 16, 40, 5.0, 5.0, 3.0, I2V, I2V_NEGATIVE_PROMPT),
-        Variant("flf2v-14B", 36, 5120, 40, (1280, 720), 81, 16, 50, 16.0, 5.0, None, FLF2V, FLF2V_NEGATIVE_PROMPT),
-        Variant("t2v-A14B", 16, 5120, 40, HD, 81, 16, 40, 12.0, 3.0, experts=ExpertDefaults(0.875, 4.0)),
-        Variant(
-            "i2v-A14B", 36, 5120, 40, HD, 81, 16, 40, 5.0, 3.5, images=LATENTS_ONLY, experts=ExpertDefaults(0.9, 3.5)
-        ),
-        Variant("ti2v-5B", 48, 3072, 30, (1280, 704), 121, 24, 50, 5.0, 5.0, images=FUSED, space=WAN22),
+        Variant("t2v-1.3B", 16, 1536, 30, (832, 480), 81, 50, 5.0, 5.0),
+        Variant("t2v-14B", 16, 5120, 40, (1280, 720), 81, 50, 5.0, 5.0),
+        Variant("t2i-14B", 16, 5120, 40, (1024, 1024), 1, 50, 5.0, 5.0),
+        Variant("i2v-14B", 36, 5120, 40, (1280, 720), 81, 40, 5.0, 5.0, 3.0, I2V, I2V_NEGATIVE_PROMPT),
+        Variant("flf2v-14B", 36, 5120, 40, (1280, 720), 81, 50, 16.0, 5.0, None, FLF2V, FLF2V_NEGATIVE_PROMPT),
+        Variant("t2v-A14B", 16, 5120, 40, HD, 81, 40, 12.0, 3.0, experts=ExpertDefaults(0.875, 4.0)),
+        Variant("i2v-A14B", 36, 5120, 40, HD, 81, 40, 5.0, 3.5, images=LATENTS_ONLY, experts=ExpertDefaults(0.9, 3.5)),
+        Variant("ti2v-5B", 48, 3072, 30, (1280, 704), 121, 50, 5.0, 5.0, images=FUSED, space=WAN22),
     )
 }

@@ -55,7 +55,7 @@ def see_requests(
     requests: Sequence[SampleRequest], settings: ImageEncoderSettings, device: torch.device
 ) -> list[Tensor | None]:
     """CLIP's tokens (I, width) of each request's pictures, in main memory, where its model reads them."""
-    seeing = [request.variant.images is not None and request.variant.images.clip for request in requests]
+    seeing = [request.variant.reads_clip for request in requests]
     if not any(seeing):
         return [None] * len(requests)
     encoder = open_image_encoder(settings, device)
@@ -80,7 +80,7 @@ def encode_pictures(
         return vae.encode(pixels.to(device))
 
     pictures, one_frame = _pictures(request), request.one_frame
-    if request.variant.images is not None and request.variant.images.fused:
+    if request.variant.is_fused:
         return ImageConditions(first=encode(pictures[0][None, :, None])[0].cpu())
     if one_frame is None:
         return ImageConditions(given_latents(pictures, request.frames, encode), tokens)
@@ -95,8 +95,7 @@ def _pictures(request: SampleRequest) -> list[Tensor]:
 def check_given_clip(settings: ImageEncoderSettings, variant: Variant, dit: str) -> None:
     """InputError for an image encoder that a task needs and has not, that is none, or that is of another width than
     the DiT reads; headers alone are looked at."""
-    wanted = variant.images is not None and variant.images.clip
-    if not wanted:
+    if not variant.reads_clip:
         if settings.clip:
             log.info("--clip is not used: --task %s reads no CLIP tokens", variant.name)
         return

@@ -25,10 +25,11 @@ def check_pictures(variant: Variant, first: str | None, last: str | None) -> Non
                 f"{flag}: --task {variant.name} makes videos from text alone: take an i2v task, or leave it out"
             )
         return
-    if not first and variant.images.fused:
+    if variant.is_fused:
         if last:
             raise InputError(f"--end_image_path (--ei): --task {variant.name} takes a first picture only: leave it out")
-        return
+        if not first:
+            return
     if not first:
         raise InputError(f"--task {variant.name} begins with a picture: give --image_path (--i in a line of prompts)")
     if variant.images.last and not last:
@@ -36,7 +37,7 @@ def check_pictures(variant: Variant, first: str | None, last: str | None) -> Non
             f"--task {variant.name} ends with a picture: give --end_image_path (--ei in a line of prompts)"
         )
     for flag, path in (("--image_path", first), ("--end_image_path", last)):
-        if path and not (variant.images.fused and flag == "--end_image_path"):
+        if path:
             _read(flag, path)
 
 
@@ -68,7 +69,7 @@ def size_like(picture: str, size: tuple[int, int], variant: Variant) -> tuple[in
         return max(1, math.isqrt(area * side // (other * step**2))) * step
 
     across, down = floored(width, height), floored(height, width)
-    if variant.images is None or not variant.images.fused:
+    if not variant.is_fused:
         return across, down
     ways = [(across, max(step, area // across // step * step)), (max(step, area // down // step * step), down)]
     wanted = width / height

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from wan_train.cli import InputError
 from wan_train.flow.solvers import explicit_levels
 from wan_train.log import get_logger
-from wan_train.models.experts import HIGH, read_boundary
+from wan_train.models.experts import HIGH, ORDER, read_boundary
 from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
 from wan_train.sampling.guidance import Guidance, plan_steps
@@ -121,14 +121,18 @@ def checked(request: SampleRequest) -> SampleRequest:
         raise InputError(
             f"--slg_start {request.slg_start:g} leaves nothing before --slg_end {request.slg_end:g}: give less than it"
         )
-    if request.slg_layers and request.guidance == 1:
+    experts: tuple[str | None, ...] = (None,) if request.variant.experts is None else ORDER
+    if request.variant.experts is None and request.guidance_high_noise is not None:
+        raise InputError(f"--guidance_scale_high_noise: --task {request.variant.name} has one model: leave it out")
+    if request.slg_layers and all(request.guided(expert).scale == 1 for expert in experts):
         raise InputError("--slg_layers acts on guided steps, and --guidance_scale 1 has none: give more, or no layers")
     if request.timesteps:
         explicit_levels(request.timesteps)
         if request.video_path:
             raise InputError("--timesteps says where a run begins, and so does --video_path: give one of them")
         request = replace(request, steps=len(request.timesteps))
-    if request.slg_layers and not any(plan.skipping for plan in plan_steps(request.steps, request.guided())):
+    plans = [plan for expert in experts for plan in plan_steps(request.steps, request.guided(expert))]
+    if request.slg_layers and not any(plan.skipping for plan in plans):
         log.warning(
             "--slg_layers acts on none of %d steps: give a larger --slg_end, or more --infer_steps", request.steps
         )
@@ -146,7 +150,16 @@ def fitted(request: SampleRequest) -> SampleRequest:
                 "--control_image_path (--ci) is for pictures made as one frame: give --one_frame_inference (--of) too"
             )
         check_pictures(request.variant, request.image_path, request.end_image_path)
+        if request.variant.is_fused and request.image_path and request.frames < 1 + FRAME_STEP:
+            raise InputError(
+                f"--image_path (--i): a single frame of --task {request.variant.name} is the picture itself: ask for"
+                f" {1 + FRAME_STEP} or more (--video_length, --f)"
+            )
     else:
+        if request.control_images and (request.image_path or request.end_image_path):
+            raise InputError(
+                "--image_path and --control_image_path are both pictures of one frame: give the latter alone"
+            )
         check_controls(request.variant, request.one_frame, request.picture_paths)
         if request.video_path:
             raise InputError("--one_frame_inference makes a picture, --video_path begins with a video: leave out one")

@@ -17,7 +17,7 @@ from wan_train.training.objective import draw_levels, span
 from wan_train.training.settings import TimestepSettings, TrainSettings
 
 NUM_DRAWS = 1_000_000
-SIZE = (60, 104)  # the latents of 832x480
+PIXELS = (480, 832)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ def audit(settings: TrainSettings, num_draws: int = NUM_DRAWS) -> str:
     plan, variant = plan_experts(settings), VARIANTS[settings.dit.task]
     lines = [f"{num_draws:,} draws of t, {settings.timesteps.timestep_sampling}"]
     boundary = read_boundary(settings.experts.timestep_boundary, variant) if variant.experts else None
-    for share in measure(plan, settings.timesteps, num_draws, seed=settings.loop.seed or 0, boundary=boundary):
+    size = (PIXELS[0] // variant.space.stride, PIXELS[1] // variant.space.stride)
+    for share in measure(
+        plan, settings.timesteps, num_draws, seed=settings.loop.seed or 0, boundary=boundary, size=size
+    ):
         name = (share.expert or "the model").replace("_", " ")
         line = f"trained, {name}: {share.part:.1%} of the draws, t from {share.low:.4f} to {share.high:.4f}"
         lines.append(line if share.expert is None else f"{line}, {share.astray:.1%} beyond the boundary")
@@ -46,15 +49,21 @@ def audit(settings: TrainSettings, num_draws: int = NUM_DRAWS) -> str:
 
 
 def measure(
-    plan: ExpertPlan, settings: TimestepSettings, num_draws: int, *, seed: int, boundary: float | None
+    plan: ExpertPlan,
+    settings: TimestepSettings,
+    num_draws: int,
+    *,
+    seed: int,
+    boundary: float | None,
+    size: tuple[int, int] = (60, 104),
 ) -> list[Share]:
-    """What each expert is trained on, by drawing."""
+    """What each expert is trained on, by drawing; `size` is the latents' (height, width)."""
     chance = random.Random(f"{seed} audited timesteps")
     trained: list[str | None] = [*plan.trained] or [None]
     shares = []
     for expert in trained:
         count = num_draws // len(trained)
-        t = draw_levels([chance.random() for _ in range(count)], SIZE, settings, plan.limits(expert, settings))
+        t = draw_levels([chance.random() for _ in range(count)], size, settings, plan.limits(expert, settings))
         astray = 0.0 if expert is None or boundary is None else _astray(t, expert, boundary)
         shares.append(Share(expert, count / num_draws, float(t.min()), float(t.max()), astray))
     return shares

@@ -19,12 +19,13 @@ from wan_train.cli import InputError, Stopped
 from wan_train.conditions import Conditions
 from wan_train.log import get_logger
 from wan_train.models.dit import Dit
-from wan_train.models.experts import LOW, pair_of
+from wan_train.models.experts import LOW, ORDER, pair_of
 from wan_train.models.variants import VARIANTS
 from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
 from wan_train.training.accelerator import prepare_model
+from wan_train.training.conditioning import dropping_rate
 from wan_train.training.ema import Ema
 from wan_train.training.experts import ExpertPlan, only_expert, settings_of
 from wan_train.training.hub import open_hub
@@ -33,7 +34,7 @@ from wan_train.training.metadata import RunFacts, training_metadata
 from wan_train.training.metrics import MetricsWriter, RunningMean
 from wan_train.training.optimizer_state import Portable
 from wan_train.training.optimizers import make_optimizer
-from wan_train.training.pair import PairAdapter, PairModel
+from wan_train.training.pair import PairAdapter, PairEma, PairModel, move_frozen
 from wan_train.training.preflight import Plan, model_settings
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
@@ -67,7 +68,7 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     prepared = accelerator.prepare_optimizer(optimizer)
     schedule = make_schedule(optimizer, settings.optimizer, total=length.steps)
     decay, average, skipped = settings.loop.ema_decay, RunningMean(), Skipped()
-    ema = None if decay is None else Ema(dict(adapter.named_parameters()), decay)
+    ema = None if decay is None else make_ema(adapter, decay)
     num_strata = settings.timesteps.num_timestep_buckets
     carried: dict[str, Stateful | None] = {
         "optimizer": Portable(prepared),
@@ -121,6 +122,8 @@ def make_models(
     for expert in reversed(experts.trained):
         shared = made[LOW][1] if settings.experts.shared_lora and made else None
         made[expert] = make_model(settings_of(settings, expert), accelerator, seed, shared=shared)
+        if settings.experts.offload_inactive_dit and expert != ORDER[0]:
+            move_frozen(made[expert][0], torch.device("cpu"))  # before the other one is there
     models = pair_of({expert: model for expert, (model, _) in made.items()})
     parts = pair_of({expert: adapter for expert, (_, adapter) in made.items()})
     model = PairModel(
@@ -147,7 +150,7 @@ def make_model(
         loras=[WeightedLora(path, multiplier) for path, multiplier in settings.network.base_loras],
     )
     if shared is not None:
-        shared.act_on(model)
+        share_adapter(shared, model)
     adapter = shared or attach_adapter(model, settings.network, seed=seed, device=device)
     finish_dit(model, model_settings(settings), device)
     if shared is None:
@@ -179,13 +182,30 @@ def go_on(state: State, trained: dict[str, nn.Parameter], carried: dict[str, Sta
             part.load_state_dict(parts[name])
 
 
+def share_adapter(adapter: Adapter, model: Dit) -> None:
+    """Let an adapter change another model too. InputError for a network that cannot."""
+    act_on = getattr(adapter, "act_on", None)
+    if not callable(act_on):
+        raise InputError("--shared_lora: this --network_module cannot change two models: leave it out")
+    act_on(model)
+
+
+def make_ema(adapter: Adapter, decay: float) -> Ema | PairEma:
+    """The average of what is trained; of two experts each has its own."""
+    if isinstance(adapter, PairAdapter):
+        parts = {e: Ema(dict(part.named_parameters()), decay) for e, part in adapter.parts.items()}
+        return PairEma(pair_of(parts))
+    return Ema(dict(adapter.named_parameters()), decay)
+
+
 def make_validator(settings: TrainSettings, data: Data, experts: ExpertPlan) -> Validator | None:
     """What measures the held-out loss; None where nothing is held out."""
     if data.held_out is None:
         return None
-    images = VARIANTS[settings.dit.task].images
-    fused = images is not None and images.fused
-    return Validator(data.held_out, settings.validation, settings.timesteps, settings.loss, experts, fused=fused)
+    variant = VARIANTS[settings.dit.task]
+    rate = dropping_rate(settings.pictures, variant) if variant.is_fused else None
+    parts = settings.validation, settings.timesteps, settings.loss
+    return Validator(data.held_out, *parts, experts, without_pictures=rate)
 
 
 def make_facts(

@@ -9,6 +9,10 @@ from torch import Tensor
 from dataset.batches import Batch
 from dataset.order import SampleKey
 from wan_train.conditions import Conditions
+from wan_train.models.variants import Variant
+from wan_train.training.settings import PictureSettings
+
+I2V_RATIO = 0.5  # of a model that is text and picture to video in one, where nobody says
 
 
 def conditions_of(
@@ -30,6 +34,13 @@ def conditions_of(
         kept = torch.tensor([not dropped for dropped in without_pictures])
         images, clip = _where(kept, images), None if clip is None else _where(kept, clip)
     return Conditions(tuple(batch.context), images, clip, batch.frame_positions).to(device)
+
+
+def dropping_rate(settings: PictureSettings, variant: Variant) -> float:
+    """The share of samples that go without their pictures."""
+    if not variant.is_fused:
+        return settings.image_dropout_rate
+    return 1 - (I2V_RATIO if settings.i2v_ratio is None else settings.i2v_ratio)
 
 
 def drop_pictures(keys: Sequence[SampleKey], rate: float, *, seed: int, epoch: int) -> list[bool]:

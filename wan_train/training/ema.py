@@ -19,8 +19,8 @@ class Ema:
         self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the parameters after a step."""
+    def update(self, expert: str | None = None) -> None:
+        """Take in the parameters after a step, of whichever expert."""
         self._steps += 1
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         for name, parameter in self._parameters.items():

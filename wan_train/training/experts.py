@@ -8,8 +8,6 @@ from wan_train.models.experts import HIGH, LOW, ORDER, read_boundary, span_of
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.training.settings import TimestepSettings, TrainSettings
 
-FLAGS = {LOW: "--dit", HIGH: "--dit_high_noise"}
-
 
 @dataclass(frozen=True)
 class ExpertPlan:
@@ -59,33 +57,64 @@ def plan_experts(settings: TrainSettings) -> ExpertPlan:
         raise InputError(
             f"--task {variant.name} has two models: give --dit (low noise), --dit_high_noise, or both to train both"
         )
-    if len(trained) == 1 and experts.shared_lora:
-        raise InputError("--shared_lora is one LoRA for two experts: give --dit and --dit_high_noise")
-    if experts.offload_inactive_dit and settings.stream.blocks_to_swap:
-        raise InputError(
-            f"--offload_inactive_dit and --blocks_to_swap {settings.stream.blocks_to_swap} both keep weights in main"
-            " memory: give one of them"
-        )
+    if len(trained) == 1:
+        _refuse_without_pair(settings)
+    else:
+        _check_pair(settings)
     plan = ExpertPlan(trained, read_boundary(experts.timestep_boundary, variant), experts.expert_steps)
     for expert in trained:
         plan.limits(expert, settings.timesteps)
     return plan
 
 
+def _check_pair(settings: TrainSettings) -> None:
+    experts = settings.experts
+    if experts.offload_inactive_dit and settings.stream.blocks_to_swap:
+        raise InputError(
+            f"--offload_inactive_dit and --blocks_to_swap {settings.stream.blocks_to_swap} both keep weights in main"
+            " memory: give one of them"
+        )
+    if experts.shared_lora and experts.network_weights_high_noise:
+        raise InputError("--network_weights_high_noise: a --shared_lora starts from --network_weights: leave it out")
+    if settings.network.base_weights:
+        raise InputError(
+            "--base_weights would go into both experts: merge it into its own with --save_merged_model, and train that"
+        )
+
+
+def _refuse_without_pair(settings: TrainSettings) -> None:
+    experts = settings.experts
+    given = {
+        "--shared_lora": experts.shared_lora,
+        "--offload_inactive_dit": experts.offload_inactive_dit,
+        "--network_weights_high_noise": experts.network_weights_high_noise,
+    }
+    for flag, there in given.items():
+        if there:
+            raise InputError(f"{flag} is for training both experts: give --dit and --dit_high_noise, or leave it out")
+
+
 def _refuse_for_one_model(settings: TrainSettings, variant: Variant) -> None:
-    if settings.experts.dit_high_noise:
-        raise InputError(f"--dit_high_noise: --task {variant.name} has one model: take an A14B task, or leave it out")
-    if settings.experts.timestep_boundary is not None:
-        read_boundary(settings.experts.timestep_boundary, variant)
-    if settings.experts.shared_lora:
-        raise InputError(f"--shared_lora: --task {variant.name} has one model: leave it out")
+    experts = settings.experts
+    if experts.timestep_boundary is not None:
+        read_boundary(experts.timestep_boundary, variant)
+    given = {
+        "--dit_high_noise": experts.dit_high_noise,
+        "--shared_lora": experts.shared_lora,
+        "--offload_inactive_dit": experts.offload_inactive_dit,
+        "--network_weights_high_noise": experts.network_weights_high_noise,
+    }
+    for flag, there in given.items():
+        if there:
+            raise InputError(f"{flag}: --task {variant.name} has one model: take an A14B task, or leave it out")
 
 
 def settings_of(settings: TrainSettings, expert: str | None) -> TrainSettings:
-    """The settings with `--dit` that of an expert, and `--network_weights` its own."""
+    """The settings with `--dit` that of an expert, and `--network_weights` its own: alone it has the only ones."""
     if expert != HIGH:
         return settings
-    weights = settings.experts.network_weights_high_noise
+    alone = not settings.dit.dit
+    weights = settings.network.network_weights if alone else settings.experts.network_weights_high_noise
     network = replace(settings.network, network_weights=weights)
     return replace(settings, dit=replace(settings.dit, dit=settings.experts.dit_high_noise), network=network)
 

@@ -34,7 +34,11 @@ def main(settings: TrainSettings) -> None:
         print(audit(settings))
         return
     if settings.experts.convert_boundary:
-        print(describe_boundary(read_boundary(settings.experts.timestep_boundary, VARIANTS[settings.dit.task])))
+        print(
+            describe_boundary(
+                read_boundary(settings.experts.timestep_boundary, VARIANTS[settings.dit.task], "--convert_boundary")
+            )
+        )
         return
     plan = preflight(settings)
     data = open_data(settings, plan.configs)

@@ -1,6 +1,7 @@
 """What is learnt: the velocity at a keyed point between data and noise."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -74,9 +75,13 @@ def span(settings: TimestepSettings) -> Span:
     return Span(low, high, settings.preserve_distribution_shape)
 
 
-def check_timesteps(settings: TimestepSettings, sizes: Iterable[tuple[int, int]] = ((128, 128),)) -> None:
+def check_timesteps(
+    settings: TimestepSettings,
+    sizes: Iterable[tuple[int, int]] = ((128, 128),),
+    limits: Sequence[Span | None] = (None,),
+) -> None:
     """InputError for settings that contradict each other, or leave next to nothing to draw for one of the latent
-    sizes (height, width)."""
+    sizes (height, width) within one of the `limits`, those of experts."""
     low, high = settings.min_timestep, settings.max_timestep
     if low >= high:
         raise InputError(f"--min_timestep {low} must be below --max_timestep {high}")
@@ -86,12 +91,14 @@ def check_timesteps(settings: TimestepSettings, sizes: Iterable[tuple[int, int]]
             f"--weighting_scheme {scheme} says how --timestep_sampling sigma draws; with {sampling} it does nothing: "
             "leave out one of the two"
         )
-    for size in sizes if settings.preserve_distribution_shape else ():
-        below = shares_below(distribution(settings, size), span(settings))
+    spans = [each or span(settings) for each in limits]
+    for size, part in itertools.product(sizes, [each for each in spans if each.keep_shape]):
+        below = shares_below(distribution(settings, size), part)
         if below[1] - below[0] < LEAST_SHARE:
+            way = "leave out --preserve_distribution_shape" if limits == (None,) else "draw otherwise"
             raise InputError(
-                f"--timestep_sampling {sampling} draws next to nothing from {low} to {high}: widen --min_timestep and "
-                "--max_timestep, or leave out --preserve_distribution_shape"
+                f"--timestep_sampling {sampling} draws next to nothing from {NUM_TIMESTEPS * part.low:g} to"
+                f" {NUM_TIMESTEPS * part.high:g}: widen --min_timestep and --max_timestep, or {way}"
             )
 
 

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from networks.adapter import Adapter
 from networks.norms import Norms
 from wan_train.models.experts import ORDER, Pair
+from wan_train.training.ema import Ema
 
 
 class PairModel(nn.Module):
-    """Two models of which one answers; the other is in main memory meanwhile if `offload` says so.
+    """Two models of which one answers, at first the one for high noise; the other is in main memory meanwhile, and at
+    first already, if `offload` says so.
 
     `active` is the one that answers. With `exchanging` what is trained of the other still has a part in the result,
     nothing times it: processes that exchange gradients wait for all of them.
@@ -26,8 +28,6 @@ class PairModel(nn.Module):
         self.high_noise, self.low_noise = models.high_noise, models.low_noise
         self._device, self._offload, self._exchanging = device, offload, exchanging
         self.active = ORDER[0]
-        if offload:
-            move_frozen(self.low_noise, torch.device("cpu"))
 
     def of(self, expert: str) -> nn.Module:
         """That expert's model, which answers from now on."""
@@ -94,10 +94,6 @@ class PairAdapter:
             mine = {k.removeprefix(f"{expert}."): t for k, t in tensors.items() if k.startswith(f"{expert}.")}
             part.load(mine)
 
-    def act_on(self, model: nn.Module) -> None:
-        """Not to be called: the adapters of two experts act on those."""
-        raise NotImplementedError
-
     def disabled(self) -> AbstractContextManager[None]:
         """While it lasts both models compute as if they had never been trained."""
         stack = ExitStack()
@@ -119,3 +115,30 @@ class PairAdapter:
 def parts_of(adapter: Adapter) -> list[tuple[str | None, Adapter]]:
     """What is saved in a file of its own, by expert; None for an adapter that is one file."""
     return list(adapter.parts.items()) if isinstance(adapter, PairAdapter) else [(None, adapter)]
+
+
+class PairEma:
+    """The averages of both experts' adapters; that of the one whose turn it is not rests with it."""
+
+    def __init__(self, parts: Pair[Ema]) -> None:
+        self.parts = parts
+
+    def update(self, expert: str | None) -> None:
+        """Take in what this expert has learnt in a step."""
+        self.parts.of(str(expert)).update()
+
+    def applied(self) -> AbstractContextManager[None]:
+        """While it lasts the parameters of both hold their averages."""
+        stack = ExitStack()
+        for _, part in self.parts.items():
+            stack.enter_context(part.applied())
+        return stack  # type: ignore[return-value]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {expert: part.state_dict() for expert, part in self.parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        for expert, part in self.parts.items():
+            part.load_state_dict(state[expert])

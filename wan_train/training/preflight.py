@@ -7,10 +7,13 @@ from pathlib import Path
 from dataset.batches import CachedDataset, open_cached, open_trusted
 from dataset.config import DatasetConfig, read_config
 from networks.adapter import MODULES, check_network
+from networks.expert import warn_of_other_expert
 from networks.lora_arguments import lora_arguments
 from wan_train.assemble import ModelSettings, check_model
 from wan_train.cli import InputError
+from wan_train.flow.timesteps import Span
 from wan_train.log import get_logger
+from wan_train.models.experts import FLAGS
 from wan_train.models.loading import linear_shapes
 from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.variants import VARIANTS, Variant
@@ -18,7 +21,7 @@ from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable
 from wan_train.training.accelerator import launched_device, launched_dtype
 from wan_train.training.audit import refuse_unused
-from wan_train.training.experts import FLAGS, ExpertPlan, plan_experts, settings_of
+from wan_train.training.experts import ExpertPlan, plan_experts, settings_of
 from wan_train.training.hub import check_hub, fetch_state
 from wan_train.training.objective import check_timesteps
 from wan_train.training.optimizer_state import is_schedule_free
@@ -60,25 +63,49 @@ def preflight(settings: TrainSettings) -> Plan:
             f"--ema_decay {settings.loop.ema_decay:g}: {settings.optimizer.optimizer_type} averages by itself, what it "
             "saves is its average; leave out --ema_decay"
         )
+    if experts.is_pair and not settings.experts.shared_lora and is_schedule_free(kind):
+        raise InputError(
+            f"--optimizer_type {settings.optimizer.optimizer_type} averages all the time, and two experts rest in turn:"
+            " take another optimizer"
+        )
     check_schedule(settings.optimizer)
-    check_timesteps(settings.timesteps)
+    check_timesteps(settings.timesteps, limits=limits_of(settings, experts))
+    check_pictures_settings(settings, variant)
     check_validation(settings.validation)
     check_trackers(settings.logs)
     check_hub(settings.hub, settings.save.resume)
     configs = read_configs(settings.data.dataset_config, settings)
-    requests = check_previews(settings, variant)
     captions = check_prior(settings)
     device, computing = launched_device(), launched_dtype(settings.loop)
     for expert in experts.trained or (None,):
-        its, flag = settings_of(settings, expert), FLAGS.get(expert or "", "--dit")
-        if warning := check_model(model_settings(its), variant, device, computing=computing, flag=flag):
+        its = settings_of(settings, expert)
+        if warning := check_model(model_settings(its), variant, device, computing=computing, flag=FLAGS[expert]):
             log.warning(warning)
         check_network(its.network, linear_shapes(its.dit.dit))
+        if expert is not None and not settings.experts.shared_lora:
+            for path in filter(None, (its.network.network_weights, *its.network.base_weights)):
+                warn_of_other_expert(path, expert)
     check_pair_previews(settings, experts)
+    requests = check_previews(settings, variant)
     if not settings.experts.allow_unused_timesteps:
         refuse_unused(experts, settings.timesteps)
     check_writable(settings.save.output_dir)
     return Plan(variant, configs, requests, captions, experts, find_state(fetched(settings)))
+
+
+def limits_of(settings: TrainSettings, experts: ExpertPlan) -> tuple[Span | None, ...]:
+    """The noise levels of each expert that is trained, None for those of the settings."""
+    return tuple(experts.limits(expert, settings.timesteps) for expert in experts.trained) or (None,)
+
+
+def check_pictures_settings(settings: TrainSettings, variant: Variant) -> None:
+    """InputError for options of other tasks' pictures."""
+    pictures = settings.pictures
+    if pictures.image_dropout_rate and (variant.images is None or variant.is_fused):
+        way = "give --i2v_ratio" if variant.is_fused else "leave it out"
+        raise InputError(f"--image_dropout_rate: --task {variant.name} has no pictures to drop: {way}")
+    if pictures.i2v_ratio is not None and not variant.is_fused:
+        raise InputError(f"--i2v_ratio: --task {variant.name} is not text and picture in one: leave it out")
 
 
 def check_pair_previews(settings: TrainSettings, experts: ExpertPlan) -> None:
@@ -119,7 +146,7 @@ def open_data(settings: TrainSettings, configs: tuple[DatasetConfig, ...]) -> Da
     )
     stride = VARIANTS[settings.dit.task].space.stride
     sizes = {(bucket.size[1] // stride, bucket.size[0] // stride) for bucket in data.training.buckets}
-    check_timesteps(settings.timesteps, sizes)
+    check_timesteps(settings.timesteps, sizes, limits_of(settings, plan_experts(settings)))
     return data
 
 

@@ -10,6 +10,7 @@ from dataset.config import DatasetConfig
 from dataset.order import SampleKey
 from wan_train.cli import InputError
 from wan_train.log import get_logger
+from wan_train.models.experts import read_boundary
 from wan_train.models.variants import VARIANTS
 from wan_train.training.schedules import warmup_steps
 from wan_train.training.settings import TrainSettings
@@ -78,7 +79,7 @@ def configuration(settings: TrainSettings, trained: Trained, *, num_processes: i
         experts = settings.experts
         known |= {
             "--dit_high_noise": Path(experts.dit_high_noise).name,
-            "--timestep_boundary": experts.timestep_boundary,
+            "--timestep_boundary": read_boundary(experts.timestep_boundary, VARIANTS[settings.dit.task]),
             "--expert_steps": experts.expert_steps,
             "--shared_lora": experts.shared_lora,
         }

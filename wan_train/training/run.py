@@ -18,7 +18,6 @@ from networks.adapter import Adapter
 from wan_train.cli import InputError, RunError
 from wan_train.log import get_logger
 from wan_train.models.dit import Dit
-from wan_train.models.variants import VARIANTS
 from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, of_step, outlived, path_of, save_adapter
 from wan_train.training.ema import Ema
 from wan_train.training.experts import ExpertPlan, only_expert
@@ -26,7 +25,7 @@ from wan_train.training.hub import Hub
 from wan_train.training.metadata import expert_metadata, saved_metadata
 from wan_train.training.metrics import MetricsWriter, RunningMean
 from wan_train.training.optimizer_state import for_saving
-from wan_train.training.pair import PairModel, parts_of
+from wan_train.training.pair import PairEma, PairModel, parts_of
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
 from wan_train.training.settings import TrainSettings
@@ -102,7 +101,7 @@ class Run:
     validator: Validator | None
     strata: Strata | None
     prior: Prior | None
-    ema: Ema | None
+    ema: Ema | PairEma | None
     average: RunningMean
     skipped: Skipped
     carried: dict[str, Stateful]
@@ -112,12 +111,6 @@ class Run:
     def num_processes(self) -> int:
         """How many processes take a step together."""
         return int(self.accelerator.num_processes)
-
-    @property
-    def fused(self) -> bool:
-        """Whether the model reads a given first frame in place of the noisy one."""
-        images = VARIANTS[self.settings.dit.task].images
-        return images is not None and images.fused
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:

@@ -164,9 +164,9 @@ class PictureSettings:
         maximum=1,
     )
     one_frame: bool = option(False, "Train on caches that were made with --one_frame.")
-    i2v_ratio: float = option(
-        0.5,
-        "With ti2v-5B, the share of samples whose first frame is given; the others are text to video.",
+    i2v_ratio: float | None = option(
+        None,
+        "With ti2v-5B, the share of samples whose first frame is given; the others are text to video; 0.5 without it.",
         minimum=0,
         maximum=1,
     )

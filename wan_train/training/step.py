@@ -13,7 +13,8 @@ from torch import Tensor
 from dataset.batches import Batch
 from wan_train.cli import RunError
 from wan_train.log import get_logger
-from wan_train.training.conditioning import conditions_of, drop_pictures
+from wan_train.models.variants import VARIANTS
+from wan_train.training.conditioning import conditions_of, drop_pictures, dropping_rate
 from wan_train.training.metrics import StepMetrics, loss_by_stratum, num_tokens, peak_memory_mib
 from wan_train.training.objective import Draws, Losses, draw, measure
 from wan_train.training.optimizer_state import learning_rates
@@ -78,7 +79,7 @@ def take_step(run: Run, window: list[Drawn], position: Position) -> tuple[StepMe
     let_idle_rest(run, window[0].expert)
     norm = clip(run)
     if math.isfinite(shared.loss) and math.isfinite(norm):
-        update(run)
+        update(run, window[0].expert)
     else:
         leave_out(run, shared.loss, norm, position, window)
     rates = learning_rates(run.optimizer)
@@ -112,10 +113,10 @@ def learn(run: Run, drawn: Drawn, epoch: int, *, share: float, last: bool) -> Lo
         run.dit.of(str(drawn.expert))
     latents, placed = batch.latents.to(device), drawn.draws.to(device)
     weights = None if batch.weights is None else batch.weights.to(device)
-    pictures = run.settings.pictures
-    rate = 1 - pictures.i2v_ratio if run.fused else pictures.image_dropout_rate
+    variant = VARIANTS[run.settings.dit.task]
+    rate = dropping_rate(run.settings.pictures, variant)
     dropped = drop_pictures(batch.keys, rate, seed=run.seed, epoch=epoch)
-    conditions = conditions_of(batch, device, without_pictures=dropped, fused=run.fused)
+    conditions = conditions_of(batch, device, without_pictures=dropped, fused=variant.is_fused)
     seed_dropout(run.seed, epoch, batch, device)
     prior = None if run.prior is None or batch.is_reg else run.prior
     with exchange(run, now=last and prior is None):
@@ -169,14 +170,14 @@ def clip(run: Run) -> float:
     return float(run.accelerator.clip_grad_norm_(list(run.trained.values()), limit))
 
 
-def update(run: Run) -> None:
-    """Let the parameters take the step."""
+def update(run: Run, expert: str | None = None) -> None:
+    """Let the parameters take the step, those of one of two experts."""
     run.optimizer.step()
     limit = run.settings.network.scale_weight_norms
     if limit is not None:
         run.adapter.scale_norms(limit)
     if run.ema is not None:
-        run.ema.update()
+        run.ema.update(expert)
 
 
 def leave_out(run: Run, loss: float, norm: float, position: Position, window: list[Drawn]) -> None:

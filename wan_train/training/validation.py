@@ -30,7 +30,7 @@ from wan_train.cli import InputError
 from wan_train.flow.timesteps import Span
 from wan_train.flow.weighting import importance
 from wan_train.log import get_logger
-from wan_train.training.conditioning import conditions_of
+from wan_train.training.conditioning import conditions_of, drop_pictures
 from wan_train.training.evaluation import Evaluation, History, Losses
 from wan_train.training.experts import ExpertPlan
 from wan_train.training.objective import Draws, draw_levels, measure
@@ -96,7 +96,8 @@ class Validator:
     """Measures the loss on held-out clips, and judges each measurement against those before it.
 
     Each clip counts once, whatever its `num_repeats`, with its first caption and as it is; batches are of its
-    dataset's `batch_size`, and the last of a bucket is taken too.
+    dataset's `batch_size`, and the last of a bucket is taken too. `without_pictures` is the share of clips, always the
+    same, that a model which is text and picture to video in one is measured on as text to video.
     """
 
     def __init__(
@@ -105,11 +106,12 @@ class Validator:
         settings: ValidationSettings,
         timesteps: TimestepSettings,
         loss: LossSettings,
-        experts: ExpertPlan = ExpertPlan(),  # noqa: B008
+        experts: ExpertPlan | None = None,
         *,
-        fused: bool = False,
+        without_pictures: float | None = None,
     ) -> None:
-        self._fused = fused
+        experts = experts or ExpertPlan()
+        self._without = without_pictures
         self._dataset, self._settings, self._timesteps, self._loss = dataset, settings, timesteps, loss
         # From data to noise, as the strata of one model are.
         trained: list[str | None] = [*reversed(experts.trained)] or [None]
@@ -149,6 +151,21 @@ class Validator:
         # A sharded model is gathered by all processes together, so each runs as many batches; doubles fall away below.
         padded = itertools.islice(itertools.cycle(self._batches), shares * accelerator.num_processes)
         mine = list(itertools.islice(padded, accelerator.process_index, None, accelerator.num_processes))
+        num_strata = self._settings.validation_timesteps
+        table = np.zeros((len(self._rows), len(self._parts) * num_strata), np.float32)
+        with evaluating(model):
+            # One expert after the other: the one that rests may have to be moved.
+            for part, (expert, limits) in enumerate(self._parts):
+                if isinstance(model, PairModel):
+                    model.of(str(expert))
+                for position, values in gather_object(self._measure_part(model, mine, limits, accelerator)):
+                    table[self._rows[position], part * num_strata : (part + 1) * num_strata] = values
+        return table
+
+    def _measure_part(
+        self, model: nn.Module, mine: Sequence[list[int]], limits: Span | None, accelerator: Accelerator
+    ) -> list[tuple[int, list[float]]]:
+        """Losses of these batches' clips, by position, at the noise levels within `limits`."""
         reading = read_ahead(collate([self._dataset[position] for position in batch]) for batch in mine)
         shown = tqdm(
             zip(mine, reading, strict=True),
@@ -159,36 +176,31 @@ class Validator:
             disable=not accelerator.is_main_process,
         )
         measured: list[tuple[int, list[float]]] = []
-        with evaluating(model):
-            for positions, batch in shown:
-                losses = self._measure_batch(model, batch, accelerator.device)
-                measured += zip(positions, losses.tolist(), strict=True)
-        table = np.zeros((len(self._rows), len(self._parts) * self._settings.validation_timesteps), np.float32)
-        for position, values in gather_object(measured):
-            table[self._rows[position]] = values
-        return table
+        for positions, batch in shown:
+            losses = self._measure_batch(model, batch, limits, accelerator.device)
+            measured += zip(positions, losses.tolist(), strict=True)
+        return measured
 
-    def _measure_batch(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    def _measure_batch(self, model: nn.Module, batch: Batch, limits: Span | None, device: torch.device) -> Tensor:
         """Losses (B, K) of a batch, on the CPU."""
-        latents = batch.latents.to(device)
-        conditions = conditions_of(batch, device, fused=self._fused)
+        latents, seed = batch.latents.to(device), self._settings.validation_seed
+        rate = self._without
+        dropped = [] if rate is None else drop_pictures(batch.keys, rate, seed=seed, epoch=0)
+        conditions = conditions_of(batch, device, without_pictures=dropped, fused=rate is not None)
         weights = None if batch.weights is None else batch.weights.to(device)
         losses = []
-        for expert, limits in self._parts:
-            if isinstance(model, PairModel):
-                model.of(str(expert))
-            for stratum in range(self._settings.validation_timesteps):
-                draws = draw_stratum(
-                    batch.keys,
-                    latents.shape[1:],
-                    self._timesteps,
-                    stratum=stratum,
-                    num_strata=self._settings.validation_timesteps,
-                    seed=self._settings.validation_seed,
-                    limits=limits,
-                ).to(device)
-                measured = measure(model, latents, conditions, draws, weights=weights, settings=self._loss)
-                losses.append(measured.samples)
+        for stratum in range(self._settings.validation_timesteps):
+            draws = draw_stratum(
+                batch.keys,
+                latents.shape[1:],
+                self._timesteps,
+                stratum=stratum,
+                num_strata=self._settings.validation_timesteps,
+                seed=seed,
+                limits=limits,
+            ).to(device)
+            measured = measure(model, latents, conditions, draws, weights=weights, settings=self._loss)
+            losses.append(measured.samples)
         return torch.stack(losses, dim=1).cpu()
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,6 +217,7 @@ class Validator:
     def _measure(self) -> str:
         settings = self._settings
         parts = "" if self._parts[0][0] is None else f"{self._parts} "
+        parts += "" if self._without is None else f"{self._without} "
         return parts + f"{settings.validation_timesteps} {settings.validation_seed} {self._timesteps} {self._loss}"
 
 

@@ -16,7 +16,7 @@ from wan_train.cli import InputError
 from wan_train.models.vae import WanVAE, check_vae, load_vae
 from wan_train.models.vae22 import add_repeated, average_neighbours
 from wan_train.models.vae_coders import fold_patches, unfold_patches
-from wan_train.models.vae_geometry import GEOMETRIES, WAN22
+from wan_train.models.vae_geometry import GEOMETRIES, KIND22
 from wan_train.models.vae_layers import FeatureCache
 from wan_train.models.vae_names import diffusers_name
 from wan_train.models.vae_tiling import Tiling
@@ -218,7 +218,7 @@ def test_the_tiny_vae_has_the_official_names_and_shapes() -> None:
 
 def test_the_published_widths_go_through() -> None:
     with torch.device("meta"):
-        vae = WanVAE(GEOMETRIES[WAN22])
+        vae = WanVAE(GEOMETRIES[KIND22])
         for network, chunks, shapes in (
             (vae.encoder, [(1, 3, 1, 32, 48), (1, 3, 4, 32, 48)], [(1, 96, 1, 2, 3)] * 2),
             (vae.decoder, [(1, 48, 1, 2, 3)] * 3, [(1, 3, 1, 32, 48), (1, 3, 4, 32, 48), (1, 3, 4, 32, 48)]),
