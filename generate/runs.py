@@ -117,10 +117,12 @@ def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[in
 def describe(job: Job) -> str:
     """A job's settings in a line."""
     request = job.request
+    scales = [request.guided(expert).scale for expert in experts_of(request.variant)]
+    guidance = " and then ".join(f"{scale:g}" for scale in scales)
     levels = f" at {','.join(f'{value:g}' for value in request.timesteps)}" if request.timesteps else ""
     return (
         f"{job.shown}: {request.width} wide, {request.height} high, {request.frames} frames, {request.steps} steps"
-        f"{levels} of {request.solver}, shift {request.noise_shift:g}, guidance {request.guidance:g}"
+        f"{levels} of {request.solver}, shift {request.noise_shift:g}, guidance {guidance}"
     )
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,3 +307,21 @@ def test_from_a_picture_without_an_image_encoder(
     for more in ((), ("--trust_cache",)):
         line = told_by(TRAIN, desk.training("no", *task, *files, "--dataset_config", data, *more), capsys)
         assert "of other pictures" in line
+
+
+def test_killed_and_gone_on(desk: Desk, root: Path) -> None:
+    rest = ("--network_dropout", 0.1, "--ema_decay", 0.5, "--save_every_n_steps", 1, "--save_state")
+    desk.train("unbroken", *rest, steps=8)
+    words = [str(word) for word in desk.training("killed", *rest, steps=8)]
+    command = [sys.executable, "wan_train_network.py", *words]
+    process = subprocess.Popen(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    metrics, deadline = desk.folder / "out" / "killed.metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    desk.train("killed", *rest, "--resume", "auto", steps=8)
+    for ending in ("high_noise", "low_noise", "high_noise-ema", "low_noise-ema"):
+        whole, killed = desk.lora(f"unbroken_{ending}"), desk.lora(f"killed_{ending}")
+        assert all(torch.equal(killed[key], whole[key]) for key in whole) and learnt(whole)
+    assert [row["step"] for row in desk.rows("killed")] == list(range(1, 9))
