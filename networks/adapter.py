@@ -1,7 +1,7 @@
 """What is trained, as the trainer sees it: LoRA and full fine-tuning answer alike."""
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from networks.norms import Norms
 from networks.settings import NetworkSettings
 from wan_train.cli import InputError, nearest
 
-MODULES = ("networks.lora_wan",)
+MODULES = ("networks.lora_wan", "networks.full")
 
 
 class Adapter(Protocol):
@@ -63,21 +63,32 @@ def create(model: nn.Module, settings: NetworkSettings, *, seed: int = 0) -> Ada
     return adapter
 
 
-def check_network(settings: NetworkSettings, linears: Mapping[str, Shape]) -> None:
+def check_network(settings: NetworkSettings, linears: Mapping[str, Shape], names: Collection[str] = ()) -> None:
     """InputError for a network, or LoRA files to begin with, that do not fit a model with these `linears`, (out, in) by
-    official module name, as a checkpoint's header tells them. Nothing but headers is read."""
+    official module name, and tensors of these `names`, as a checkpoint's header tells them. Nothing but headers is
+    read."""
     for path, _ in settings.base_loras:
         check_lora(path, linears)
     module = check_module(settings)
     if callable(getattr(module, "check_model", None)):
         module.check_model(settings, linears)
+    if callable(getattr(module, "check_names", None)):
+        module.check_names(settings, names)
+    elif settings.trainable:
+        raise InputError("--trainable chooses weights for --network_module networks.full: leave it out")
+
+
+def trains_weights(settings: NetworkSettings) -> bool:
+    """Whether the network trains the model's own weights, so that a saved file is a checkpoint."""
+    return bool(getattr(check_module(settings), "TRAINS_WEIGHTS", False))
 
 
 def check_module(settings: NetworkSettings) -> ModuleType:
     """The module behind `--network_module`; InputError if it is none, or does not take its `--network_args`.
 
-    A network module has `attach(model, settings, *, seed) -> Adapter`, and may have `check(settings)` and
-    `check_model(settings, linears)` that refuse, without a model, what it cannot do at all or on such a model.
+    A network module has `attach(model, settings, *, seed) -> Adapter`, and may have `check(settings)`,
+    `check_model(settings, linears)` and `check_names(settings, names)` that refuse, without a model, what it cannot do
+    at all or on such a model. One with TRAINS_WEIGHTS trains the model's own weights.
     """
     name = settings.network_module
     known = f"known are {', '.join(MODULES)}"

@@ -33,6 +33,12 @@ class NetworkSettings:
     scale_weight_norms: float | None = option(
         None, "After each step shrink each module's learnt change to this norm at most; above 0, often 1."
     )
+    trainable: tuple[str, ...] = option(
+        (),
+        "With networks.full, patterns of the names of the weights that are trained, such as blocks.*.self_attn.*;"
+        " without it all are.",
+        metavar="PATTERN",
+    )
     base_weights: tuple[str, ...] = option(
         (), "LoRA files to merge into the model before the network is trained on it."
     )

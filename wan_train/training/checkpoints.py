@@ -33,13 +33,16 @@ def _name(save: SaveSettings, expert: str | None) -> str:
     return f"{save.output_name}_{expert}" if expert else save.output_name
 
 
-def save_adapter(path: Path, adapter: Adapter, save: SaveSettings, metadata: Mapping[str, str]) -> None:
+def save_adapter(
+    path: Path, adapter: Adapter, save: SaveSettings, metadata: Mapping[str, str], *, hashed: bool = True
+) -> None:
     """Write the adapter's tensors in `--save_precision`, with metadata and its hashes."""
     dtype = dtype_of(save.save_precision)
     # Single numbers (alpha) stay whole: bf16 would turn 1.3 into 1.297.
     exported = adapter.export().items()
     tensors = {name: tensor.detach().to("cpu", dtype if tensor.ndim else None) for name, tensor in exported}
-    save_tensors(path, tensors, add_hashes(tensors, metadata))
+    # The hashes are those by which LoRA files are known, and take a copy of the file in memory.
+    save_tensors(path, tensors, add_hashes(tensors, metadata) if hashed else metadata)
 
 
 def outlived(save: SaveSettings, *, epoch: int, step: int, experts: Sequence[str | None] = (None,)) -> list[Path]:

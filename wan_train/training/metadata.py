@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import wan_train
+from networks.adapter import trains_weights
 from networks.expert import KEY as EXPERT_KEY
 from wan_train.models.fingerprint import fingerprint
 from wan_train.models.variants import VARIANTS
@@ -119,7 +120,7 @@ def _model_spec(settings: TrainSettings) -> dict[str, str]:
     size = variant.size
     rows = {
         "sai_model_spec": "1.0.0",
-        "architecture": save.metadata_arch or f"{variant.family}/lora",
+        "architecture": save.metadata_arch or variant.family + "/lora" * (not trains_weights(settings.network)),
         "implementation": "https://github.com/Wan-Video/Wan2.1",
         "title": save.metadata_title or save.output_name,
         "resolution": save.metadata_reso or f"{size[0]}x{size[1]}",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dataset.batches import CachedDataset, open_cached, open_trusted
 from dataset.config import DatasetConfig, read_config
-from networks.adapter import MODULES, check_network
+from networks.adapter import MODULES, check_network, trains_weights
 from networks.expert import warn_of_other_expert
 from networks.lora_arguments import lora_arguments
 from wan_train.assemble import ModelSettings, check_model
@@ -14,11 +14,11 @@ from wan_train.cli import InputError
 from wan_train.flow.timesteps import Span
 from wan_train.log import get_logger
 from wan_train.models.experts import FLAGS
-from wan_train.models.loading import linear_shapes
+from wan_train.models.loading import linear_shapes, official_shapes
 from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.request import SampleRequest
-from wan_train.storage import check_writable
+from wan_train.storage import check_writable, read_header
 from wan_train.training.accelerator import launched_device, launched_dtype
 from wan_train.training.audit import refuse_unused
 from wan_train.training.experts import ExpertPlan, plan_experts, settings_of
@@ -55,7 +55,7 @@ def preflight(settings: TrainSettings) -> Plan:
     variant = VARIANTS[settings.dit.task]
     experts = plan_experts(settings)
     check_output_name(settings.save.output_name)
-    ours = settings.network.network_module in MODULES
+    ours = settings.network.network_module == MODULES[0]
     several_rates = ours and lora_arguments(settings.network).loraplus_lr_ratio != 1
     kind, _ = check_optimizer(settings.optimizer, several_rates=several_rates)
     if settings.loop.ema_decay is not None and is_schedule_free(kind):
@@ -79,9 +79,12 @@ def preflight(settings: TrainSettings) -> Plan:
     device, computing = launched_device(), launched_dtype(settings.loop)
     for expert in experts.trained or (None,):
         its = settings_of(settings, expert)
+        if trains_weights(its.network):
+            check_full(its)
         if warning := check_model(model_settings(its), variant, device, computing=computing, flag=FLAGS[expert]):
             log.warning(warning)
-        check_network(its.network, linear_shapes(its.dit.dit))
+        names = official_shapes(read_header(its.dit.dit).shapes)
+        check_network(its.network, linear_shapes(its.dit.dit), names)
         if expert is not None and not settings.experts.shared_lora:
             for path in filter(None, (its.network.network_weights, *its.network.base_weights)):
                 warn_of_other_expert(path, expert)
@@ -91,6 +94,28 @@ def preflight(settings: TrainSettings) -> Plan:
         refuse_unused(experts, settings.timesteps)
     check_writable(settings.save.output_dir)
     return Plan(variant, configs, requests, captions, experts, find_state(fetched(settings)))
+
+
+def check_full(settings: TrainSettings) -> None:
+    """InputError for what does not go with training the model's own weights."""
+    weights, stream = settings.weights, settings.stream
+    given = {
+        "--fp8_base": weights.fp8_base,
+        "--fp8_scaled": weights.fp8_scaled,
+        "--int8_base": weights.int8_base,
+        "--blocks_to_swap": stream.blocks_to_swap,
+        "--prior_captions": settings.prior.prior_captions,
+        "--shared_lora": settings.experts.shared_lora,
+        "--offload_inactive_dit": settings.experts.offload_inactive_dit,
+    }
+    for flag, there in given.items():
+        if there:
+            raise InputError(f"{flag} does not go with {settings.network.network_module}, which trains the weights")
+    stored = read_header(settings.dit.dit).dtypes if settings.dit.dit else {}
+    if any(dtype.itemsize == 1 for dtype in stored.values()):
+        raise InputError(
+            f"--dit {settings.dit.dit} is stored in eight bits, too few to train: give a bf16, fp16 or fp32 file"
+        )
 
 
 def limits_of(settings: TrainSettings, experts: ExpertPlan) -> tuple[Span | None, ...]:

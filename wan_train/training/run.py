@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dataset.batches import Batch
 from dataset.epochs import EpochBatches
-from networks.adapter import Adapter
+from networks.adapter import Adapter, trains_weights
 from wan_train.cli import InputError, RunError
 from wan_train.log import get_logger
 from wan_train.models.dit import Dit
@@ -164,17 +164,18 @@ def write_files(run: Run, moment: str, position: Position) -> list[Path]:
     settings = run.settings.save
     common = saved_metadata(run.settings, run.metadata, step=position.step, epoch=epoch_of(position))
     saved: list[Path] = []
+    hashed = not trains_weights(run.settings.network)
     for expert, part in parts_of(run.adapter):
         metadata = common | expert_metadata(run.settings, expert or only_expert(run.experts))
         path = path_of(settings, moment, FILE, expert)
         with for_saving(run.optimizer):
-            save_adapter(path, part, settings, metadata)
+            save_adapter(path, part, settings, metadata, hashed=hashed)
         log.info("saved %s", path)
         saved.append(path)
         if run.ema is not None:
             saved.append(path_of(settings, moment, EMA_FILE, expert))
             with run.ema.applied():
-                save_adapter(saved[-1], part, settings, metadata)
+                save_adapter(saved[-1], part, settings, metadata, hashed=hashed)
     return saved
 
 

@@ -1,0 +1,115 @@
+"""Full fine-tuning: the model's own weights are what is trained, all of them or those that patterns choose.
+
+What is trained is kept in float32, whatever the file stores; each product casts it. A saved file is a checkpoint under
+the official names, the weights that were not trained among the others.
+"""
+
+import fnmatch
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from networks.norms import Norms
+from networks.settings import NetworkSettings, read_arguments
+from wan_train.cli import InputError
+
+TRAINS_WEIGHTS = True  # of the model itself, which then cannot be in eight bits or elsewhere
+_OF_LORA = ("network_dim", "network_dropout", "network_weights", "dim_from_weights", "scale_weight_norms")
+
+
+class Full:
+    """Weights of a model, as an `Adapter`."""
+
+    def __init__(self, model: nn.Module, names: Collection[str], settings: NetworkSettings) -> None:
+        self._model, self._settings = model, settings
+        self._trained: dict[str, nn.Parameter] = {}
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+                self._trained[name] = parameter
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """One group of all that is trained."""
+        return [{"params": list(self._trained.values()), "lr": learning_rate}]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained, under its official name."""
+        yield from self._trained.items()
+
+    def export(self) -> dict[str, Tensor]:
+        """The whole model under official names: float32 what was trained, the rest as it is stored."""
+        return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+
+    def metadata(self) -> dict[str, str]:
+        """Which module trained it, and what of it."""
+        rows = {"ss_network_module": self._settings.network_module}
+        return rows | ({"wan_train_trainable": " ".join(self._settings.trainable)} if self._settings.trainable else {})
+
+    def describe(self) -> str:
+        """How many weights are trained, of how many, and what they and an Adam optimizer's states take."""
+        count = sum(parameter.numel() for parameter in self._trained.values())
+        total = sum(parameter.numel() for parameter in self._model.parameters())
+        gib = count * 4 / 2**30
+        return (
+            f"full fine-tuning of {count:,} weights of {total:,}: {gib:.2f} GiB of float32 weights, as much"
+            f" of gradients, and twice that of AdamW's states ({gib / 2:.2f} GiB with AdamW8bit)"
+        )
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `export` gave. InputError where something trained is missing or of another shape."""
+        for name, parameter in self._trained.items():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise InputError(f"the checkpoint has no {name} of {list(parameter.shape)}: give one of this model")
+            parameter.copy_(tensors[name])
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Not to be had: the weights that the model began with are gone."""
+        raise InputError("--prior_captions: full fine-tuning keeps no copy of the model as it was: leave them out")
+
+    def norm(self) -> float:
+        """The length of all that is trained."""
+        norms = torch.stack([parameter.detach().norm() for parameter in self._trained.values()])
+        return float(norms.norm())
+
+    def scale_norms(self, limit: float) -> Norms:
+        """Refused by `check`."""
+        raise InputError(f"--scale_weight_norms {limit:g} is for LoRA: leave it out")
+
+
+def check(settings: NetworkSettings) -> None:
+    """InputError for options that are a LoRA's."""
+    for name in _OF_LORA:
+        if getattr(settings, name):
+            raise InputError(f"--{name} is for LoRA, and --network_module {settings.network_module} trains the weights")
+    read_arguments(settings, ())
+
+
+def check_names(settings: NetworkSettings, names: Collection[str]) -> None:
+    """InputError for `--trainable` patterns that match none of a model's tensors."""
+    chosen_names(settings, names)
+
+
+def attach(model: nn.Module, settings: NetworkSettings, *, seed: int = 0) -> Full:
+    """Make weights of the model trainable; nothing is drawn, so that `seed` does not matter."""
+    names = chosen_names(settings, [name for name, _ in model.named_parameters()])
+    return Full(model, names, settings)
+
+
+def chosen_names(settings: NetworkSettings, names: Collection[str]) -> set[str]:
+    """Of the tensors' names those that a `--trainable` pattern matches, all without patterns."""
+    if not settings.trainable:
+        return set(names)
+    chosen: set[str] = set()
+    for pattern in settings.trainable:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            some = ", ".join(sorted(names)[:3])
+            raise InputError(f"--trainable {pattern}: no tensor of the model is called so; they are called as {some}")
+        chosen.update(found)
+    return chosen
