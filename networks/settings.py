@@ -1,4 +1,4 @@
-"""Settings of the trained network and of `convert_lora.py`."""
+"""Settings of the trained network, of `convert_lora.py` and of `extract_lora.py`."""
 
 import math
 from collections.abc import Collection
@@ -125,4 +125,31 @@ TOOL = Tool(
     "Rename a LoRA for other tools, or their LoRA for this one, without changing what it does.",
     ConvertLoraSettings,
     "networks.convert:main",
+)
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """Extraction."""
+
+    base: str = option("", "Checkpoint that the tuning began with.", flags=("--model_org",), required=True)
+    tuned: str = option("", "Checkpoint after it.", flags=("--model_tuned",), required=True)
+    output: str = option("", "Safetensors file to write.", flags=("--save_to",), required=True)
+    rank: int = option(64, "Rank of each pair, at most.", flags=("--dim",), minimum=1)
+    save_precision: str = option("float", "Precision of the LoRA.", choices=("float", "fp32", "bf16", "fp16"))
+    device: str = option("", "Where to decompose, as cuda or cpu; without it an accelerator where there is one.")
+
+
+@dataclass(frozen=True)
+class ExtractLoraSettings:
+    """All settings of the extractor."""
+
+    extract: ExtractSettings
+
+
+EXTRACT = Tool(
+    "extract_lora.py",
+    "Write as a LoRA what full fine-tuning changed, as well as a rank allows; the kept share of each block is printed.",
+    ExtractLoraSettings,
+    "networks.extract:main",
 )

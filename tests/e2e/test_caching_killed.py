@@ -24,7 +24,7 @@ target_frames = [1, 5, 9]
 frame_extraction = "uniform"
 frame_sample = 4
 """
-SECONDS = 120
+SECONDS = 300
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ def test_the_entry_points_are_those_of_the_readme() -> None:
         "wan_train_network",
         "wan_generate_video",
         "convert_lora",
+        "extract_lora",
     }
 
 
