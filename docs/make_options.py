@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wan_train.cli import Tool, describe, groups, options
+from wan_train.cli import Tool, bounds, groups, options, shown, spellings, title
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "options"
@@ -33,13 +33,28 @@ def find_tools() -> dict[str, Tool]:
     return tools
 
 
+def describe(tool: Tool) -> str:
+    """A Markdown page of every option of a tool, made from the settings themselves."""
+    lines = [f"# {tool.program}", "", tool.description, ""]
+    for group in groups(tool.settings).values():
+        lines += [f"## {title(group)}", "", "| option | default | meaning |", "|---|---|---|"]
+        for field, described, _ in options(group):
+            names = ", ".join(f"`{flag}`" for flag in (*spellings(field, described), *described.shortcuts))
+            default = "required" if described.required else shown(field.default)
+            allowed = f" One of: {', '.join(described.choices)}." if described.choices else ""
+            allowed += f" Range: {bounds(described)}." if bounds(described) else ""
+            lines.append(f"| {names} | {default} | {described.help}{allowed} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def list_options(tool: Tool) -> dict[str, str]:
     """Every spelling of every option of a tool, with its default in words."""
     listed: dict[str, str] = {}
     for group in groups(tool.settings).values():
         for field, described, _ in options(group):
             default = "required" if described.required else repr(field.default)
-            listed |= {flag: default for flag in (f"--{field.name}", *described.flags)}
+            listed |= {flag: default for flag in spellings(field, described)}
             listed |= {flag: f"--{field.name} {value}" for flag, value in described.shortcuts.items()}
     return dict(sorted(listed.items()))
 

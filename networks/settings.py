@@ -1,4 +1,4 @@
-"""Settings of the trained network, of `convert_lora.py` and of `extract_lora.py`."""
+"""Settings of the trained network and of the tools for LoRA files."""
 
 import math
 from collections.abc import Collection
@@ -152,4 +152,41 @@ EXTRACT = Tool(
     "Write as a LoRA what full fine-tuning changed, as well as a rank allows; the kept share of each block is printed.",
     ExtractLoraSettings,
     "networks.extract:main",
+)
+
+
+@dataclass(frozen=True)
+class AverageSettings:
+    """Averaging."""
+
+    path: tuple[str, ...] = option((), "Two or more LoRA files of one run.", positional=True, required=True)
+    output_file: str = option("", "Safetensors file to write.", required=True)
+    beta: float = option(0.95, "Share of the average that each further file leaves.", minimum=0, maximum=1)
+    beta2: float | None = option(
+        None,
+        "Share at the last file; between the second and it the share changes in equal steps.",
+        minimum=0,
+        maximum=1,
+    )
+    sigma_rel: float | None = option(
+        None,
+        "Instead of beta: width of the average relative to the length of the run (Karras et al. 2024).",
+        minimum=0.01,
+        maximum=0.28,
+    )
+    no_sort: bool = option(False, "Take the files in the order given; else by time of change, the oldest first.")
+
+
+@dataclass(frozen=True)
+class AverageLoraSettings:
+    """All settings of the averager."""
+
+    average: AverageSettings
+
+
+AVERAGE = Tool(
+    "lora_post_hoc_ema.py",
+    "Average LoRA files that one run saved, the later ones counting most.",
+    AverageLoraSettings,
+    "networks.average:main",
 )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Settings = TypeVar("Settings")
+_ARTICLES = {int: "a whole number", float: "a number"}
 
 
 class InputError(ValueError):
@@ -48,6 +49,7 @@ class Option:
     required: bool = False
     metavar: str | None = None
     expands: str = ""
+    positional: bool = False
 
 
 def option(
@@ -62,6 +64,7 @@ def option(
     metavar: str | None = None,
     required: bool = False,
     expands: str = "",
+    positional: bool = False,
 ) -> Any:
     """Declare a setting as a dataclass field.
 
@@ -69,10 +72,10 @@ def option(
     values, `tuple[str, ...]` any number. `flags` are further spellings; `shortcuts` are switches that set this field to
     a fixed value (`{"--sdpa": "torch"}`); `minimum` and `maximum` are inclusive. `expands` is "module:function" where
     the value is a file that holds options: the function gets the command line and gives it back with them in front.
+    A `positional` one is one value or more without a flag.
     """
-    described = Option(
-        help, tuple(choices), tuple(flags), dict(shortcuts or {}), minimum, maximum, required, metavar, expands
-    )
+    lists = tuple(choices), tuple(flags), dict(shortcuts or {})
+    described = Option(help, *lists, minimum, maximum, required, metavar, expands, positional)
     return dataclasses.field(default=default, metadata={"option": described})
 
 
@@ -149,6 +152,11 @@ def options(group: type) -> list[tuple[dataclasses.Field[Any], Option, Any]]:
     return [(f, f.metadata["option"], hints[f.name]) for f in dataclasses.fields(group) if "option" in f.metadata]
 
 
+def spellings(field: dataclasses.Field[Any], described: Option) -> tuple[str, ...]:
+    """How an option is written, further spellings last."""
+    return (field.name if described.positional else f"--{field.name}", *described.flags)
+
+
 def switches(settings: type) -> dict[str, bool]:
     """Every flag of a tool's settings, and whether it stands alone."""
     return {flag: action.nargs == 0 for flag, action in _parser(settings, "", "")._option_string_actions.items()}
@@ -157,21 +165,6 @@ def switches(settings: type) -> dict[str, bool]:
 def is_single(hint: Any) -> bool:
     """Whether an option of this type takes one value and not several."""
     return _kind(hint)[1] is None
-
-
-def describe(tool: Tool) -> str:
-    """A Markdown page of every option of a tool, made from the settings themselves."""
-    lines = [f"# {tool.program}", "", tool.description, ""]
-    for group in groups(tool.settings).values():
-        lines += [f"## {_title(group)}", "", "| option | default | meaning |", "|---|---|---|"]
-        for field, described, _ in options(group):
-            names = ", ".join(f"`{flag}`" for flag in (f"--{field.name}", *described.flags, *described.shortcuts))
-            default = "required" if described.required else _shown(field.default)
-            allowed = f" One of: {', '.join(described.choices)}." if described.choices else ""
-            bounds = _bounds(described)
-            lines.append(f"| {names} | {default} | {described.help}{allowed}{f' Range: {bounds}.' if bounds else ''} |")
-        lines.append("")
-    return "\n".join(lines)
 
 
 def _require_one_shortcut(settings: type, words: Sequence[str]) -> None:
@@ -197,7 +190,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser(settings: type, program: str, about: str) -> _Parser:
     parser = _Parser(prog=program or None, description=about, allow_abbrev=False)
     for group in groups(settings).values():
-        section = parser.add_argument_group(_title(group))
+        section = parser.add_argument_group(title(group))
         for field, described, hint in options(group):
             _add(section, field, described, hint)
     return parser
@@ -205,21 +198,24 @@ def _parser(settings: type, program: str, about: str) -> _Parser:
 
 def _add(section: Any, field: dataclasses.Field[Any], described: Option, hint: Any) -> None:
     kind, count = _kind(hint)
-    flags = (f"--{field.name}", *described.flags)
-    default = "" if described.required or not _shown(field.default) else f" (default {field.default})"
+    flags = spellings(field, described)
+    default = "" if described.required or not shown(field.default) else f" (default {field.default})"
     allowed = f" One of: {', '.join(described.choices)}." if described.choices else ""
     about = f"{described.help}{allowed}{default}".replace("%", "%%")
     shared = {"dest": field.name, "default": argparse.SUPPRESS, "help": about}
     if kind is bool:
         section.add_argument(*flags, action="store_true", **shared)
         return
+    if described.positional:
+        section.add_argument(*flags, nargs="+", help=about)
+        return
     # Without a metavar of its own argparse would print every choice twice.
-    shown = described.metavar or kind.__name__.upper()
+    metavar = described.metavar or kind.__name__.upper()
     section.add_argument(
         *flags,
         type=_converter(kind, described),
         nargs=count,
-        metavar=shown if count != 2 else (tuple(shown.split()) if " " in shown else (shown, shown)),
+        metavar=metavar if count != 2 else (tuple(metavar.split()) if " " in metavar else (metavar, metavar)),
         required=described.required,
         **shared,
     )
@@ -249,14 +245,14 @@ def _converter(kind: type, described: Option) -> Any:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"takes {_article(kind)}, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"takes {_ARTICLES.get(kind, 'text')}, not {text!r}") from None
         if described.choices and value not in described.choices:
             known = ", ".join(described.choices)
             raise argparse.ArgumentTypeError(
                 f"unknown value {text!r}{nearest(text, described.choices)}; known are {known}"
             )
         if not isinstance(value, str) and not _in_range(value, described):
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it takes {_bounds(described) or 'a number'}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it takes {bounds(described) or 'a number'}")
         return value
 
     return convert
@@ -268,16 +264,13 @@ def _in_range(value: float, described: Option) -> bool:
     return low <= value <= high  # false for NaN, whatever the bounds
 
 
-def _bounds(described: Option) -> str:
+def bounds(described: Option) -> str:
+    """The range of a number in words, or nothing."""
     if described.minimum is not None and described.maximum is not None:
         return f"{described.minimum:g} to {described.maximum:g}"
     if described.minimum is not None:
         return f"{described.minimum:g} or more"
     return f"at most {described.maximum:g}" if described.maximum is not None else ""
-
-
-def _article(kind: type) -> str:
-    return {int: "a whole number", float: "a number"}.get(kind, "text")
 
 
 def _build(group: type, values: Mapping[str, Any]) -> Any:
@@ -289,11 +282,13 @@ def _build(group: type, values: Mapping[str, Any]) -> Any:
     return group(**given)
 
 
-def _title(group: type) -> str:
+def title(group: type) -> str:
+    """What a group of settings is called."""
     return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
 
 
-def _shown(default: Any) -> str:
+def shown(default: Any) -> str:
+    """A default as a page shows it; nothing where it says nothing."""
     if default is None or default is False or default in ("", ()):
         return ""
     return f"`{' '.join(map(str, default)) if isinstance(default, tuple) else default}`"

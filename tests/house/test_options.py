@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from docs import make_options
-from wan_train.cli import describe, groups, options
+from docs.make_options import describe
+from wan_train.cli import groups, options
 
 REFRESH = "if that is meant, run: python docs/make_options.py"
 TOOLS = make_options.find_tools()
@@ -24,6 +25,7 @@ def test_the_entry_points_are_those_of_the_readme() -> None:
         "wan_generate_video",
         "convert_lora",
         "extract_lora",
+        "lora_post_hoc_ema",
     }
 
 

@@ -2,7 +2,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from wan_train.cli import InputError, RunError, Tool, choose, describe, option, parse, run
+from docs.make_options import describe
+from wan_train.cli import InputError, RunError, Tool, choose, option, parse, run
 
 
 @dataclass(frozen=True)
