@@ -74,8 +74,10 @@ def check_network(settings: NetworkSettings, linears: Mapping[str, Shape], names
         module.check_model(settings, linears)
     if callable(getattr(module, "check_names", None)):
         module.check_names(settings, names)
-    elif settings.trainable:
-        raise InputError("--trainable chooses weights for --network_module networks.full: leave it out")
+    else:
+        for flag, given in (("--trainable", settings.trainable), ("--full_bf16", settings.full_bf16)):
+            if given:
+                raise InputError(f"{flag} is for --network_module networks.full, which trains weights: leave it out")
 
 
 def trains_weights(settings: NetworkSettings) -> bool:

@@ -1,7 +1,8 @@
 """Full fine-tuning: the model's own weights are what is trained, all of them or those that patterns choose.
 
-What is trained is kept in float32, whatever the file stores; each product casts it. A saved file is a checkpoint under
-the official names, the weights that were not trained among the others.
+What is trained is kept in float32, whatever the file stores; each product casts it. With `--full_bf16` matrices are
+kept in bfloat16, and an optimizer that rounds at random is asked for; norms, biases and modulations stay float32. A
+saved file is a checkpoint under the official names, the weights that were not trained among the others.
 """
 
 import fnmatch
@@ -29,7 +30,9 @@ class Full:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
             if name in names:
-                parameter.data = parameter.data.float()
+                is_matrix = name.endswith(".weight") and parameter.ndim > 1
+                coarse = settings.full_bf16 and is_matrix
+                parameter.data = parameter.data.to(torch.bfloat16 if coarse else torch.float32)
                 parameter.requires_grad_(True)
                 self._trained[name] = parameter
 
@@ -42,7 +45,7 @@ class Full:
         yield from self._trained.items()
 
     def export(self) -> dict[str, Tensor]:
-        """The whole model under official names: float32 what was trained, the rest as it is stored."""
+        """The whole model under official names, each tensor as it is kept."""
         return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
 
     def metadata(self) -> dict[str, str]:
@@ -52,12 +55,13 @@ class Full:
 
     def describe(self) -> str:
         """How many weights are trained, of how many, and what they and an Adam optimizer's states take."""
-        count = sum(parameter.numel() for parameter in self._trained.values())
+        trained = self._trained.values()
+        count, kept = (sum(size(parameter) for parameter in trained) for size in (torch.numel, _num_bytes))
         total = sum(parameter.numel() for parameter in self._model.parameters())
-        gib = count * 4 / 2**30
+        states = 8 * count / 2**30
         return (
-            f"full fine-tuning of {count:,} weights of {total:,}: {gib:.2f} GiB of float32 weights, as much"
-            f" of gradients, and twice that of AdamW's states ({gib / 2:.2f} GiB with AdamW8bit)"
+            f"full fine-tuning of {count:,} weights of {total:,}: {kept / 2**30:.2f} GiB of weights, as much"
+            f" of gradients, and {states:.2f} GiB of AdamW's states ({states / 4:.2f} with AdamW8bit)"
         )
 
     @torch.no_grad()
@@ -113,3 +117,7 @@ def chosen_names(settings: NetworkSettings, names: Collection[str]) -> set[str]:
             raise InputError(f"--trainable {pattern}: no tensor of the model is called so; they are called as {some}")
         chosen.update(found)
     return chosen
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -39,6 +39,10 @@ class NetworkSettings:
         " without it all are.",
         metavar="PATTERN",
     )
+    full_bf16: bool = option(
+        False,
+        "With networks.full, keep matrices in bfloat16, rounded at random after each step so that small ones count.",
+    )
     base_weights: tuple[str, ...] = option(
         (), "LoRA files to merge into the model before the network is trained on it."
     )

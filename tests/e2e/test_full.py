@@ -104,6 +104,25 @@ def test_it_learns_and_goes_on_to_the_bit(desk: Desk) -> None:
     assert desk.losses("parts") == losses
 
 
+def test_rounded_at_random_it_learns_as_in_float32_and_goes_on_to_the_bit(desk: Desk) -> None:
+    options = ("--max_train_steps", 12, "--full_bf16", "--optimizer_type", "AdamW", "--ema_decay", 0.9)
+    whole = desk.train("coarse", *options, "--save_precision", "float")
+    losses = desk.losses("coarse")
+    desk.train("fine", "--max_train_steps", 12, "--optimizer_type", "AdamW")
+    fine = desk.losses("fine")
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert abs(sum(losses[-3:]) / sum(fine[-3:]) - 1) < 0.02
+    averaged = load_file(desk.folder / "out" / "coarse-ema.safetensors")
+    matrix = "blocks.0.ffn.0.weight"
+    assert torch.equal(whole[matrix], whole[matrix].bfloat16().float())
+    assert not torch.equal(averaged[matrix], averaged[matrix].bfloat16().float())  # the average is in float32
+    desk.train("coarser", *options, "--save_every_n_steps", 5, "--save_state")
+    state = desk.folder / "out" / "coarser-step00000005-state"
+    parts = desk.train("coarser", *options, "--save_precision", "float", "--resume", state)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert desk.losses("coarser") == losses
+
+
 def test_patterns_leave_the_rest_alone(desk: Desk) -> None:
     before = load_file(desk.folder / DIT)
     after = desk.train("some", "--trainable", "blocks.*.self_attn.*", "head.*")
@@ -133,6 +152,8 @@ def test_both_experts(desk: Desk) -> None:
         (("--blocks_to_swap", 1, "--gradient_checkpointing"), "--blocks_to_swap"),
         (("--network_dim", 4), "--network_dim"),
         (("--trainable", "nothing.*"), "--trainable nothing.*"),
+        (("--full_bf16", "--optimizer_type", "Prodigy"), "--full_bf16"),
+        (("--full_bf16", "--network_module", "networks.lora_wan"), "--full_bf16"),
     ],
 )
 def test_what_is_refused(desk: Desk, more: tuple[object, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:

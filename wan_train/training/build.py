@@ -63,8 +63,8 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     texts = encode(settings, plan, accelerator)
     previewer = make_previewer(settings, plan, texts, accelerator, seed) if is_first else None
     model, adapter = make_models(settings, plan.experts, accelerator, seed)
-    warmup, rate = warmup_steps(settings.optimizer.lr_warmup_steps, length.steps), settings.optimizer.learning_rate
-    optimizer = make_optimizer(adapter.parameter_groups(rate), settings.optimizer, warmup=warmup)
+    warmup = warmup_steps(settings.optimizer.lr_warmup_steps, length.steps)
+    optimizer = optimizer_of(adapter, settings, warmup=warmup, seed=seed)
     prepared = accelerator.prepare_optimizer(optimizer)
     schedule = make_schedule(optimizer, settings.optimizer, total=length.steps)
     decay, average, skipped = settings.loop.ema_decay, RunningMean(), Skipped()
@@ -110,6 +110,13 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
         skipped=skipped,
         carried={name: part for name, part in carried.items() if part is not None},
     )
+
+
+def optimizer_of(adapter: Adapter, settings: TrainSettings, *, warmup: int, seed: int) -> torch.optim.Optimizer:
+    """The optimizer of what is trained."""
+    groups = adapter.parameter_groups(settings.optimizer.learning_rate)
+    rounding_seed = seed if settings.network.full_bf16 else None
+    return make_optimizer(groups, settings.optimizer, warmup=warmup, rounding_seed=rounding_seed)
 
 
 def make_models(

@@ -16,7 +16,7 @@ class Ema:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self._parameters, self._decay, self._steps = dict(parameters), decay, 0
-        self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._averages = {name: _float32(parameter.detach()).clone() for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, expert: str | None = None) -> None:
@@ -24,7 +24,7 @@ class Ema:
         self._steps += 1
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         for name, parameter in self._parameters.items():
-            self._averages[name].lerp_(parameter.detach(), 1 - decay)
+            self._averages[name].lerp_(_float32(parameter.detach()), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -49,3 +49,8 @@ class Ema:
         self._steps = steps
         for name, average in self._averages.items():
             average.copy_(averages[name])
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    """The average of bfloat16 weights is finer than they are."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

@@ -66,7 +66,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, network: Mapping
         "ss_max_grad_norm": loop.max_grad_norm,
         "ss_fp8_base": settings.weights.fp8_base,
         "ss_full_fp16": False,
-        "ss_full_bf16": False,
+        "ss_full_bf16": settings.network.full_bf16,
         "ss_weighting_scheme": timesteps.weighting_scheme,
         "ss_logit_mean": timesteps.logit_mean,
         "ss_logit_std": timesteps.logit_std,

@@ -12,6 +12,7 @@ import torch
 from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
 from wan_train.training.optimizer_state import comes_from, for_training, is_schedule_free, sets_own_rate
+from wan_train.training.rounding import check_rounding, rounding
 from wan_train.training.settings import OptimizerSettings
 
 log = get_logger(__name__)
@@ -45,31 +46,38 @@ UNUSABLE = ("LBFGS", "SparseAdam")  # of torch: one needs a closure, the other s
 
 
 def make_optimizer(
-    groups: list[dict[str, Any]], settings: OptimizerSettings, *, warmup: int = 0
+    groups: list[dict[str, Any]], settings: OptimizerSettings, *, warmup: int = 0, rounding_seed: int | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer over the adapter's parameter groups, ready for its first step.
 
-    `warmup` is for a schedule-free optimizer, which warms up by itself. See `check_optimizer` for what is refused.
+    `warmup` is for a schedule-free optimizer, which warms up by itself; with a `rounding_seed` weights in bfloat16 are
+    rounded at random. See `check_optimizer` for what is refused.
     """
     several = len({group.get("lr", settings.learning_rate) for group in groups}) > 1
     kind, arguments = check_optimizer(settings, several_rates=several)
     if warmup and is_schedule_free(kind):
         arguments["warmup_steps"] = warmup
     _explain(kind, arguments, settings.learning_rate)
-    optimizer = kind(groups, **arguments)
+    if rounding_seed is None:
+        optimizer = kind(groups, **arguments)
+    else:
+        optimizer = rounding(kind)(groups, rounding_seed=rounding_seed, **arguments)
     for_training(optimizer)
     return optimizer
 
 
 def check_optimizer(
-    settings: OptimizerSettings, *, several_rates: bool = False
+    settings: OptimizerSettings, *, several_rates: bool = False, rounded: bool = False
 ) -> tuple[OptimizerClass, dict[str, Any]]:
     """The class and the arguments, `lr` among them, behind the settings.
 
     Raises InputError for an unknown name, a package that is not there, an argument that the class does not take, and
-    where the parameter groups have `several_rates` (LoRA+) that the optimizer could not keep apart.
+    where it could not do what is asked for: keep `several_rates` of parameter groups (LoRA+) apart, or let weights be
+    `rounded` at random.
     """
     kind = find_optimizer(settings.optimizer_type)
+    if rounded:
+        check_rounding(kind, settings.optimizer_type)
     given = read_arguments("--optimizer_args", settings.optimizer_args)
     if "lr" in given:
         raise InputError("--optimizer_args has lr: give it as --learning_rate")

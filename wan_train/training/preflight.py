@@ -57,7 +57,7 @@ def preflight(settings: TrainSettings) -> Plan:
     check_output_name(settings.save.output_name)
     ours = settings.network.network_module == MODULES[0]
     several_rates = ours and lora_arguments(settings.network).loraplus_lr_ratio != 1
-    kind, _ = check_optimizer(settings.optimizer, several_rates=several_rates)
+    kind, _ = check_optimizer(settings.optimizer, several_rates=several_rates, rounded=settings.network.full_bf16)
     if settings.loop.ema_decay is not None and is_schedule_free(kind):
         raise InputError(
             f"--ema_decay {settings.loop.ema_decay:g}: {settings.optimizer.optimizer_type} averages by itself, what it "

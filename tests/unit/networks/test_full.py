@@ -47,11 +47,19 @@ def test_patterns_choose_and_masters_are_float32() -> None:
         assert torch.equal(exported[name].float(), tensor.bfloat16().float())
 
 
+def test_matrices_in_bfloat16_and_the_rest_in_float32() -> None:
+    model = load(load_case("wan21_t2v"))
+    create(model, NetworkSettings(network_module=FULL, full_bf16=True))
+    for name, parameter in model.named_parameters():
+        is_matrix = name.endswith(".weight") and parameter.ndim > 1
+        assert parameter.dtype == (torch.bfloat16 if is_matrix else torch.float32), name
+
+
 def test_what_is_refused() -> None:
     names = list(load_case("wan21_t2v").spec["shapes"])
     with pytest.raises(InputError, match=r"--trainable blocks\.\*\.attn\.\*: no tensor"):
         check_network(NetworkSettings(network_module=FULL, trainable=("head.*", "blocks.*.attn.*")), {}, names)
-    with pytest.raises(InputError, match="--trainable chooses weights"):
+    with pytest.raises(InputError, match="--trainable is for"):
         check_network(NetworkSettings(trainable=("head.*",)), {"blocks.0.ffn.0": (8, 8)}, names)
     for changes in ({"network_dim": 4}, {"network_dropout": 0.1}, {"scale_weight_norms": 1.0}):
         with pytest.raises(InputError, match="is for LoRA"):
