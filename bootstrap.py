@@ -24,6 +24,8 @@ VENV = ROOT / ".venv"
 STAMP = "wan-train.json"  # in .venv: what is installed there
 RUNTIME = "requirements.txt"
 DEVELOPMENT = "requirements-dev.txt"
+# Two files of tests at a time; a file stays whole, since its tests share what they make.
+SIDE_BY_SIDE = ["-n", "2", "--dist", "loadfile"]
 OLDEST, NEWEST = (3, 11), (3, 13)
 UNFINISHED = {"python": "unfinished"}
 
@@ -44,7 +46,7 @@ def main(arguments: list[str]) -> int:
         check_python(sys.version_info[:2], platform.python_implementation())
         command, rest = read_arguments(arguments)
         if command == "test":
-            run([prepare([RUNTIME, DEVELOPMENT]) / "python", "-m", "pytest", *rest], shown="pytest")
+            run([prepare([RUNTIME, DEVELOPMENT]) / "python", "-m", "pytest", *SIDE_BY_SIDE, *rest], shown="pytest")
         else:
             run([prepare([RUNTIME]) / "python", "examples/nano/demo.py", *rest], shown="the demo")
     except Failure as failure:

@@ -61,7 +61,7 @@ def test_what_it_does_not_know_ends_with_the_usage(root: Path, arguments: list[s
 
 def test_arguments_of_test_go_to_pytest(clone: list[list[str]]) -> None:
     assert bootstrap.main(["test", "-k", "vae", "-x"]) == 0
-    assert clone[-1][1:] == ["-m", "pytest", "-k", "vae", "-x"]
+    assert clone[-1][1:] == ["-m", "pytest", *bootstrap.SIDE_BY_SIDE, "-k", "vae", "-x"]
 
 
 def test_the_exit_code_is_that_of_the_tests(clone: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:

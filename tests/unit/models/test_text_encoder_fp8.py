@@ -147,7 +147,9 @@ def test_comfyui_s_scaled_files_are_read(tmp_path: Path, marker: str, fp8: bool)
 
 
 @pytest.mark.parametrize(
-    "shape", [lambda _: (1,), lambda t: (len(t),), lambda t: (len(t), 1), lambda t: (len(t), 1, 1)], ids=str
+    "shape",
+    [lambda _: (1,), lambda t: (len(t),), lambda t: (len(t), 1), lambda t: (len(t), 1, 1)],
+    ids=["whole", "rows", "column", "column of blocks"],
 )
 def test_scales_of_rows_and_of_whole_matrices_are_read(shape: Callable[[Tensor], tuple[int, ...]]) -> None:
     stored, meant = comfy("comfy_quant", shape)
