@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from wan_train.cli import InputError, Tool, nearest, option
+from wan_train.cli import InputError, Tool, nearest, option, positional
 
 DEFAULT_DIM = 4
 
@@ -163,7 +163,7 @@ EXTRACT = Tool(
 class AverageSettings:
     """Averaging."""
 
-    path: tuple[str, ...] = option((), "Two or more LoRA files of one run.", positional=True, required=True)
+    path: tuple[str, ...] = positional("Two or more LoRA files of one run.")
     output_file: str = option("", "Safetensors file to write.", required=True)
     beta: float = option(0.95, "Share of the average that each further file leaves.", minimum=0, maximum=1)
     beta2: float | None = option(

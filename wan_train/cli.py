@@ -64,7 +64,6 @@ def option(
     metavar: str | None = None,
     required: bool = False,
     expands: str = "",
-    positional: bool = False,
 ) -> Any:
     """Declare a setting as a dataclass field.
 
@@ -72,11 +71,15 @@ def option(
     values, `tuple[str, ...]` any number. `flags` are further spellings; `shortcuts` are switches that set this field to
     a fixed value (`{"--sdpa": "torch"}`); `minimum` and `maximum` are inclusive. `expands` is "module:function" where
     the value is a file that holds options: the function gets the command line and gives it back with them in front.
-    A `positional` one is one value or more without a flag.
     """
     lists = tuple(choices), tuple(flags), dict(shortcuts or {})
-    described = Option(help, *lists, minimum, maximum, required, metavar, expands, positional)
+    described = Option(help, *lists, minimum, maximum, required, metavar, expands)
     return dataclasses.field(default=default, metadata={"option": described})
+
+
+def positional(help: str) -> Any:
+    """Declare a setting that is one text or more without a flag, a field of type `tuple[str, ...]`."""
+    return dataclasses.field(default=(), metadata={"option": Option(help, required=True, positional=True)})
 
 
 @dataclass(frozen=True)
