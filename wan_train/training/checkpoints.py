@@ -8,7 +8,7 @@ from networks.adapter import Adapter
 from networks.hashes import add_hashes
 from wan_train.precision import dtype_of
 from wan_train.storage import save_tensors
-from wan_train.training.settings import SaveSettings
+from wan_train.training.save_settings import SaveSettings
 
 FILE, EMA_FILE, STATE = ".safetensors", "-ema.safetensors", "-state"  # what follows NAME and the moment
 

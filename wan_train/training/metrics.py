@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wan_train.cli import RunError
 from wan_train.storage import replacing
-from wan_train.training.settings import SaveSettings
+from wan_train.training.save_settings import SaveSettings
 from wan_train.training.show_settings import LogSettings
 from wan_train.training.trackers import Guarded, Tracker, Wandb, open_board
 

@@ -21,7 +21,8 @@ from wan_train.sampling.denoise import sample_latents
 from wan_train.sampling.encode import check_given_clip
 from wan_train.sampling.grammar import read_prompts
 from wan_train.sampling.request import SampleRequest, preview_defaults
-from wan_train.training.settings import SaveSettings, TrainSettings
+from wan_train.training.save_settings import SaveSettings
+from wan_train.training.settings import TrainSettings
 
 log = get_logger(__name__)
 

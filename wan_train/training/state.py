@@ -18,7 +18,7 @@ from torch import nn
 
 from wan_train.cli import InputError
 from wan_train.storage import read_parts, read_tensors, replacing_folder, save_parts, save_tensors
-from wan_train.training.settings import SaveSettings
+from wan_train.training.save_settings import SaveSettings
 
 VERSION = "1"
 ADAPTER, RUN, MANIFEST = "adapter.safetensors", "run.pt", "manifest.json"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from wan_train.cli import InputError
 from wan_train.log import get_logger
-from wan_train.training.settings import SaveSettings
+from wan_train.training.save_settings import SaveSettings
 from wan_train.training.show_settings import LogSettings
 
 log = get_logger(__name__)

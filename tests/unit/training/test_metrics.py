@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wan_train.cli import InputError, RunError
 from wan_train.media_out import write_image, write_video
 from wan_train.training.metrics import MetricsWriter, StepMetrics, loss_by_stratum, num_tokens, read_rows
-from wan_train.training.settings import SaveSettings
+from wan_train.training.save_settings import SaveSettings
 from wan_train.training.show_settings import LogSettings
 from wan_train.training.trackers import check_trackers
 
@@ -170,7 +170,7 @@ def test_wandb_offline_keeps_curves_and_videos_but_no_key(tmp_path: Path, root: 
 import sys
 from pathlib import Path
 from wan_train.training.metrics import MetricsWriter, StepMetrics
-from wan_train.training.settings import SaveSettings
+from wan_train.training.save_settings import SaveSettings
 from wan_train.training.show_settings import LogSettings
 folder = Path({str(tmp_path)!r})
 named = dict(wandb_run_name="mine", log_tracker_name="projekt", wandb_api_key=sys.argv[2])

@@ -27,7 +27,8 @@ from wan_train.models.variants import VARIANTS
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.request import SampleRequest, preview_defaults
 from wan_train.training.preview import Previewer, check_previews
-from wan_train.training.settings import TOOL, SaveSettings
+from wan_train.training.save_settings import SaveSettings
+from wan_train.training.settings import TOOL
 
 CPU = torch.device("cpu")
 SHORT = replace(preview_defaults(VARIANTS["t2v-1.3B"]), width=32, height=32, frames=5, steps=2, negative_prompt="")

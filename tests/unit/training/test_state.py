@@ -15,7 +15,8 @@ from wan_train.cli import InputError, parse
 from wan_train.training.checkpoints import FILE, STATE, of_epoch, of_step, outlived, path_of
 from wan_train.training.ema import Ema
 from wan_train.training.resume import Trained, chosen_seed, configuration, require_same
-from wan_train.training.settings import SaveSettings, TrainSettings
+from wan_train.training.save_settings import SaveSettings
+from wan_train.training.settings import TrainSettings
 from wan_train.training.state import Position, load_state, newest_state, open_state, save_state
 
 
