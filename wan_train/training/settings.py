@@ -84,6 +84,13 @@ class OptimizerSettings:
     )
     optimizer_args: tuple[str, ...] = option((), "Further arguments of the optimizer.", metavar="NAME=VALUE")
     learning_rate: float = option(2e-6, "Learning rate; Prodigy finds its own and takes 1 here.", minimum=0)
+    fused_backward_pass: bool = option(
+        False,
+        "Step each block as soon as the backward pass has its gradients, and give them up; clips block by block.",
+    )
+    optimizer_cpu_offload: bool = option(
+        False, "Keep the optimizer's states in main memory; each weight's come to the device for its step."
+    )
     lr_scheduler: str = option("constant", "How the learning rate goes after the warm-up.", choices=SCHEDULES)
     lr_scheduler_type: str | None = option(
         None, "A schedule of torch.optim.lr_scheduler, or any package.Class, in place of --lr_scheduler."
