@@ -78,8 +78,8 @@ class Full:
 
     def norm(self) -> float:
         """The length of all that is trained."""
-        norms = torch.stack([parameter.detach().norm() for parameter in self._trained.values()])
-        return float(norms.norm())
+        norms = [parameter.detach().norm().float().cpu() for parameter in self._trained.values()]  # some may be there
+        return float(torch.stack(norms).norm())
 
     def scale_norms(self, limit: float) -> Norms:
         """Refused by `check`."""

@@ -159,11 +159,16 @@ def streamed_names(stream: StreamSettings, shapes: dict[str, tuple[int, ...]]) -
     return is_streamed
 
 
-def attach_adapter(model: Dit, network: NetworkSettings, *, seed: int, device: torch.device) -> Adapter:
-    """Make the model trainable through an adapter, whose parameters are on `device` wherever those of the model are."""
+def attach_adapter(
+    model: Dit, network: NetworkSettings, stream: StreamSettings, *, seed: int, device: torch.device
+) -> Adapter:
+    """Make the model trainable through an adapter. What is trained is on `device` wherever the model is, but for what
+    streams of the model itself."""
+    named = dict(model.named_parameters())
+    stays = streamed_names(stream, {name: tuple(parameter.shape) for name, parameter in named.items()})
     adapter = create(model, network, seed=seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not (name in named and stays(name)):
             parameter.data = parameter.data.to(device)
     return adapter
 

@@ -149,7 +149,10 @@ def test_both_experts(desk: Desk) -> None:
     ("more", "told"),
     [
         (("--fp8_base",), "--fp8_base"),
-        (("--blocks_to_swap", 1, "--gradient_checkpointing"), "--blocks_to_swap"),
+        (("--fused_backward_pass", "--gradient_accumulation_steps", 2), "--gradient_accumulation_steps 2"),
+        (("--fused_backward_pass", "--mixed_precision", "fp16"), "fp16"),
+        (("--fused_backward_pass", "--optimizer_type", "Prodigy"), "--fused_backward_pass"),
+        (("--optimizer_cpu_offload", "--optimizer_type", "PagedAdamW8bit"), "--optimizer_cpu_offload"),
         (("--network_dim", 4), "--network_dim"),
         (("--trainable", "nothing.*"), "--trainable nothing.*"),
         (("--full_bf16", "--optimizer_type", "Prodigy"), "--full_bf16"),

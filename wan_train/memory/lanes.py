@@ -1,4 +1,4 @@
-"""How weights travel from main memory to a device.
+"""How weights travel from main memory to a device, and back.
 
 A lane has two queues that run side by side, one that computes and one that copies. Python only fills them; marks set
 them in order against each other.
@@ -39,11 +39,18 @@ class Lane(Protocol):
         ...
 
     def upload(self, slot: Tensor, master: Tensor, after: Mark) -> Mark:
-        """Queue a copy of all of `master` to the start of `slot` behind `after`; gives the point where it is done."""
+        """Queue a copy of all of `master` to the start of `slot` behind `after`; gives the point where it is done.
+
+        Copies are made in the order of the calls. The way back is the same with `slot` in main memory.
+        """
         ...
 
     def wait(self, mark: Mark) -> None:
         """Let all that is put into the computing queue from now on run behind `mark`."""
+        ...
+
+    def finish(self) -> None:
+        """Wait, here, until all copies are done: what came to main memory can be read."""
         ...
 
 
@@ -66,6 +73,9 @@ class HostLane:
         slot[: len(master)].copy_(master)
 
     def wait(self, mark: Mark) -> None:
+        pass
+
+    def finish(self) -> None:
         pass
 
 
@@ -98,6 +108,9 @@ class AcceleratorLane:
 
     def wait(self, mark: Mark) -> None:
         self._runtime.current_stream(self.device).wait_event(mark)
+
+    def finish(self) -> None:
+        self._copies.synchronize()
 
 
 def make_lane(device: torch.device) -> Lane:

@@ -51,6 +51,11 @@ class Kept:
         self._master = self._far[: len(flat)]
         self._done = self._lane.upload(self._master, flat, self._lane.mark())
 
+    @property
+    def far(self) -> Tensor:
+        """The tensor in main memory, whole once its copy is done; it lives as long as this."""
+        return self._master.view(self._like.dtype).as_strided(self._like.shape, self._like.stride())
+
     def leave(self) -> None:
         """Give up the device's memory. Whoever gets it next comes behind the copy that uses it still."""
         if self._near is not None:

@@ -1,8 +1,9 @@
-"""Block swap: frozen matrices of some blocks stay in main memory and come to the device for their block's turn.
+"""Block swap: the matrices of some blocks stay in main memory and come to the device for their block's turn.
 
-Each such block has a master, one flat piece of main memory that is only ever read, and its tensors are views: of the
-master, or, from the block's turn until its slot is needed, of one of a few slots on the device. A slot is filled by one
-copy, while blocks before it compute.
+Each such block has a master, one flat piece of main memory, and its tensors are views: of the master, or, from the
+block's turn until its slot is needed, of one of a few slots on the device. A slot is filled by one copy, while blocks
+before it compute. A master is only ever read, unless its matrices are trained: then the optimizer steps them in the
+slot, while the block is `held`, and the slot is copied back.
 
 Which block comes next follows from the order of use. Forward, the next ones are fetched; in the backward pass, where
 checkpointing calls each block once more, the previous ones; without gradients the first follow the last, for the next
@@ -11,15 +12,18 @@ one begins: a training step copies 2(S-R) blocks, a pass without gradients S, or
 
 Why no copy lands on what is still needed. `bring` is called when a block begins, forward or once more in the backward
 pass, and all that it overwrites belongs to other blocks. By then every use of these has been put into the computing
-queue. Forward that is plain. In the backward pass autograd runs what is ready in the reverse order in which it was
-recorded, and a block is computed again when the first of its own steps runs: by then all steps of later blocks have
-run, for each was recorded later, and none of them waits for a step of this block. So a copy that waits for the mark
-taken in `bring` comes behind them all. Without checkpointing autograd would read a block's weights after they are gone:
-their version counters are raised when they go, so that it raises an error instead of giving wrong gradients.
+queue. Copies in both directions are made in the order in which they are asked for, so that a slot is stored before it
+is filled again, and a master is whole before it is read. Forward that is plain. In the backward pass autograd runs
+what is ready in the reverse order in which it was recorded, and a block is computed again when the first of its own
+steps runs: by then all steps of later blocks have run, for each was recorded later, and none of them waits for a step
+of this block. So a copy that waits for the mark taken in `bring` comes behind them all. Without checkpointing autograd
+would read a block's weights after they are gone: their version counters are raised when they go, so that it raises an
+error instead of giving wrong gradients.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -54,10 +58,15 @@ class _Place:
 class _Cargo:
     """What streams of one block, and its master."""
 
+    block: int  # of the model
     tensors: list[Tensor]
     layout: tuple[_Place, ...]
     master: Tensor
     views: list[Tensor]  # of the master
+
+    @property
+    def is_trained(self) -> bool:
+        return any(tensor.requires_grad for tensor in self.tensors)
 
     def rest(self) -> None:
         """Let the tensors be views of the master."""
@@ -105,9 +114,32 @@ class Stream:
         return {name for name, tensor in _named_tensors(model) if id(tensor) in ours}
 
     def settle(self) -> None:
-        """Let all tensors be views of their masters until their blocks are called again."""
+        """Let all tensors be views of their masters, which are whole, until their blocks are called again."""
         for cargo in self._cargos:
             cargo.rest()
+        self._lane.finish()
+
+    def forget(self) -> None:
+        """The same, and the slots hold nothing: what is written into the tensors now is what blocks will see."""
+        self.settle()
+        for slot in self._slots:
+            slot.holds = slot.ready = None
+
+    @contextmanager
+    def held(self, block: int) -> Iterator[None]:
+        """While it lasts the tensors of the model's block are on the device; what is written to them is kept."""
+        numbers = [number for number, cargo in enumerate(self._cargos) if cargo.block == block and cargo.is_trained]
+        for number in numbers:
+            self.bring(number)
+        yield
+        for number in numbers:
+            self._store(number)
+
+    def _store(self, block: int) -> None:
+        slot = next(slot for slot in self._slots if slot.holds == block)
+        master = self._cargos[block].master
+        # Whoever uses the slot next waits for the copy: it may write there.
+        slot.ready = self._lane.upload(master, slot.memory[: len(master)], self._lane.mark())
 
     def bring(self, block: int) -> None:
         """Have a block's tensors on the device for all that is launched until the next call, and fetch ahead."""
@@ -158,15 +190,16 @@ class Stream:
 
 
 def apply_stream(blocks: Iterable[nn.Module], settings: StreamSettings, lane: Lane) -> Stream:
-    """Let `settings.blocks_to_swap` evenly spaced blocks stream; what trains, biases and norms stay where they are.
+    """Let `settings.blocks_to_swap` evenly spaced blocks stream; adapters, biases and norms stay where they are.
 
-    Frozen parameters and buffers of the Linears with two axes and more go into main memory, block by block, and may be
-    there before. Put it inside of checkpointing: without that these blocks have no backward pass. A `state_dict` holds
-    the masters.
+    Parameters and buffers of the Linears with two axes and more go into main memory, block by block, and may be there
+    before; those that are trained are stepped while their block is `held`. Put it inside of checkpointing: without that
+    these blocks have no backward pass. A `state_dict` holds the masters.
     """
     every = list(blocks)
-    chosen = [every[index] for index in streamed_blocks(len(every), settings.blocks_to_swap)]
-    cargos = [_pack(block, lane) for block in chosen]
+    indexes = streamed_blocks(len(every), settings.blocks_to_swap)
+    chosen = [every[index] for index in indexes]
+    cargos = [_pack(index, every[index], lane) for index in indexes]
     stream = Stream(cargos, lane, settings.block_swap_ring_size)
     for number, (block, cargo) in enumerate(zip(chosen, cargos, strict=True)):
         block.forward = _brought(block.forward, stream, number)
@@ -189,15 +222,15 @@ def _brought(forward: Callable[..., Any], stream: Stream, number: int) -> Callab
     return brought
 
 
-def _pack(block: nn.Module, lane: Lane) -> _Cargo:
+def _pack(index: int, block: nn.Module, lane: Lane) -> _Cargo:
     """Move what streams of a block into its master; what held it before is free then."""
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     own = [t for m in linears for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
-    tensors = [tensor for tensor in own if tensor.ndim >= 2 and not tensor.requires_grad]
-    assert tensors, "a block without frozen matrices cannot stream"
+    tensors = [tensor for tensor in own if tensor.ndim >= 2]
+    assert tensors, "a block without matrices cannot stream"
     layout = _lay_out(tensors)
     master = lane.host(layout[-1].end)
-    cargo = _Cargo(tensors, layout, master, _views(layout, master))
+    cargo = _Cargo(index, tensors, layout, master, _views(layout, master))
     for tensor, view in zip(tensors, cargo.views, strict=True):
         view.copy_(tensor.data)
     cargo.rest()

@@ -18,6 +18,7 @@ from wan_train.assemble import WeightedLora, assemble_dit, attach_adapter, finis
 from wan_train.cli import InputError, Stopped
 from wan_train.conditions import Conditions
 from wan_train.log import get_logger
+from wan_train.memory.stream import Stream
 from wan_train.models.dit import Dit
 from wan_train.models.experts import LOW, ORDER, pair_of
 from wan_train.models.variants import VARIANTS
@@ -33,7 +34,6 @@ from wan_train.training.loop import run_length
 from wan_train.training.metadata import RunFacts, training_metadata
 from wan_train.training.metrics import MetricsWriter, RunningMean
 from wan_train.training.optimizer_state import Portable
-from wan_train.training.optimizers import make_optimizer
 from wan_train.training.pair import PairAdapter, PairEma, PairModel, move_frozen
 from wan_train.training.preflight import Plan, model_settings
 from wan_train.training.preview import Previewer
@@ -43,6 +43,7 @@ from wan_train.training.run import Length, Run, Skipped, Stateful
 from wan_train.training.schedules import check_schedule, make_schedule, warmup_steps
 from wan_train.training.settings import LoopSettings, TrainSettings
 from wan_train.training.state import Position, State, load_state
+from wan_train.training.stepping import Streams, make_stepping
 from wan_train.training.stopping import leave_signals_to_trainer
 from wan_train.training.strata import Strata
 from wan_train.training.validation import Data, Validator
@@ -62,11 +63,11 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     log.info(summarise(dataset))
     texts = encode(settings, plan, accelerator)
     previewer = make_previewer(settings, plan, texts, accelerator, seed) if is_first else None
-    model, adapter = make_models(settings, plan.experts, accelerator, seed)
+    model, adapter, streams = make_models(settings, plan.experts, accelerator, seed)
     warmup = warmup_steps(settings.optimizer.lr_warmup_steps, length.steps)
-    optimizer = optimizer_of(adapter, settings, warmup=warmup, seed=seed)
-    prepared = accelerator.prepare_optimizer(optimizer)
-    schedule = make_schedule(optimizer, settings.optimizer, total=length.steps)
+    stepping = make_stepping(adapter, streams, settings, accelerator, warmup=warmup, seed=seed)
+    prepared = accelerator.prepare_optimizer(stepping.optimizer)
+    schedule = make_schedule(stepping.optimizer, settings.optimizer, total=length.steps)
     decay, average, skipped = settings.loop.ema_decay, RunningMean(), Skipped()
     ema = None if decay is None else make_ema(adapter, decay)
     num_strata = settings.timesteps.num_timestep_buckets
@@ -88,9 +89,10 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
         accelerator=accelerator,
         dit=model,
         experts=plan.experts,
-        model=prepare_model(model.train(), accelerator),
+        model=model.train() if stepping.fused is not None else prepare_model(model.train(), accelerator),
         adapter=adapter,
         optimizer=prepared,
+        stepping=stepping,
         schedule=schedule,
         batches=batches,
         loader=make_loader(dataset, batches, settings.loop, accelerator.device),
@@ -112,40 +114,36 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     )
 
 
-def optimizer_of(adapter: Adapter, settings: TrainSettings, *, warmup: int, seed: int) -> torch.optim.Optimizer:
-    """The optimizer of what is trained."""
-    groups = adapter.parameter_groups(settings.optimizer.learning_rate)
-    rounding_seed = seed if settings.network.full_bf16 else None
-    return make_optimizer(groups, settings.optimizer, warmup=warmup, rounding_seed=rounding_seed)
-
-
 def make_models(
     settings: TrainSettings, experts: ExpertPlan, accelerator: Accelerator, seed: int
-) -> tuple[Dit | PairModel, Adapter]:
-    """The DiT with its adapter, or both experts with theirs."""
+) -> tuple[Dit | PairModel, Adapter, Streams]:
+    """The DiT with its adapter and what streams of it, or both experts with theirs."""
     if not experts.is_pair:
-        return make_model(settings_of(settings, only_expert(experts)), accelerator, seed)
-    made: dict[str, tuple[Dit, Adapter]] = {}
+        model, adapter, stream = make_model(settings_of(settings, only_expert(experts)), accelerator, seed)
+        return model, adapter, {None: stream}
+    made: dict[str, tuple[Dit, Adapter, Stream]] = {}
     for expert in reversed(experts.trained):
         shared = made[LOW][1] if settings.experts.shared_lora and made else None
         made[expert] = make_model(settings_of(settings, expert), accelerator, seed, shared=shared)
         if settings.experts.offload_inactive_dit and expert != ORDER[0]:
             move_frozen(made[expert][0], torch.device("cpu"))  # before the other one is there
-    models = pair_of({expert: model for expert, (model, _) in made.items()})
-    parts = pair_of({expert: adapter for expert, (_, adapter) in made.items()})
-    model = PairModel(
+    models = pair_of({expert: model for expert, (model, _, _) in made.items()})
+    parts = pair_of({expert: adapter for expert, (_, adapter, _) in made.items()})
+    pair = PairModel(
         models,
         device=accelerator.device,
         offload=settings.experts.offload_inactive_dit,
-        exchanging=accelerator.num_processes > 1,
+        exchanging=accelerator.num_processes > 1 and not settings.optimizer.fused_backward_pass,
     )
-    return model, parts.low_noise if settings.experts.shared_lora else PairAdapter(parts)
+    streams: Streams = {expert: stream for expert, (_, _, stream) in made.items()}
+    return pair, parts.low_noise if settings.experts.shared_lora else PairAdapter(parts), streams
 
 
 def make_model(
     settings: TrainSettings, accelerator: Accelerator, seed: int, *, shared: Adapter | None = None
-) -> tuple[Dit, Adapter]:
-    """The DiT with its adapter, or one that is `shared` with another DiT, saving memory as the settings say."""
+) -> tuple[Dit, Adapter, Stream]:
+    """The DiT with its adapter, or one that is `shared` with another DiT, saving memory as the settings say, and what
+    streams of it."""
     device = accelerator.device
     dtype = None if accelerator.mixed_precision == "no" else dtype_of(accelerator.mixed_precision)
     log.info("loading %s%s", settings.dit.dit, f" in {name_of(dtype)}" if dtype else "")
@@ -158,11 +156,11 @@ def make_model(
     )
     if shared is not None:
         share_adapter(shared, model)
-    adapter = shared or attach_adapter(model, settings.network, seed=seed, device=device)
-    finish_dit(model, model_settings(settings), device)
+    adapter = shared or attach_adapter(model, settings.network, settings.stream, seed=seed, device=device)
+    stream = finish_dit(model, model_settings(settings), device)
     if shared is None:
         log.info(adapter.describe())
-    return model, adapter
+    return model, adapter, stream
 
 
 def start_of(state: State | None, same: dict[str, str], length: Length, settings: TrainSettings) -> Position:

@@ -11,8 +11,9 @@ import torch
 
 from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
+from wan_train.training.one_by_one import Turn, check_apart, one_by_one
 from wan_train.training.optimizer_state import comes_from, for_training, is_schedule_free, sets_own_rate
-from wan_train.training.rounding import check_rounding, rounding
+from wan_train.training.rounding import check_rounding
 from wan_train.training.settings import OptimizerSettings
 
 log = get_logger(__name__)
@@ -33,6 +34,7 @@ class Source:
 
 
 SOURCES = {
+    "AdamW8bitSR": Source("wan_train.training.adamw8bit", "AdamW8bitSR", "wan-train"),
     "AdamW8bit": Source("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
     "PagedAdamW8bit": Source("bitsandbytes.optim", "PagedAdamW8bit", "bitsandbytes"),
     "Lion": Source("bitsandbytes.optim", "Lion", "bitsandbytes"),
@@ -46,38 +48,37 @@ UNUSABLE = ("LBFGS", "SparseAdam")  # of torch: one needs a closure, the other s
 
 
 def make_optimizer(
-    groups: list[dict[str, Any]], settings: OptimizerSettings, *, warmup: int = 0, rounding_seed: int | None = None
+    groups: list[dict[str, Any]], settings: OptimizerSettings, *, warmup: int = 0, turns: Sequence[Turn] | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer over the adapter's parameter groups, ready for its first step.
 
-    `warmup` is for a schedule-free optimizer, which warms up by itself; with a `rounding_seed` weights in bfloat16 are
-    rounded at random. See `check_optimizer` for what is refused.
+    `warmup` is for a schedule-free optimizer, which warms up by itself; with `turns` it steps one weight at a time,
+    each inside of them. See `check_optimizer` for what is refused.
     """
     several = len({group.get("lr", settings.learning_rate) for group in groups}) > 1
     kind, arguments = check_optimizer(settings, several_rates=several)
     if warmup and is_schedule_free(kind):
         arguments["warmup_steps"] = warmup
     _explain(kind, arguments, settings.learning_rate)
-    if rounding_seed is None:
-        optimizer = kind(groups, **arguments)
-    else:
-        optimizer = rounding(kind)(groups, rounding_seed=rounding_seed, **arguments)
+    optimizer = kind(groups, **arguments) if turns is None else one_by_one(kind)(groups, turns=turns, **arguments)
     for_training(optimizer)
     return optimizer
 
 
 def check_optimizer(
-    settings: OptimizerSettings, *, several_rates: bool = False, rounded: bool = False
+    settings: OptimizerSettings, *, several_rates: bool = False, rounded: bool = False, apart: str | None = None
 ) -> tuple[OptimizerClass, dict[str, Any]]:
     """The class and the arguments, `lr` among them, behind the settings.
 
     Raises InputError for an unknown name, a package that is not there, an argument that the class does not take, and
-    where it could not do what is asked for: keep `several_rates` of parameter groups (LoRA+) apart, or let weights be
-    `rounded` at random.
+    where it could not do what is asked for: keep `several_rates` of parameter groups (LoRA+) apart, let weights be
+    `rounded` at random, or step them one by one as the option `apart` asks.
     """
     kind = find_optimizer(settings.optimizer_type)
     if rounded:
         check_rounding(kind, settings.optimizer_type)
+    if apart is not None:
+        check_apart(kind, settings.optimizer_type, apart)
     given = read_arguments("--optimizer_args", settings.optimizer_args)
     if "lr" in given:
         raise InputError("--optimizer_args has lr: give it as --learning_rate")

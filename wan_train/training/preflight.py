@@ -32,6 +32,7 @@ from wan_train.training.resume import find_state
 from wan_train.training.schedules import check_schedule
 from wan_train.training.settings import TrainSettings
 from wan_train.training.state import State
+from wan_train.training.stepping import check_stepping, needs_parts
 from wan_train.training.trackers import check_trackers
 from wan_train.training.validation import Data, check_validation, hold_out
 
@@ -57,7 +58,13 @@ def preflight(settings: TrainSettings) -> Plan:
     check_output_name(settings.save.output_name)
     ours = settings.network.network_module == MODULES[0]
     several_rates = ours and lora_arguments(settings.network).loraplus_lr_ratio != 1
-    kind, _ = check_optimizer(settings.optimizer, several_rates=several_rates, rounded=settings.network.full_bf16)
+    kind, _ = check_optimizer(
+        settings.optimizer,
+        several_rates=several_rates,
+        rounded=settings.network.full_bf16,
+        apart=needs_parts(settings),
+    )
+    check_stepping(settings)
     if settings.loop.ema_decay is not None and is_schedule_free(kind):
         raise InputError(
             f"--ema_decay {settings.loop.ema_decay:g}: {settings.optimizer.optimizer_type} averages by itself, what it "
@@ -98,12 +105,11 @@ def preflight(settings: TrainSettings) -> Plan:
 
 def check_full(settings: TrainSettings) -> None:
     """InputError for what does not go with training the model's own weights."""
-    weights, stream = settings.weights, settings.stream
+    weights = settings.weights
     given = {
         "--fp8_base": weights.fp8_base,
         "--fp8_scaled": weights.fp8_scaled,
         "--int8_base": weights.int8_base,
-        "--blocks_to_swap": stream.blocks_to_swap,
         "--prior_captions": settings.prior.prior_captions,
         "--shared_lora": settings.experts.shared_lora,
         "--offload_inactive_dit": settings.experts.offload_inactive_dit,

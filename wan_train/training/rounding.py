@@ -5,22 +5,23 @@ as its size asks for, it is there in the mean (Gupta et al. 2015, section 3). On
 """
 
 import hashlib
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan_train.cli import InputError
+from wan_train.training.one_by_one import Turn
 
-STEPS = "rounded_steps"  # in the first parameter group, so that a saved state holds it
-# (module, class): those that treat each weight by itself, and take it in float32.
-_BY_THEMSELVES = (
-    *(("torch", name) for name in ("AdamW", "Adam", "SGD", "Adafactor")),
-    ("transformers", "Adafactor"),
-    ("came_pytorch", "CAME"),
-)
+# By package: those that treat each weight by itself, and take it in float32. bitsandbytes has not been seen to.
+_IN_FLOAT32 = {
+    "torch": ("AdamW", "Adam", "SGD", "Adafactor"),
+    "transformers": ("Adafactor",),
+    "came_pytorch": ("CAME",),
+    "wan_train": ("AdamW8bitSR",),
+}
 
 
 def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -35,59 +36,29 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def check_rounding(kind: Any, name: str) -> None:
     """InputError for an optimizer class, called `name`, that cannot round so."""
-    if (kind.__module__.partition(".")[0], kind.__name__) not in _BY_THEMSELVES:
-        known = ", ".join(dict.fromkeys(name for _, name in _BY_THEMSELVES))
+    if kind.__name__ not in _IN_FLOAT32.get(kind.__module__.partition(".")[0], ()):
+        known = ", ".join(dict.fromkeys(name for names in _IN_FLOAT32.values() for name in names))
         raise InputError(f"--full_bf16 rounds at random, which --optimizer_type {name} cannot: take one of {known}")
 
 
-@cache
-def rounding(kind: Callable[..., torch.optim.Optimizer]) -> Any:
-    """The class that steps as `kind` does, weights in bfloat16 one by one in float32.
+def rounded(seed: int) -> Turn:
+    """Lets a float32 weight stand in for one in bfloat16, and rounds it back by draws that `seed` keys."""
 
-    It takes `rounding_seed` besides; what is drawn depends on it, the number of steps taken and the weight's place.
-    """
-    base: Any = kind
+    @contextmanager
+    def turn(optimizer: Any, parameter: nn.Parameter, key: str) -> Iterator[nn.Parameter]:
+        if parameter.dtype != torch.bfloat16:
+            yield parameter
+            return
+        # Not `parameter.data`, made float32: whoever counts on its gradients (data-parallel training) would lose it.
+        fine = nn.Parameter(parameter.detach().float())
+        assert parameter.grad is not None
+        fine.grad = parameter.grad.float()
+        optimizer.state[fine] = optimizer.state.pop(parameter, {})
+        yield fine
+        optimizer.state[parameter] = optimizer.state.pop(fine)
+        parameter.copy_(round_at_random(fine.detach(), _generator(f"{seed}/{key}", fine.device)))
 
-    class Rounding(base):  # type: ignore[misc]
-        param_groups: list[dict[str, Any]]
-
-        def __init__(self, params: Any, *, rounding_seed: int, **arguments: Any) -> None:
-            super().__init__(params, **arguments)
-            self.rounding_seed = rounding_seed
-            self.param_groups[0][STEPS] = 0
-
-        @torch.no_grad()
-        def step(self, closure: None = None) -> None:
-            groups = self.param_groups
-            place, count = 0, groups[0][STEPS]
-            for group in groups:
-                together = group["params"]
-                self.param_groups = [group]
-                try:
-                    for parameter in together:
-                        place += 1
-                        if parameter.grad is not None:
-                            group["params"] = [parameter]
-                            self._step_one(parameter, f"{self.rounding_seed}/{count}/{place}")
-                finally:
-                    group["params"], self.param_groups = together, groups
-            groups[0][STEPS] = count + 1
-
-        def _step_one(self, parameter: Tensor, key: str) -> None:
-            if parameter.dtype != torch.bfloat16:
-                super().step()
-                return
-            grad, parameter.grad = parameter.grad, None
-            assert grad is not None
-            parameter.data = parameter.data.float()
-            parameter.grad = grad.float()
-            super().step()
-            parameter.grad = None
-            parameter.data = round_at_random(parameter.data, _generator(key, parameter.device))
-            parameter.grad = grad
-
-    Rounding.__name__, Rounding.__qualname__ = base.__name__, base.__qualname__
-    return Rounding
+    return turn
 
 
 def _generator(key: str, device: torch.device) -> torch.Generator:

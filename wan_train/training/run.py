@@ -30,6 +30,7 @@ from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
 from wan_train.training.settings import TrainSettings
 from wan_train.training.state import Position, newest_state, remove, save_state
+from wan_train.training.stepping import Stepping
 from wan_train.training.stopping import StopRequest
 from wan_train.training.strata import Strata
 from wan_train.training.validation import Validator
@@ -76,8 +77,9 @@ class Skipped:
 class Run:
     """Everything that the loop works with.
 
-    `model` is what accelerate made of `dit`; `previewer` and `writer` are there on the first process only. `carried`
-    names all that a state holds beside the adapter; `configuration` is what a resumed run must have in common.
+    `model` is what accelerate made of `dit`, `optimizer` of that of `stepping`; `previewer` and `writer` are there on
+    the first process only. `carried` names all that a state holds beside the adapter; `configuration` is what a resumed
+    run must have in common.
     """
 
     settings: TrainSettings
@@ -87,6 +89,7 @@ class Run:
     model: nn.Module
     adapter: Adapter
     optimizer: torch.optim.Optimizer
+    stepping: Stepping
     schedule: Any
     batches: EpochBatches
     loader: DataLoader[Batch]

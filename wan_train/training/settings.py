@@ -79,7 +79,7 @@ class OptimizerSettings:
 
     optimizer_type: str = option(
         "AdamW",
-        "AdamW, AdamW8bit, PagedAdamW8bit, Lion, Lion8bit, Adafactor, Prodigy, CAME, AdamWScheduleFree, "
+        "AdamW, AdamW8bit, AdamW8bitSR, PagedAdamW8bit, Lion, Lion8bit, Adafactor, Prodigy, CAME, AdamWScheduleFree, "
         "the name of any torch.optim class, or any package.Class.",
     )
     optimizer_args: tuple[str, ...] = option((), "Further arguments of the optimizer.", metavar="NAME=VALUE")

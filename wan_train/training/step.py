@@ -77,7 +77,7 @@ def take_step(run: Run, window: list[Drawn], position: Position) -> tuple[StepMe
     levels = torch.cat([drawn.draws.t for drawn in window])
     shared = share(run, torch.stack(means).mean(), levels, torch.cat(samples))
     let_idle_rest(run, window[0].expert)
-    norm = clip(run)
+    norm = clip(run) if run.stepping.fused is None else run.stepping.fused.finish()
     if math.isfinite(shared.loss) and math.isfinite(norm):
         update(run, window[0].expert)
     else:
@@ -121,7 +121,8 @@ def learn(run: Run, drawn: Drawn, epoch: int, *, share: float, last: bool) -> Lo
     prior = None if run.prior is None or batch.is_reg else run.prior
     with exchange(run, now=last and prior is None):
         losses = measure(run.model, latents, conditions, placed, weights=weights, settings=run.settings.loss)
-        run.accelerator.backward(losses.mean * (share * batch.loss_weight))
+        if run.stepping.fused is None or is_finite_everywhere(run, losses.mean):
+            run.accelerator.backward(losses.mean * (share * batch.loss_weight))
     mean = losses.mean.detach() * batch.loss_weight
     if prior is not None:
         texts = prior.choose(batch.keys, seed=run.seed, epoch=epoch)
@@ -131,6 +132,11 @@ def learn(run: Run, drawn: Drawn, epoch: int, *, share: float, last: bool) -> Lo
             run.accelerator.backward(loss * share)
         mean = mean + loss.detach()
     return Losses(mean, losses.samples)
+
+
+def is_finite_everywhere(run: Run, loss: Tensor) -> bool:
+    """Whether no process has a loss that is no number: where steps are taken on the way, this is known before."""
+    return bool(run.accelerator.gather(loss.detach().unsqueeze(0)).isfinite().all())
 
 
 def let_idle_rest(run: Run, expert: str | None) -> None:
@@ -173,6 +179,7 @@ def clip(run: Run) -> float:
 def update(run: Run, expert: str | None = None) -> None:
     """Let the parameters take the step, those of one of two experts."""
     run.optimizer.step()
+    run.stepping.settle()
     limit = run.settings.network.scale_weight_norms
     if limit is not None:
         run.adapter.scale_norms(limit)
@@ -190,6 +197,7 @@ def leave_out(run: Run, loss: float, norm: float, position: Position, window: li
         skip_or_stop(run, loss, norm, position, window)
     if scaler is not None:
         run.optimizer.step()  # the scaler takes no step, and lowers its scale
+    run.stepping.settle()
 
 
 def skip_or_stop(run: Run, loss: float, norm: float, position: Position, window: list[Drawn]) -> None:

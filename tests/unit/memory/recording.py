@@ -45,6 +45,7 @@ class RecordingLane:
     last_read: dict[int, int] = field(default_factory=dict)
     pending: list[Copy] = field(default_factory=list)
     uploads: list[int] = field(default_factory=list)  # which master
+    stores: list[int] = field(default_factory=list)  # to which master
     contents: dict[int, int] = field(default_factory=dict)  # the same by slot
     broken: bool = False
     on_host: Callable[[], None] = lambda: None
@@ -63,14 +64,20 @@ class RecordingLane:
         return self.clock
 
     def upload(self, slot: Tensor, master: Tensor, after: int) -> Copy:
-        assert self.last_read.get(slot.data_ptr(), 0) <= after, "a copy may overtake the slot's last reading"
+        for memory in (slot, master):
+            assert self.last_read.get(memory.data_ptr(), 0) <= after, "a copy may overtake the slot's last reading"
+        for copy in [copy for copy in self.pending if copy.master.data_ptr() == slot.data_ptr()]:
+            self.wait(copy)  # copies are made in their order: what leaves the slot has left before it is filled
         slot.fill_(0xFF)
         if self.broken:
             raise ValueError("no memory")
         copy = Copy(slot, master)
         self.pending.append(copy)
-        self.uploads.append(next(i for i, known in enumerate(self.masters) if known is master))
-        self.contents[slot.data_ptr()] = self.uploads[-1]
+        if slot.data_ptr() in self.slots:
+            self.uploads.append(next(i for i, known in enumerate(self.masters) if known is master))
+            self.contents[slot.data_ptr()] = self.uploads[-1]
+        else:
+            self.stores.append(next(i for i, known in enumerate(self.masters) if known is slot))
         if not self.late:
             self.wait(copy)
         return copy
@@ -80,10 +87,15 @@ class RecordingLane:
             copy = self.pending.pop(0)
             copy.slot[: len(copy.master)].copy_(copy.master)
 
+    def finish(self) -> None:
+        if self.pending:
+            self.wait(self.pending[-1])
+
     def read(self, tensor: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
         if address in self.slots:
-            assert all(copy.slot.data_ptr() != address for copy in self.pending), "read before it was there"
+            ends = {memory.data_ptr() for copy in self.pending for memory in (copy.slot, copy.master)}
+            assert address not in ends, "read before it was there, or while it was stored"
             self.clock += 1
             self.last_read[address] = self.clock
 

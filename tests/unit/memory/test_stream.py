@@ -114,17 +114,16 @@ def test_blocks_are_fetched_while_those_before_them_compute() -> None:
     assert during(train_step) == f"012 123 234 345 345 345 {backward}"
 
 
-def test_what_trains_does_not_stream() -> None:
+def test_trained_matrices_stream_and_adapters_do_not() -> None:
     toy = Toy(2)
     toy.blocks[1].wide.weight.requires_grad_()
     stream = apply_stream(toy.blocks, StreamSettings(blocks_to_swap=1), RecordingLane(late=False))
-    assert stream.names(toy) == {"blocks.1.narrow.weight"}
-    with pytest.raises(AssertionError, match="without frozen"):
-        toy.requires_grad_(True)
-        apply_stream(toy.blocks, StreamSettings(blocks_to_swap=1), RecordingLane(late=False))
+    assert stream.names(toy) == {"blocks.1.wide.weight", "blocks.1.narrow.weight"}
+    with pytest.raises(AssertionError, match="without matrices"):
+        apply_stream([nn.LayerNorm(4)] * 2, StreamSettings(blocks_to_swap=1), RecordingLane(late=False))
 
 
-def test_only_frozen_matrices_move_and_each_is_where_it_should_be() -> None:
+def test_only_matrices_move_and_each_is_where_it_should_be() -> None:
     toy, lane = Toy(5, torch.float8_e4m3fn), RecordingLane(late=False)
     stream = stream_toy(toy, 2, 2, lane)
     assert streamed_blocks(5, 2) == [1, 3]

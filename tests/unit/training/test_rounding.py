@@ -8,20 +8,24 @@ import torch
 from wan_train.cli import InputError
 from wan_train.training.optimizer_state import load_portable_state, portable_state
 from wan_train.training.optimizers import check_optimizer, make_optimizer
-from wan_train.training.rounding import round_at_random
+from wan_train.training.rounding import round_at_random, rounded
 from wan_train.training.settings import OptimizerSettings
 
-ONES = {"AdamW": (), "SGD": ("momentum=0.9",), "Adafactor": (), "CAME": ()}
+ONES = {"AdamW": (), "SGD": ("momentum=0.9",), "Adafactor": (), "CAME": (), "AdamW8bitSR": ()}
 
 
 def settings_of(name: str, rate: float, *arguments: str) -> OptimizerSettings:
     return OptimizerSettings(optimizer_type=name, learning_rate=rate, optimizer_args=arguments)
 
 
+def turns_of(seed: int | None) -> Any:
+    return None if seed is None else (rounded(seed),)
+
+
 def train(name: str, weight: torch.nn.Parameter, steps: int, *, rate: float, seed: int | None = 1) -> Any:
     """Steps down a slope that varies a little."""
     optimizer = make_optimizer(
-        [{"params": [weight], "lr": rate}], settings_of(name, rate, *ONES[name]), rounding_seed=seed
+        [{"params": [weight], "lr": rate}], settings_of(name, rate, *ONES[name]), turns=turns_of(seed)
     )
     go_on(optimizer, weight, range(steps))
     return optimizer
@@ -73,7 +77,9 @@ def test_it_goes_on_to_the_bit_and_another_seed_rounds_otherwise(name: str) -> N
     train(name, whole, 10, rate=1e-3)
     state = portable_state(train(name, parts, 4, rate=1e-3))
     again = torch.nn.Parameter(parts.detach().clone())
-    optimizer = make_optimizer([{"params": [again], "lr": 1e-3}], settings_of(name, 1e-3, *ONES[name]), rounding_seed=1)
+    optimizer = make_optimizer(
+        [{"params": [again], "lr": 1e-3}], settings_of(name, 1e-3, *ONES[name]), turns=turns_of(1)
+    )
     load_portable_state(optimizer, state)
     go_on(optimizer, again, range(4, 10))
     assert torch.equal(again, whole)
