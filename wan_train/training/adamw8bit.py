@@ -82,13 +82,13 @@ def _nothing(name: str, parameter: Tensor) -> dict[str, Tensor]:
 
 def _read(state: dict[str, Any], name: str, piece: slice) -> Tensor:
     kept = state[name].view(-1)[piece]
-    return decode(kept, _scales(state, name, piece), STATES[name]) if kept.dtype == torch.uint8 else kept
+    return decode(kept, _scales(state, name, piece), signed=STATES[name]) if kept.dtype == torch.uint8 else kept
 
 
 def _write(state: dict[str, Any], name: str, piece: slice, value: Tensor) -> None:
     kept = state[name].view(-1)[piece]
     if kept.dtype == torch.uint8:
-        codes, scales = encode(value, STATES[name])
+        codes, scales = encode(value, signed=STATES[name])
         kept.copy_(codes)
         _scales(state, name, piece).copy_(scales)
 
@@ -98,28 +98,28 @@ def _scales(state: dict[str, Any], name: str, piece: slice) -> Tensor:
     return scales[piece.start // BLOCK : -(-piece.stop // BLOCK)]
 
 
-def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """x, float32 (n,), as codes, uint8 (n,), and scales, float32 (n / 256 rounded up,)."""
     rows = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     scales = rows.abs().amax(1)
-    table = _table(signed, x.device)
+    table = _table(x.device, signed=signed)
     within = rows / torch.where(scales > 0, scales, 1.0).unsqueeze(1)
     codes = torch.bucketize(within, (table[1:] + table[:-1]) / 2, out_int32=True)
     return codes.view(-1)[: len(x)].to(torch.uint8), scales
 
 
-def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """What `encode` was given, as nearly as the codes tell."""
-    within = _table(signed, codes.device).index_select(0, codes.int())
+    within = _table(codes.device, signed=signed).index_select(0, codes.int())
     return F.pad(within, (0, -len(codes) % BLOCK)).view(-1, BLOCK).mul_(scales.unsqueeze(1)).view(-1)[: len(codes)]
 
 
 @cache
-def _table(signed: bool, device: torch.device) -> Tensor:
-    return code_table(signed).to(device)
+def _table(device: torch.device, *, signed: bool) -> Tensor:
+    return code_table(signed=signed).to(device)
 
 
-def code_table(signed: bool) -> Tensor:
+def code_table(*, signed: bool) -> Tensor:
     """The 256 numbers of the codes, rising, from -1 or 0 to 1.
 
     Seven decades; each is cut into equal steps whose middles are the numbers, twice as many in each decade as in the

@@ -70,7 +70,6 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     schedule = make_schedule(stepping.optimizer, settings.optimizer, total=length.steps)
     decay, average, skipped = settings.loop.ema_decay, RunningMean(), Skipped()
     ema = None if decay is None else make_ema(adapter, decay)
-    num_strata = settings.timesteps.num_timestep_buckets
     carried: dict[str, Stateful | None] = {
         "optimizer": Portable(prepared),
         "schedule": Portable(schedule),
@@ -105,7 +104,7 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
         writer=make_writer(settings, plan.state, rows) if is_first else None,
         hub=open_hub(settings.hub) if is_first else None,
         validator=cast("Validator | None", carried["validator"]),
-        strata=None if num_strata is None else Strata(dataset, num_strata, seed=seed),
+        strata=make_strata(settings, dataset, seed),
         prior=make_prior(settings, plan, texts),
         ema=ema,
         average=average,
@@ -211,6 +210,12 @@ def make_validator(settings: TrainSettings, data: Data, experts: ExpertPlan) -> 
     rate = dropping_rate(settings.pictures, variant) if variant.is_fused else None
     parts = settings.validation, settings.timesteps, settings.loss
     return Validator(data.held_out, *parts, experts, without_pictures=rate)
+
+
+def make_strata(settings: TrainSettings, dataset: CachedDataset, seed: int) -> Strata | None:
+    """What spreads the noise levels; None where they are drawn one by one."""
+    count = settings.timesteps.num_timestep_buckets
+    return None if count is None else Strata(dataset, count, seed=seed)
 
 
 def make_facts(

@@ -11,6 +11,7 @@ import torch
 
 from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
+from wan_train.training.adamw8bit import AdamW8bitSR
 from wan_train.training.one_by_one import Turn, check_apart, one_by_one
 from wan_train.training.optimizer_state import comes_from, for_training, is_schedule_free, sets_own_rate
 from wan_train.training.rounding import check_rounding
@@ -34,7 +35,6 @@ class Source:
 
 
 SOURCES = {
-    "AdamW8bitSR": Source("wan_train.training.adamw8bit", "AdamW8bitSR", "wan-train"),
     "AdamW8bit": Source("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
     "PagedAdamW8bit": Source("bitsandbytes.optim", "PagedAdamW8bit", "bitsandbytes"),
     "Lion": Source("bitsandbytes.optim", "Lion", "bitsandbytes"),
@@ -44,6 +44,7 @@ SOURCES = {
     "CAME": Source("came_pytorch", "CAME", "came-pytorch"),
     "AdamWScheduleFree": Source("schedulefree", "AdamWScheduleFree", "schedulefree"),
 }
+OURS = {"AdamW8bitSR": AdamW8bitSR}
 UNUSABLE = ("LBFGS", "SparseAdam")  # of torch: one needs a closure, the other sparse gradients
 
 
@@ -113,8 +114,11 @@ def find_optimizer(name: str) -> OptimizerClass:
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and found not in ("Optimizer", *UNUSABLE)
     } | SOURCES
     sources = {found.lower(): source for found, source in known.items()}
+    ours: dict[str, OptimizerClass] = {found.lower(): kind for found, kind in OURS.items()}
+    if name.lower() in ours:
+        return ours[name.lower()]
     if name.lower() not in sources:
-        names = [*SOURCES, *sorted(known.keys() - SOURCES.keys())]
+        names = [*SOURCES, *OURS, *sorted(known.keys() - SOURCES.keys())]
         raise InputError(
             f"unknown --optimizer_type {name!r}{nearest(name, names)}; known are {', '.join(names)} and any "
             "package.Class"

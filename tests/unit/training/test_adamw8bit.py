@@ -31,8 +31,8 @@ def some() -> list[nn.Parameter]:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_table_is_that_of_bitsandbytes(signed: bool) -> None:
-    torch.testing.assert_close(code_table(signed), create_dynamic_map(signed=signed).cpu(), rtol=0, atol=1e-7)
-    assert len(code_table(signed)) == 256
+    torch.testing.assert_close(code_table(signed=signed), create_dynamic_map(signed=signed).cpu(), rtol=0, atol=1e-7)
+    assert len(code_table(signed=signed)) == 256
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -40,17 +40,17 @@ def test_the_table_is_that_of_bitsandbytes(signed: bool) -> None:
 def test_codes_are_the_nearest_of_the_table(signed: bool, count: int) -> None:
     x = torch.randn(count, generator=torch.Generator().manual_seed(count))
     x = x if signed else x.square()
-    codes, scales = encode(x, signed)
+    codes, scales = encode(x, signed=signed)
     assert codes.dtype == torch.uint8 and codes.shape == (count,) and scales.shape == (-(-count // 256),)
     within = x / scales.repeat_interleave(256)[:count]
-    nearest = (within.unsqueeze(1) - code_table(signed)).abs().amin(1)
-    found = decode(codes, scales, signed) / scales.repeat_interleave(256)[:count]
+    nearest = (within.unsqueeze(1) - code_table(signed=signed)).abs().amin(1)
+    found = decode(codes, scales, signed=signed) / scales.repeat_interleave(256)[:count]
     torch.testing.assert_close((found - within).abs(), nearest, rtol=0, atol=1e-6)
 
 
 def test_zeros_stay_zeros() -> None:
-    codes, scales = encode(torch.zeros(300), True)
-    assert torch.equal(decode(codes, scales, True), torch.zeros(300))
+    codes, scales = encode(torch.zeros(300), signed=True)
+    assert torch.equal(decode(codes, scales, signed=True), torch.zeros(300))
 
 
 @pytest.mark.parametrize(("theirs", "apart"), [(torch.optim.AdamW, 0.04), (AdamW8bit, 0.005)], ids=["torch", "bnb"])

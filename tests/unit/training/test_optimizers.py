@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from wan_train.cli import InputError
-from wan_train.training.optimizers import SOURCES, check_optimizer, find_optimizer, make_optimizer
+from wan_train.training.optimizers import OURS, SOURCES, check_optimizer, find_optimizer, make_optimizer
 from wan_train.training.settings import OptimizerSettings
 
 # A learning rate that suits each on the LoRA below.
 RATES = {
     "AdamW": 1e-3,
+    "AdamW8bitSR": 1e-3,
     "AdamW8bit": 1e-3,
     "PagedAdamW8bit": 1e-3,
     "Lion": 1e-3,
@@ -62,7 +63,7 @@ def test_each_optimizer_lowers_the_loss_of_a_lora(name: str) -> None:
 
 
 def test_every_name_of_the_help_is_tried() -> None:
-    assert RATES.keys() == {"AdamW", *SOURCES}
+    assert RATES.keys() == {"AdamW", *OURS, *SOURCES}
 
 
 @pytest.mark.parametrize("name", SOURCES)
