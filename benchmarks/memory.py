@@ -1,4 +1,5 @@
-"""Peak memory and seconds per LoRA step of the 14B geometry with random weights, by what is done to save memory.
+"""Peak memory and seconds per step of the 14B geometry with random weights, by what is done to save memory: of a LoRA
+and, in cells that begin with `full`, of full fine-tuning.
 
 Each cell runs in a process of its own. On a GPU the model has its 40 blocks and the peak is what torch had allocated on
 the device; on a CPU it has four, and the peak is that of the process. `weights_gib` is what the device holds of the
@@ -37,11 +38,15 @@ SCALED = WeightSettings(fp8_base=True, fp8_scaled=True)
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to run; `swap` is a share of the blocks, of which one always stays."""
+    """One way to run; `swap` is a share of the blocks, of which one always stays. With an `optimizer` all weights are
+    trained, in bf16; it steps in the backward pass if `fused`, its states are in main memory if `offload`."""
 
     swap: float = 0.0
     weights: WeightSettings = BF16
     activations: RecomputeSettings = FULL
+    optimizer: str | None = None
+    fused: bool = True
+    offload: bool = False
 
 
 CELLS = {
@@ -55,6 +60,11 @@ CELLS = {
     "fp8": Cell(weights=WeightSettings(fp8_base=True)),
     "fp8_scaled": Cell(weights=SCALED),
     "int8": Cell(weights=WeightSettings(int8_base=True)),
+    "full_8bit": Cell(optimizer="AdamW8bitSR"),
+    "full_8bit_ordinary": Cell(optimizer="AdamW8bitSR", fused=False),
+    "full_8bit_offload": Cell(optimizer="AdamW8bitSR", offload=True),
+    "full_8bit_swap": Cell(swap=1.0, optimizer="AdamW8bitSR", offload=True),
+    "full_adafactor": Cell(optimizer="Adafactor"),
     "least": Cell(1.0, SCALED, replace(FULL, gradient_checkpointing_cpu_offload=True, ffn_chunks=4)),
 }
 
@@ -67,7 +77,8 @@ def random_weights(shapes: dict[str, tuple[int, ...]], device: torch.device) -> 
 
 
 def build(cell: Cell, layers: int, device: torch.device):  # type: ignore[no-untyped-def]
-    """The model with its adapter, the optimizer, and the bytes of weights that the device holds."""
+    """The model with what is trained, the optimizer, what steps in the backward pass, and the bytes of weights that the
+    device holds."""
     from networks.settings import NetworkSettings
     from wan_train.assemble import ModelSettings, attach_adapter, finish_dit, streamed_names
     from wan_train.memory.quantize import quantised
@@ -88,17 +99,38 @@ def build(cell: Cell, layers: int, device: torch.device):  # type: ignore[no-unt
     place = Placement(device, None, streamed_names(stream, shapes))
     tensors = quantised(random_weights(shapes, device), plan.schemes, device)
     model = build_dit(header, tensors, source={}, place=place, plan=plan)
-    adapter = attach_adapter(model, NetworkSettings(network_dim=RANK, network_alpha=RANK), seed=0, device=device)
+    lora = NetworkSettings(network_dim=RANK, network_alpha=RANK)
+    network = lora if cell.optimizer is None else NetworkSettings(network_module="networks.full", full_bf16=True)
+    adapter = attach_adapter(model, network, stream, seed=0, device=device)
     stream = finish_dit(model, settings, device)
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     held = weights - stream.host_bytes + stream.device_bytes
-    return model.train(), torch.optim.AdamW(adapter.parameter_groups(1e-4), lr=1e-4), held
+    if cell.optimizer is None:
+        return model.train(), torch.optim.AdamW(adapter.parameter_groups(1e-4), lr=1e-4), None, held
+    return model.train(), *stepping_of(cell, adapter, stream, device), held
+
+
+def stepping_of(cell: Cell, adapter, stream, device: torch.device):  # type: ignore[no-untyped-def]
+    """The optimizer of all weights, and what steps in the backward pass."""
+    from wan_train.memory.lanes import make_lane
+    from wan_train.memory.states import HostStates
+    from wan_train.training.fused import FusedBackward
+    from wan_train.training.optimizers import make_optimizer
+    from wan_train.training.rounding import rounded
+    from wan_train.training.settings import OptimizerSettings
+    from wan_train.training.stepping import parts_of, states_at_hand
+
+    turns = [*([states_at_hand(HostStates(make_lane(device)))] if cell.offload else []), rounded(0)]
+    settings = OptimizerSettings(optimizer_type=cell.optimizer, learning_rate=1e-5)
+    optimizer = make_optimizer(adapter.parameter_groups(1e-5), settings, turns=turns)
+    optimizer.parts = parts_of(dict(adapter.named_parameters()), {None: stream})
+    return optimizer, FusedBackward(optimizer, optimizer.parts, limit=1.0) if cell.fused else None
 
 
 def run_cell(name: str, size: tuple[int, int, int], layers: int, steps: int, pipe: Connection) -> None:
     """Build, take a step to warm up, time the others, and send what was found."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, optimizer, held = build(CELLS[name], layers, device)
+    model, optimizer, fused, held = build(CELLS[name], layers, device)
     height, width, frames = size
     shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
     torch.manual_seed(0)
@@ -107,6 +139,8 @@ def run_cell(name: str, size: tuple[int, int, int], layers: int, steps: int, pip
     for _ in range(steps + 1):
         began = time.perf_counter()
         model(latents, torch.tensor([500.0], device=device), text).square().mean().backward()
+        if fused is not None:
+            fused.finish()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -160,7 +160,12 @@ def streamed_names(stream: StreamSettings, shapes: dict[str, tuple[int, ...]]) -
 
 
 def attach_adapter(
-    model: Dit, network: NetworkSettings, stream: StreamSettings, *, seed: int, device: torch.device
+    model: Dit,
+    network: NetworkSettings,
+    stream: StreamSettings = StreamSettings(),  # noqa: B008
+    *,
+    seed: int,
+    device: torch.device,
 ) -> Adapter:
     """Make the model trainable through an adapter. What is trained is on `device` wherever the model is, but for what
     streams of the model itself."""
