@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dataset.config import DatasetConfig
 from dataset.manifest import Manifest
-from wan_train.storage import expand
+from wan_train.shards import expand
 
 RECIPE_KEY = "wan_train_recipe"
 _VERSION = 1

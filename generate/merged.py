@@ -14,7 +14,8 @@ from wan_train.models.loading import check_dit, linear_shapes, official_shapes
 from wan_train.models.stored import read_scales, unscaled
 from wan_train.models.variants import VARIANTS
 from wan_train.models.weights import dit_rename, renamed
-from wan_train.storage import check_writable, expand, read_header, read_tensors
+from wan_train.shards import expand
+from wan_train.storage import check_writable, read_header, read_tensors
 from wan_train.tensor_writer import Row, write_tensors
 
 log = get_logger(__name__)

@@ -13,7 +13,8 @@ from networks.peft_config import METADATA_KEY
 from networks.settings import ConvertLoraSettings, ConvertSettings
 from wan_train.cli import InputError, choose
 from wan_train.log import get_logger
-from wan_train.storage import expand, read_header, read_tensors, save_tensors
+from wan_train.shards import expand
+from wan_train.storage import read_header, read_tensors, save_tensors
 
 log = get_logger(__name__)
 

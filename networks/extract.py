@@ -21,7 +21,8 @@ from wan_train.cli import InputError
 from wan_train.log import get_logger
 from wan_train.models.weights import dit_rename, require_kind
 from wan_train.precision import default_device, dtype_of
-from wan_train.storage import check_writable, expand, read_header, read_tensors, save_tensors
+from wan_train.shards import expand
+from wan_train.storage import check_writable, read_header, read_tensors, save_tensors
 
 log = get_logger(__name__)
 

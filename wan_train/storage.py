@@ -5,7 +5,6 @@ renamed into place, so that a reader sees the old file or the whole new one.
 """
 
 import contextlib
-import json
 import os
 import pickle
 import platform
@@ -23,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wan_train.cli import InputError
+from wan_train.shards import expand
 
 TensorSource = str | os.PathLike[str] | Mapping[str, Tensor]
 
 # Stands in the names of temporary files, so that those of dead processes can be told from those of living ones.
 HOST = re.sub(r"[^\w-]", "", platform.node())[:40] or "host"
 
-_SHARD = re.compile(r"^(.*?)(\d+)-of-(\d+)\.safetensors$")
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "module", "model_state")  # single-key dictionaries around a state dict
 
@@ -87,46 +86,6 @@ def read_tensors(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
         with _opened(path) as file:
             for key in list(file.keys()):
                 yield key, file.get_tensor(key)
-
-
-def expand(source: str | os.PathLike[str]) -> list[Path]:
-    """The files behind a checkpoint path: itself, all shards of its set, or those of a folder."""
-    path = Path(source)
-    if path.is_dir():
-        return _in_folder(path)
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
-    shard = _SHARD.match(path.name)
-    if not shard:
-        return [path]
-    stem, width, total = shard[1], len(shard[2]), shard[3]
-    paths = [path.with_name(f"{stem}{i:0{width}d}-of-{total}.safetensors") for i in range(1, int(total) + 1)]
-    missing = [p.name for p in paths if not p.is_file()]
-    if missing:
-        raise InputError(
-            f"{path}: {len(missing)} of {total} shards are missing ({', '.join(missing[:3])}): download them too"
-        )
-    return paths
-
-
-def _in_folder(folder: Path) -> list[Path]:
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        try:
-            names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{indexes[0]} is not an index of shards: download it again") from None
-        # Only plain names: an index may not lead out of its folder.
-        paths = [folder / Path(name).name for name in names]
-        missing = [p.name for p in paths if not p.is_file()]
-        if missing:
-            raise InputError(f"{folder}: {len(missing)} files of its index are missing ({', '.join(missing[:3])})")
-        return paths
-    files = sorted(folder.glob("*.safetensors"))
-    sets = {m[1] for f in files if (m := _SHARD.match(f.name))}
-    if len(files) == 1 or (files and len(sets) == 1 and all(_SHARD.match(f.name) for f in files)):
-        return expand(files[0])
-    raise InputError(f"{folder} holds {len(files)} safetensors files and no index: name the one to load")
 
 
 @contextlib.contextmanager
@@ -204,6 +163,24 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if target.exists():
             os.replace(target, folder / "old")
         os.replace(temporary, target)
+        _flush(target.parent)
+
+
+@contextlib.contextmanager
+def replacing_set(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty folder to fill beside `path`; at the end its files are flushed and put beside `path` one by one, in the
+    order of their names but those in JSON, which tell of the others, last. Those that they replace go first."""
+    target = Path(path)
+    with _beside(target) as folder:
+        yield folder
+        files = sorted(folder.iterdir(), key=lambda file: (file.suffix == ".json", file.name))
+        for file in files:
+            _flush(file)
+        for file in files:
+            if file.suffix == ".json":
+                target.with_name(file.name).unlink(missing_ok=True)
+        for file in files:
+            os.replace(file, target.with_name(file.name))
         _flush(target.parent)
 
 

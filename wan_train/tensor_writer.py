@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor, for models that do not fit into memory a second time.
+"""Safetensors files written tensor by tensor, for models that do not fit into memory a second time.
 
 The format: eight bytes with the length of a JSON header, the header, then the tensors' bytes one after the other
 (the specification of safetensors). The header stands first, so that shapes and dtypes have to be known beforehand.
@@ -6,6 +6,7 @@ The format: eight bytes with the length of a JSON header, the header, then the t
 
 import json
 import math
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from wan_train.cli import InputError
-from wan_train.storage import DTYPE_NAMES, replacing
+from wan_train.shards import INDEX, MARK, divide, files_of, shard_names
+from wan_train.storage import DTYPE_NAMES, replacing, replacing_set
 
 _ALIGNMENT = 8  # bytes, that of the first tensor
 
@@ -42,8 +44,8 @@ def write_tensors(
     starts, header = _lay_out(rows, metadata)
     waiting = set(rows)
     with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(header)
         try:
+            file.write(header)
             for name, tensor in tensors:
                 if name not in waiting or tuple(tensor.shape) != rows[name].shape:
                     raise ValueError(f"{name} {tuple(tensor.shape)} is not what the header announces")
@@ -55,6 +57,41 @@ def write_tensors(
             raise InputError(f"cannot write {path}: {problem.strerror or problem}") from None
         if waiting:
             raise ValueError(f"{len(waiting)} tensors are missing: {', '.join(sorted(waiting)[:3])}")
+
+
+def write_set(
+    path: Path, rows: Mapping[str, Row], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], limit: int | None
+) -> list[Path]:
+    """Write a checkpoint in files of at most `limit` bytes of tensors, or in one: those files, an index last.
+
+    All are written beside, then put in their places one by one, the index last. What an earlier checkpoint of that name
+    had besides goes after that. InputError for a full disk.
+    """
+    groups = divide({name: row.num_bytes for name, row in rows.items()}, limit)
+    names = shard_names(path, len(groups))
+    earlier = files_of(path) if path.parent.is_dir() else []
+    if len(groups) == 1:
+        write_tensors(path, rows, ((name, tensors[name]) for name in rows), metadata)
+        written = [path]
+    else:
+        marked = {**metadata, MARK: uuid.uuid4().hex}
+        with replacing_set(path) as folder:
+            for shard, group in zip(names, groups, strict=True):
+                own = {name: rows[name] for name in group}
+                write_tensors(folder / shard, own, ((name, tensors[name]) for name in group), marked)
+            index = path.name + INDEX
+            (folder / index).write_text(_index(rows, dict(zip(names, groups, strict=True))), encoding="utf-8")
+        written = [path.with_name(name) for name in (*names, index)]
+    for file in sorted(earlier, key=lambda file: file.suffix != ".json"):  # first what tells of the others
+        if file not in written:
+            file.unlink(missing_ok=True)
+    return written
+
+
+def _index(rows: Mapping[str, Row], groups: Mapping[str, list[str]]) -> str:
+    places = {name: shard for shard, group in groups.items() for name in group}
+    total = sum(row.num_bytes for row in rows.values())
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1)
 
 
 def _lay_out(rows: Mapping[str, Row], metadata: Mapping[str, str]) -> tuple[dict[str, int], bytes]:

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wan_train.cli import InputError
-from wan_train.storage import check_writable, expand, read_header, read_tensors, replacing, save_parts, save_tensors
+from wan_train.shards import expand
+from wan_train.storage import check_writable, read_header, read_tensors, replacing, save_parts, save_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:

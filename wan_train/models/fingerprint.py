@@ -3,7 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from wan_train.storage import expand, read_header
+from wan_train.shards import expand
+from wan_train.storage import read_header
 
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
 

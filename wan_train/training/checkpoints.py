@@ -7,7 +7,9 @@ from pathlib import Path
 from networks.adapter import Adapter
 from networks.hashes import add_hashes
 from wan_train.precision import dtype_of
+from wan_train.shards import INDEX
 from wan_train.storage import save_tensors
+from wan_train.tensor_writer import Row, write_set
 from wan_train.training.save_settings import SaveSettings
 
 FILE, EMA_FILE, STATE = ".safetensors", "-ema.safetensors", "-state"  # what follows NAME and the moment
@@ -33,16 +35,22 @@ def _name(save: SaveSettings, expert: str | None) -> str:
     return f"{save.output_name}_{expert}" if expert else save.output_name
 
 
-def save_adapter(
-    path: Path, adapter: Adapter, save: SaveSettings, metadata: Mapping[str, str], *, hashed: bool = True
-) -> None:
-    """Write the adapter's tensors in `--save_precision`, with metadata and its hashes."""
+def save_adapter(path: Path, adapter: Adapter, save: SaveSettings, metadata: Mapping[str, str]) -> list[Path]:
+    """Write the adapter's tensors in `--save_precision`, with metadata and its hashes; the file."""
     dtype = dtype_of(save.save_precision)
     # Single numbers (alpha) stay whole: bf16 would turn 1.3 into 1.297.
     exported = adapter.export().items()
     tensors = {name: tensor.detach().to("cpu", dtype if tensor.ndim else None) for name, tensor in exported}
     # The hashes are those by which LoRA files are known, and take a copy of the file in memory.
-    save_tensors(path, tensors, add_hashes(tensors, metadata) if hashed else metadata)
+    save_tensors(path, tensors, add_hashes(tensors, metadata))
+    return [path]
+
+
+def save_weights(path: Path, adapter: Adapter, save: SaveSettings, metadata: Mapping[str, str]) -> list[Path]:
+    """Write a model's tensors in `--save_precision`, one at a time, in shards of `--max_shard_size`; the files."""
+    dtype, tensors = dtype_of(save.save_precision), adapter.export()
+    rows = {name: Row(tuple(tensor.shape), dtype) for name, tensor in tensors.items()}
+    return write_set(path, rows, tensors, metadata, save.shard_bytes)
 
 
 def outlived(save: SaveSettings, *, epoch: int, step: int, experts: Sequence[str | None] = (None,)) -> list[Path]:
@@ -75,6 +83,8 @@ def _numbered(save: SaveSettings, name: str, moment: Callable[[int], str], endin
     example = moment(0)
     digits = len(example) - len(example.rstrip("0"))
     prefix = re.escape(name + example.rstrip("0"))
-    pattern = re.compile(rf"{prefix}(\d{{{digits},}}){re.escape(ending)}")
+    stem, suffix = ending.removesuffix(FILE), FILE if ending.endswith(FILE) else ""
+    whole = rf"{re.escape(stem)}(?:-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}(?:{re.escape(INDEX)})?"
+    pattern = re.compile(rf"{prefix}(\d{{{digits},}}){whole if suffix else re.escape(ending)}")
     matches = ((pattern.fullmatch(path.name), path) for path in Path(save.output_dir).iterdir())
     return [(int(match[1]), path) for match, path in matches if match]

@@ -10,6 +10,7 @@ from wan_train.flow.boundaries import describe_boundary
 from wan_train.log import get_logger
 from wan_train.models.experts import read_boundary
 from wan_train.models.variants import VARIANTS
+from wan_train.shards import entry_of
 from wan_train.storage import replacing
 from wan_train.training.accelerator import agree_on_seed, make_accelerator
 from wan_train.training.audit import audit
@@ -59,7 +60,7 @@ def main(settings: TrainSettings) -> None:
         if run.hub is not None:
             run.hub.finish()
     if accelerator.is_main_process:
-        files = [str(path_of(settings.save, "", FILE, expert)) for expert, _ in parts_of(run.adapter)]
+        files = [str(entry_of(path_of(settings.save, "", FILE, expert))) for expert, _ in parts_of(run.adapter)]
         log.info("done: %s", " and ".join(files))
     accelerator.end_training()
 

@@ -88,6 +88,8 @@ def preflight(settings: TrainSettings) -> Plan:
         its = settings_of(settings, expert)
         if trains_weights(its.network):
             check_full(its)
+        elif its.save.max_shard_size is not None:
+            raise InputError("--max_shard_size is for the checkpoints of networks.full: leave it out for a LoRA")
         if warning := check_model(model_settings(its), variant, device, computing=computing, flag=FLAGS[expert]):
             log.warning(warning)
         names = official_shapes(read_header(its.dit.dit).shapes)

@@ -18,7 +18,8 @@ from networks.adapter import Adapter, trains_weights
 from wan_train.cli import InputError, RunError
 from wan_train.log import get_logger
 from wan_train.models.dit import Dit
-from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, of_step, outlived, path_of, save_adapter
+from wan_train.shards import entry_of
+from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, of_step, outlived, path_of, save_adapter, save_weights
 from wan_train.training.ema import Ema
 from wan_train.training.experts import ExpertPlan, only_expert
 from wan_train.training.hub import Hub
@@ -167,18 +168,16 @@ def write_files(run: Run, moment: str, position: Position) -> list[Path]:
     settings = run.settings.save
     common = saved_metadata(run.settings, run.metadata, step=position.step, epoch=epoch_of(position))
     saved: list[Path] = []
-    hashed = not trains_weights(run.settings.network)
+    write = save_weights if trains_weights(run.settings.network) else save_adapter
     for expert, part in parts_of(run.adapter):
         metadata = common | expert_metadata(run.settings, expert or only_expert(run.experts))
         path = path_of(settings, moment, FILE, expert)
         with for_saving(run.optimizer):
-            save_adapter(path, part, settings, metadata, hashed=hashed)
-        log.info("saved %s", path)
-        saved.append(path)
+            saved += write(path, part, settings, metadata)
+        log.info("saved %s", entry_of(path))
         if run.ema is not None:
-            saved.append(path_of(settings, moment, EMA_FILE, expert))
             with run.ema.applied():
-                save_adapter(saved[-1], part, settings, metadata, hashed=hashed)
+                saved += write(path_of(settings, moment, EMA_FILE, expert), part, settings, metadata)
     return saved
 
 

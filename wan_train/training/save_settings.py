@@ -1,9 +1,11 @@
 """Settings of what a run saves and of what it goes on from."""
 
+import re
 from dataclasses import dataclass
 
-from wan_train.cli import option
+from wan_train.cli import InputError, option
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
 
 
@@ -28,6 +30,11 @@ class SaveSettings:
     resume: str | None = option(None, "State folder to go on from; auto is the newest of this output, if there is one.")
     resume_anyway: bool = option(False, "Go on from a state of another configuration.")
     save_precision: str = option("float", "Precision of the saved LoRA.", choices=SAVE_PRECISIONS)
+    max_shard_size: str | None = option(
+        None,
+        "With networks.full, cut a checkpoint into files of at most this size, as 10GB or 500MB, and an index; without"
+        " it all is in one file.",
+    )
     no_metadata: bool = option(False, "Save only the metadata that loading needs.")
     training_comment: str | None = option(None, "A remark for the metadata.")
     metadata_title: str | None = option(None, "Title for the metadata; without it the output name.")
@@ -39,3 +46,18 @@ class SaveSettings:
         None, "Resolution for the metadata; without it the task's.", metavar="WIDTHxHEIGHT"
     )
     metadata_arch: str | None = option(None, "Architecture for the metadata; without it wan2.1/lora.")
+
+    def __post_init__(self) -> None:
+        if self.max_shard_size is not None and not self.shard_bytes:
+            raise InputError(f"--max_shard_size {self.max_shard_size!r} is no size: give one like 10GB or 500MB")
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """`--max_shard_size` in bytes: GB are thousands of thousands of thousands, GiB are powers of 1024."""
+        if self.max_shard_size is None:
+            return None
+        match = _SIZE.fullmatch(self.max_shard_size.strip())
+        if match is None:
+            return 0
+        number, letter, binary = match.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(letter.lower() or " "))

@@ -1,0 +1,164 @@
+"""Checkpoints in several files: division, names, what belongs together, and kills in the middle of a saving."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dataset.remains import remove_remains
+from wan_train import storage
+from wan_train.cli import InputError
+from wan_train.shards import divide, entry_of, expand, files_of
+from wan_train.storage import read_header, read_tensors
+from wan_train.tensor_writer import Row, write_set
+
+
+def tensors_of(value: float) -> dict[str, Tensor]:
+    return {f"blocks.{i}.weight": torch.full((100,), value + i) for i in range(5)} | {"head": torch.full((3,), value)}
+
+
+def save(path: Path, value: float, limit: int | None) -> list[Path]:
+    tensors = tensors_of(value)
+    rows = {name: Row(tuple(tensor.shape), torch.float32) for name, tensor in tensors.items()}
+    return write_set(path, rows, tensors, {"format": "pt", "value": str(value)}, limit)
+
+
+def values(source: Path) -> set[float]:
+    """Which savings the tensors of a checkpoint are of."""
+    assert {*read_header(source).shapes} == {*tensors_of(0)}
+    shifts = {name: int(name.split(".")[1]) if "blocks" in name else 0 for name in tensors_of(0)}
+    return {float(tensor[0]) - shifts[name] for name, tensor in read_tensors(source)}
+
+
+@pytest.mark.parametrize(
+    ("limit", "groups"),
+    [(None, ["abcd"]), (100, ["abcd"]), (30, ["ab", "c", "d"]), (35, ["ab", "c", "d"]), (1, ["a", "b", "c", "d"])],
+)
+def test_groups_are_full_in_their_order_and_what_is_too_large_stands_alone(
+    limit: int | None, groups: list[str]
+) -> None:
+    assert ["".join(group) for group in divide({"a": 10, "b": 20, "c": 30, "d": 40}, limit)] == groups
+
+
+def test_a_set_is_found_by_its_index_any_shard_or_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "name.safetensors"
+    written = save(path, 1, 1000)
+    assert [file.name for file in written] == [
+        *(f"name-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+        "name.safetensors.index.json",
+    ]
+    index = json.loads(written[-1].read_text())
+    assert index["metadata"]["total_size"] == 4 * 503
+    assert {name: set(load_file(tmp_path / shard)) for name, shard in index["weight_map"].items()}.keys() == {
+        *tensors_of(0)
+    }
+    for name, shard in index["weight_map"].items():
+        assert name in load_file(tmp_path / shard)
+    assert entry_of(path) == written[-1]
+    for source in (tmp_path, written[-1], written[0], written[2]):
+        assert expand(source) == written[:3]
+        assert values(source) == {1}
+    assert read_header(tmp_path).metadata["value"] == "1"
+
+
+@pytest.mark.parametrize(("first", "second"), [(None, 1000), (1000, None), (1000, 500), (500, 1000), (1000, 1000)])
+def test_saved_again_nothing_of_the_earlier_one_is_left(tmp_path: Path, first: int | None, second: int | None) -> None:
+    path = tmp_path / "name.safetensors"
+    save(tmp_path / "name-two.safetensors", 5, 1000)
+    save(path, 1, first)
+    written = save(path, 2, second)
+    assert sorted(files_of(path)) == sorted(written)
+    assert values(entry_of(path)) == {2}
+    assert values(entry_of(tmp_path / "name-two.safetensors")) == {5}  # another's
+
+
+def test_several_sets_of_a_folder_have_to_be_named(tmp_path: Path) -> None:
+    save(tmp_path / "one.safetensors", 1, 1000)
+    save(tmp_path / "two.safetensors", 2, 1000)
+    with pytest.raises(InputError, match="holds 2 checkpoints"):
+        expand(tmp_path)
+    assert values(tmp_path / "two.safetensors.index.json") == {2}
+    assert values(tmp_path / "one-00002-of-00003.safetensors") == {1}
+
+
+def test_an_index_that_is_none_and_files_that_are_not_there(tmp_path: Path) -> None:
+    index = tmp_path / "name.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(InputError, match="not an index of shards"):
+        expand(index)
+    save(tmp_path / "name.safetensors", 1, 1000)
+    (tmp_path / "name-00002-of-00003.safetensors").unlink()
+    with pytest.raises(InputError, match="1 files of its index are missing"):
+        expand(index)
+    with pytest.raises(InputError, match="1 of 3 shards are missing"):
+        expand(tmp_path / "name-00001-of-00003.safetensors")
+
+
+def test_sets_of_other_programs_have_no_mark(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save_file({f"x{number}": torch.ones(2)}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    assert len(expand(tmp_path)) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("before", [None, 1000, 500, "one file"], ids=str)
+def test_killed_at_any_moment_a_checkpoint_is_the_old_or_the_new_one_or_refused(
+    tmp_path: Path, before: int | str | None
+) -> None:
+    whole = 0
+    for moment in range(30):
+        folder = tmp_path / str(moment)
+        path = folder / "name.safetensors"
+        folder.mkdir()
+        if before is not None:
+            save(path, 1, before if isinstance(before, int) else None)
+        finished = killed_at(moment, path)
+        seen = []
+        for file in files_of(path):
+            if file.suffix == ".json" or "-of-" not in file.name or not entry_of(path).name.endswith(".json"):
+                try:
+                    found = values(file)
+                except InputError as problem:
+                    assert "\n" not in str(problem)
+                else:
+                    assert len(found) == 1, "a mixture passed for a checkpoint"
+                    seen += found
+        assert finished <= (2 in seen)
+        remove_remains(folder)
+        assert not [file for file in folder.iterdir() if file.name.startswith(".")]
+        assert save(path, 3, 1000) and values(entry_of(path)) == {3}
+        whole += bool(seen)
+        if finished:
+            break
+    assert finished and moment >= 4
+    assert before is None or whole > moment / 2
+
+
+def killed_at(moment: int, path: Path) -> bool:
+    """Save in shards in a process that is killed before its file system is changed for the `moment`th time, from 0;
+    whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        calls = iter(range(1000))
+
+        def counted(function: Any) -> Any:
+            def call(*arguments: Any, **named: Any) -> Any:
+                if next(calls) == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **named)
+
+            return call
+
+        storage.os.replace = counted(os.replace)  # type: ignore[attr-defined]
+        Path.unlink = counted(Path.unlink)  # type: ignore[method-assign]
+        try:
+            save(path, 2, 1000)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
