@@ -54,15 +54,9 @@ class Full:
         return rows | ({"wan_train_trainable": " ".join(self._settings.trainable)} if self._settings.trainable else {})
 
     def describe(self) -> str:
-        """How many weights are trained, of how many, and what they and an Adam optimizer's states take."""
-        trained = self._trained.values()
-        count, kept = (sum(size(parameter) for parameter in trained) for size in (torch.numel, _num_bytes))
-        total = sum(parameter.numel() for parameter in self._model.parameters())
-        states = 8 * count / 2**30
-        return (
-            f"full fine-tuning of {count:,} weights of {total:,}: {kept / 2**30:.2f} GiB of weights, as much"
-            f" of gradients, and {states:.2f} GiB of AdamW's states ({states / 4:.2f} with AdamW8bit)"
-        )
+        """How many weights are trained, of how many."""
+        trained, every = (sum(map(torch.numel, some)) for some in (self._trained.values(), self._model.parameters()))
+        return f"full fine-tuning of {trained:,} weights of {every:,}"
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -117,7 +111,3 @@ def chosen_names(settings: NetworkSettings, names: Collection[str]) -> set[str]:
             raise InputError(f"--trainable {pattern}: no tensor of the model is called so; they are called as {some}")
         chosen.update(found)
     return chosen
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

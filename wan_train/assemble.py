@@ -16,7 +16,7 @@ from wan_train.cli import InputError
 from wan_train.log import get_logger
 from wan_train.memory.chunks import apply_chunks
 from wan_train.memory.compile import apply_compile, apply_device_flags, check_compile
-from wan_train.memory.lanes import make_lane
+from wan_train.memory.lanes import Lane, make_lane
 from wan_train.memory.quantize import SCALE, check_fp8_product, quantised
 from wan_train.memory.recompute import apply_recompute
 from wan_train.memory.settings import (
@@ -181,10 +181,7 @@ def attach_adapter(
 def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Stream:
     """Let the blocks use less memory or time as the settings say; the result tells what streams."""
     apply_device_flags(settings.compile)
-    blocks = list(model.blocks)
-    apply_chunks(blocks, settings.activations.ffn_chunks)
-    apply_compile(blocks, settings.compile)
-    stream = apply_stream(blocks, settings.stream, make_lane(device))
+    blocks, stream = list(model.blocks), equip(model, settings, make_lane(device))
     if 0 < settings.stream.blocks_to_swap <= settings.stream.block_swap_ring_size:
         log.warning(
             "--blocks_to_swap %d saves nothing: --block_swap_ring_size lets as many be on the device at once",
@@ -195,6 +192,15 @@ def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Str
             "%d of %d blocks are brought to the device for their turn: %.2f GiB of main memory, %.2f GiB on the device",
             *(settings.stream.blocks_to_swap, len(blocks), stream.host_bytes / 2**30, stream.device_bytes / 2**30),
         )
+    return stream
+
+
+def equip(model: Dit, settings: ModelSettings, lane: Lane) -> Stream:
+    """What `finish_dit` does to the blocks, over a lane."""
+    blocks = list(model.blocks)
+    apply_chunks(blocks, settings.activations.ffn_chunks)
+    apply_compile(blocks, settings.compile)
+    stream = apply_stream(blocks, settings.stream, lane)
     if settings.recompute is not None:
-        apply_recompute(blocks, settings.recompute, device)
+        apply_recompute(blocks, settings.recompute, lane.device, lane)
     return stream

@@ -123,6 +123,19 @@ def test_rounded_at_random_it_learns_as_in_float32_and_goes_on_to_the_bit(desk: 
     assert desk.losses("coarser") == losses
 
 
+def test_held_out_loss_falls_in_bf16_as_in_float32(desk: Desk) -> None:
+    """From random weights: the tiny model has no others."""
+    options = ("--max_train_steps", 30, "--validation_split", 0.34, "--validation_timesteps", 4)
+    found = {}
+    for name, more in {"fine": (), "coarse": ("--full_bf16",)}.items():
+        desk.train(f"held-{name}", *options, "--optimizer_type", "AdamW", *more)
+        rows = map(json.loads, (desk.folder / "out" / f"held-{name}.metrics.jsonl").read_text().splitlines())
+        first, *_, last = (row["validation"]["loss"] for row in rows if "validation" in row)
+        found[name] = first - last
+        assert last < 0.9 * first
+    assert found["coarse"] == pytest.approx(found["fine"], rel=0.02)
+
+
 def test_patterns_leave_the_rest_alone(desk: Desk) -> None:
     before = load_file(desk.folder / DIT)
     after = desk.train("some", "--trainable", "blocks.*.self_attn.*", "head.*")

@@ -41,9 +41,9 @@ class Kept:
 
     def __init__(self, store: Store, tensor: Tensor) -> None:
         near = tensor.detach()  # without its graph, which may hold this in turn
-        self._like = torch.empty_like(near, device="meta")
-        if self._like.stride() != near.stride():  # there are gaps in its memory, or it overlaps
+        if torch.empty_like(near, device="meta").stride() != near.stride():  # it has gaps, or overlaps
             near = torch.empty_like(near).copy_(near)
+        self._shape, self._stride, self._dtype = near.shape, near.stride(), near.dtype
         flat = _bytes(near)
         self._store, self._lane = store, store.lane
         self._near: Tensor | None = near
@@ -54,7 +54,7 @@ class Kept:
     @property
     def far(self) -> Tensor:
         """The tensor in main memory, whole once its copy is done; it lives as long as this."""
-        return self._master.view(self._like.dtype).as_strided(self._like.shape, self._like.stride())
+        return self._master.view(self._dtype).as_strided(self._shape, self._stride)
 
     def leave(self) -> None:
         """Give up the device's memory. Whoever gets it next comes behind the copy that uses it still."""
@@ -66,7 +66,7 @@ class Kept:
         """Start towards the device."""
         if self._near is None:
             # Of the computing queue's memory, so that it is given up there as well, and no queue has to tell another.
-            self._near = torch.empty_like(self._like, device=self._lane.device)
+            self._near = torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=self._lane.device)
             self._done = self._lane.upload(_bytes(self._near), self._master, self._lane.mark())
 
     def take(self) -> Tensor:

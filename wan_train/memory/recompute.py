@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from wan_train.cli import choose
-from wan_train.memory.lanes import make_lane
+from wan_train.memory.lanes import Lane, make_lane
 from wan_train.memory.offload import Call, Kept, Offload
 from wan_train.memory.settings import RecomputeSettings
 from wan_train.memory.spare import LeavingOut, is_spare, mark_last_product
@@ -44,20 +44,21 @@ Forward = Callable[..., Tensor]
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
-def apply_recompute(blocks: Iterable[nn.Module], settings: RecomputeSettings, device: torch.device) -> None:
+def apply_recompute(
+    blocks: Iterable[nn.Module], settings: RecomputeSettings, device: torch.device, lane: Lane | None = None
+) -> None:
     """Let each block keep all its activations ("none"), only its input ("full": one more forward pass of the block) or
-    its input and what its attentions return ("keep_attention": that pass without the attention itself).
-
-    A block's first argument is its own; the others are shared by all blocks, which keep them without a copy. What is
-    kept goes to main memory if `gradient_checkpointing_cpu_offload` says so, but for attention's sums, one number
-    for each token and head. The second pass draws the same random numbers as the first. Attention backends and whatever
-    else works inside a block (compilation, streaming) are set before. Unless the block is compiled the second
-    pass leaves out its last product (`wan_train.memory.spare`).
+    its input and what its attentions return ("keep_attention": that pass without the attention itself). A block's first
+    argument is its own; the others are shared by all blocks, which keep them without a copy. What is kept goes to main
+    memory if `gradient_checkpointing_cpu_offload` says so (by `lane`, else by the device's own), but for attention's
+    sums, one number for each token and head. The second pass draws the same random numbers as the first. Attention
+    backends and whatever else works inside a block (compilation, streaming) are set before. Unless the block is
+    compiled the second pass leaves out its last product (`wan_train.memory.spare`).
     """
     contexts_of = choose("recompute mode", settings.recompute, MODES)
     if contexts_of is None:
         return
-    offload = Offload(make_lane(device)) if settings.gradient_checkpointing_cpu_offload else None
+    offload = Offload(lane or make_lane(device)) if settings.gradient_checkpointing_cpu_offload else None
     for block in blocks:
         if settings.recompute == "keep_attention":
             _keep_attention(block)

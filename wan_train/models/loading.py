@@ -102,6 +102,21 @@ def build_dit(
     return model
 
 
+def outline_dit(source: TensorSource, *, dtype: torch.dtype | None = None) -> Dit:
+    """The model of a checkpoint without its numbers: on the meta device, each tensor in the dtype that it will have."""
+    header = read_header(source)
+    shapes = official_shapes(header.shapes)
+    model = _empty(shapes, source, header.metadata, None, describe(source))
+    rename = dit_rename(header.shapes)
+    kept = dtypes_kept({rename(name): stored for name, stored in header.dtypes.items()}, dtype, set())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(kept(name, parameter))
+    stored = dtype or storage_dtype(header)
+    model.compute_dtype = torch.bfloat16 if stored.itemsize == 1 else stored
+    return model
+
+
 def check_dit(source: TensorSource, variant: Variant, *, flag: str = "--dit") -> str | None:
     """Refuse a file that cannot serve a task, from its header alone; a warning when it can but is of another size.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 from dataset.remains import remove_remains
+from networks.adapter import trains_weights
 from wan_train.config_file import configuration_text
 from wan_train.flow.boundaries import describe_boundary
 from wan_train.log import get_logger
@@ -17,6 +18,7 @@ from wan_train.training.audit import audit
 from wan_train.training.build import build
 from wan_train.training.checkpoints import FILE, path_of
 from wan_train.training.loop import train
+from wan_train.training.needs import check_needs
 from wan_train.training.pair import parts_of
 from wan_train.training.preflight import open_data, preflight
 from wan_train.training.resume import chosen_seed
@@ -43,6 +45,8 @@ def main(settings: TrainSettings) -> None:
         return
     plan = preflight(settings)
     data = open_data(settings, plan.configs)
+    if trains_weights(settings.network):
+        check_needs(settings, plan.experts, data.training)
     accelerator = make_accelerator(settings.loop, settings.processes)
     seed = agree_on_seed(chosen_seed(settings.loop.seed, plan.state))
     set_seed(seed % 2**32)

@@ -39,9 +39,14 @@ class Part:
     held: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
+def steps_apart(kind: Any) -> bool:
+    """Whether the step of an optimizer class can be taken weight by weight."""
+    return kind.__name__ in _APART.get(kind.__module__.partition(".")[0], ())
+
+
 def check_apart(kind: Any, name: str, flag: str) -> None:
     """InputError for an optimizer class, called `name`, whose step cannot be taken weight by weight as `flag` asks."""
-    if kind.__name__ not in _APART.get(kind.__module__.partition(".")[0], ()):
+    if not steps_apart(kind):
         known = ", ".join(dict.fromkeys(name for names in _APART.values() for name in names))
         raise InputError(f"{flag} steps weight by weight, which --optimizer_type {name} cannot: take one of {known}")
 

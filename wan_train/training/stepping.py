@@ -19,8 +19,8 @@ from wan_train.memory.states import HostStates
 from wan_train.memory.stream import Stream
 from wan_train.training.accelerator import launched_dtype
 from wan_train.training.fused import FusedBackward
-from wan_train.training.one_by_one import Part, Turn
-from wan_train.training.optimizers import make_optimizer
+from wan_train.training.one_by_one import Part, Turn, steps_apart
+from wan_train.training.optimizers import find_optimizer, make_optimizer
 from wan_train.training.rounding import rounded
 from wan_train.training.settings import TrainSettings
 
@@ -92,7 +92,9 @@ def make_stepping(
         settled.append(states.settle)
     if settings.network.full_bf16:
         turns.append(rounded(seed))
-    apart = turns or needs_parts(settings)
+    # All at once takes as much again as what is stepped: little for a LoRA.
+    whole = trains_weights(settings.network) and steps_apart(find_optimizer(settings.optimizer.optimizer_type))
+    apart = turns or whole or needs_parts(settings)
     optimizer = make_optimizer(groups, settings.optimizer, warmup=warmup, turns=turns if apart else None)
     fused = None
     if apart:

@@ -1,0 +1,170 @@
+"""What a run will need, before anything is loaded: the real code on a model without numbers, every tensor counted."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from networks.adapter import Adapter
+from networks.settings import NetworkSettings
+from wan_train.assemble import ModelSettings, attach_adapter, equip
+from wan_train.cli import InputError
+from wan_train.memory.ledger import GRADIENTS, HOST, WORK, Ledger, OutlineLane
+from wan_train.memory.settings import CompileSettings
+from wan_train.memory.stream import Stream
+from wan_train.models.dit import Dit
+from wan_train.models.loading import outline_dit
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """So many on the device, and so many in main memory."""
+
+    device: int = 0
+    host: int = 0
+
+    def __add__(self, other: "Bytes") -> "Bytes":
+        return Bytes(self.device + other.device, self.host + other.host)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of a run's parts. `peak` is the most that gradients and activations take together, and what a step of the
+    optimizer takes besides, on the device: they are not at their most at once."""
+
+    weights: Bytes
+    gradients: Bytes
+    states: Bytes
+    average: Bytes
+    activations: Bytes
+    peak: int
+
+    @property
+    def total(self) -> Bytes:
+        """The most at any time."""
+        kept = self.weights + self.states + self.average
+        return Bytes(kept.device + self.peak, kept.host + self.activations.host)
+
+    def describe(self) -> str:
+        """One line in GiB, what is in main memory by itself."""
+        rows = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer states": self.states,
+            "average": self.average,
+            "activations": self.activations,
+        }
+        told = ", ".join(f"{gib(part.device)} GiB of {name}" for name, part in rows.items() if part.device)
+        away = ", ".join(f"{gib(part.host)} GiB of {name}" for name, part in rows.items() if part.host)
+        beside = f"; in main memory {away}, {gib(self.total.host)} GiB in all" if away else ""
+        return f"needs {told}: at most {gib(self.total.device)} GiB at a time{beside}"
+
+    def beside(self, other: "Needs") -> "Needs":
+        """Those of two models of which one is trained at a time."""
+        return Needs(
+            self.weights + other.weights,
+            _larger(self.gradients, other.gradients),
+            self.states + other.states,
+            self.average + other.average,
+            _larger(self.activations, other.activations),
+            max(self.peak, other.peak),
+        )
+
+
+def gib(count: int) -> str:
+    """Bytes as GiB, to two places."""
+    return f"{count / 2**30:.2f}"
+
+
+def _larger(one: Bytes, other: Bytes) -> Bytes:
+    return Bytes(max(one.device, other.device), max(one.host, other.host))
+
+
+def check_fits(needs: Needs, free: Bytes, ways: Iterable[str], *, what: str) -> None:
+    """InputError where more is needed than is `free`; on a CPU both are the same memory, and `free.device` is 0."""
+    total = needs.total if free.device else Bytes(0, needs.total.device + needs.total.host)
+    for need, there, where in ((total.device, free.device, what), (total.host, free.host, "main memory")):
+        if need > there:
+            out = ", ".join(ways) or "a smaller model or smaller clips"
+            raise InputError(
+                f"this run takes {gib(need)} GiB of {where}, and {gib(there)} GiB are free ({needs.describe()}): "
+                f"what takes less is {out}"
+            )
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model on the meta device as it will be trained, with the ledger that its passes are counted in."""
+
+    model: Dit
+    adapter: Adapter
+    stream: Stream
+    ledger: Ledger
+
+    @property
+    def weights(self) -> Bytes:
+        """All parameters and buffers, adapters too."""
+        every = sum(size(tensor) for tensor in (*self.model.parameters(), *self.model.buffers()))
+        return Bytes(every - self.stream.host_bytes + self.stream.device_bytes, self.stream.host_bytes)
+
+    def passes(self, loss: Callable[[nn.Module], Tensor], parts: Iterable[Iterable[nn.Parameter]]) -> None:
+        """Count a forward and a backward pass. Gradients are given up as soon as all of their part are there."""
+        hooks = [handle for part in parts for handle in self._watch(list(part))]
+        self.ledger.leave_out(iter((*self.model.parameters(), *self.model.buffers())))
+        with self.ledger:
+            loss(self.model.train()).backward()
+        for handle in hooks:
+            handle.remove()
+        self.model.zero_grad()
+
+    def _watch(self, part: list[nn.Parameter]) -> list[torch.utils.hooks.RemovableHandle]:
+        missing = [len(part)]
+        return [p.register_post_accumulate_grad_hook(partial(self._arrived, part, missing)) for p in part]
+
+    def _arrived(self, part: list[nn.Parameter], missing: list[int], parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.ledger.move(parameter.grad, GRADIENTS)
+        missing[0] -= 1
+        if missing[0] == 0:
+            for member in part:
+                member.grad = None
+
+    @property
+    def activations(self) -> Bytes:
+        """The most that was alive beside weights and gradients."""
+        return Bytes(self.ledger.most[WORK], self.ledger.most[HOST])
+
+
+def outlined(
+    settings: ModelSettings, network: NetworkSettings, *, dtype: torch.dtype | None, computing: torch.dtype | None
+) -> Outline:
+    """The model of a checkpoint, and what is trained of it, without numbers: `assemble_dit` and what follows it."""
+    model = outline_dit(settings.dit.dit, dtype=dtype)
+    model.compute_dtype = computing or model.compute_dtype
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = attend_like_a_kernel  # type: ignore[assignment]
+    adapter = attach_adapter(model, network, settings.stream, seed=0, device=META)
+    ledger = Ledger()
+    stream = equip(model, replace(settings, compile=CompileSettings()), OutlineLane(ledger))
+    return Outline(model, adapter, stream, ledger)
+
+
+def attend_like_a_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention, (B, L, N, D) and twice (B, S, N, D) to (B, L, N, D), that keeps what fused kernels keep: its inputs,
+    its result, and a number for each token and head. Those for CPUs and for GPUs do alike."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    if query.device.type == "cpu" or query.dtype == torch.float32:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    result: Tensor = kernel(q, k, v)[0]
+    return result.transpose(1, 2)
+
+
+def size(tensor: Tensor) -> int:
+    """Bytes of a tensor's numbers."""
+    return tensor.numel() * tensor.element_size()

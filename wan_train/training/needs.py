@@ -1,0 +1,188 @@
+"""What training a model's own weights will take, from headers and one batch, and whether that is there."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from dataset.batches import Batch, Bucket, CachedDataset, collate
+from wan_train.log import get_logger
+from wan_train.memory.ledger import WORK, Ledger
+from wan_train.models.variants import VARIANTS
+from wan_train.plan import META, Bytes, Needs, Outline, check_fits, outlined, size
+from wan_train.training.accelerator import launched_device, launched_dtype
+from wan_train.training.conditioning import conditions_of
+from wan_train.training.experts import ExpertPlan, settings_of
+from wan_train.training.objective import Draws, measure
+from wan_train.training.optimizer_state import for_training
+from wan_train.training.optimizers import check_optimizer
+from wan_train.training.preflight import model_settings
+from wan_train.training.settings import OptimizerSettings, TrainSettings
+from wan_train.training.stepping import parts_of
+
+log = get_logger(__name__)
+
+_SMALL = 128  # rows and columns of the weight to try an optimizer on
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_needs(settings: TrainSettings, experts: ExpertPlan, dataset: CachedDataset) -> None:
+    """Say what a run takes whose weights are trained, and refuse one that cannot fit."""
+    batch = largest_batch(dataset)
+    each = [needs_of(settings_of(settings, expert), batch) for expert in experts.trained or (None,)]
+    needs = each[0] if len(each) == 1 else each[0].beside(each[1])
+    log.info("full fine-tuning %s", needs.describe())
+    device = launched_device()
+    check_fits(needs, free_memory(device), ways_out(settings), what=str(device))
+
+
+def needs_of(settings: TrainSettings, batch: Batch) -> Needs:
+    """The needs of one model's training, for this batch."""
+    dtype = launched_dtype(settings.loop)
+    plain = dtype == torch.float32
+    outline = outlined(
+        model_settings(settings),
+        settings.network,
+        dtype=None if plain else dtype,
+        computing=torch.float32 if plain else None,
+    )
+    trained = dict(outline.adapter.named_parameters())
+    fused = settings.optimizer.fused_backward_pass
+    parts = [part.parameters for part in parts_of(trained, {})]
+    outline.passes(lambda model: loss_of(model, settings, batch, META), parts if fused else [list(trained.values())])
+    gradients = [sum(size(parameter) for parameter in part) for part in parts]
+    states, step = states_of(list(trained.values()), settings.optimizer)
+    away = settings.optimizer.optimizer_cpu_offload
+    return Needs(
+        weights=outline.weights,
+        gradients=Bytes(max(gradients) if fused else sum(gradients)),
+        states=Bytes(0, states) if away else Bytes(states),
+        average=average_of(trained, settings, outline),
+        activations=outline.activations,
+        peak=max(outline.ledger.peak, 0 if fused else sum(gradients) + step) + (step if fused else 0),
+    )
+
+
+def loss_of(model: nn.Module, settings: TrainSettings, batch: Batch, device: torch.device) -> Tensor:
+    """The training's own loss, on the meta device or one with numbers."""
+    latents = batch.latents.to(device)
+    draws = Draws(torch.ones(len(latents), device=device), torch.zeros_like(latents, dtype=torch.float32), None)
+    conditions = conditions_of(batch, device, fused=VARIANTS[settings.dit.task].is_fused)
+    return measure(model, latents, conditions, draws, settings=settings.loss).mean
+
+
+def states_of(trained: Iterable[nn.Parameter], settings: OptimizerSettings) -> tuple[int, int]:
+    """Bytes of the optimizer's states after its first step, and the most that a step of one weight takes besides.
+
+    Weights in bfloat16 are float32 for their step. An optimizer that must see numbers is tried on a small weight, and
+    its states are taken to grow with the weights; what its step takes is not known then, and 0.
+    """
+    kind, arguments = check_optimizer(settings)
+    weights = [nn.Parameter(torch.empty(p.shape, device=META, dtype=torch.float32)) for p in trained]
+    widest = max(weights, key=torch.numel)
+    try:
+        kept = state_bytes(tried(kind, weights, arguments))
+        alone = tried(kind, [widest], arguments)
+        ledger = Ledger()
+        with ledger:
+            stand_in = torch.empty_like(widest)
+            take_step(alone, [widest])
+        del stand_in
+    except Exception:  # whatever an optimizer says that looks for numbers
+        small = nn.Parameter(torch.ones(_SMALL, _SMALL))
+        for_each = state_bytes(tried(kind, [small], arguments)) / small.numel()
+        return round(for_each * sum(map(torch.numel, weights))), 0
+    return kept, ledger.most[WORK]
+
+
+def tried(kind: Any, weights: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
+    """An optimizer after its first step."""
+    optimizer: torch.optim.Optimizer = kind([{"params": weights}], **arguments)
+    for_training(optimizer)
+    take_step(optimizer, weights)
+    return optimizer
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all that it keeps for its weights."""
+    kept = {tensor.untyped_storage()._cdata: size(tensor) for tensor in tensors_in(list(optimizer.state.values()))}
+    return sum(kept.values())
+
+
+def take_step(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> None:
+    """A step along no slope in particular; of bitsandbytes, whose kernels want numbers, the states alone."""
+    weights = list(weights)
+    if callable(getattr(optimizer, "init_state", None)):
+        for place, weight in enumerate(weights):
+            if not optimizer.state[weight]:
+                optimizer.init_state(optimizer.param_groups[0], weight, 0, place)  # type: ignore[attr-defined]
+        return
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
+    optimizer.step()
+    for weight in weights:
+        weight.grad = None
+
+
+def tensors_in(value: object) -> Iterable[Tensor]:
+    """All tensors of nested dictionaries and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif not isinstance(value, str) and isinstance(value, Iterable):
+        for member in value:
+            yield from tensors_in(member)
+
+
+def average_of(trained: dict[str, nn.Parameter], settings: TrainSettings, outline: Outline) -> Bytes:
+    """The average of what is trained, float32; that of what streams is in main memory with it."""
+    if settings.loop.ema_decay is None:
+        return Bytes()
+    away = outline.stream.names(outline.model)
+    every = {name: 4 * parameter.numel() for name, parameter in trained.items()}
+    host = sum(count for name, count in every.items() if name in away)
+    return Bytes(sum(every.values()) - host, host)
+
+
+def largest_batch(dataset: CachedDataset) -> Batch:
+    """The batch with the most tokens."""
+
+    def positions(bucket: Bucket) -> list[int]:
+        return dataset.buckets[bucket][: dataset.configs[bucket.dataset].batch_size]
+
+    def tokens(bucket: Bucket) -> int:
+        return len(positions(bucket)) * dataset[positions(bucket)[0]].latents[0].numel()
+
+    return collate([dataset[position] for position in positions(max(dataset.buckets, key=tokens))])
+
+
+def free_memory(device: torch.device) -> Bytes:
+    """What is free on a device, and in main memory for this process."""
+    host = psutil.virtual_memory().available
+    try:
+        limit = _CGROUP.read_text().strip()
+    except OSError:
+        limit = "max"
+    if limit.isdigit():
+        host = min(host, int(limit) - psutil.Process().memory_info().rss)
+    return Bytes(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0, host)
+
+
+def ways_out(settings: TrainSettings) -> list[str]:
+    """Options that are not given yet and take less."""
+    eight = "--optimizer_type AdamW8bitSR or Adafactor"
+    ways = {
+        "--full_bf16": settings.network.full_bf16,
+        eight: settings.optimizer.optimizer_type.lower() in ("adamw8bitsr", "adafactor", "adamw8bit"),
+        "--fused_backward_pass": settings.optimizer.fused_backward_pass,
+        "--gradient_checkpointing": settings.activations.recompute != "none",
+        "--gradient_checkpointing_cpu_offload": settings.activations.gradient_checkpointing_cpu_offload,
+        "--optimizer_cpu_offload": settings.optimizer.optimizer_cpu_offload,
+        "--blocks_to_swap": settings.stream.blocks_to_swap,
+        "--trainable": settings.network.trainable,
+    }
+    return [way for way, given in ways.items() if not given]
