@@ -11,6 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.test_full import Desk, desk
+from tests.tiny.make import T5, VAE, dit_shapes
+from wan_train import load_dit
+from wan_train.cli import run
+from wan_train.training.preview import Previewer
+from wan_train.training.settings import TOOL as TRAIN
 
 __all__ = ["desk"]  # the fixture
 
@@ -87,3 +92,44 @@ def test_a_lora_too_is_stepped_in_the_backward_pass(desk: Desk) -> None:
     lora = (*PLAIN, "--network_module", "networks.lora_wan", "--network_dim", 4, "--optimizer_type", "AdamW")
     wanted = desk.train("lora", *lora, *SWAPPED)
     assert same(desk.train("lora-fused", *lora, *SWAPPED, FUSED, OFFLOADED), wanted)
+
+
+def test_an_average_in_main_memory_is_the_same_and_previews_show_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks that stream among the rest: a preview sees the saved average, rounded to what the weights are."""
+    options = (*PLAIN, *OPTIMIZERS["bf16"], "--ema_decay", 0.5, *SAVING["all"])
+    wanted = desk.train("near", *options)
+    shown: list[torch.Tensor] = []
+
+    def look(previewer: object, model: torch.nn.Module, moment: str) -> list[Path]:
+        shown.append(velocity(model))
+        return []
+
+    monkeypatch.setattr(Previewer, "make", look)
+    prompts = desk.folder / "one_prompt.txt"
+    prompts.write_text("a blue square\n")
+    preview = ("--sample_prompts", prompts, "--sample_every_n_steps", 6, "--sample_with_ema")
+    found = desk.train("far", *options, "--ema_cpu", *preview, "--vae", desk.folder / VAE, "--t5", desk.folder / T5)
+    assert same(found, wanted)
+    near, far = (load_file(desk.folder / "out" / f"{name}-ema.safetensors") for name in ("near", "far"))
+    assert same(far, near)
+    averaged = load_dit(desk.folder / "out" / "far-ema.safetensors")
+    for name, parameter in averaged.named_parameters():
+        if name.endswith(".weight") and parameter.ndim > 1:
+            parameter.data = parameter.data.bfloat16().float()
+    assert torch.equal(shown[0], velocity(averaged))
+    assert not torch.equal(shown[0], velocity(load_dit(desk.folder / "out" / "far.safetensors")))
+
+
+def velocity(model: torch.nn.Module) -> torch.Tensor:
+    torch.manual_seed(0)
+    latents, text = torch.randn(1, 16, 2, 8, 12), torch.randn(1, 512, dit_shapes()["text_embedding.0.weight"][1])
+    with torch.no_grad():
+        seen: torch.Tensor = model.eval()(latents, torch.tensor([500.0]), text)
+    return seen
+
+
+def test_an_average_has_to_be_asked_for(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(TRAIN, [str(word) for word in desk.training("no", "--ema_cpu")]) == 2
+    assert "--ema_cpu says where the average of --ema_decay" in capsys.readouterr().err.strip().splitlines()[-1]

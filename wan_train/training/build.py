@@ -34,7 +34,7 @@ from wan_train.training.loop import run_length
 from wan_train.training.metadata import RunFacts, training_metadata
 from wan_train.training.metrics import MetricsWriter, RunningMean
 from wan_train.training.optimizer_state import Portable
-from wan_train.training.pair import PairAdapter, PairEma, PairModel, move_frozen
+from wan_train.training.pair import PairAdapter, PairEma, PairModel, move_frozen, parts_of
 from wan_train.training.preflight import Plan, model_settings
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
@@ -68,8 +68,7 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     stepping = make_stepping(adapter, streams, settings, accelerator, warmup=warmup, seed=seed)
     prepared = accelerator.prepare_optimizer(stepping.optimizer)
     schedule = make_schedule(stepping.optimizer, settings.optimizer, total=length.steps)
-    decay, average, skipped = settings.loop.ema_decay, RunningMean(), Skipped()
-    ema = None if decay is None else make_ema(adapter, decay)
+    average, skipped, ema = RunningMean(), Skipped(), make_ema(adapter, settings.loop)
     carried: dict[str, Stateful | None] = {
         "optimizer": Portable(prepared),
         "schedule": Portable(schedule),
@@ -194,12 +193,15 @@ def share_adapter(adapter: Adapter, model: Dit) -> None:
     act_on(model)
 
 
-def make_ema(adapter: Adapter, decay: float) -> Ema | PairEma:
-    """The average of what is trained; of two experts each has its own."""
-    if isinstance(adapter, PairAdapter):
-        parts = {e: Ema(dict(part.named_parameters()), decay) for e, part in adapter.parts.items()}
-        return PairEma(pair_of(parts))
-    return Ema(dict(adapter.named_parameters()), decay)
+def make_ema(adapter: Adapter, loop: LoopSettings) -> Ema | PairEma | None:
+    """The average of what is trained, if it is asked for; of two experts each has its own."""
+    if loop.ema_decay is None:
+        return None
+    parts = {
+        expert: Ema(dict(part.named_parameters()), loop.ema_decay, in_main_memory=loop.ema_cpu)
+        for expert, part in parts_of(adapter)
+    }
+    return parts[None] if None in parts else PairEma(pair_of({str(expert): part for expert, part in parts.items()}))
 
 
 def make_validator(settings: TrainSettings, data: Data, experts: ExpertPlan) -> Validator | None:

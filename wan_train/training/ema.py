@@ -1,6 +1,6 @@
-"""An exponential moving average of the adapter."""
+"""An exponential moving average of what is trained, on its device or in main memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,12 +11,16 @@ class Ema:
     """Averages of named parameters: average += (1 - decay) * (parameter - average) after each step.
 
     Early on the decay is lower, (1 + steps) / (10 + steps), so that the start is forgotten (as in TensorFlow's
-    ExponentialMovingAverage with num_updates).
+    ExponentialMovingAverage with num_updates). With `in_main_memory` they are there, whatever the device, and a
+    parameter at a time comes to them.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, *, in_main_memory: bool = False) -> None:
         self._parameters, self._decay, self._steps = dict(parameters), decay, 0
-        self._averages = {name: _float32(parameter.detach()).clone() for name, parameter in self._parameters.items()}
+        self._averages = {
+            name: _float32(parameter.detach().to("cpu" if in_main_memory else parameter.device, copy=True))
+            for name, parameter in self._parameters.items()
+        }
 
     @torch.no_grad()
     def update(self, expert: str | None = None) -> None:
@@ -24,11 +28,12 @@ class Ema:
         self._steps += 1
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         for name, parameter in self._parameters.items():
-            self._averages[name].lerp_(_float32(parameter.detach()), 1 - decay)
+            average = self._averages[name]
+            average.lerp_(_float32(parameter.detach().to(average.device)), 1 - decay)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """While it lasts the parameters hold their averages."""
+    def standing_in(self) -> Iterator[None]:
+        """While it lasts the parameters are their averages, as fine as they are kept and where they are: for files."""
         kept = {name: parameter.data for name, parameter in self._parameters.items()}
         for name, parameter in self._parameters.items():
             parameter.data = self._averages[name]
@@ -37,6 +42,27 @@ class Ema:
         finally:
             for name, parameter in self._parameters.items():
                 parameter.data = kept[name]
+
+    @contextmanager
+    def applied(self, forget: Callable[[], None]) -> Iterator[None]:
+        """While it lasts the parameters hold their averages, each in its own memory: for the model to compute with.
+
+        What they held is in main memory meanwhile. `forget` is called before each exchange: nothing that streams may be
+        on the device then.
+        """
+        forget()
+        kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
+        self._fill(self._averages)
+        try:
+            yield
+        finally:
+            forget()
+            self._fill(kept)
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
         """What `load_state_dict` takes."""

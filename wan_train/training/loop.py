@@ -151,7 +151,8 @@ def make_previews(run: Run, moment: str, step: int) -> None:
     """Make the previews, on the first process, while the others wait."""
     if run.previewer is not None:
         averaged = run.ema if run.settings.preview.sample_with_ema else None
-        with for_saving(run.optimizer), averaged.applied() if averaged is not None else nullcontext():
+        applied = averaged.applied(run.stepping.forget) if averaged is not None else nullcontext()
+        with for_saving(run.optimizer), applied:
             paths = run.previewer.make(run.dit, moment)
         if run.writer is not None:
             run.writer.write_previews(paths, step, fps=run.previewer.fps)

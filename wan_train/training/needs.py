@@ -142,7 +142,7 @@ def average_of(trained: dict[str, nn.Parameter], settings: TrainSettings, outlin
     """The average of what is trained, float32; that of what streams is in main memory with it."""
     if settings.loop.ema_decay is None:
         return Bytes()
-    away = outline.stream.names(outline.model)
+    away = set(trained) if settings.loop.ema_cpu else outline.stream.names(outline.model)
     every = {name: 4 * parameter.numel() for name, parameter in trained.items()}
     host = sum(count for name, count in every.items() if name in away)
     return Bytes(sum(every.values()) - host, host)
@@ -181,6 +181,7 @@ def ways_out(settings: TrainSettings) -> list[str]:
         "--fused_backward_pass": settings.optimizer.fused_backward_pass,
         "--gradient_checkpointing": settings.activations.recompute != "none",
         "--gradient_checkpointing_cpu_offload": settings.activations.gradient_checkpointing_cpu_offload,
+        "--ema_cpu": settings.loop.ema_cpu or settings.loop.ema_decay is None,
         "--optimizer_cpu_offload": settings.optimizer.optimizer_cpu_offload,
         "--blocks_to_swap": settings.stream.blocks_to_swap,
         "--trainable": settings.network.trainable,

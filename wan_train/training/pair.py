@@ -1,6 +1,6 @@
 """Two experts in one run: the model that is one of them at a time, and the adapter that is both of theirs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -127,11 +127,18 @@ class PairEma:
         """Take in what this expert has learnt in a step."""
         self.parts.of(str(expert)).update()
 
-    def applied(self) -> AbstractContextManager[None]:
+    def standing_in(self) -> AbstractContextManager[None]:
+        """While it lasts the parameters of both are their averages."""
+        stack = ExitStack()
+        for _, part in self.parts.items():
+            stack.enter_context(part.standing_in())
+        return stack  # type: ignore[return-value]
+
+    def applied(self, forget: Callable[[], None]) -> AbstractContextManager[None]:
         """While it lasts the parameters of both hold their averages."""
         stack = ExitStack()
         for _, part in self.parts.items():
-            stack.enter_context(part.applied())
+            stack.enter_context(part.applied(forget))
         return stack  # type: ignore[return-value]
 
     def state_dict(self) -> dict[str, Any]:

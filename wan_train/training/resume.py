@@ -29,6 +29,7 @@ INDIFFERENT = {
     "max_train_epochs",
     "gradient_accumulation_steps",
     "max_data_loader_n_workers",
+    "ema_cpu",
     "optimizer_cpu_offload",
     "persistent_data_loader_workers",
     "seed",

@@ -176,7 +176,7 @@ def write_files(run: Run, moment: str, position: Position) -> list[Path]:
             saved += write(path, part, settings, metadata)
         log.info("saved %s", entry_of(path))
         if run.ema is not None:
-            with run.ema.applied():
+            with run.ema.standing_in():
                 saved += write(path_of(settings, moment, EMA_FILE, expert), part, settings, metadata)
     return saved
 

@@ -52,6 +52,7 @@ class LoopSettings:
     ema_decay: float | None = option(
         None, "Keep an average of the adapter with this decay and save it beside, as NAME-ema.", minimum=0, maximum=1
     )
+    ema_cpu: bool = option(False, "Keep that average in main memory.")
     mixed_precision: str | None = option(
         None, "Precision of the frozen model; without it the launcher's, or none.", choices=MIXED_PRECISIONS
     )
@@ -60,6 +61,10 @@ class LoopSettings:
     )
     max_data_loader_n_workers: int = option(8, "Processes that read batches; 0 reads in the trainer.", minimum=0)
     persistent_data_loader_workers: bool = option(False, "Keep the readers between epochs.")
+
+    def __post_init__(self) -> None:
+        if self.ema_cpu and self.ema_decay is None:
+            raise InputError("--ema_cpu says where the average of --ema_decay is kept: give that too")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def test_previews_show_the_average_if_that_is_asked_for(with_ema: bool, shown: f
         settings=SimpleNamespace(preview=PreviewSettings(sample_with_ema=with_ema)),
         optimizer=torch.optim.SGD([weight]),
         ema=ema,
+        stepping=SimpleNamespace(forget=lambda: None),
         dit=None,
         writer=None,
         previewer=SimpleNamespace(make=lambda *_: seen.append(float(weight.detach()))),

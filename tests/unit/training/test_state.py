@@ -211,14 +211,14 @@ def test_the_average_follows_and_gives_way() -> None:
         ema.update()
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
-    with ema.applied():
+    with ema.standing_in():
         assert float(weight) == pytest.approx(expected)
     assert float(weight) == 4.0
     again = Ema({"w": weight}, 0.5)
     again.load_state_dict(ema.state_dict())
     for each in (ema, again):
         each.update()
-    with ema.applied():
+    with ema.standing_in():
         first = float(weight)
-    with again.applied():
+    with again.standing_in():
         assert float(weight) == first
