@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from networks.both import Both, check_both
 from networks.formats import check_lora
+from networks.full import Full, chosen_names
 from networks.keys import Shape
 from networks.norms import Norms
 from networks.settings import NetworkSettings
@@ -60,7 +62,7 @@ class Adapter(Protocol):
 def create(model: nn.Module, settings: NetworkSettings, *, seed: int = 0) -> Adapter:
     """Attach the network that the settings name to `model`; `seed` keys its initial values."""
     adapter: Adapter = check_module(settings).attach(model, settings, seed=seed)
-    return adapter
+    return Both(adapter, model, settings, seed=seed) if isinstance(adapter, Full) and settings.train_also else adapter
 
 
 def check_network(settings: NetworkSettings, linears: Mapping[str, Shape], names: Collection[str] = ()) -> None:
@@ -74,9 +76,11 @@ def check_network(settings: NetworkSettings, linears: Mapping[str, Shape], names
         module.check_model(settings, linears)
     if callable(getattr(module, "check_names", None)):
         module.check_names(settings, names)
+        if settings.train_also is not None:
+            check_both(settings, linears, chosen_names(settings, names))
     else:
-        for flag, given in (("--trainable", settings.trainable), ("--full_bf16", settings.full_bf16)):
-            if given:
+        for flag in ("--trainable", "--full_bf16", "--train_also"):
+            if getattr(settings, flag[2:]):
                 raise InputError(f"{flag} is for --network_module networks.full, which trains weights: leave it out")
 
 

@@ -26,6 +26,7 @@ class Full:
 
     def __init__(self, model: nn.Module, names: Collection[str], settings: NetworkSettings) -> None:
         self._model, self._settings = model, settings
+        self._names = [name for name, _ in model.named_parameters()]  # a LoRA may add its own
         self._trained: dict[str, nn.Parameter] = {}
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
@@ -46,7 +47,7 @@ class Full:
 
     def export(self) -> dict[str, Tensor]:
         """The whole model under official names, each tensor as it is kept."""
-        return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self._own().items()}
 
     def metadata(self) -> dict[str, str]:
         """Which module trained it, and what of it."""
@@ -55,7 +56,7 @@ class Full:
 
     def describe(self) -> str:
         """How many weights are trained, of how many."""
-        trained, every = (sum(map(torch.numel, some)) for some in (self._trained.values(), self._model.parameters()))
+        trained, every = (sum(map(torch.numel, some.values())) for some in (self._trained, self._own()))
         return f"full fine-tuning of {trained:,} weights of {every:,}"
 
     @torch.no_grad()
@@ -65,6 +66,10 @@ class Full:
             if name not in tensors or tensors[name].shape != parameter.shape:
                 raise InputError(f"the checkpoint has no {name} of {list(parameter.shape)}: give one of this model")
             parameter.copy_(tensors[name])
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        named = dict(self._model.named_parameters())
+        return {name: named[name] for name in self._names}
 
     def disabled(self) -> AbstractContextManager[None]:
         """Not to be had: the weights that the model began with are gone."""
@@ -81,7 +86,9 @@ class Full:
 
 
 def check(settings: NetworkSettings) -> None:
-    """InputError for options that are a LoRA's."""
+    """InputError for options that are a LoRA's, unless one is trained beside."""
+    if settings.train_also is not None:
+        return
     for name in _OF_LORA:
         if getattr(settings, name):
             raise InputError(f"--{name} is for LoRA, and --network_module {settings.network_module} trains the weights")

@@ -55,6 +55,11 @@ def attach(model: nn.Module, settings: NetworkSettings, *, seed: int = 0) -> Lor
     check(settings)
     model.requires_grad_(False)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return attach_to(linears, settings, seed=seed)
+
+
+def attach_to(linears: Mapping[str, nn.Linear], settings: NetworkSettings, *, seed: int) -> Lora:
+    """The same for these Linears of a model, by their names, whoever froze what of it."""
     deltas = None if settings.network_weights is None else read_lora(settings.network_weights, linears)
     if settings.dim_from_weights:
         assert deltas is not None

@@ -39,6 +39,9 @@ class NetworkSettings:
         " without it all are.",
         metavar="PATTERN",
     )
+    train_also: str | None = option(
+        None, "With --trainable, train a LoRA as well, on the Linears that are left: networks.lora_wan."
+    )
     full_bf16: bool = option(
         False,
         "With networks.full, keep matrices in bfloat16, rounded at random after each step so that small ones count.",

@@ -25,14 +25,14 @@ def of_step(step: int) -> str:
     return f"-step{step:08d}"
 
 
-def path_of(save: SaveSettings, moment: str, ending: str, expert: str | None = None) -> Path:
-    """OUTPUT_DIR/NAME, of one of two experts its name behind that, the moment ("" at the end of the run), and FILE,
-    EMA_FILE or STATE."""
-    return Path(save.output_dir) / f"{_name(save, expert)}{moment}{ending}"
+def path_of(save: SaveSettings, moment: str, ending: str, part: str | None = None) -> Path:
+    """OUTPUT_DIR/NAME, behind it what tells one of several parts (an expert, a LoRA), the moment ("" at the end of the
+    run), and FILE, EMA_FILE or STATE."""
+    return Path(save.output_dir) / f"{_name(save, part)}{moment}{ending}"
 
 
-def _name(save: SaveSettings, expert: str | None) -> str:
-    return f"{save.output_name}_{expert}" if expert else save.output_name
+def _name(save: SaveSettings, part: str | None) -> str:
+    return f"{save.output_name}_{part}" if part else save.output_name
 
 
 def save_adapter(path: Path, adapter: Adapter, save: SaveSettings, metadata: Mapping[str, str]) -> list[Path]:
@@ -53,8 +53,8 @@ def save_weights(path: Path, adapter: Adapter, save: SaveSettings, metadata: Map
     return write_set(path, rows, tensors, metadata, save.shard_bytes)
 
 
-def outlived(save: SaveSettings, *, epoch: int, step: int, experts: Sequence[str | None] = (None,)) -> list[Path]:
-    """What `--save_last_n_...` no longer keeps once all of this epoch and step is saved, of each expert's files.
+def outlived(save: SaveSettings, *, epoch: int, step: int, parts: Sequence[str | None] = (None,)) -> list[Path]:
+    """What `--save_last_n_...` no longer keeps once all of this epoch and step is saved, of each part's files.
 
     Of epochs the last N saved ones stay, of steps those of the last N steps. States go with their files unless they
     have a number of their own.
@@ -63,7 +63,7 @@ def outlived(save: SaveSettings, *, epoch: int, step: int, experts: Sequence[str
     epoch_states = save.save_last_n_epochs_state or epochs
     step_states = save.save_last_n_steps_state or steps
     gone: list[Path] = []
-    files = [(_name(save, expert), ending, epochs, steps) for expert in experts for ending in (FILE, EMA_FILE)]
+    files = [(_name(save, part), ending, epochs, steps) for part in parts for ending in (FILE, EMA_FILE)]
     for name, ending, last_epochs, last_steps in (*files, (save.output_name, STATE, epoch_states, step_states)):
         saved = _numbered(save, name, of_epoch, ending)
         gone += [path for number, path in saved if last_epochs and number not in _last(saved, last_epochs, epoch)]

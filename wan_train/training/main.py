@@ -19,7 +19,7 @@ from wan_train.training.build import build
 from wan_train.training.checkpoints import FILE, path_of
 from wan_train.training.loop import train
 from wan_train.training.needs import check_needs
-from wan_train.training.pair import parts_of
+from wan_train.training.pair import saved_parts
 from wan_train.training.preflight import open_data, preflight
 from wan_train.training.resume import chosen_seed
 from wan_train.training.settings import TrainSettings
@@ -64,7 +64,7 @@ def main(settings: TrainSettings) -> None:
         if run.hub is not None:
             run.hub.finish()
     if accelerator.is_main_process:
-        files = [str(entry_of(path_of(settings.save, "", FILE, expert))) for expert, _ in parts_of(run.adapter)]
+        files = [str(entry_of(path_of(settings.save, "", FILE, part))) for part, _, _ in saved_parts(run.adapter)]
         log.info("done: %s", " and ".join(files))
     accelerator.end_training()
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.adapter import Adapter
+from networks.both import Both
 from networks.norms import Norms
 from wan_train.models.experts import ORDER, Pair
 from wan_train.training.ema import Ema
@@ -113,8 +114,17 @@ class PairAdapter:
 
 
 def parts_of(adapter: Adapter) -> list[tuple[str | None, Adapter]]:
-    """What is saved in a file of its own, by expert; None for an adapter that is one file."""
+    """The adapters of the experts, by expert; None for one that is of no pair."""
     return list(adapter.parts.items()) if isinstance(adapter, PairAdapter) else [(None, adapter)]
+
+
+def saved_parts(adapter: Adapter) -> list[tuple[str | None, str | None, Adapter]]:
+    """What is saved in a file of its own: what is added to the name, the expert, if there are two, and the adapter."""
+    rows: list[tuple[str | None, str | None, Adapter]] = []
+    for expert, part in parts_of(adapter):
+        inner: Mapping[str | None, Adapter] = part.parts if isinstance(part, Both) else {None: part}
+        rows += [("_".join(filter(None, (expert, kind))) or None, expert, own) for kind, own in inner.items()]
+    return rows
 
 
 class PairEma:

@@ -56,7 +56,7 @@ def preflight(settings: TrainSettings) -> Plan:
     variant = VARIANTS[settings.dit.task]
     experts = plan_experts(settings)
     check_output_name(settings.save.output_name)
-    ours = settings.network.network_module == MODULES[0]
+    ours = MODULES[0] in (settings.network.network_module, settings.network.train_also)
     several_rates = ours and lora_arguments(settings.network).loraplus_lr_ratio != 1
     kind, _ = check_optimizer(
         settings.optimizer,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 from dataset.batches import Batch
 from dataset.epochs import EpochBatches
 from networks.adapter import Adapter, trains_weights
+from networks.both import lora_settings
+from networks.full import Full
 from wan_train.cli import InputError, RunError
 from wan_train.log import get_logger
 from wan_train.models.dit import Dit
@@ -26,7 +28,7 @@ from wan_train.training.hub import Hub
 from wan_train.training.metadata import expert_metadata, saved_metadata
 from wan_train.training.metrics import MetricsWriter, RunningMean
 from wan_train.training.optimizer_state import for_saving
-from wan_train.training.pair import PairEma, PairModel, parts_of
+from wan_train.training.pair import PairEma, PairModel, saved_parts
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
 from wan_train.training.settings import TrainSettings
@@ -129,8 +131,8 @@ def save(run: Run, moment: str, position: Position, *, with_state: bool) -> None
             saved = write_files(run, moment, position)
             if with_state:
                 saved.append(keep_state(run, moment, position))
-        experts = [expert for expert, _ in parts_of(run.adapter)]
-        remove(outlived(run.settings.save, epoch=epoch_of(position), step=position.step, experts=experts))
+        names = [name for name, _, _ in saved_parts(run.adapter)]
+        remove(outlived(run.settings.save, epoch=epoch_of(position), step=position.step, parts=names))
         upload(run, saved)
     run.accelerator.wait_for_everyone()
 
@@ -166,19 +168,26 @@ def upload(run: Run, paths: list[Path]) -> None:
 def write_files(run: Run, moment: str, position: Position) -> list[Path]:
     """Write the adapter and its average under a moment's name; their paths."""
     settings = run.settings.save
-    common = saved_metadata(run.settings, run.metadata, step=position.step, epoch=epoch_of(position))
     saved: list[Path] = []
-    write = save_weights if trains_weights(run.settings.network) else save_adapter
-    for expert, part in parts_of(run.adapter):
-        metadata = common | expert_metadata(run.settings, expert or only_expert(run.experts))
-        path = path_of(settings, moment, FILE, expert)
+    for name, expert, part in saved_parts(run.adapter):
+        own = settings_of_part(run.settings, part)
+        write = save_weights if trains_weights(own.network) else save_adapter
+        metadata = saved_metadata(own, run.metadata | part.metadata(), step=position.step, epoch=epoch_of(position))
+        metadata |= expert_metadata(run.settings, expert or only_expert(run.experts))
+        path = path_of(settings, moment, FILE, name)
         with for_saving(run.optimizer):
             saved += write(path, part, settings, metadata)
         log.info("saved %s", entry_of(path))
         if run.ema is not None:
             with run.ema.standing_in():
-                saved += write(path_of(settings, moment, EMA_FILE, expert), part, settings, metadata)
+                saved += write(path_of(settings, moment, EMA_FILE, name), part, settings, metadata)
     return saved
+
+
+def settings_of_part(settings: TrainSettings, part: Adapter) -> TrainSettings:
+    """The settings as of a run that trains this part alone."""
+    beside = settings.network.train_also is not None and not isinstance(part, Full)
+    return replace(settings, network=lora_settings(settings.network)) if beside else settings
 
 
 def epoch_of(position: Position) -> int:
