@@ -1,7 +1,7 @@
 """What is trained, as the trainer sees it: LoRA and full fine-tuning answer alike."""
 
 import importlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, Protocol
@@ -26,8 +26,8 @@ class Adapter(Protocol):
         """Groups for the optimizer, each with its `params` and `lr`."""
         ...
 
-    def export(self) -> dict[str, Tensor]:
-        """What the saved file holds, float32, on the device of the parameters."""
+    def export(self, read: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> dict[str, Tensor]:
+        """What the saved file holds, of each parameter what `read` gives: as it is, or an average of it."""
         ...
 
     def metadata(self) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Weights of a model and a LoRA on others of its Linears, trained together: `--train_also`."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -61,9 +61,9 @@ class Both:
         yield from self.full.named_parameters()
         yield from self.lora.named_parameters()
 
-    def export(self) -> dict[str, Tensor]:
+    def export(self, read: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> dict[str, Tensor]:
         """Both; files hold each by itself."""
-        return self.full.export() | self.lora.export()
+        return self.full.export(read) | self.lora.export(read)
 
     def metadata(self) -> dict[str, str]:
         """That of the weights; the LoRA's file has its own."""

@@ -6,7 +6,7 @@ saved file is a checkpoint under the official names, the weights that were not t
 """
 
 import fnmatch
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -45,9 +45,9 @@ class Full:
         """What is trained, under its official name."""
         yield from self._trained.items()
 
-    def export(self) -> dict[str, Tensor]:
+    def export(self, read: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> dict[str, Tensor]:
         """The whole model under official names, each tensor as it is kept."""
-        return {name: parameter.detach() for name, parameter in self._own().items()}
+        return {name: read(parameter) for name, parameter in self._own().items()}
 
     def metadata(self) -> dict[str, str]:
         """Which module trained it, and what of it."""

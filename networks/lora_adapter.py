@@ -1,7 +1,7 @@
 """The LoRA branches of a model as an `Adapter`."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -110,11 +110,11 @@ class Lora:
         """Shrink each module's ||alpha/dim * up @ down|| to this at most."""
         return limit_norms(self._groups, limit)
 
-    def export(self) -> dict[str, Tensor]:
+    def export(self, read: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> dict[str, Tensor]:
         """`lora_unet_{module}.lora_down.weight` (r, in), `.lora_up.weight` (out, r) and `.alpha`, float32."""
         return kohya_state(
             {
-                name: LoraDelta(branch.down.weight.detach(), branch.up.weight.detach(), branch.scale)
+                name: LoraDelta(read(branch.down.weight), read(branch.up.weight), branch.scale)
                 for name, branch in self.branches.items()
             }
         )

@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from networks.adapter import Adapter
+from torch import Tensor
+
 from networks.hashes import add_hashes
 from wan_train.precision import dtype_of
 from wan_train.shards import INDEX
@@ -35,22 +36,25 @@ def _name(save: SaveSettings, part: str | None) -> str:
     return f"{save.output_name}_{part}" if part else save.output_name
 
 
-def save_adapter(path: Path, adapter: Adapter, save: SaveSettings, metadata: Mapping[str, str]) -> list[Path]:
-    """Write the adapter's tensors in `--save_precision`, with metadata and its hashes; the file."""
+def save_adapter(
+    path: Path, exported: Mapping[str, Tensor], save: SaveSettings, metadata: Mapping[str, str]
+) -> list[Path]:
+    """Write an adapter's tensors in `--save_precision`, with metadata and its hashes; the file."""
     dtype = dtype_of(save.save_precision)
     # Single numbers (alpha) stay whole: bf16 would turn 1.3 into 1.297.
-    exported = adapter.export().items()
-    tensors = {name: tensor.detach().to("cpu", dtype if tensor.ndim else None) for name, tensor in exported}
+    tensors = {name: tensor.detach().to("cpu", dtype if tensor.ndim else None) for name, tensor in exported.items()}
     # The hashes are those by which LoRA files are known, and take a copy of the file in memory.
     save_tensors(path, tensors, add_hashes(tensors, metadata))
     return [path]
 
 
-def save_weights(path: Path, adapter: Adapter, save: SaveSettings, metadata: Mapping[str, str]) -> list[Path]:
+def save_weights(
+    path: Path, exported: Mapping[str, Tensor], save: SaveSettings, metadata: Mapping[str, str]
+) -> list[Path]:
     """Write a model's tensors in `--save_precision`, one at a time, in shards of `--max_shard_size`; the files."""
-    dtype, tensors = dtype_of(save.save_precision), adapter.export()
-    rows = {name: Row(tuple(tensor.shape), dtype) for name, tensor in tensors.items()}
-    return write_set(path, rows, tensors, metadata, save.shard_bytes)
+    dtype = dtype_of(save.save_precision)
+    rows = {name: Row(tuple(tensor.shape), dtype) for name, tensor in exported.items()}
+    return write_set(path, rows, exported, metadata, save.shard_bytes)
 
 
 def outlived(save: SaveSettings, *, epoch: int, step: int, parts: Sequence[str | None] = (None,)) -> list[Path]:

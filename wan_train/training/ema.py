@@ -31,17 +31,10 @@ class Ema:
             average = self._averages[name]
             average.lerp_(_float32(parameter.detach().to(average.device)), 1 - decay)
 
-    @contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """While it lasts the parameters are their averages, as fine as they are kept and where they are: for files."""
-        kept = {name: parameter.data for name, parameter in self._parameters.items()}
-        for name, parameter in self._parameters.items():
-            parameter.data = self._averages[name]
-        try:
-            yield
-        finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = kept[name]
+    @property
+    def averages(self) -> dict[nn.Parameter, Tensor]:
+        """The average of each parameter, as fine as it is kept and where it is."""
+        return {parameter: self._averages[name] for name, parameter in self._parameters.items()}
 
     @contextmanager
     def applied(self, forget: Callable[[], None]) -> Iterator[None]:
@@ -52,8 +45,8 @@ class Ema:
         """
         forget()
         kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
-        self._fill(self._averages)
         try:
+            self._fill(self._averages)
             yield
         finally:
             forget()
@@ -75,6 +68,15 @@ class Ema:
         self._steps = steps
         for name, average in self._averages.items():
             average.copy_(averages[name])
+
+
+def reading(averages: Mapping[nn.Parameter, Tensor]) -> Callable[[nn.Parameter], Tensor]:
+    """What reads a parameter as its average, or as it is where it has none: for files.
+
+    The parameter itself is left alone: one whose `data` was of another dtype or device for a while is lost to those
+    who count on its gradients (data-parallel training).
+    """
+    return lambda parameter: averages[parameter] if parameter in averages else parameter.detach()
 
 
 def _float32(tensor: Tensor) -> Tensor:

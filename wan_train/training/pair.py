@@ -77,9 +77,9 @@ class PairAdapter:
         """What is trained of one expert."""
         return [parameter for _, parameter in self.parts.of(expert).named_parameters()]
 
-    def export(self) -> dict[str, Tensor]:
+    def export(self, read: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> dict[str, Tensor]:
         """Both, under the expert's name; files hold each part by itself."""
-        return {f"{expert}.{key}": t for expert, part in self.parts.items() for key, t in part.export().items()}
+        return {f"{expert}.{key}": t for expert, part in self.parts.items() for key, t in part.export(read).items()}
 
     def metadata(self) -> dict[str, str]:
         """That of one: both are of the same settings."""
@@ -137,12 +137,10 @@ class PairEma:
         """Take in what this expert has learnt in a step."""
         self.parts.of(str(expert)).update()
 
-    def standing_in(self) -> AbstractContextManager[None]:
-        """While it lasts the parameters of both are their averages."""
-        stack = ExitStack()
-        for _, part in self.parts.items():
-            stack.enter_context(part.standing_in())
-        return stack  # type: ignore[return-value]
+    @property
+    def averages(self) -> dict[nn.Parameter, Tensor]:
+        """The average of each parameter of either."""
+        return self.parts.high_noise.averages | self.parts.low_noise.averages
 
     def applied(self, forget: Callable[[], None]) -> AbstractContextManager[None]:
         """While it lasts the parameters of both hold their averages."""

@@ -22,7 +22,7 @@ from wan_train.log import get_logger
 from wan_train.models.dit import Dit
 from wan_train.shards import entry_of
 from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, of_step, outlived, path_of, save_adapter, save_weights
-from wan_train.training.ema import Ema
+from wan_train.training.ema import Ema, reading
 from wan_train.training.experts import ExpertPlan, only_expert
 from wan_train.training.hub import Hub
 from wan_train.training.metadata import expert_metadata, saved_metadata
@@ -176,11 +176,11 @@ def write_files(run: Run, moment: str, position: Position) -> list[Path]:
         metadata |= expert_metadata(run.settings, expert or only_expert(run.experts))
         path = path_of(settings, moment, FILE, name)
         with for_saving(run.optimizer):
-            saved += write(path, part, settings, metadata)
+            saved += write(path, part.export(), settings, metadata)
         log.info("saved %s", entry_of(path))
         if run.ema is not None:
-            with run.ema.standing_in():
-                saved += write(path_of(settings, moment, EMA_FILE, name), part, settings, metadata)
+            averaged = part.export(reading(run.ema.averages))
+            saved += write(path_of(settings, moment, EMA_FILE, name), averaged, settings, metadata)
     return saved
 
 

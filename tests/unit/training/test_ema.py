@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wan_train.training.ema import Ema
+from wan_train.models.experts import pair_of
+from wan_train.training.ema import Ema, reading
+from wan_train.training.pair import PairEma
 
 
 def weights(dtype: torch.dtype) -> dict[str, nn.Parameter]:
@@ -53,11 +55,33 @@ def test_while_it_is_applied_parameters_hold_it_in_their_own_memory(dtype: torch
     assert all(torch.equal(value, kept[name]) for name, value in averages(ema).items())
 
 
-def test_it_stands_in_as_fine_as_it_is_kept() -> None:
+def test_an_exception_on_the_way_in_leaves_the_weights_as_they_were() -> None:
     parameters = weights(torch.bfloat16)
     ema = moved(parameters, Ema(parameters, 0.9))
-    before = {name: parameter.data for name, parameter in parameters.items()}
-    with ema.standing_in():
-        assert all(torch.equal(parameter.data, averages(ema)[name]) for name, parameter in parameters.items())
-    assert all(parameter.data is not None and torch.equal(parameter, before[n]) for n, parameter in parameters.items())
-    assert all(parameter.dtype == torch.bfloat16 for parameter in parameters.values())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    ema.state_dict()["averages"]["b"].resize_(0)  # type: ignore[index]
+    with pytest.raises(RuntimeError), ema.applied(lambda: None):
+        pass
+    assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
+
+
+def test_it_is_read_as_fine_as_it_is_kept() -> None:
+    parameters, other = weights(torch.bfloat16), nn.Parameter(torch.ones(2))
+    ema = moved(parameters, Ema(parameters, 0.9))
+    read = reading(ema.averages)
+    for name, parameter in parameters.items():
+        assert read(parameter).dtype == torch.float32 and torch.equal(read(parameter), averages(ema)[name])
+        assert parameter.dtype == torch.bfloat16
+    assert torch.equal(read(other), other)
+
+
+def test_of_two_experts_both_are_read() -> None:
+    high, low = weights(torch.float32), weights(torch.float32)
+    ema = PairEma(pair_of({"high_noise": Ema(high, 0.9), "low_noise": Ema(low, 0.9)}))
+    before = {parameter: parameter.detach().clone() for parameter in (*high.values(), *low.values())}
+    for parameter in before:
+        parameter.data = parameter.data + 1
+    ema.update("low_noise")
+    read = reading(ema.averages)
+    assert all(torch.equal(read(parameter), before[parameter]) for parameter in high.values())
+    assert all(not torch.equal(read(parameter), before[parameter]) for parameter in low.values())
