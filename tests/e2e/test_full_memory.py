@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.e2e.test_full import Desk, desk
 from tests.tiny.make import T5, VAE, dit_shapes
 from wan_train import load_dit
 from wan_train.cli import run
+from wan_train.training.objective import Losses, measure
 from wan_train.training.preview import Previewer
 from wan_train.training.settings import TOOL as TRAIN
 
@@ -133,3 +135,21 @@ def velocity(model: torch.nn.Module) -> torch.Tensor:
 def test_an_average_has_to_be_asked_for(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(TRAIN, [str(word) for word in desk.training("no", "--ema_cpu")]) == 2
     assert "--ema_cpu says where the average of --ema_decay" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_step_whose_loss_is_no_number_changes_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def sometimes(*arguments: Any, **named: Any) -> Losses:
+        found = measure(*arguments, **named)
+        measured.append(1)
+        return Losses(found.mean * (float("nan") if len(measured) == 3 else 1), found.samples)
+
+    monkeypatch.setattr("wan_train.training.step.measure", sometimes)
+    options = (*PLAIN, *OPTIMIZERS["float32"], "--max_train_steps", 3)
+    left_out = desk.train("left-out", *options, FUSED, "--skip_nonfinite", 1)
+    measured.clear()
+    assert same(left_out, desk.train("two-steps", *options, FUSED, "--max_train_steps", 2))
+    measured.clear()
+    command = desk.training("stopped", *options, FUSED)
+    assert run(TRAIN, [str(word) for word in command]) == 1

@@ -1,5 +1,6 @@
 """What training a model's own weights will take, from headers and one batch, and whether that is there."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,16 @@ def needs_of(settings: TrainSettings, batch: Batch) -> Needs:
     outline.passes(lambda model: loss_of(model, settings, batch, META), parts if fused else [list(trained.values())])
     gradients = [sum(size(parameter) for parameter in part) for part in parts]
     states, step = states_of(list(trained.values()), settings.optimizer)
-    away = settings.optimizer.optimizer_cpu_offload
+    away, exchanged = settings.optimizer.optimizer_cpu_offload, 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (fused or settings.processes.ddp_gradient_as_bucket_view):
+        exchanged = sum(gradients)  # data-parallel training has a copy of all gradients
     return Needs(
         weights=outline.weights,
-        gradients=Bytes(max(gradients) if fused else sum(gradients)),
+        gradients=Bytes(max(gradients) if fused else sum(gradients) + exchanged),
         states=Bytes(0, states) if away else Bytes(states),
         average=average_of(trained, settings, outline),
         activations=outline.activations,
-        peak=max(outline.ledger.peak, 0 if fused else sum(gradients) + step) + (step if fused else 0),
+        peak=exchanged + max(outline.ledger.peak, 0 if fused else sum(gradients) + step) + (step if fused else 0),
     )
 
 
@@ -161,7 +164,7 @@ def largest_batch(dataset: CachedDataset) -> Batch:
 
 
 def free_memory(device: torch.device) -> Bytes:
-    """What is free on a device, and in main memory for this process."""
+    """What is free on a device, and this process's share of what is free in main memory."""
     host = psutil.virtual_memory().available
     try:
         limit = _CGROUP.read_text().strip()
@@ -169,7 +172,8 @@ def free_memory(device: torch.device) -> Bytes:
         limit = "max"
     if limit.isdigit():
         host = min(host, int(limit) - psutil.Process().memory_info().rss)
-    return Bytes(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0, host)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Bytes(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0, host // sharing)
 
 
 def ways_out(settings: TrainSettings) -> list[str]:

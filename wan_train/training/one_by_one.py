@@ -72,6 +72,7 @@ def one_by_one(kind: Callable[..., torch.optim.Optimizer]) -> Any:
             self._groups = {parameter: group for parameter, group in owned}
             self._places = {parameter: place for place, (parameter, _) in enumerate(owned, 1)}
             self.parts: tuple[Part, ...] = (Part("all", tuple(self._places)),)
+            self.home: torch.device | None = None  # of states that are loaded; without one they stay in main memory
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
@@ -102,16 +103,19 @@ def one_by_one(kind: Callable[..., torch.optim.Optimizer]) -> Any:
                 self.param_groups, group["params"] = groups, together
 
         def load_state_dict(self, state: Mapping[str, Any]) -> None:
-            """Take over a state as it is: nothing is cast, and what is in main memory stays there until its turn."""
+            """Take over a state as it is: nothing is cast, and weights may be elsewhere until their turn."""
             for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
                 group.update({name: value for name, value in saved.items() if name != "params"})
                 for parameter, index in zip(group["params"], saved["params"], strict=True):
                     held = state["state"].get(index, {})
-                    self.state[parameter] = {name: _own(value) for name, value in held.items()}
+                    self.state[parameter] = {name: _own(name, value, self.home) for name, value in held.items()}
 
     OneByOne.__name__, OneByOne.__qualname__ = base.__name__, base.__qualname__
     return OneByOne
 
 
-def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _own(name: str, value: Any, home: torch.device | None) -> Any:
+    """A copy, on its device but for torch's count of steps, which is a number in main memory."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if name == "step" or home is None else value.to(home, copy=True)

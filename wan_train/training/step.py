@@ -206,9 +206,10 @@ def skip_or_stop(run: Run, loss: float, norm: float, position: Position, window:
     places = ", ".join(list(sampled(window))[:8])
     where = f"{what} at step {position.step}, epoch {position.epoch} ({places})"
     run.skipped.count += 1
+    taken = "before the step was taken" if run.stepping.fused is None else "with that part of the step left out"
     if run.skipped.count > run.settings.loop.skip_nonfinite:
         raise RunError(
-            f"{where}: stopped before the step was taken; files saved before this are whole. "
+            f"{where}: stopped {taken}; files saved before this are whole. "
             "Lower --learning_rate, look at that sample's cache, or let some pass with --skip_nonfinite"
         )
     log.warning("%s: left out, %d of %d", where, run.skipped.count, run.settings.loop.skip_nonfinite)

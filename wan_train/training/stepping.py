@@ -100,6 +100,8 @@ def make_stepping(
     if apart:
         parts = parts_of(dict(adapter.named_parameters()), streams)
         optimizer.parts = parts  # type: ignore[attr-defined]
+        away = settings.optimizer.optimizer_cpu_offload
+        optimizer.home = None if away else accelerator.device  # type: ignore[attr-defined]
         if settings.optimizer.fused_backward_pass:
             reduce = partial(accelerator.reduce, reduction="mean") if accelerator.num_processes > 1 else None
             limit = settings.loop.max_grad_norm or float("inf")

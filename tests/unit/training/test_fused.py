@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wan_train.training.fused import FusedBackward
 from wan_train.training.one_by_one import Part
+from wan_train.training.optimizer_state import load_portable_state, portable_state
 from wan_train.training.optimizers import make_optimizer
 from wan_train.training.rounding import rounded
 from wan_train.training.settings import OptimizerSettings
@@ -139,3 +140,18 @@ def test_gradients_are_exchanged_before_they_are_clipped() -> None:
     plain.finish()
     train_once.step()
     torch.testing.assert_close(halved * 2, other.head.bias - Model().head.bias)
+
+
+def test_loaded_states_go_where_steps_are_taken_and_counts_stay() -> None:
+    model = Model()
+    optimizer, _ = made(model, "AdamW", rate=1e-2, limit=None)
+    model(torch.ones(4, 8)).backward()
+    optimizer.step()
+    saved = portable_state(optimizer)
+    for home, device in ((None, "cpu"), (torch.device("meta"), "meta")):
+        again, _ = made(model, "AdamW", rate=1e-2, limit=None)
+        again.home = home
+        load_portable_state(again, saved)
+        state = again.state[model.head.weight]
+        assert (state["exp_avg"].device.type, state["step"].device.type) == (device, "cpu")
+        assert again.param_groups[0]["rounded_steps"] == 1
