@@ -6,21 +6,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from wan_train.memory.lanes import make_lane
+
 
 class Ema:
     """Averages of named parameters: average += (1 - decay) * (parameter - average) after each step.
 
     Early on the decay is lower, (1 + steps) / (10 + steps), so that the start is forgotten (as in TensorFlow's
-    ExponentialMovingAverage with num_updates). With `in_main_memory` they are there, whatever the device, and a
-    parameter at a time comes to them.
+    ExponentialMovingAverage with num_updates). With `in_main_memory` they are there, whatever the device, and come
+    to it one at a time to be moved on.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, *, in_main_memory: bool = False) -> None:
         self._parameters, self._decay, self._steps = dict(parameters), decay, 0
-        self._averages = {
-            name: _float32(parameter.detach().to("cpu" if in_main_memory else parameter.device, copy=True))
-            for name, parameter in self._parameters.items()
-        }
+        copied = _to_main_memory if in_main_memory else torch.clone
+        self._averages = {name: copied(_float32(parameter.detach())) for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, expert: str | None = None) -> None:
@@ -28,8 +28,9 @@ class Ema:
         self._steps += 1
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         for name, parameter in self._parameters.items():
-            average = self._averages[name]
-            average.lerp_(_float32(parameter.detach().to(average.device)), 1 - decay)
+            kept = self._averages[name]
+            average = kept.to(parameter.device, non_blocking=True)  # itself, where it is there already
+            kept.copy_(average.lerp_(_float32(parameter.detach()), 1 - decay))
 
     @property
     def averages(self) -> dict[nn.Parameter, Tensor]:
@@ -77,6 +78,12 @@ def reading(averages: Mapping[nn.Parameter, Tensor]) -> Callable[[nn.Parameter],
     who count on its gradients (data-parallel training).
     """
     return lambda parameter: averages[parameter] if parameter in averages else parameter.detach()
+
+
+def _to_main_memory(tensor: Tensor) -> Tensor:
+    """A copy that the tensor's device reads and writes by itself."""
+    memory = make_lane(tensor.device).host(tensor.numel() * tensor.element_size())
+    return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _float32(tensor: Tensor) -> Tensor:

@@ -38,6 +38,15 @@ def test_in_main_memory_it_is_the_same_average(dtype: torch.dtype) -> None:
     two.load_state_dict(one.state_dict())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_pinned_memory_it_is_the_average_on_the_device(dtype: torch.dtype) -> None:
+    near, far = ({name: nn.Parameter(p.detach().cuda()) for name, p in weights(dtype).items()} for _ in range(2))
+    one, two = moved(near, Ema(near, 0.9)), moved(far, Ema(far, 0.9, in_main_memory=True))
+    for name, average in averages(two).items():
+        assert average.device.type == "cpu" and torch.equal(average, averages(one)[name].cpu())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_while_it_is_applied_parameters_hold_it_in_their_own_memory(dtype: torch.dtype) -> None:
     parameters = weights(dtype)
