@@ -124,6 +124,16 @@ def test_an_average_in_main_memory_is_the_same_and_previews_show_it(
     assert not torch.equal(shown[0], velocity(load_dit(desk.folder / "out" / "far.safetensors")))
 
 
+@pytest.mark.parametrize(("first", "then"), [(("--ema_cpu",), ()), ((), ("--ema_cpu",))], ids=["from-host", "to-host"])
+def test_an_average_goes_on_wherever_it_was(desk: Desk, first: tuple[str, ...], then: tuple[str, ...]) -> None:
+    options = (*PLAIN, *OPTIMIZERS["bf16"], "--ema_decay", 0.5)
+    desk.train("unbroken", *options)
+    desk.train("broken", *options, *first, "--save_every_n_steps", 3, "--save_state")
+    desk.train("broken", *options, *then, "--resume", desk.folder / "out" / "broken-step00000003-state")
+    found, wanted = (load_file(desk.folder / "out" / f"{name}-ema.safetensors") for name in ("broken", "unbroken"))
+    assert same(found, wanted)
+
+
 def velocity(model: torch.nn.Module) -> torch.Tensor:
     torch.manual_seed(0)
     latents, text = torch.randn(1, 16, 2, 8, 12), torch.randn(1, 512, dit_shapes()["text_embedding.0.weight"][1])

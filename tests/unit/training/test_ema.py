@@ -35,7 +35,9 @@ def test_in_main_memory_it_is_the_same_average(dtype: torch.dtype) -> None:
     one, two = moved(near, Ema(near, 0.9)), moved(far, Ema(far, 0.9, in_main_memory=True))
     assert all(torch.equal(value, averages(two)[name]) for name, value in averages(one).items())
     assert all(value.dtype == torch.float32 for value in averages(two).values())
-    two.load_state_dict(one.state_dict())
+    resumed = Ema(weights(dtype), 0.9, in_main_memory=True)
+    resumed.load_state_dict(one.state_dict())
+    assert all(torch.equal(value, averages(resumed)[name]) for name, value in averages(one).items())
 
 
 @pytest.mark.gpu
