@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dataset.config import DatasetConfig
 from dataset.manifest import Manifest
-from wan_train.shards import expand
+from wan_train.shards import INDEX, expand
 
 RECIPE_KEY = "wan_train_recipe"
 _VERSION = 1
@@ -120,7 +120,7 @@ def _digest(path: Path, manifest: Manifest) -> str:
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    return expand(path) if path.suffix == ".safetensors" else [path]
+    return expand(path) if path.name.endswith((".safetensors", INDEX)) else [path]
 
 
 def _hash(path: Path) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan_train.cli import InputError
 from wan_train.shards import INDEX, MARK, divide, files_of, shard_names
 from wan_train.storage import DTYPE_NAMES, replacing, replacing_set
 
@@ -41,22 +40,8 @@ def write_tensors(
     The file is written beside and renamed. InputError for a full disk; ValueError for a tensor that has no row or
     another shape, and if one is missing.
     """
-    starts, header = _lay_out(rows, metadata)
-    waiting = set(rows)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        try:
-            file.write(header)
-            for name, tensor in tensors:
-                if name not in waiting or tuple(tensor.shape) != rows[name].shape:
-                    raise ValueError(f"{name} {tuple(tensor.shape)} is not what the header announces")
-                waiting.remove(name)
-                file.seek(len(header) + starts[name])
-                data = tensor.detach().to("cpu", rows[name].dtype).contiguous()
-                file.write(data.flatten().view(torch.uint8).numpy().data)
-        except OSError as problem:
-            raise InputError(f"cannot write {path}: {problem.strerror or problem}") from None
-        if waiting:
-            raise ValueError(f"{len(waiting)} tensors are missing: {', '.join(sorted(waiting)[:3])}")
+    with replacing(path) as temporary:
+        _fill(temporary, rows, tensors, metadata)
 
 
 def write_set(
@@ -78,7 +63,7 @@ def write_set(
         with replacing_set(path) as folder:
             for shard, group in zip(names, groups, strict=True):
                 own = {name: rows[name] for name in group}
-                write_tensors(folder / shard, own, ((name, tensors[name]) for name in group), marked)
+                _fill(folder / shard, own, ((name, tensors[name]) for name in group), marked)
             index = path.name + INDEX
             (folder / index).write_text(_index(rows, dict(zip(names, groups, strict=True))), encoding="utf-8")
         written = [path.with_name(name) for name in (*names, index)]
@@ -86,6 +71,25 @@ def write_set(
         if file not in written:
             file.unlink(missing_ok=True)
     return written
+
+
+def _fill(
+    path: Path, rows: Mapping[str, Row], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """Write a file where it is; OSError for a full disk."""
+    starts, header = _lay_out(rows, metadata)
+    waiting = set(rows)
+    with path.open("wb") as file:
+        file.write(header)
+        for name, tensor in tensors:
+            if name not in waiting or tuple(tensor.shape) != rows[name].shape:
+                raise ValueError(f"{name} {tuple(tensor.shape)} is not what the header announces")
+            waiting.remove(name)
+            file.seek(len(header) + starts[name])
+            data = tensor.detach().to("cpu", rows[name].dtype).contiguous()
+            file.write(data.flatten().view(torch.uint8).numpy().data)
+    if waiting:
+        raise ValueError(f"{len(waiting)} tensors are missing: {', '.join(sorted(waiting)[:3])}")
 
 
 def _index(rows: Mapping[str, Row], groups: Mapping[str, list[str]]) -> str:

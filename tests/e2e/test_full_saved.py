@@ -2,11 +2,14 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,11 +23,14 @@ from wan_train import load_dit
 from wan_train.cli import InputError, run
 from wan_train.shards import entry_of, files_of
 from wan_train.storage import read_header, read_tensors
+from wan_train.tensor_writer import write_set
+from wan_train.training import hub
 from wan_train.training.settings import TOOL as TRAIN
 
 __all__ = ["desk"]  # the fixture
 
 SHARDED = ("--max_shard_size", "2MB")
+KEPT = [f"ages-{epoch:06d}.safetensors.index.json" for epoch in (2, 3)]  # the fourth is the end
 
 
 def test_in_shards_it_is_the_checkpoint_that_one_file_is(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +87,67 @@ def test_old_sets_go_as_a_whole(desk: Desk) -> None:
     assert moments == {"step00000003"}  # of the last two steps the other one is the end
     for name in ("few-step00000003", "few-step00000003-ema"):
         assert read_header(entry_of(desk.folder / "out" / f"{name}.safetensors")).shapes == dit_shapes()
+
+
+def test_of_epochs_in_shards_as_many_stay_as_are_asked_for(desk: Desk) -> None:
+    desk.train("ages", *SHARDED, "--max_train_epochs", 4, "--save_every_n_epochs", 1, "--save_last_n_epochs", 2)
+    assert sorted(path.name for path in (desk.folder / "out").glob("ages-0*.index.json")) == KEPT
+    for name in KEPT:
+        assert read_header(desk.folder / "out" / name).shapes == dit_shapes()
+
+
+def test_the_hub_gets_all_of_a_set_and_its_index_last(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Mock()
+    monkeypatch.setattr(hub, "make_client", lambda token: client)
+    desk.train("shared", "--save_precision", "bf16", *SHARDED, "--huggingface_repo_id", "me/tuned")
+    sent = [call.kwargs["path_in_repo"] for call in client.upload_file.call_args_list]
+    assert sent == [
+        *(f"shared-0000{number}-of-00003.safetensors" for number in (1, 2, 3)),
+        "shared.safetensors.index.json",
+    ]
+
+
+def test_each_expert_has_a_set_that_is_named_at_the_end(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    experts = ("--task", "t2v-A14B", "--dit_high_noise", desk.folder / DIT, "--expert_steps", 2)
+    desk.train("two", *experts, *SHARDED)
+    entries = [desk.folder / "out" / f"two_{part}.safetensors.index.json" for part in ("high_noise", "low_noise")]
+    assert capsys.readouterr().err.rstrip().endswith("done: " + " and ".join(map(str, entries)))
+    high, low = (dict(read_tensors(entry)) for entry in entries)
+    assert high.keys() == low.keys() == dit_shapes().keys()
+    assert any(not torch.equal(high[name], low[name]) for name in high)
+
+
+def test_a_lora_of_the_same_name_is_what_its_run_names(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    desk.train("again", *SHARDED)
+    lora = ("--network_module", "networks.lora_wan", "--network_dim", 4)
+    capsys.readouterr()
+    desk.train("again", *lora)
+    path = desk.folder / "out" / "again.safetensors"
+    said = capsys.readouterr().err.rstrip()
+    assert f"saved {path}\n" in said and said.endswith(f"done: {path}")
+
+
+def test_no_room_for_a_set_ends_the_run_and_leaves_what_was_saved(
+    desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *others: Any) -> list[Path]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        limit = 1_000_000 if "step00000002" in path.name else before[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            return write_set(path, *others)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr("wan_train.training.checkpoints.write_set", full)
+    out = desk.folder / "out"
+    options = (*SHARDED, "--save_every_n_steps", 1, "--save_state")
+    assert run(TRAIN, [str(word) for word in desk.training("tight", *options)]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"cannot write {out / 'tight-step00000002.safetensors'}: File too large" in said
+    assert f"go on from {out / 'tight-step00000001-state'}" in said
+    assert read_header(out / "tight-step00000001.safetensors.index.json").shapes == dit_shapes()
+    assert not [path for path in out.iterdir() if path.name.startswith((".tight", "tight-step00000002"))]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from wan_train.cli import InputError
 from wan_train.shards import divide, entry_of, expand, files_of
 from wan_train.storage import read_header, read_tensors
 from wan_train.tensor_writer import Row, write_set
+from wan_train.training.save_settings import SaveSettings
 
 
 def tensors_of(value: float) -> dict[str, Tensor]:
@@ -104,6 +106,34 @@ def test_sets_of_other_programs_have_no_mark(tmp_path: Path) -> None:
     for number in (1, 2):
         save_file({f"x{number}": torch.ones(2)}, tmp_path / f"model-0000{number}-of-00002.safetensors")
     assert len(expand(tmp_path)) == 2
+
+
+def test_without_room_the_earlier_set_stays_and_the_checkpoint_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "name.safetensors"
+    written = save(path, 1, 1000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+    try:
+        with pytest.raises(InputError) as refused:
+            save(path, 2, 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(refused.value) == f"cannot write {path}: File too large"
+    assert sorted(tmp_path.iterdir()) == sorted(written) and values(tmp_path) == {1}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1000", 1000), ("500MB", 500_000_000), ("1.5 gb", 1_500_000_000), ("5GiB", 5 << 30), ("2K", 2000)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert SaveSettings(output_dir="out", output_name="name", max_shard_size=text).shard_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "big", "0GB", "1e3", "-1GB", "5PB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InputError, match="is no size: give one like 10GB"):
+        SaveSettings(output_dir="out", output_name="name", max_shard_size=text)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -78,7 +78,7 @@ def outlived(save: SaveSettings, *, epoch: int, step: int, parts: Sequence[str |
 
 def _last(saved: list[tuple[int, Path]], count: int, newest: int) -> set[int]:
     """The last `count` of the numbers up to the newest; what is beyond it belongs to an earlier run and stays."""
-    numbers = sorted(number for number, _ in saved)
+    numbers = sorted({number for number, _ in saved})  # each shard has its checkpoint's
     return {n for n in numbers if n > newest} | set([n for n in numbers if n <= newest][-count:])
 
 

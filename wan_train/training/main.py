@@ -11,17 +11,17 @@ from wan_train.flow.boundaries import describe_boundary
 from wan_train.log import get_logger
 from wan_train.models.experts import read_boundary
 from wan_train.models.variants import VARIANTS
-from wan_train.shards import entry_of
 from wan_train.storage import replacing
 from wan_train.training.accelerator import agree_on_seed, make_accelerator
 from wan_train.training.audit import audit
 from wan_train.training.build import build
-from wan_train.training.checkpoints import FILE, path_of
+from wan_train.training.checkpoints import path_of
 from wan_train.training.loop import train
 from wan_train.training.needs import check_needs
 from wan_train.training.pair import saved_parts
 from wan_train.training.preflight import open_data, preflight
 from wan_train.training.resume import chosen_seed
+from wan_train.training.run import final_path
 from wan_train.training.settings import TrainSettings
 from wan_train.training.show_timesteps import show_timesteps
 
@@ -64,7 +64,7 @@ def main(settings: TrainSettings) -> None:
         if run.hub is not None:
             run.hub.finish()
     if accelerator.is_main_process:
-        files = [str(entry_of(path_of(settings.save, "", FILE, part))) for part, _, _ in saved_parts(run.adapter)]
+        files = [str(final_path(run, name, part)) for name, _, part in saved_parts(run.adapter)]
         log.info("done: %s", " and ".join(files))
     accelerator.end_training()
 

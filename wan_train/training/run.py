@@ -177,11 +177,17 @@ def write_files(run: Run, moment: str, position: Position) -> list[Path]:
         path = path_of(settings, moment, FILE, name)
         with for_saving(run.optimizer):
             saved += write(path, part.export(), settings, metadata)
-        log.info("saved %s", entry_of(path))
+        log.info("saved %s", saved[-1])  # of a set its index
         if run.ema is not None:
             averaged = part.export(reading(run.ema.averages))
             saved += write(path_of(settings, moment, EMA_FILE, name), averaged, settings, metadata)
     return saved
+
+
+def final_path(run: Run, name: str | None, part: Adapter) -> Path:
+    """What the run leaves of a part at its end: a LoRA's file, or what `--dit` takes."""
+    path = path_of(run.settings.save, "", FILE, name)
+    return entry_of(path) if trains_weights(settings_of_part(run.settings, part).network) else path
 
 
 def settings_of_part(settings: TrainSettings, part: Adapter) -> TrainSettings:

@@ -202,6 +202,19 @@ def test_what_newer_files_replace(tmp_path: Path) -> None:
     assert outlived(SaveSettings(output_dir=str(tmp_path), output_name="name"), epoch=3, step=20) == []
 
 
+def test_epochs_in_shards_are_counted_once(tmp_path: Path) -> None:
+    settings = SaveSettings(output_dir=str(tmp_path), output_name="name", save_last_n_epochs=2)
+    files: dict[int, set[str]] = {}
+    for epoch in (1, 2, 3):
+        for ending in ("", "-ema"):
+            stem = f"name{of_epoch(epoch)}{ending}"
+            shards = [f"{stem}-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+            files.setdefault(epoch, set()).update([*shards, f"{stem}.safetensors.index.json"])
+        for name in files[epoch]:
+            (tmp_path / name).touch()
+    assert {path.name for path in outlived(settings, epoch=3, step=9)} == files[1]
+
+
 def test_the_average_follows_and_gives_way() -> None:
     weight = nn.Parameter(torch.zeros(1))
     ema = Ema({"w": weight}, 0.5)
