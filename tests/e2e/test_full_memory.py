@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,14 @@ def plain(desk: Desk) -> dict[str, dict[str, torch.Tensor]]:
     return {kind: desk.train(f"plain-{kind}", *PLAIN, *options) for kind, options in OPTIMIZERS.items()}
 
 
-@pytest.mark.parametrize("saving", SAVING)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+# Each way by itself for one kind of run, all of them for every kind; the others are slow.
+PAIRS = [
+    pytest.param(kind, saving, marks=() if kind == "bf16-8bit" or saving == "all" else pytest.mark.slow)
+    for kind, saving in product(OPTIMIZERS, SAVING)
+]
+
+
+@pytest.mark.parametrize(("kind", "saving"), PAIRS)
 def test_each_is_the_ordinary_run_bit_for_bit(
     desk: Desk, plain: dict[str, dict[str, torch.Tensor]], kind: str, saving: str
 ) -> None:

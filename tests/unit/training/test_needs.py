@@ -177,9 +177,8 @@ ROWS = {  # GB of weights, gradients and states: P 2b
 }
 
 
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=() if row == "bf16-8bit-fused" else pytest.mark.slow) for row in ROWS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
 def test_the_14b_takes_what_it_should(tiny: Path, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wan_train.plan.outline_dit", published)
     wanted, options = ROWS[row]
