@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 
 from cache_tools.settings import LATENTS_TOOL, TEXT_TOOL
 from generate.settings import TOOL as GENERATE
+from tests import processes
 from tests.tiny.make import make
 from wan_train.cli import Tool
 from wan_train.cli import run as run_in_process
@@ -32,13 +33,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_tool(root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_tool("script.py", *arguments, expect=0)`: run it from the repo root and check its exit code."""
+def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_tool("script.py", *arguments, expect=0)`: run it in a process of its own and check its exit code."""
+    return processes.run
+
+
+@pytest.fixture(scope="session")
+def run_fresh(root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same by a start of Python, for what a user's own start does: seconds more."""
 
     def run(script: str, *arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, script, *map(str, arguments)]
-        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(command, cwd=root, env=os.environ | quiet, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, cwd=root, env=os.environ | processes.QUIET, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == expect, (
             f"{' '.join(command)}\nexit code {done.returncode}\n{done.stdout}{done.stderr}"
         )

@@ -1,9 +1,7 @@
 """Caching by several processes at once, and training on the caches without their sources."""
 
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,23 +23,11 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: Tool)
     return folder
 
 
-def launch(root: Path, script: str, *arguments: object) -> str:
-    """Two processes on the CPU; what they said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", script]
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], cwd=root, env=os.environ | quiet, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def test_two_processes_cache_each_their_share_and_training_needs_no_source(
-    folder: Path, root: Path, run_tool: Tool
-) -> None:
+def test_two_processes_cache_each_their_share_and_training_needs_no_source(folder: Path, run_tool: Tool) -> None:
     data = ("--dataset_config", folder / "data.toml")
-    said = launch(root, "wan_cache_latents.py", *data, "--vae", folder / VAE, "--device", "cpu")
-    said += launch(root, "wan_cache_text_encoder_outputs.py", *data, "--t5", folder / T5, "--device", "cpu")
+    cpu = ("--device", "cpu")
+    said = run_tool("wan_cache_latents.py", *data, "--vae", folder / VAE, *cpu, ranks=2).stderr
+    said += run_tool("wan_cache_text_encoder_outputs.py", *data, "--t5", folder / T5, *cpu, ranks=2).stderr
     for kind in ("latents", "captions"):
         assert f"{kind} (process 1 of 2): 2 encoded" in said and f"{kind} (process 2 of 2): 1 encoded" in said
     shared = {path.name: dict(read_tensors(path)) for path in (folder / "cache").glob("*.safetensors")}

@@ -1,16 +1,13 @@
 """Caching that is killed at any moment goes on where it stopped, and leaves no half file to be read."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import processes
 from tests.tiny.make import VAE
 from tests.unit.dataset.drawing import make_clips
 from wan_train.storage import read_tensors
@@ -35,22 +32,15 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Caching:
     """The command over one cache folder, run in a process of its own."""
 
-    def __init__(self, root: Path, folder: Path, clips: Path, vae: Path) -> None:
-        self.root, self.cache = root, folder / "cache"
+    def __init__(self, folder: Path, clips: Path, vae: Path) -> None:
+        self.cache = folder / "cache"
         folder.mkdir()
         data = folder / "data.toml"
         data.write_text(TOML.format(clips=clips, cache=self.cache))
-        self.command = [sys.executable, "wan_cache_latents.py", "--dataset_config", str(data), "--vae", str(vae)]
-
-    def start(self) -> subprocess.Popen[str]:
-        quiet = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        return subprocess.Popen(self.command, cwd=self.root, env=quiet, stderr=subprocess.PIPE, text=True)
+        self.command = ["wan_cache_latents.py", "--dataset_config", str(data), "--vae", str(vae)]
 
     def finish(self) -> str:
-        running = self.start()
-        _, error = running.communicate(timeout=SECONDS)
-        assert running.returncode == 0, error
-        return error
+        return processes.run(*self.command).stderr
 
     def files(self) -> list[Path]:
         """The visible ones; a run that dies leaves a hidden one."""
@@ -58,12 +48,11 @@ class Caching:
 
     def kill(self, num_files: int, wait: float) -> None:
         """Start, and kill as soon as so many files are there and `wait` seconds have gone by."""
-        running, end = self.start(), time.monotonic() + SECONDS
+        running, end = processes.start(*self.command), time.monotonic() + SECONDS
         while running.poll() is None and len(self.files()) < num_files and time.monotonic() < end:
             time.sleep(0.002)
         time.sleep(wait)
-        running.send_signal(signal.SIGKILL)
-        running.communicate()
+        running.kill()
 
 
 def read_all(paths: list[Path]) -> dict[str, torch.Tensor]:
@@ -96,17 +85,17 @@ def check_kills(caching: Caching, unbroken: dict[str, torch.Tensor], num_kills: 
 
 
 @pytest.fixture(scope="module")
-def unbroken(root: Path, clips: Path, tiny: Path) -> dict[str, torch.Tensor]:
-    caching = Caching(root, clips.parent / "unbroken", clips, tiny / VAE)
+def unbroken(clips: Path, tiny: Path) -> dict[str, torch.Tensor]:
+    caching = Caching(clips.parent / "unbroken", clips, tiny / VAE)
     caching.finish()
     return read_all(caching.files())
 
 
-def test_five_kills(root: Path, tmp_path: Path, clips: Path, tiny: Path, unbroken: dict[str, torch.Tensor]) -> None:
+def test_five_kills(tmp_path: Path, clips: Path, tiny: Path, unbroken: dict[str, torch.Tensor]) -> None:
     assert len(unbroken) == 72
-    check_kills(Caching(root, tmp_path / "five", clips, tiny / VAE), unbroken, 5)
+    check_kills(Caching(tmp_path / "five", clips, tiny / VAE), unbroken, 5)
 
 
 @pytest.mark.slow
-def test_fifty_kills(root: Path, tmp_path: Path, clips: Path, tiny: Path, unbroken: dict[str, torch.Tensor]) -> None:
-    check_kills(Caching(root, tmp_path / "fifty", clips, tiny / VAE), unbroken, 50)
+def test_fifty_kills(tmp_path: Path, clips: Path, tiny: Path, unbroken: dict[str, torch.Tensor]) -> None:
+    check_kills(Caching(tmp_path / "fifty", clips, tiny / VAE), unbroken, 50)

@@ -1,11 +1,8 @@
 """The two experts of Wan2.2 A14B, trained in one run and sampled together."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from generate.settings import TOOL as GENERATE
+from tests import processes
 from tests.e2e.test_pictures import frames_of
 from tests.tiny.make import DIT, SCENES, SIZE, T5, VAE, dit_shapes, draw_frames, draw_weight
 from tests.tiny.pictures import CLIP, make_picture_models
@@ -253,16 +251,12 @@ def test_going_on_from_files_and_their_averages(desk: Desk, caplog: pytest.LogCa
     assert caplog.text.count("was trained on") == 1
 
 
-def test_two_processes_take_the_same_expert(desk: Desk, root: Path) -> None:
+def test_two_processes_take_the_same_expert(desk: Desk) -> None:
     """Gone on from a state, two processes come to what they come to unbroken; no gradient is waited for in vain."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29621"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
     def train(name: str, *more: object) -> None:
-        words = [str(word) for word in desk.training(name, "--network_dropout", 0.1, *more, steps=4)]
-        command = [*launch, "wan_train_network.py", *words]
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-        assert "INFO: done: " in done.stderr, done.stderr[-3000:]
+        words = desk.training(name, "--network_dropout", 0.1, *more, steps=4)
+        assert "INFO: done: " in processes.run("wan_train_network.py", *words, ranks=2).stderr
 
     train("whole2")
     train("parts2", "--save_every_n_steps", 3, "--save_state")
@@ -309,17 +303,15 @@ def test_from_a_picture_without_an_image_encoder(
         assert "of other pictures" in line
 
 
-def test_killed_and_gone_on(desk: Desk, root: Path) -> None:
+def test_killed_and_gone_on(desk: Desk) -> None:
     rest = ("--network_dropout", 0.1, "--ema_decay", 0.5, "--save_every_n_steps", 1, "--save_state")
     desk.train("unbroken", *rest, steps=8)
-    words = [str(word) for word in desk.training("killed", *rest, steps=8)]
-    command = [sys.executable, "wan_train_network.py", *words]
-    process = subprocess.Popen(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = processes.start("wan_train_network.py", *desk.training("killed", *rest, steps=8))
     metrics, deadline = desk.folder / "out" / "killed.metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL
     desk.train("killed", *rest, "--resume", "auto", steps=8)
     for ending in ("high_noise", "low_noise", "high_noise-ema", "low_noise-ema"):
         whole, killed = desk.lora(f"unbroken_{ending}"), desk.lora(f"killed_{ending}")

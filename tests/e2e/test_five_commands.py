@@ -85,13 +85,14 @@ def cache(folder: Path, run_tool: Tool) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def job(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: Tool) -> Iterator[Job]:
+def job(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: Tool, run_fresh: Tool) -> Iterator[Job]:
+    """Cached and trained by starts of Python, as by a user; what the tests do with it is forked."""
     folder = tmp_path_factory.mktemp("job") / "all"
     shutil.copytree(tiny, folder)
     data = folder / "data.toml"
     data.write_text(data.read_text().replace(str(tiny), str(folder)))
     (folder / "prompts.txt").write_text(PREVIEW + "\n")
-    cache(folder, run_tool)
+    cache(folder, run_fresh)
     made = Job(folder, run_tool)
     previews = {
         "vae": folder / VAE,
@@ -101,7 +102,7 @@ def job(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: Tool) ->
         "sample_at_first": True,
         "save_every_n_epochs": 1,
     }
-    run_tool("wan_train_network.py", *made.training("name", **previews))
+    run_fresh("wan_train_network.py", *made.training("name", **previews))
     yield made
 
 

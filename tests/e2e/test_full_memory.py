@@ -1,9 +1,5 @@
 """What saves memory in full fine-tuning changes nothing of what is learnt: each option, and all of them."""
 
-import os
-import re
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import processes
 from tests.e2e.test_full import Desk, desk
 from tests.tiny.make import T5, VAE, dit_shapes
 from wan_train import load_dit
@@ -81,17 +78,11 @@ def test_states_kept_elsewhere_serve_any_run(desk: Desk, plain: dict[str, dict[s
 
 
 @pytest.mark.slow
-def test_two_processes_step_in_the_backward_pass_as_after_it(desk: Desk, root: Path) -> None:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "wan_train_network.py"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+def test_two_processes_step_in_the_backward_pass_as_after_it(desk: Desk) -> None:
     found = {}
     for name, options in {"after": (), "within": (FUSED, *SWAPPED)}.items():
         arguments = desk.training(name, *PLAIN, *OPTIMIZERS["bf16"], *options)
-        command = [*launcher, *map(str, arguments)]
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-        # gloo's threads sometimes abort a process that has finished everything; no other failure is let pass.
-        assert done.returncode == 0 or re.search(r"exitcode\s*: -6", done.stderr), done.stderr[-3000:]
+        processes.run("wan_train_network.py", *arguments, ranks=2)
         found[name] = load_file(desk.folder / "out" / f"{name}.safetensors")
     assert same(found["within"], found["after"])
     assert desk.losses("within") == desk.losses("after")

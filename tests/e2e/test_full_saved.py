@@ -1,11 +1,7 @@
 """Saved checkpoints of full fine-tuning: in shards, for our generator and for diffusers, and after kills."""
 
-import os
 import random
 import resource
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from networks.settings import EXTRACT
+from tests import processes
 from tests.e2e.test_full import Desk, desk
 from tests.tiny.make import DIT, dit_shapes
 from wan_train import load_dit
@@ -167,21 +164,17 @@ def test_sizes_that_are_refused(
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_as_if_it_had_not_been(desk: Desk, root: Path) -> None:
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(desk: Desk) -> None:
     options = (*SHARDED, "--save_every_n_steps", 1, "--save_state", "--save_last_n_steps", 2, "--max_train_steps", 8)
     options = (*options, "--full_bf16", "--fused_backward_pass", "--optimizer_type", "AdamW8bitSR", "--ema_decay", 0.5)
     desk.train("calm", *options)
     chance = random.Random(0)
-    command = [sys.executable, str(root / "wan_train_network.py")]
-    command += [str(word) for word in desk.training("hunted", *options, "--resume", "auto")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = ["wan_train_network.py", *desk.training("hunted", *options, "--resume", "auto")]
     for _ in range(40):
-        process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
+        process = processes.start(*command)
         wait_for_saving(process, chance.randint(1, 3))
         time.sleep(chance.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
         for path in (desk.folder / "out").glob("hunted*.safetensors.index.json"):
             try:
                 found = dict(read_tensors(path))
@@ -191,8 +184,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(desk: Desk, root: 
                 assert found.keys() == dit_shapes().keys()
         if process.returncode == 0:
             break
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    processes.run(*command)
     for ending in ("", "-ema"):
         wanted, found = (
             dict(read_tensors(entry_of(desk.folder / "out" / f"{name}{ending}.safetensors")))
@@ -202,10 +194,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(desk: Desk, root: 
     assert not [path for path in (desk.folder / "out").iterdir() if path.name.startswith(".hunted")]
 
 
-def wait_for_saving(process: "subprocess.Popen[str]", count: int) -> None:
-    """Read what it says until it has saved so many files, or has ended."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        count -= "saved" in line
-        if count <= 0:
-            return
+def wait_for_saving(process: processes.Started, count: int) -> None:
+    """Wait until it has said `count` times that it saved, or has ended."""
+    while process.poll() is None and process.said()[1].count("saved") < count:
+        time.sleep(0.005)

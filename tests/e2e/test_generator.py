@@ -1,7 +1,6 @@
 """The generator as a user runs it: batches, video to video, merged models, and making a video again."""
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def test_video_to_video_keeps_what_it_is_not_told_to_make_anew(tiny: Path, tmp_p
     assert near == 0 < half < far
 
 
-def test_lines_of_a_file_and_of_the_keyboard(tiny: Path, tmp_path: Path, run_tool: Tool, root: Path) -> None:
+def test_lines_of_a_file_and_of_the_keyboard(tiny: Path, tmp_path: Path, run_tool: Tool) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --d 1\n# not this\na cat --d 2 --f 1 --sample_solver lcm --timesteps 1000,500\n")
     run_tool(
@@ -101,12 +100,8 @@ def test_lines_of_a_file_and_of_the_keyboard(tiny: Path, tmp_path: Path, run_too
     )
     assert frames_of(tmp_path / "000_1.mp4").shape == (5, 48, 64, 3)
     assert frames_of(tmp_path / "001_2.mp4").shape == (1, 48, 64, 3)
-    command = [sys.executable, "wan_generate_video.py", *map(str, words(tiny)), "--interactive"]
-    command += ["--save_path", str(tmp_path / "typed"), "--output_type", "latent"]
-    done = subprocess.run(
-        command, cwd=root, input="a cat --d 1\nwhat? --zz\na dog --d 1\n", capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    typed = ("--interactive", "--save_path", tmp_path / "typed", "--output_type", "latent")
+    done = run_tool("wan_generate_video.py", *words(tiny), *typed, stdin="a cat --d 1\nwhat? --zz\na dog --d 1\n")
     assert len(list((tmp_path / "typed").glob("*_latent.safetensors"))) == 2
     assert done.stderr.count("loading") == 1
 

@@ -1,13 +1,9 @@
 """A preview is the video that the generator makes with the LoRA attached; what merging and patterns change."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -18,33 +14,16 @@ from generate import models as generate_models
 from generate.settings import TOOL
 from tests.tiny.make import DIT, SIZE, T5, VAE
 from wan_train.cli import run
+from wan_train.storage import save_tensors
+from wan_train.training import preview
 
-Tool = Callable[..., CompletedProcess[str]]
+Tool = Callable[..., None]
 PROMPT = "a blue square moves down"
 WIDTH, HEIGHT = SIZE
 
 
-# Training that also leaves what its previews decode and get: the video encoder does not always write the same bytes.
-TRAINING = """
-import sys
-from wan_train.cli import run
-from wan_train.storage import save_tensors
-from wan_train.training import preview
-from wan_train.training.settings import TOOL
-import torch
-folder, decode, made = sys.argv[1], preview.decode_frames, []
-def keep(vae, latents, device):
-    frames = decode(vae, latents, device)
-    made.append({"latents": latents, "frames": torch.from_numpy(frames)})
-    save_tensors(f"{folder}/preview_{len(made) - 1}.safetensors", made[-1])
-    return frames
-preview.decode_frames = keep
-sys.exit(run(TOOL, sys.argv[2:]))
-"""
-
-
 @pytest.fixture(scope="module")
-def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: Tool, root: Path) -> Path:
+def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_here: Tool) -> Path:
     """Caches, and a LoRA of two steps with previews of the last one, one of them of one frame."""
     made = tmp_path_factory.mktemp("modes") / "all"
     shutil.copytree(tiny, made)
@@ -54,8 +33,8 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: Tool,
         f'[prompt]\nwidth = {WIDTH}\nheight = {HEIGHT}\nsample_steps = 2\nseed = 11\nprompt = "{PROMPT}"\n'
         "[[prompt.subset]]\nframe_count = 5\n[[prompt.subset]]\nframe_count = 1\n"
     )
-    run_tool("wan_cache_latents.py", "--dataset_config", data, "--vae", made / VAE)
-    run_tool("wan_cache_text_encoder_outputs.py", "--dataset_config", data, "--t5", made / T5)
+    run_here("wan_cache_latents.py", "--dataset_config", data, "--vae", made / VAE)
+    run_here("wan_cache_text_encoder_outputs.py", "--dataset_config", data, "--t5", made / T5)
     command = [
         *("--task", "t2v-1.3B", "--dit", made / DIT, "--dataset_config", data, "--vae", made / VAE, "--t5", made / T5),
         *("--mixed_precision", "no", "--learning_rate", 2e-2, "--network_dim", 3, "--network_alpha", 1.3, "--seed", 1),
@@ -63,15 +42,18 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: Tool,
         *("--output_dir", made / "out", "--output_name", "name", "--log_with", "none"),
         *("--sample_prompts", made / "prompts.toml", "--sample_every_n_steps", 2),
     ]
-    quiet = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINING, str(made), *map(str, command)],
-        env=os.environ | quiet,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    decode, previews = preview.decode_frames, []
+
+    def keep(vae: Any, latents: torch.Tensor, device: torch.device) -> Any:
+        """What previews decode and get, too: the video encoder does not always write the same bytes."""
+        frames = decode(vae, latents, device)
+        previews.append({"latents": latents, "frames": torch.from_numpy(frames)})
+        save_tensors(made / f"preview_{len(previews) - 1}.safetensors", previews[-1])
+        return frames
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preview, "decode_frames", keep)
+        run_here("wan_train_network.py", *command)
     return made
 
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import QUIET, Started, start
 from tests.tiny.make import DIT, T5, VAE
 from wan_train.cli import run
 from wan_train.training.settings import TOOL
 
-Tool = Callable[..., subprocess.CompletedProcess[str]]
+Tool = Callable[..., None]
 STEPS = 12
 ALIKE = ("step", "epoch", "loss", "loss_average", "lr", "grad_norm")
 
@@ -47,8 +48,8 @@ WAYS: dict[str, tuple[object, ...]] = {
 class Desk:
     """A folder with caches, and runs in it."""
 
-    def __init__(self, folder: Path, root: Path) -> None:
-        self.folder, self.root = folder, root
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def words(self, name: str, *more: object) -> list[str]:
         options: tuple[object, ...] = (
@@ -60,24 +61,18 @@ class Desk:
         )
         return [str(word) for word in (*options, *more)]
 
-    def start(self, name: str, *more: object, launch: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        if launch:
-            environment["ACCELERATE_USE_CPU"] = "true"
-        command = [sys.executable, *launch, "wan_train_network.py", *self.words(name, *more)]
-        return subprocess.Popen(
-            command, cwd=self.root, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+    def start(self, name: str, *more: object, ranks: int = 1) -> Started:
+        return start("wan_train_network.py", *self.words(name, *more), ranks=ranks)
 
-    def finish(self, name: str, *more: object, launch: tuple[str, ...] = ()) -> str:
-        process = self.start(name, *more, launch=launch)
+    def finish(self, name: str, *more: object, ranks: int = 1) -> str:
+        process = self.start(name, *more, ranks=ranks)
         _, said = process.communicate(timeout=300)
-        assert process.returncode == 0 or launch, said
+        assert process.returncode == 0, said
         assert (self.folder / "out" / f"{name}.safetensors").exists(), said
         return said
 
-    def signal_at(self, process: subprocess.Popen[str], name: str, steps: int, number: int, pause: float = 0.0) -> str:
-        """Send a signal to the process group once so many steps are on record; what was said."""
+    def signal_at(self, process: Started, name: str, steps: int, number: int, pause: float = 0.0) -> str:
+        """Send a signal once `steps` steps are on record; what was said."""
         metrics = self.folder / "out" / f"{name}.metrics.jsonl"
         before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
         deadline = time.monotonic() + 240
@@ -86,8 +81,7 @@ class Desk:
                 break
             time.sleep(0.005)
         time.sleep(pause)
-        if process.poll() is None:
-            os.killpg(process.pid, number)
+        process.send_signal(number)
         return process.communicate(timeout=120)[1]
 
     def kept(self, name: str) -> dict[str, torch.Tensor]:
@@ -129,15 +123,15 @@ def flat(state: object, name: str = "") -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def desk(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: Tool, root: Path) -> Desk:
+def desk(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_here: Tool) -> Desk:
     folder = tmp_path_factory.mktemp("resume") / "all"
     shutil.copytree(tiny, folder)
     data = folder / "data.toml"
     text = data.read_text().replace(str(tiny), str(folder))
     data.write_text(text.replace("batch_size = 1", "batch_size = 1\nnum_repeats = 2"))  # six batches an epoch
-    run_tool("wan_cache_latents.py", "--dataset_config", data, "--vae", folder / VAE)
-    run_tool("wan_cache_text_encoder_outputs.py", "--dataset_config", data, "--t5", folder / T5)
-    return Desk(folder, root)
+    run_here("wan_cache_latents.py", "--dataset_config", data, "--vae", folder / VAE)
+    run_here("wan_cache_text_encoder_outputs.py", "--dataset_config", data, "--t5", folder / T5)
+    return Desk(folder)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -184,13 +178,12 @@ def test_asked_to_stop(desk: Desk, number: int, code: int) -> None:
 
 def test_two_processes_killed_and_equal_to_one(desk: Desk) -> None:
     """Two processes take the steps of one that accumulates over two batches, before and after a kill."""
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617")
     dropouts = ("--network_dropout", 0.2, "--network_args", "rank_dropout=0.2", "module_dropout=0.2")
     options = ("--optimizer_type", "adamw", *dropouts)
     desk.finish("one", *options, "--gradient_accumulation_steps", 2)
-    process = desk.start("two", *options, launch=launch)
+    process = desk.start("two", *options, ranks=2)
     desk.signal_at(process, "two", 5, signal.SIGKILL)
-    desk.finish("two", *options, "--resume", "auto", launch=launch)
+    desk.finish("two", *options, "--resume", "auto", ranks=2)
     ours, alone = desk.rows("two"), desk.rows("one")
     assert [row["step"] for row in ours] == [row["step"] for row in alone]
     for row, other in zip(ours, alone, strict=True):
@@ -198,9 +191,11 @@ def test_two_processes_killed_and_equal_to_one(desk: Desk) -> None:
         assert (row["epoch"], row["lr"]) == (other["epoch"], other["lr"])
 
 
-def test_a_killed_process_ends_the_run_of_all(desk: Desk) -> None:
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29618")
-    process = desk.start("orphan", "--max_train_steps", 100000, launch=launch)
+def test_a_killed_process_ends_the_run_of_all(desk: Desk, root: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29618"]
+    command += ["wan_train_network.py", *desk.words("orphan", "--max_train_steps", 100000)]
+    environment = os.environ | QUIET | {"ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
     metrics = desk.folder / "out" / "orphan.metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
