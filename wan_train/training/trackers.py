@@ -127,7 +127,7 @@ def check_trackers(logs: LogSettings) -> None:
     read_tracker_config(logs)
     asking = f"--log_with {logs.log_with}"
     if logs.log_with in ("tensorboard", "all"):
-        require("tensorboard", asking, instead="use --log_with none")
+        require("tensorboard", asking, instead="use --log_with auto")
     if logs.log_with not in ("wandb", "all"):
         return
     require("wandb", asking, instead="use --log_with auto")
