@@ -3,7 +3,8 @@
     python bootstrap.py demo [FOLDER] [--fast]   teach a small model a new word, and see it (in demo/)
     python bootstrap.py test [ARGUMENT]...       the tests; the arguments go to pytest
 
-Both first make `.venv` and install the requirements into it, unless that is done already.
+Both first make `.venv` and install into it, unless that is done already: the demo requirements-base.txt, the tests the
+full list and what they need themselves, in the versions of constraints.txt. What pip says goes to .venv/pip.log.
 """
 
 # An old Python has to be able to read this file, if only to be told that it is too old.
@@ -22,8 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = "wan-train.json"  # in .venv: what is installed there
-RUNTIME = "requirements.txt"
+LOG = "pip.log"  # in .venv: what the last installation said
+LINES_SHOWN = 20  # of it, where it fails
+BASE = "requirements-base.txt"
+FULL = "requirements.txt"
 DEVELOPMENT = "requirements-dev.txt"
+CONSTRAINTS = "constraints.txt"
 # Two files of tests at a time; a file stays whole, since its tests share what they make.
 SIDE_BY_SIDE = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # the long ones are few, and first
 OLDEST, NEWEST = (3, 11), (3, 13)
@@ -46,9 +51,9 @@ def main(arguments: list[str]) -> int:
         check_python(sys.version_info[:2], platform.python_implementation())
         command, rest = read_arguments(arguments)
         if command == "test":
-            run([prepare([RUNTIME, DEVELOPMENT]) / "python", "-m", "pytest", *SIDE_BY_SIDE, *rest], shown="pytest")
+            run([prepare([FULL, DEVELOPMENT]) / "python", "-m", "pytest", *SIDE_BY_SIDE, *rest], shown="pytest")
         else:
-            run([prepare([RUNTIME]) / "python", "examples/nano/demo.py", *rest], shown="the demo")
+            run([prepare([BASE]) / "python", "examples/nano/demo.py", *rest], shown="the demo")
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return failure.code
@@ -92,17 +97,17 @@ def prepare(requirements: list[str]) -> Path:
             raise Failure(f"{VENV} is not bootstrap.py's: move it away, or install the requirements into it yourself")
         make_environment()
         installed = {}
-    print(f"installing {' and '.join(requirements)} (once, some minutes)", flush=True)
     write_stamp(UNFINISHED)
-    files = [part for name in requirements for part in ("-r", name)]
-    run([programs / "python", "-m", "pip", "install", "--disable-pip-version-check", *files])
+    print(f"installing {' and '.join(requirements)} (once, some minutes; log in {VENV.name}/{LOG})", flush=True)
+    files = ["-c", CONSTRAINTS, *(part for name in requirements for part in ("-r", name))]
+    run_logged([programs / "python", "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *files])
     write_stamp({**installed, **wanted})
     return programs
 
 
 def make_environment() -> None:
     """An empty `.venv`; whatever an interrupted install has left there goes."""
-    print(f"making {VENV} with Python {platform.python_version()}", flush=True)
+    print(f"making {VENV.name} with Python {platform.python_version()}", flush=True)
     VENV.mkdir(exist_ok=True)
     write_stamp(UNFINISHED)  # first, and it stays: an interrupted removal has to be known as ours too
     for child in VENV.iterdir():
@@ -113,13 +118,32 @@ def make_environment() -> None:
     # The interpreter behind an active environment: that environment may be the one that was just removed.
     python = getattr(sys, "_base_executable", "") or sys.executable
     hint = "on Debian and Ubuntu the package python3-venv has to be there"
-    run([python, "-m", "venv", VENV], shown=f"{python} -m venv ({hint})")
+    run_logged([python, "-m", "venv", VENV], shown=f"{python} -m venv ({hint})")
 
 
 def wanted_stamp(requirements: list[str]) -> dict[str, str]:
-    # The folder is part of it: the programs of an environment that was moved no longer start.
-    files = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in requirements}
-    return {"python": f"{platform.python_version()} in {VENV}", **files}
+    """What `.venv` says of itself where it holds the requirement files, and those that they include."""
+    # The folder is part of it: the programs of an environment that was moved no longer start. So are the constraints,
+    # for each file by itself, since an installation of some files leaves the others as they were.
+    constraints = (ROOT / CONSTRAINTS).read_bytes()
+    digests = {
+        name: hashlib.sha256((ROOT / name).read_bytes() + constraints).hexdigest()
+        for name in with_included(requirements)
+    }
+    return {"python": f"{platform.python_version()} in {VENV}", **digests}
+
+
+def with_included(requirements: list[str]) -> list[str]:
+    """The requirement files and those that their lines `-r NAME` include, each once."""
+    names: list[str] = []
+    waiting = list(requirements)
+    while waiting:
+        name = waiting.pop(0)
+        if name not in names:
+            names.append(name)
+            lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+            waiting += [line.split()[1] for line in lines if line.startswith("-r ")]
+    return names
 
 
 def read_stamp() -> dict[str, str]:
@@ -140,9 +164,25 @@ def write_stamp(stamp: dict[str, str]) -> None:
 def run(command: list[str | Path], *, shown: str = "") -> None:
     """Run a command from the repo root; a Failure names the one that failed."""
     words = [str(word) for word in command]
-    code = subprocess.run(words, cwd=ROOT).returncode
+    check_code(subprocess.run(words, cwd=ROOT).returncode, shown or shlex.join(words))
+
+
+def run_logged(command: list[str | Path], *, shown: str = "") -> None:
+    """The same with the output in a file, of which the end is shown where the command fails."""
+    words = [str(word) for word in command]
+    path = VENV / LOG
+    with open(path, "w", encoding="utf-8") as log:
+        code = subprocess.run(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
-        raise Failure(f"exit code {code} from: {shown or shlex.join(words)}", code if code > 0 else 128 - code)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        print("\n".join(["...", *lines[-LINES_SHOWN:]]), file=sys.stderr)
+    check_code(code, shown or shlex.join(words))
+
+
+def check_code(code: int, shown: str) -> None:
+    """Raise a Failure for the exit code of a command that failed."""
+    if code:
+        raise Failure(f"exit code {code} from: {shown}", code if code > 0 else 128 - code)
 
 
 if __name__ == "__main__":

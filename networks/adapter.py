@@ -15,6 +15,7 @@ from networks.keys import Shape
 from networks.norms import Norms
 from networks.settings import NetworkSettings
 from wan_train.cli import InputError, nearest
+from wan_train.packages import missing
 
 MODULES = ("networks.lora_wan", "networks.full")
 
@@ -102,7 +103,7 @@ def check_module(settings: NetworkSettings) -> ModuleType:
         module = importlib.import_module(name)
     except ModuleNotFoundError as problem:
         if problem.name and not f"{name}.".startswith(f"{problem.name}."):
-            raise InputError(f"--network_module {name} needs the package {problem.name}: install it") from None
+            raise InputError(missing(f"--network_module {name}", problem.name, install="install it")) from None
         raise InputError(f"no --network_module {name!r}: {known}{nearest(name, MODULES)}") from None
     except (TypeError, ValueError):  # relative and empty names
         raise InputError(f"--network_module {name!r} is not a module's name: {known}") from None

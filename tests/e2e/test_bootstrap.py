@@ -1,9 +1,11 @@
 """bootstrap.py: what it asks of Python, what it makes of its arguments, and when it installs anything."""
 
+import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -26,9 +28,15 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
     monkeypatch.setattr(bootstrap, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(bootstrap.subprocess, "run", pretend)
-    (tmp_path / "requirements.txt").write_text("torch==2.13.0\n")
+    (tmp_path / "requirements-base.txt").write_text("# the base\ntorch>=2.9\n")
+    (tmp_path / "requirements.txt").write_text("-r requirements-base.txt\nwandb>=0.19\n")
     (tmp_path / "requirements-dev.txt").write_text("pytest\n")
+    (tmp_path / "constraints.txt").write_text("torch==2.13.0\n")
     return commands
+
+
+DEMO = ["requirements-base.txt"]
+TESTS = ["requirements.txt", "requirements-dev.txt"]
 
 
 def kinds(commands: list[list[str]]) -> list[str]:
@@ -65,40 +73,94 @@ def test_arguments_of_test_go_to_pytest(clone: list[list[str]]) -> None:
 
 
 def test_the_exit_code_is_that_of_the_tests(clone: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    bootstrap.prepare(["requirements.txt", "requirements-dev.txt"])
+    bootstrap.prepare(TESTS)
     monkeypatch.setattr(bootstrap.subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 5))
     assert bootstrap.main(["test"]) == 5
 
 
-def test_the_second_run_installs_nothing(clone: list[list[str]]) -> None:
-    both = ["requirements.txt", "requirements-dev.txt"]
-    bootstrap.prepare(both)
+@pytest.mark.parametrize("requirements", [DEMO, TESTS], ids=["demo", "test"])
+def test_the_second_run_installs_nothing(requirements: list[str], clone: list[list[str]]) -> None:
+    bootstrap.prepare(requirements)
     assert kinds(clone) == ["venv", "pip"]
     started = time.monotonic()
-    bootstrap.prepare(both)
-    bootstrap.prepare(both[:1])
+    bootstrap.prepare(requirements)
     assert kinds(clone) == ["venv", "pip"]
     assert time.monotonic() - started < 1
 
 
-def test_the_tests_add_their_packages_to_the_environment_of_the_demo(clone: list[list[str]]) -> None:
-    bootstrap.prepare(["requirements.txt"])
-    bootstrap.prepare(["requirements.txt", "requirements-dev.txt"])
-    assert kinds(clone) == ["venv", "pip", "pip"]
-    assert clone[-1][-4:] == ["-r", "requirements.txt", "-r", "requirements-dev.txt"]
+def test_the_demo_takes_the_base_and_the_tests_everything(clone: list[list[str]]) -> None:
+    assert bootstrap.main(["demo"]) == 0
+    assert bootstrap.main(["test"]) == 0
+    pips = [words for words in clone if "pip" in words]
+    assert pips[0][-4:] == ["-c", "constraints.txt", "-r", "requirements-base.txt"]
+    assert pips[1][-6:] == ["-c", "constraints.txt", "-r", "requirements.txt", "-r", "requirements-dev.txt"]
+    assert sum("venv" in words for words in clone) == 1, "what the tests add goes into the same environment"
 
 
-def test_changed_requirements_are_installed(clone: list[list[str]], tmp_path: Path) -> None:
-    bootstrap.prepare(["requirements.txt"])
-    (tmp_path / "requirements.txt").write_text("torch==2.14.0\n")
-    bootstrap.prepare(["requirements.txt"])
+def test_after_the_tests_the_demo_finds_what_it_needs(clone: list[list[str]]) -> None:
+    bootstrap.prepare(TESTS)
+    bootstrap.prepare(DEMO)
+    assert kinds(clone) == ["venv", "pip"]
+
+
+@pytest.mark.parametrize("name", ["requirements-base.txt", "requirements.txt", "requirements-dev.txt"])
+def test_changed_requirements_are_installed(name: str, clone: list[list[str]], tmp_path: Path) -> None:
+    bootstrap.prepare(TESTS)
+    with open(tmp_path / name, "a") as file:
+        file.write("einops\n")
+    bootstrap.prepare(DEMO)
+    assert kinds(clone).count("pip") == (2 if name in DEMO else 1)
+    bootstrap.prepare(TESTS)
+    assert clone[-1][-1] == ("requirements-dev.txt" if name not in DEMO else "requirements-base.txt")
+
+
+def test_changed_constraints_are_installed_by_demo_and_tests(clone: list[list[str]], tmp_path: Path) -> None:
+    bootstrap.prepare(TESTS)
+    (tmp_path / "constraints.txt").write_text("torch==2.14.0\n")
+    bootstrap.prepare(DEMO)
     assert kinds(clone) == ["venv", "pip", "pip"]
+    bootstrap.prepare(TESTS)
+    bootstrap.prepare(TESTS)
+    assert kinds(clone) == ["venv", "pip", "pip", "pip"]
+
+
+def test_each_stage_is_one_line(clone: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    bootstrap.prepare(DEMO)
+    bootstrap.prepare(DEMO)
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [
+        f"making .venv with Python {platform.python_version()}",
+        "installing requirements-base.txt (once, some minutes; log in .venv/pip.log)",
+    ]
+    assert not shown.err
+
+
+def test_what_pip_says_goes_to_a_file_and_its_end_to_the_screen_where_it_fails(
+    clone: list[list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend = bootstrap.subprocess.run
+
+    def fail(words: list[str], *, stdout: TextIO | None = None, **rest: object) -> subprocess.CompletedProcess[str]:
+        if "pip" not in words:
+            return pretend(words, **rest)
+        assert stdout is not None and rest["stderr"] == subprocess.STDOUT
+        stdout.write("".join(f"line {number}\n" for number in range(100)))
+        return subprocess.CompletedProcess(words, 1)
+
+    monkeypatch.setattr(bootstrap.subprocess, "run", fail)
+    assert bootstrap.main(["demo"]) == 1
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 2
+    *log, error = shown.err.splitlines()
+    assert log == ["...", *(f"line {number}" for number in range(80, 100))]
+    assert error.startswith("error: exit code 1 from: ") and error.endswith("-r requirements-base.txt")
+    assert len((bootstrap.VENV / "pip.log").read_text().splitlines()) == 100
 
 
 def test_another_python_or_a_moved_clone_starts_over(clone: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    bootstrap.prepare(["requirements.txt"])
+    bootstrap.prepare(DEMO)
     monkeypatch.setattr(bootstrap.platform, "python_version", lambda: "3.12.1")
-    bootstrap.prepare(["requirements.txt"])
+    bootstrap.prepare(DEMO)
     assert kinds(clone) == ["venv", "pip"] * 2
 
 
@@ -125,13 +187,13 @@ def test_an_environment_of_someone_else_is_left_alone(clone: list[list[str]], tm
     mine.parent.mkdir()
     mine.touch()
     with pytest.raises(bootstrap.Failure, match="move it away"):
-        bootstrap.prepare(["requirements.txt"])
+        bootstrap.prepare(DEMO)
     assert mine.exists()
     assert not clone
 
 
 def test_a_failing_demo_ends_with_its_code(clone: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    bootstrap.prepare(["requirements.txt"])
+    bootstrap.prepare(DEMO)
     failed = lambda words, **_: subprocess.CompletedProcess(words, 3)  # noqa: E731
     monkeypatch.setattr(bootstrap.subprocess, "run", failed)
     assert bootstrap.main(["demo"]) == 3

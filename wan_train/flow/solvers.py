@@ -15,8 +15,10 @@ from torch import Tensor
 from wan_train.cli import InputError, choose
 from wan_train.flow.path import interpolate
 from wan_train.flow.timesteps import NUM_TIMESTEPS
+from wan_train.packages import load, require
 
 SIGMA_MAX_UNIPC = 0.999  # the official table starts one of its 1000 steps below pure noise
+WITHOUT_DIFFUSERS = "use --sample_solver lcm with a model distilled for it"
 
 
 class Solver(Protocol):
@@ -76,29 +78,34 @@ class _Renoising:
         return interpolate(data, torch.randn(x.shape, generator=self._generator), following.expand(len(x)))
 
 
-def _unipc(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
-    from diffusers import UniPCMultistepScheduler
+def _scheduler(name: str) -> Any:
+    """A class of diffusers, which takes seconds to import."""
+    return load("diffusers", name, "--sample_solver", instead=WITHOUT_DIFFUSERS)
 
-    scheduler = UniPCMultistepScheduler(
+
+def _unipc(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
+    scheduler = _scheduler("UniPCMultistepScheduler")(
         prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, solver_type="bh2"
     )
     return _Diffusers(scheduler, sigmas, (NUM_TIMESTEPS * sigmas[:-1]).astype(np.int64))
 
 
 def _dpmpp(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
-    from diffusers import DPMSolverMultistepScheduler
-
-    scheduler = DPMSolverMultistepScheduler(
+    scheduler = _scheduler("DPMSolverMultistepScheduler")(
         prediction_type="flow_prediction", use_flow_sigmas=True, algorithm_type="dpmsolver++", solver_type="midpoint"
     )
     return _Diffusers(scheduler, sigmas, (NUM_TIMESTEPS * sigmas[:-1]).astype(np.int64))
 
 
 def _euler(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     timesteps = (NUM_TIMESTEPS * sigmas[:-1]).astype(np.float32)
-    return _Diffusers(FlowMatchEulerDiscreteScheduler(), sigmas, timesteps)
+    return _Diffusers(_scheduler("FlowMatchEulerDiscreteScheduler")(), sigmas, timesteps)
+
+
+def check_solver(name: str) -> None:
+    """Raise InputError if the package of the solver `name` is not installed."""
+    if SOLVERS.get(name) is not _Renoising:
+        require("diffusers", f"--sample_solver {name}", instead=WITHOUT_DIFFUSERS)
 
 
 SOLVERS: dict[str, Callable[[np.ndarray, torch.Generator], Solver]] = {

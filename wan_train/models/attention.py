@@ -3,7 +3,6 @@
 Legend: B batch, L and S tokens, N heads, D head width.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.attention import SDPBackend
 
 from wan_train.cli import InputError, choose
 from wan_train.log import get_logger
+from wan_train.packages import first_line, load
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -65,7 +65,8 @@ class Backend:
 
     module: str = ""
     function: str = ""
-    package: str = ""  # as it is installed
+    package: str = ""  # as pip knows it
+    install: str = ""  # where pip does not know it
     adapt: Callable[[Callable[..., Any]], Attend] = _as_it_is
     trains: bool = True
 
@@ -78,9 +79,13 @@ BACKENDS: dict[str, Backend] = {
     "flash": _FLASH2,
     "flash2": _FLASH2,
     "flash3": Backend(
-        "flash_attn_interface", "flash_attn_func", "FlashAttention-3 (the folder hopper of flash-attention)", _first
+        "flash_attn_interface",
+        "flash_attn_func",
+        "FlashAttention-3",
+        "build it from the folder hopper of flash-attention",
+        _first,
     ),
-    "sageattn": Backend("sageattention", "sageattn", "sageattention", _among_equals, trains=False),
+    "sageattn": Backend("sageattention", "sageattn", "sageattention", adapt=_among_equals, trains=False),
 }
 
 
@@ -125,7 +130,7 @@ def check_attention(
     try:
         _probe(attend, torch.device(device), seen, head_width, training=training)
     except Exception as problem:  # kernels fail in every way there is: a missing operator, an assertion, a compiler
-        raise InputError(f"--attn_mode {name} does not run on {device} ({_line(problem)}): use --sdpa") from None
+        raise InputError(f"--attn_mode {name} does not run on {device} ({first_line(problem)}): use --sdpa") from None
     return attend
 
 
@@ -141,20 +146,14 @@ def prefer_cudnn(device: torch.device) -> None:
 
 
 def _load(name: str, backend: Backend) -> Attend:
-    try:
-        operator = getattr(importlib.import_module(backend.module), backend.function)
-    except ModuleNotFoundError as problem:
-        missing = problem.name or backend.module
-        what = (
-            backend.package
-            if missing == backend.module.partition(".")[0]
-            else f"{missing}, which {backend.package} needs"
-        )
-        raise InputError(f"--attn_mode {name} needs {what}: install it, or use --sdpa") from None
-    except Exception as problem:  # a build for another torch or CUDA
-        raise InputError(
-            f"--attn_mode {name}: {backend.package} does not load ({_line(problem)}): use --sdpa"
-        ) from None
+    operator = load(
+        backend.module,
+        backend.function,
+        f"--attn_mode {name}",
+        package=backend.package,
+        install=backend.install,
+        instead="use --sdpa",
+    )
     return backend.adapt(operator)
 
 
@@ -201,9 +200,3 @@ def _results(attend: Attend, inputs: list[Tensor], *, training: bool) -> list[Te
     if not training:
         return [out]
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)]
-
-
-def _line(problem: Exception) -> str:
-    """The first line of an error, short enough to stand in a sentence."""
-    lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    return lines[0].strip().rstrip(":.")[:160]

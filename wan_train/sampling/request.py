@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from wan_train.cli import InputError
-from wan_train.flow.solvers import explicit_levels
+from wan_train.flow.solvers import check_solver, explicit_levels
 from wan_train.log import get_logger
 from wan_train.models.experts import HIGH, ORDER, read_boundary
 from wan_train.models.one_frame import OneFrame
@@ -115,6 +115,7 @@ def read_layers(text: str) -> tuple[int, ...]:
 
 def checked(request: SampleRequest) -> SampleRequest:
     """The request, if its values agree with each other; InputError names the two that do not."""
+    check_solver(request.solver)
     if (request.cfg_skip_mode == "none") != (request.cfg_apply_ratio is None):
         raise InputError("--cfg_skip_mode and --cfg_apply_ratio go together: give both or neither")
     if request.slg_layers and request.slg_start >= request.slg_end:

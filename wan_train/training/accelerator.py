@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wan_train.cli import InputError
+from wan_train.packages import require
 from wan_train.precision import default_device, dtype_of
 from wan_train.training.settings import LoopSettings, ProcessSettings
 
@@ -46,6 +47,12 @@ def make_accelerator(loop: LoopSettings, processes: ProcessSettings) -> Accelera
     return accelerator
 
 
+def check_launcher() -> None:
+    """Raise InputError if the launcher asks for a package that is not installed."""
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        require("deepspeed", "accelerate launch --use_deepspeed", instead="launch without it")
+
+
 def agree_on_seed(seed: int | None) -> int:
     """The given seed, or one drawn by the first process for all of them."""
     if seed is not None:
@@ -57,7 +64,7 @@ def agree_on_seed(seed: int | None) -> int:
 
 def launched_device() -> torch.device:
     """The kind of device that `make_accelerator` will find, before it is called."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if _is_set("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     device = default_device()
     return device if device.type == "cpu" else torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
@@ -77,3 +84,7 @@ def prepare_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     frozen = [name for name, tensor in named if not tensor.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     return accelerator.prepare_model(model, device_placement=False)
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")

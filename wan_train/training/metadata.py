@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import wan_train
@@ -15,6 +14,7 @@ from networks.adapter import trains_weights
 from networks.expert import KEY as EXPERT_KEY
 from wan_train.models.fingerprint import fingerprint
 from wan_train.models.variants import VARIANTS
+from wan_train.packages import is_installed
 from wan_train.training.experts import settings_of
 from wan_train.training.settings import TrainSettings
 
@@ -94,7 +94,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, network: Mapping
 
 def library_versions() -> dict[str, str]:
     """What computed: versions of Python and of the packages whose numbers end up in the file."""
-    installed = {name: version(name) for name in LIBRARIES if find_spec(name) is not None}
+    installed = {name: version(name) for name in LIBRARIES if is_installed(name)}
     return {"python": platform.python_version()} | installed
 
 

@@ -16,7 +16,7 @@ from wan_train.cli import RunError
 from wan_train.storage import replacing
 from wan_train.training.save_settings import SaveSettings
 from wan_train.training.show_settings import LogSettings
-from wan_train.training.trackers import Guarded, Tracker, Wandb, open_board
+from wan_train.training.trackers import Guarded, Tracker, Wandb, open_board, uses_board
 
 MEBIBYTE = 2**20
 NUM_STRATA = 8
@@ -96,7 +96,8 @@ class MetricsWriter:
                 self._epoch.add(int(row["epoch"]), float(row["loss"]))
         self._file = self._path.open("w" if keep_until is None else "a", encoding="utf-8")
         self._trackers: list[Tracker] = []
-        if logs.log_with in ("tensorboard", "all") and (board := open_board(logs, save, keep_until)):
+        if uses_board(logs):
+            board = open_board(logs, save, keep_until)
             if config:
                 board.describe(config)
             self._trackers.append(Guarded(board))

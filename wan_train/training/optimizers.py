@@ -11,6 +11,7 @@ import torch
 
 from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
+from wan_train.packages import load
 from wan_train.training.adamw8bit import AdamW8bitSR
 from wan_train.training.one_by_one import Turn, check_apart, one_by_one
 from wan_train.training.optimizer_state import comes_from, for_training, is_schedule_free, sets_own_rate
@@ -124,13 +125,13 @@ def find_optimizer(name: str) -> OptimizerClass:
             "package.Class"
         )
     source = sources[name.lower()]
-    try:
-        kind: OptimizerClass = getattr(importlib.import_module(source.module), source.name)
-    except (ImportError, OSError, RuntimeError) as problem:
-        raise InputError(
-            f"--optimizer_type {source.name} needs the package {source.package} ({problem}): "
-            f"run pip install {source.package}, or take AdamW"
-        ) from None
+    kind: OptimizerClass = load(
+        source.module,
+        source.name,
+        f"--optimizer_type {source.name}",
+        package=source.package,
+        instead="use --optimizer_type AdamW",
+    )
     return kind
 
 

@@ -19,7 +19,7 @@ from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable, read_header
-from wan_train.training.accelerator import launched_device, launched_dtype
+from wan_train.training.accelerator import check_launcher, launched_device, launched_dtype
 from wan_train.training.audit import refuse_unused
 from wan_train.training.experts import ExpertPlan, plan_experts, settings_of
 from wan_train.training.hub import check_hub, fetch_state
@@ -80,6 +80,7 @@ def preflight(settings: TrainSettings) -> Plan:
     check_pictures_settings(settings, variant)
     check_validation(settings.validation)
     check_trackers(settings.logs)
+    check_launcher()
     check_hub(settings.hub, settings.save.resume)
     configs = read_configs(settings.data.dataset_config, settings)
     captions = check_prior(settings)

@@ -10,6 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from wan_train.cli import InputError, nearest
+from wan_train.packages import load
 from wan_train.training.optimizer_state import is_schedule_free, sets_own_rate
 from wan_train.training.optimizers import check_optimizer, import_class, read_arguments, refuse_unknown
 from wan_train.training.settings import OptimizerSettings
@@ -240,9 +241,9 @@ def _named_schedule(settings: OptimizerSettings, optimizer: torch.optim.Optimize
                 "--lr_scheduler piecewise_constant needs --lr_scheduler_args step_rules=FACTOR:UNTIL,...,FACTOR, such "
                 "as step_rules=1:100,0.1:200,0.01"
             )
-        from diffusers.optimization import get_piecewise_constant_schedule
-
-        return get_piecewise_constant_schedule(optimizer, str(given["step_rules"]))
+        asking = "--lr_scheduler piecewise_constant"
+        make = load("diffusers.optimization", "get_piecewise_constant_schedule", asking)
+        return make(optimizer, str(given["step_rules"]))
     if name == "constant" and warmup:
         name = "constant_with_warmup"
     return get_scheduler(

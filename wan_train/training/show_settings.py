@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from wan_train.cli import option
 
-LOG_TARGETS = ("tensorboard", "wandb", "all", "none")
+LOG_TARGETS = ("auto", "tensorboard", "wandb", "all", "none")
 HUB_REPOSITORIES = ("model", "dataset")
 
 
@@ -26,7 +26,11 @@ class LogSettings:
     """Logs."""
 
     logging_dir: str | None = option(None, "Folder for TensorBoard and W&B; without it OUTPUT_DIR/logs.")
-    log_with: str = option("tensorboard", "Where curves go beside NAME.metrics.jsonl.", choices=LOG_TARGETS)
+    log_with: str = option(
+        "auto",
+        "Where curves go beside NAME.metrics.jsonl; auto is TensorBoard where it is installed, all is both.",
+        choices=LOG_TARGETS,
+    )
     log_prefix: str | None = option(None, "First part of the name of TensorBoard's folder, before the output name.")
     log_tracker_name: str = option("network_train", "Name of the W&B project.")
     log_tracker_config: str | None = option(

@@ -5,7 +5,6 @@ import netrc
 import os
 import tomllib
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from PIL import Image
 
 from wan_train.cli import InputError
 from wan_train.log import get_logger
+from wan_train.packages import is_installed, missing, require
 from wan_train.training.save_settings import SaveSettings
 from wan_train.training.show_settings import LogSettings
 
@@ -125,10 +125,12 @@ class Wandb:
 def check_trackers(logs: LogSettings) -> None:
     """InputError for a tracker that is not installed, its configuration, or a key that is missing."""
     read_tracker_config(logs)
+    asking = f"--log_with {logs.log_with}"
+    if logs.log_with in ("tensorboard", "all"):
+        require("tensorboard", asking, instead="use --log_with auto")
     if logs.log_with not in ("wandb", "all"):
         return
-    if find_spec("wandb") is None:
-        raise InputError("--log_with wandb needs the package wandb: pip install wandb, or --log_with tensorboard")
+    require("wandb", asking, instead="use --log_with auto")
     if not (_needs_no_key() or logs.wandb_api_key or os.environ.get("WANDB_API_KEY") or _logged_in()):
         raise InputError(
             "W&B needs a key: set WANDB_API_KEY, give --wandb_api_key, run wandb login, or set WANDB_MODE=offline"
@@ -150,11 +152,16 @@ def read_tracker_config(logs: LogSettings) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def open_board(logs: LogSettings, save: SaveSettings, keep_until: int | None) -> TensorBoard | None:
-    """TensorBoard, or None with a warning where the package is not installed."""
-    if find_spec("tensorboard") is None:
-        log.warning("the package tensorboard is not installed: curves go to %s.metrics.jsonl alone", save.output_name)
-        return None
+def uses_board(logs: LogSettings) -> bool:
+    """Whether curves go to TensorBoard."""
+    if logs.log_with == "auto" and not is_installed("tensorboard"):
+        log.info("curves go to NAME.metrics.jsonl; %s", missing("TensorBoard", "tensorboard"))
+        return False
+    return logs.log_with in ("auto", "tensorboard", "all")
+
+
+def open_board(logs: LogSettings, save: SaveSettings, keep_until: int | None) -> TensorBoard:
+    """TensorBoard. InputError where it does not start."""
     folder = _log_folder(logs, save) / f"{logs.log_prefix or ''}{save.output_name}"
     try:
         return TensorBoard(folder, keep_until, read_tracker_config(logs).get("tensorboard", {}))

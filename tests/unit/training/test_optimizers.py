@@ -1,5 +1,4 @@
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +6,7 @@ import pytest
 import torch
 
 from wan_train.cli import InputError
+from wan_train.packages import listed_in
 from wan_train.training.optimizers import OURS, SOURCES, check_optimizer, find_optimizer, make_optimizer
 from wan_train.training.settings import OptimizerSettings
 
@@ -141,17 +141,8 @@ def test_a_rate_of_zero_that_the_optimizer_asserts_against_is_explained() -> Non
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_missing_package_is_one_line_that_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, SOURCES[name].module, None)
-    with pytest.raises(InputError, match=f"{name} needs the package .*pip install {SOURCES[name].package}") as refused:
-        check_optimizer(chosen(name, rate=1.0))
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_requirements_name_the_package(name: str, root: Path) -> None:
-    pinned = [line.partition("==")[0] for line in (root / "requirements.txt").read_text().splitlines()]
-    assert SOURCES[name].package in pinned
+def test_requirements_name_the_package(name: str) -> None:
+    assert listed_in(SOURCES[name].package) is not None
 
 
 def first_step(settings: OptimizerSettings) -> float:
