@@ -29,8 +29,9 @@ BASE = "requirements-base.txt"
 FULL = "requirements.txt"
 DEVELOPMENT = "requirements-dev.txt"
 CONSTRAINTS = "constraints.txt"
-# Two files of tests at a time; a file stays whole, since its tests share what they make.
-SIDE_BY_SIDE = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # the long ones are few, and first
+# Each process takes half of the tests in their order, so that those of a file share what they make; one that has ended
+# helps the other.
+SIDE_BY_SIDE = ["-n", "2", "--dist", "worksteal"]
 OLDEST, NEWEST = (3, 11), (3, 13)
 UNFINISHED = {"python": "unfinished"}
 

@@ -127,6 +127,7 @@ def _serve() -> None:
 def _become(script: str, words: list[str], names: dict[str, str], stdin: str, out: str, err: str) -> None:
     """In the new process: be what `python SCRIPT WORDS` would be."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for its workers, as in a process that nobody forked
     for number, path in enumerate((stdin, out, err)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY, 0o600)
         os.dup2(opened, number)

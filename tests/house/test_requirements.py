@@ -44,6 +44,12 @@ def test_the_full_list_begins_with_the_base() -> None:
     assert next(line for line in lines if not line.startswith("#")) == "-r requirements-base.txt"
 
 
+def test_the_full_list_names_what_the_base_brings() -> None:
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8").partition("The base brings")[2].partition(";")[0]
+    named = text.replace("#", " ").replace(" and ", ", ").replace("\n", " ").split(",")
+    assert {canonicalize_name(name.strip()) for name in named} == read("requirements-base.txt").keys()
+
+
 def test_each_package_is_listed_once() -> None:
     names = [name for each in LISTS for name in read(each)]
     assert sorted(names) == sorted(set(names))
