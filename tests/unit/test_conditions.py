@@ -101,3 +101,15 @@ def test_batches_of_conditions() -> None:
     assert inputs["clip_features"].shape == (2, 3, 2)
     assert "frame_positions" not in inputs
     assert set(Conditions((torch.zeros(1, 4),)).inputs()) == {"context"}
+
+
+def test_a_first_frame_that_is_given_is_at_time_0_and_the_others_are_not() -> None:
+    """Of two videos one has a first frame (official Wan2.2 TI2V: its tokens are those of timestep 0)."""
+    noisy, given = torch.randn(2, 48, 3, 4, 6), torch.randn(2, 48, 1, 4, 6)
+    conditions = Conditions((), first_frame=given, has_first=torch.tensor([True, False]))
+    latents, timesteps = conditions.fuse(noisy, torch.tensor([700.0, 300.0]))
+    assert torch.equal(latents[0, :, :1], given[0]) and torch.equal(latents[0, :, 1:], noisy[0, :, 1:])
+    assert torch.equal(latents[1], noisy[1])
+    assert timesteps.tolist() == [[0, 700, 700], [300, 300, 300]]
+    plain, time = Conditions(()).fuse(noisy, torch.tensor([700.0, 300.0]))
+    assert plain is noisy and time.tolist() == [700, 300]
