@@ -40,6 +40,18 @@ def test_in_main_memory_it_is_the_same_average(dtype: torch.dtype) -> None:
     assert all(torch.equal(value, averages(resumed)[name]) for name, value in averages(one).items())
 
 
+def test_the_average_is_that_of_the_formula() -> None:
+    """average += (1 - decay) (parameter - average), the decay at most (1 + steps) / (10 + steps)."""
+    parameter = nn.Parameter(torch.zeros(2))
+    ema, expected = Ema({"a": parameter}, 0.3), 0.0
+    for step, decay in enumerate((2 / 11, 3 / 12, 0.3, 0.3), 1):
+        with torch.no_grad():
+            parameter.fill_(float(step))
+        ema.update()
+        expected += (1 - decay) * (step - expected)
+        torch.testing.assert_close(averages(ema)["a"], torch.full((2,), expected))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_pinned_memory_it_is_the_average_on_the_device(dtype: torch.dtype) -> None:
