@@ -121,6 +121,19 @@ def test_activations_are_told_to_the_byte(tiny: Path, recompute: str, chunks: in
     assert told.activations == outline.activations and told.activations.device < outline.ledger.peak
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_slots_of_swapped_blocks_are_counted_once(tiny: Path, blocks: int) -> None:
+    settings = settings_of(tiny, "--gradient_checkpointing", "--blocks_to_swap", blocks)
+    told, real = needs_of(settings, batch()), Real(settings)
+    outline = outlined(model_settings(settings), settings.network, dtype=None, computing=torch.float32)
+    outline.passes(lambda model: loss_of(model, settings, batch(), META), ())
+    errors = size(batch().latents) - 4  # as above
+    # The real run's slots are counted as they are filled, with its activations and gradients.
+    counted = real.weights - real.stream.host_bytes + real.ledger.peak
+    assert told.weights.device + outline.ledger.peak + errors == counted
+    assert (real.stream.host_bytes > 0) == (blocks > 0)
+
+
 def test_each_way_of_saving_memory_is_told(tiny: Path) -> None:
     def told(*more: object) -> Needs:
         return needs_of(settings_of(tiny, "--gradient_checkpointing", *more), batch())
