@@ -75,13 +75,17 @@ class HostStates:
             state[name] = one.far
         self._kept[owner], self._leaving = leaving, list(leaving.values())
 
-    def settle(self) -> None:
-        """Wait until all are in CPU RAM, whole, and nothing of them is on the device: they may be written there."""
+    def rest(self) -> None:
+        """Let nothing of them be on the device. Python does not wait: the device's own queues do."""
         self._leave()
         for coming in self._coming:
             coming.leave()
         self._coming = []
         self._last = None
+
+    def settle(self) -> None:
+        """The same, and wait until all are in CPU RAM, whole: they may be read and written there."""
+        self.rest()
         self._lane.finish()
 
     def _leave(self) -> None:
