@@ -114,7 +114,8 @@ class Outline:
     def passes(self, loss: Callable[[nn.Module], Tensor], parts: Iterable[Iterable[nn.Parameter]]) -> None:
         """Count a forward and a backward pass. Gradients are given up as soon as all of their part are there."""
         hooks = [handle for part in parts for handle in self._watch(list(part))]
-        self.ledger.leave_out(iter((*self.model.parameters(), *self.model.buffers())))
+        # The slots are among the weights already: counted as they are filled they would be there twice.
+        self.ledger.leave_out(iter((*self.model.parameters(), *self.model.buffers(), *self.stream.slots)))
         with self.ledger:
             loss(self.model.train()).backward()
         for handle in hooks:

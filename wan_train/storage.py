@@ -237,14 +237,29 @@ def read_parts(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def save_parts(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
-    """Write nested dicts and lists of tensors, numbers and text. OSError for a full disk."""
+    """Write nested dicts and lists of tensors, numbers and text. OSError for a full disk.
+
+    Of a tensor that is a view its own elements are written: torch's writer takes all that it is a view of.
+    """
     try:
         with open(path, "wb") as file:
-            torch.save(dict(parts), file)
+            torch.save(_without_views(dict(parts)), file)
     except RuntimeError as problem:
         # torch's writer tells of positions in its file; what the disk said stands behind that.
         behind = problem.__context__
         raise behind if isinstance(behind, OSError) else OSError(str(problem).splitlines()[0]) from None
+
+
+def _without_views(value: Any) -> Any:
+    """Nested dicts and lists with a copy in place of each tensor whose storage is larger than itself."""
+    if isinstance(value, Tensor):
+        is_view = value.untyped_storage().nbytes() > value.numel() * value.element_size()
+        return value.detach().clone() if is_view else value
+    if type(value) is dict:
+        return {key: _without_views(member) for key, member in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_views, value))
+    return value
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from wan_train.cli import InputError
 from wan_train.shards import expand
-from wan_train.storage import check_writable, read_header, read_tensors, replacing, save_parts, save_tensors
+from wan_train.storage import check_writable, read_header, read_parts, read_tensors, replacing, save_parts, save_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -111,3 +111,16 @@ def test_what_is_saved_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> Non
     (tmp_path / "plain").touch()
     save_tensors(tmp_path / "x.safetensors", tensors())
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_view_is_saved_without_what_it_is_a_view_of(tmp_path: Path) -> None:
+    whole = torch.arange(100_000.0)
+    parts = {"part": whole[10:20], "turned": whole[:6].view(2, 3).t(), "twice": [whole, whole], "one": whole[:1].expand(5)}
+    save_parts(tmp_path / "run.pt", parts)
+    assert (tmp_path / "run.pt").stat().st_size < 4 * len(whole) + 8192
+    saved = read_parts(tmp_path / "run.pt")
+    for name in ("part", "turned", "one"):
+        assert torch.equal(saved[name], parts[name])  # type: ignore[arg-type]
+    assert all(torch.equal(again, whole) for again in saved["twice"])
+    save_parts(tmp_path / "run.pt", {"part": parts["part"]})
+    assert (tmp_path / "run.pt").stat().st_size < 4096

@@ -8,11 +8,26 @@ own queues do.
 
 import weakref
 from bisect import bisect_left, insort
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from wan_train.memory.lanes import Lane
+
+
+class HostMemory(Protocol):
+    """Where copies get their host buffers from."""
+
+    lane: Lane
+
+    def take(self, num_bytes: int) -> Tensor:
+        """A buffer of at least this size."""
+        ...
+
+    def give(self, memory: Tensor) -> None:
+        """A buffer that was taken, given back."""
+        ...
 
 
 class Store:
@@ -39,7 +54,7 @@ class Store:
 class Kept:
     """A tensor that is on the device, in main memory, or on its way."""
 
-    def __init__(self, store: Store, tensor: Tensor) -> None:
+    def __init__(self, store: HostMemory, tensor: Tensor) -> None:
         near = tensor.detach()  # without its graph, which may hold this in turn
         if torch.empty_like(near, device="meta").stride() != near.stride():  # it has gaps, or overlaps
             near = torch.empty_like(near).copy_(near)
@@ -50,11 +65,8 @@ class Kept:
         self._far = store.take(len(flat))
         self._master = self._far[: len(flat)]
         self._done = self._lane.upload(self._master, flat, self._lane.mark())
-
-    @property
-    def far(self) -> Tensor:
-        """The tensor in main memory, whole once its copy is done; it lives as long as this."""
-        return self._master.view(self._dtype).as_strided(self._shape, self._stride)
+        # In main memory, whole once its copy is done; what it lies in is used again when this is gone.
+        self.far = self._master.view(self._dtype).as_strided(self._shape, self._stride)
 
     def leave(self) -> None:
         """Give up the device's memory. Whoever gets it next comes behind the copy that uses it still."""

@@ -28,11 +28,18 @@ class _NoProducts(TorchDispatchMode):
         if first is None:
             return func(*args, **(kwargs or {}))
         left, right = args[first : first + 2]
-        dtype = (kwargs or {}).get("out_dtype") or (torch.int32 if left.dtype is torch.int8 else left.dtype)
+        given = _by_name(func, args) | (kwargs or {})
+        dtype = given.get("out_dtype") or (torch.int32 if left.dtype is torch.int8 else left.dtype)
         shape = (left.shape[0], right.shape[1])
         if not dtype.is_floating_point:
             return torch.zeros(shape, dtype=dtype, device=left.device)
         return torch.full(shape, torch.nan, dtype=dtype, device=left.device)
+
+
+def _by_name(func: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """An operator's positional arguments by their names: dispatch hands on by position what its schema lets come so,
+    however the caller gave it."""
+    return {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
 
 
 class LeavingOut:

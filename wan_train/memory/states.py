@@ -1,7 +1,11 @@
-"""States of an optimizer in main memory: those of one weight come to the device for its step.
+"""States of an optimizer in CPU RAM: those of one weight come to the device for its step.
 
 The way back runs beside the next weight's step, and what that needs is fetched ahead: weights are stepped in the order
 of the last step, unless it is another model. Up to three weights have their states on the device at a time.
+
+Each state has a host buffer of its own, of exactly its size, from its first step on: it is fetched from there and goes
+back to there. The lane makes copies in the order in which they are asked for, so neither of two such copies begins
+before the other has ended.
 """
 
 from collections.abc import Hashable, Iterator
@@ -11,18 +15,41 @@ from typing import Any
 from torch import Tensor
 
 from wan_train.memory.lanes import Lane
-from wan_train.memory.offload import Kept, Store
+from wan_train.memory.offload import Kept
+
+
+class _Home:
+    """The host buffer of one state. It is made anew only when the state has another size."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self._buffer: Tensor | None = None
+
+    def take(self, num_bytes: int) -> Tensor:
+        """The buffer, of exactly this size."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is None or len(buffer) != num_bytes:
+            del buffer  # before there is another one
+            buffer = self.lane.host(num_bytes)
+        return buffer
+
+    def give(self, memory: Tensor) -> None:
+        """The buffer again; a copy from it may be on its way still, since the next one waits in the same queue."""
+        self._buffer = memory
 
 
 class HostStates:
-    """The states of one optimizer. Between two steps, and once they `settle`, they are tensors in main memory."""
+    """The states of one optimizer. Between two steps, and once they `settle`, they are tensors in CPU RAM, each with a
+    storage of its own."""
 
     def __init__(self, lane: Lane) -> None:
-        self._lane, self._store = lane, Store(lane)
+        self._lane = lane
+        self._homes: dict[Hashable, dict[str, _Home]] = {}
         self._kept: dict[Hashable, dict[str, Kept]] = {}
         self._next: dict[Hashable, Hashable] = {}
         self._last: Hashable = None
         self._leaving: list[Kept] = []
+        self._coming: list[Kept] = []
 
     @contextmanager
     def at_hand(self, owner: Hashable, state: dict[str, Any]) -> Iterator[None]:
@@ -31,20 +58,34 @@ class HostStates:
         kept = self._kept.pop(owner, {})
         for name, value in state.items():
             if _is_large(value):
-                state[name] = kept[name].take() if name in kept else value.to(self._lane.device)
-        for coming in self._kept.get(self._next.get(owner), {}).values():
+                # Another tensor than was left here has been put in its place: loaded from a file, for instance.
+                ours = name in kept and kept[name].far is value
+                state[name] = kept[name].take() if ours else value.to(self._lane.device)
+        kept.clear()  # all host buffers are given back before they are taken for the way there
+        self._coming = list(self._kept.get(self._next.get(owner), {}).values())
+        for coming in self._coming:
             coming.fetch()
         yield
         self._leave()
-        leaving = {name: Kept(self._store, value) for name, value in state.items() if _is_large(value)}
+        homes = self._homes.get(owner, {})
+        large = {name: value for name, value in state.items() if _is_large(value)}
+        homes = self._homes[owner] = {name: homes.get(name) or _Home(self._lane) for name in large}
+        leaving = {name: Kept(homes[name], value) for name, value in large.items()}
         for name, one in leaving.items():
             state[name] = one.far
         self._kept[owner], self._leaving = leaving, list(leaving.values())
 
-    def settle(self) -> None:
-        """Wait until all are in main memory, whole."""
+    def rest(self) -> None:
+        """Let nothing of them be on the device. Python does not wait: the device's own queues do."""
         self._leave()
+        for coming in self._coming:
+            coming.leave()
+        self._coming = []
         self._last = None
+
+    def settle(self) -> None:
+        """The same, and wait until all are in CPU RAM, whole: they may be read and written there."""
+        self.rest()
         self._lane.finish()
 
     def _leave(self) -> None:

@@ -108,6 +108,11 @@ class Stream:
         """Memory of the slots on the device."""
         return sum(len(slot.memory) for slot in self._slots)
 
+    @property
+    def slots(self) -> Iterator[Tensor]:
+        """The memory of the slots on the device, flat."""
+        return (slot.memory for slot in self._slots)
+
     def names(self, model: nn.Module) -> set[str]:
         """The names in `model` of the tensors that stream: what must not be moved, sharded or broadcast."""
         ours = {id(tensor) for cargo in self._cargos for tensor in cargo.tensors}

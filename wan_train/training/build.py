@@ -18,6 +18,7 @@ from wan_train.assemble import WeightedLora, assemble_dit, attach_adapter, finis
 from wan_train.cli import InputError, Stopped
 from wan_train.conditions import Conditions
 from wan_train.log import get_logger
+from wan_train.memory.lanes import make_lane
 from wan_train.memory.stream import Stream
 from wan_train.models.dit import Dit
 from wan_train.models.experts import LOW, ORDER, pair_of
@@ -68,7 +69,7 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     stepping = make_stepping(adapter, streams, settings, accelerator, warmup=warmup, seed=seed)
     prepared = accelerator.prepare_optimizer(stepping.optimizer)
     schedule = make_schedule(stepping.optimizer, settings.optimizer, total=length.steps)
-    average, skipped, ema = RunningMean(), Skipped(), make_ema(adapter, settings.loop)
+    average, skipped, ema = RunningMean(), Skipped(), make_ema(adapter, settings.loop, accelerator.device)
     carried: dict[str, Stateful | None] = {
         "optimizer": Portable(prepared),
         "schedule": Portable(schedule),
@@ -193,12 +194,13 @@ def share_adapter(adapter: Adapter, model: Dit) -> None:
     act_on(model)
 
 
-def make_ema(adapter: Adapter, loop: LoopSettings) -> Ema | PairEma | None:
+def make_ema(adapter: Adapter, loop: LoopSettings, device: torch.device) -> Ema | PairEma | None:
     """The average of what is trained, if it is asked for; of two experts each has its own."""
     if loop.ema_decay is None:
         return None
+    lane = make_lane(device) if loop.ema_cpu and device.type != "cpu" else None
     parts = {
-        expert: Ema(dict(part.named_parameters()), loop.ema_decay, in_main_memory=loop.ema_cpu)
+        expert: Ema(dict(part.named_parameters()), loop.ema_decay, lane=lane)
         for expert, part in parts_of(adapter)
     }
     return parts[None] if None in parts else PairEma(pair_of({str(expert): part for expert, part in parts.items()}))

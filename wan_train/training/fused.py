@@ -6,8 +6,8 @@ the gradients of a part are averaged before its step; nothing else exchanges the
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ Reduce = Callable[[Tensor], Tensor]
 class FusedBackward:
     """Steps of one-by-one `optimizer`s in parts, during the backward pass, clipped to `limit` by the norm of each.
 
-    A part whose gradient is no number is left out, and told of by the norm that `finish` returns.
+    A part whose gradient is no number is left out, and told of by the norm that `finish` returns. It steps for as long
+    as something holds it: the weights do not.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class FusedBackward:
         self._norms: list[float] = []
         for number, part in enumerate(self._parts):
             for parameter in part.parameters:
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
+                parameter.register_post_accumulate_grad_hook(_calling(weakref.WeakMethod(self._arrived), number))
 
     def finish(self) -> float:
         """Step what waits for gradients that did not come; the norm of all gradients of this pass, before clipping."""
@@ -43,7 +44,7 @@ class FusedBackward:
         self._norms = []
         return norm
 
-    def _arrived(self, number: int, _: Tensor) -> None:
+    def _arrived(self, number: int) -> None:
         self._missing[number] -= 1
         if self._missing[number] == 0:
             self._take(number)
@@ -67,3 +68,14 @@ class FusedBackward:
             for parameter in parameters:
                 parameter.grad = self._reduce(parameter.grad)  # type: ignore[arg-type]
         return float(nn.utils.clip_grad_norm_(parameters, self._limit))
+
+
+def _calling(arrived: "weakref.WeakMethod[Callable[[int], None]]", number: int) -> Callable[[Tensor], None]:
+    """A hook of a parameter of this part. It must not hold what holds the parameter: the collector does not see that
+    cycle, since autograd's own graph is part of it, and the weights would outlive their run."""
+
+    def hook(_: Tensor) -> None:
+        if (method := arrived()) is not None:
+            method(number)
+
+    return hook

@@ -1,7 +1,8 @@
 """What training a model's own weights will take, from headers and one batch, and whether that is there."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,15 @@ def needs_of(settings: TrainSettings, batch: Batch) -> Needs:
     parts = [part.parameters for part in parts_of(trained, {})]
     outline.passes(lambda model: loss_of(model, settings, batch, META), parts if fused else [list(trained.values())])
     gradients = [sum(size(parameter) for parameter in part) for part in parts]
-    states, step = states_of(list(trained.values()), settings.optimizer)
+    states = states_of(list(trained.values()), settings.optimizer)
     away, exchanged = settings.optimizer.optimizer_cpu_offload, 0
+    step = states.step + (states.at_hand if away else 0)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (fused or settings.processes.ddp_gradient_as_bucket_view):
         exchanged = sum(gradients)  # data-parallel training has a copy of all gradients
     return Needs(
         weights=outline.weights,
         gradients=Bytes(max(gradients) if fused else sum(gradients) + exchanged),
-        states=Bytes(0, states) if away else Bytes(states),
+        states=Bytes(0, states.kept) if away else Bytes(states.kept),
         average=average_of(trained, settings, outline),
         activations=outline.activations,
         peak=exchanged + max(outline.ledger.peak, 0 if fused else sum(gradients) + step) + (step if fused else 0),
@@ -77,8 +79,18 @@ def loss_of(model: nn.Module, settings: TrainSettings, batch: Batch, device: tor
     return measure(model, latents, conditions, draws, settings=settings.loss).mean
 
 
-def states_of(trained: Iterable[nn.Parameter], settings: OptimizerSettings) -> tuple[int, int]:
-    """Bytes of the optimizer's states after its first step, and the most that a step of one weight takes besides.
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of an optimizer's states after its first step, the most that a step of one weight takes besides, and the
+    most of the states that is on the device at once where they are kept in CPU RAM."""
+
+    kept: int
+    step: int
+    at_hand: int
+
+
+def states_of(trained: Iterable[nn.Parameter], settings: OptimizerSettings) -> StateBytes:
+    """What the optimizer of these weights takes.
 
     Weights in bfloat16 are float32 for their step. An optimizer that must see numbers is tried on a small weight, and
     its states are taken to grow with the weights; what its step takes is not known then, and 0.
@@ -87,7 +99,9 @@ def states_of(trained: Iterable[nn.Parameter], settings: OptimizerSettings) -> t
     weights = [nn.Parameter(torch.empty(p.shape, device=META, dtype=torch.float32)) for p in trained]
     widest = max(weights, key=torch.numel)
     try:
-        kept = state_bytes(tried(kind, weights, arguments))
+        every = tried(kind, weights, arguments)
+        each = [state_bytes(every.state[weight]) for weight in weights]
+        kept = state_bytes(every.state)
         alone = tried(kind, [widest], arguments)
         ledger = Ledger()
         with ledger:
@@ -96,9 +110,16 @@ def states_of(trained: Iterable[nn.Parameter], settings: OptimizerSettings) -> t
         del stand_in
     except Exception:  # whatever an optimizer says that looks for numbers
         small = nn.Parameter(torch.ones(_SMALL, _SMALL))
-        for_each = state_bytes(tried(kind, [small], arguments)) / small.numel()
-        return round(for_each * sum(map(torch.numel, weights))), 0
-    return kept, ledger.most[WORK]
+        for_each = state_bytes(tried(kind, [small], arguments).state) / small.numel()
+        each = [round(for_each * weight.numel()) for weight in weights]
+        return StateBytes(round(for_each * sum(map(torch.numel, weights))), 0, most_at_hand(each))
+    return StateBytes(kept, ledger.most[WORK], most_at_hand(each))
+
+
+def most_at_hand(each: list[int]) -> int:
+    """The most bytes of three weights' states in a row: of one that is stepped, of the one before it, which are on
+    their way to CPU RAM, and of the one behind it, which come. See `HostStates`."""
+    return max(sum(each[place : place + 3]) for place in range(max(1, len(each) - 2)))
 
 
 def tried(kind: Any, weights: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
@@ -109,9 +130,9 @@ def tried(kind: Any, weights: list[nn.Parameter], arguments: dict[str, Any]) -> 
     return optimizer
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all that it keeps for its weights."""
-    kept = {tensor.untyped_storage()._cdata: size(tensor) for tensor in tensors_in(list(optimizer.state.values()))}
+def state_bytes(states: Mapping[Any, Any]) -> int:
+    """Bytes of all tensors in the states of one weight, or of all by weight."""
+    kept = {tensor.untyped_storage()._cdata: size(tensor) for tensor in tensors_in(list(states.values()))}
     return sum(kept.values())
 
 

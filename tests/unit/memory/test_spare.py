@@ -10,7 +10,7 @@ from networks.settings import NetworkSettings
 from wan_train.memory.quantize import SCHEMES
 from wan_train.memory.recompute import apply_recompute
 from wan_train.memory.settings import RecomputeSettings
-from wan_train.memory.spare import is_spare
+from wan_train.memory.spare import _NoProducts, is_spare
 from wan_train.models.dit import Dit, DitConfig
 
 CPU = torch.device("cpu")
@@ -74,6 +74,20 @@ def test_the_product_is_taken_once() -> None:
         gradients(model)
     # In each of two blocks: the second matrix forward, and the first, of that shape too, backward.
     assert counted.count == 2 * 2
+
+
+def test_the_dtype_that_a_product_is_asked_for_is_kept() -> None:
+    """Operators hand `out_dtype` on by position, whether it is named or not."""
+    left, right, scale = torch.ones(16, 32), torch.ones(16, 32).t(), torch.ones(())
+    codes = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn)
+    with _NoProducts():  # type: ignore[no-untyped-call]
+        named = torch._scaled_mm(*codes, scale, scale, out_dtype=torch.bfloat16)
+        placed = torch.ops.aten._scaled_mm(*codes, scale, scale, None, None, torch.bfloat16)
+        plain = torch.ops.aten.mm.dtype(left.bfloat16(), right.bfloat16(), torch.float32)
+        default = left.half() @ right.half()
+    assert [product.dtype for product in (named, placed)] == [torch.bfloat16] * 2
+    assert (plain.dtype, default.dtype) == (torch.float32, torch.float16)
+    assert all(product.shape == (16, 16) and product.isnan().all() for product in (named, placed, plain, default))
 
 
 def test_what_is_trained_itself_takes_it() -> None:

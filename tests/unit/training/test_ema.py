@@ -4,14 +4,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.unit.memory.counting import Meter
+from tests.unit.memory.test_states import Lane
+from wan_train.memory.lanes import HostLane, make_lane
 from wan_train.models.experts import pair_of
 from wan_train.training.ema import Ema, reading
 from wan_train.training.pair import PairEma
 
+CPU = torch.device("cpu")
 
-def weights(dtype: torch.dtype) -> dict[str, nn.Parameter]:
+
+def weights(dtype: torch.dtype, names: str = "ab") -> dict[str, nn.Parameter]:
     torch.manual_seed(0)
-    return {name: nn.Parameter(torch.randn(5, 7).to(dtype)) for name in ("a", "b")}
+    return {name: nn.Parameter(torch.randn(5, 7).to(dtype)) for name in names}
+
+
+class Waiting(Lane):
+    """Copies as late as they may be, and counts how often Python waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def finish(self) -> None:
+        self.waits += 1
+        super().finish()
 
 
 def moved(parameters: dict[str, nn.Parameter], ema: Ema, steps: int = 4) -> Ema:
@@ -32,10 +49,10 @@ def averages(ema: Ema) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_main_memory_it_is_the_same_average(dtype: torch.dtype) -> None:
     near, far = weights(dtype), weights(dtype)
-    one, two = moved(near, Ema(near, 0.9)), moved(far, Ema(far, 0.9, in_main_memory=True))
+    one, two = moved(near, Ema(near, 0.9)), moved(far, Ema(far, 0.9, lane=HostLane(CPU)))
     assert all(torch.equal(value, averages(two)[name]) for name, value in averages(one).items())
     assert all(value.dtype == torch.float32 for value in averages(two).values())
-    resumed = Ema(weights(dtype), 0.9, in_main_memory=True)
+    resumed = Ema(weights(dtype), 0.9, lane=HostLane(CPU))
     resumed.load_state_dict(one.state_dict())
     assert all(torch.equal(value, averages(resumed)[name]) for name, value in averages(one).items())
 
@@ -52,11 +69,26 @@ def test_the_average_is_that_of_the_formula() -> None:
         torch.testing.assert_close(averages(ema)["a"], torch.full((2,), expected))
 
 
+@pytest.mark.parametrize("names", ["a", "abc", "abcdefghijklmnop"])
+def test_however_many_tensors_there_are_an_update_waits_for_no_copy(names: str) -> None:
+    """And nothing of them stays on the device, however late copies are made; whoever reads them waits once."""
+    lane, near, far = Waiting(), weights(torch.bfloat16, names), weights(torch.bfloat16, names)
+    ema = Ema(far, 0.9, lane=lane)
+    lane.waits, made = 0, len(lane.hosts)
+    with Meter() as meter:
+        moved(far, ema)
+    assert lane.waits == 0 and len(lane.hosts) == made == len(names)
+    assert meter.live() == lane.far()  # which the meter sees too
+    wanted = averages(moved(near, Ema(near, 0.9)))
+    assert all(torch.equal(value, wanted[name]) for name, value in averages(ema).items())
+    assert lane.waits == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_pinned_memory_it_is_the_average_on_the_device(dtype: torch.dtype) -> None:
     near, far = ({name: nn.Parameter(p.detach().cuda()) for name, p in weights(dtype).items()} for _ in range(2))
-    one, two = moved(near, Ema(near, 0.9)), moved(far, Ema(far, 0.9, in_main_memory=True))
+    one, two = moved(near, Ema(near, 0.9)), moved(far, Ema(far, 0.9, lane=make_lane(torch.device("cuda"))))
     for name, average in averages(two).items():
         assert average.device.type == "cpu" and torch.equal(average, averages(one)[name].cpu())
 
@@ -64,7 +96,7 @@ def test_in_pinned_memory_it_is_the_average_on_the_device(dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_while_it_is_applied_parameters_hold_it_in_their_own_memory(dtype: torch.dtype) -> None:
     parameters = weights(dtype)
-    ema = moved(parameters, Ema(parameters, 0.9, in_main_memory=True))
+    ema = moved(parameters, Ema(parameters, 0.9, lane=HostLane(CPU)))
     homes = {name: parameter.data_ptr() for name, parameter in parameters.items()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     kept, forgotten = averages(ema), []

@@ -1,6 +1,8 @@
 """Steps inside of the backward pass: as those after it, each part clipped by itself, one part's gradients at a time."""
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -155,3 +157,22 @@ def test_loaded_states_go_where_steps_are_taken_and_counts_stay() -> None:
         state = again.state[model.head.weight]
         assert (state["exp_avg"].device.type, state["step"].device.type) == (device, "cpu")
         assert again.param_groups[0]["rounded_steps"] == 1
+
+
+def test_weights_are_gone_with_their_run() -> None:
+    """Nothing that the hooks hold keeps them until the garbage collector comes, if it ever finds them."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = Model()
+        optimizer, fused = made(model, "AdamW", rate=1e-2, limit=1.0)
+        for _ in range(2):
+            model(torch.ones(4, 8)).backward()
+            fused.finish()
+            optimizer.step()
+        gone = weakref.ref(model.head.weight)
+        storage = weakref.ref(model.head.weight.untyped_storage())
+        del model, optimizer, fused
+        assert gone() is None and storage() is None
+    finally:
+        gc.enable()

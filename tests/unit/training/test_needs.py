@@ -14,7 +14,8 @@ from tests.tiny.make import DIT, dit_shapes, draw_weight
 from wan_train.assemble import assemble_dit, attach_adapter, equip
 from wan_train.cli import InputError, parse
 from wan_train.memory.lanes import HostLane
-from wan_train.memory.ledger import WORK, Ledger
+from wan_train.memory.ledger import HOST, WORK, Ledger, OutlineLane
+from wan_train.memory.states import HostStates
 from wan_train.models.dit import Dit, DitConfig
 from wan_train.models.loading import outline_dit
 from wan_train.plan import META, Bytes, Needs, attend_like_a_kernel, check_fits, outlined, size
@@ -24,6 +25,7 @@ from wan_train.training.optimizers import make_optimizer
 from wan_train.training.preflight import model_settings
 from wan_train.training.rounding import rounded
 from wan_train.training.settings import TOOL, OptimizerSettings, TrainSettings
+from wan_train.training.stepping import states_at_hand
 
 CPU = torch.device("cpu")
 
@@ -119,6 +121,19 @@ def test_activations_are_told_to_the_byte(tiny: Path, recompute: str, chunks: in
     assert told.activations == outline.activations and told.activations.device < outline.ledger.peak
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_slots_of_swapped_blocks_are_counted_once(tiny: Path, blocks: int) -> None:
+    settings = settings_of(tiny, "--gradient_checkpointing", "--blocks_to_swap", blocks)
+    told, real = needs_of(settings, batch()), Real(settings)
+    outline = outlined(model_settings(settings), settings.network, dtype=None, computing=torch.float32)
+    outline.passes(lambda model: loss_of(model, settings, batch(), META), ())
+    errors = size(batch().latents) - 4  # as above
+    # The real run's slots are counted as they are filled, with its activations and gradients.
+    counted = real.weights - real.stream.host_bytes + real.ledger.peak
+    assert told.weights.device + outline.ledger.peak + errors == counted
+    assert (real.stream.host_bytes > 0) == (blocks > 0)
+
+
 def test_each_way_of_saving_memory_is_told(tiny: Path) -> None:
     def told(*more: object) -> Needs:
         return needs_of(settings_of(tiny, "--gradient_checkpointing", *more), batch())
@@ -128,6 +143,7 @@ def test_each_way_of_saving_memory_is_told(tiny: Path) -> None:
     swapped, kept = told("--blocks_to_swap", 1), told("--gradient_checkpointing_cpu_offload")
     assert fused.gradients.device < plain.gradients.device and fused.total.device < plain.total.device
     assert offloaded.states == Bytes(0, plain.states.device) and plain.states.host == 0
+    assert offloaded.peak > plain.peak and offloaded.total.device < plain.total.device  # three weights' at a time
     assert swapped.weights.host > 0 and swapped.weights.device + swapped.weights.host > plain.weights.device
     assert kept.activations.host > 0
     assert plain.total.host == 0
@@ -138,13 +154,32 @@ def test_states_of_many_optimizers_are_known(name: str) -> None:
     rate = 1.0 if name == "Prodigy" else 1e-3
     settings = OptimizerSettings(optimizer_type=name, learning_rate=rate)
     weights = [nn.Parameter(torch.ones(64, 65)), nn.Parameter(torch.ones(7))]
-    told, _ = states_of(weights, settings)
+    told = states_of(weights, settings).kept
     real = make_optimizer([{"params": weights, "lr": rate}], settings)
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     real.step()
     states = {t.untyped_storage()._cdata: size(t) for t in tensors_in(list(real.state.values()))}
     assert told == pytest.approx(sum(states.values()), rel=0.01)
+
+
+@pytest.mark.parametrize("sizes", [(40, 3, 1000, 7), (1000, 900, 800), (50,)], ids=str)
+def test_what_states_in_main_memory_take_is_told(sizes: tuple[int, ...]) -> None:
+    """There as much as they are, and on the device those of three weights in a row, however many steps are taken."""
+    settings = OptimizerSettings(optimizer_type="SGD", learning_rate=1e-3, optimizer_args=("momentum=0.9",))
+    ledger = Ledger()
+    turns = (states_at_hand(HostStates(OutlineLane(ledger))),)
+    weights = [nn.Parameter(torch.empty(size, device=META)) for size in sizes]
+    optimizer = make_optimizer([{"params": weights, "lr": 1e-3}], settings, turns=turns)
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
+    ledger.leave_out(iter([weight.grad for weight in weights if weight.grad is not None] + weights))
+    with ledger:
+        for _ in range(6):
+            optimizer.step()
+    told = states_of(weights, settings)
+    assert ledger.most[HOST] == told.kept == 4 * sum(sizes)
+    assert told.at_hand <= ledger.most[WORK] <= told.at_hand + told.step
 
 
 def test_what_cannot_fit_is_refused_with_the_ways_out(tiny: Path) -> None:
