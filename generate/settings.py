@@ -11,7 +11,7 @@ from wan_train.models.settings import (
     TextEncoderSettings,
     VaeSettings,
 )
-from wan_train.sampling.settings import SamplingSettings
+from wan_train.sampling.settings import PromptSettings, SamplingSettings
 
 LORA_MODES = ("merge", "attach")
 OUTPUT_TYPES = ("video", "images", "latent", "both", "latent_images")
@@ -49,7 +49,7 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
-class BatchSettings:
+class BatchSettings(PromptSettings):
     """Many videos."""
 
     from_file: str | None = option(

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from wan_train.cli import option
+from wan_train.sampling.settings import PromptSettings
 
 LOG_TARGETS = ("auto", "tensorboard", "wandb", "all", "none")
 HUB_REPOSITORIES = ("model", "dataset")
 
 
 @dataclass(frozen=True)
-class PreviewSettings:
+class PreviewSettings(PromptSettings):
     """Previews."""
 
     sample_prompts: str | None = option(
