@@ -27,8 +27,7 @@ class Job:
     @property
     def shown(self) -> str:
         """The video in a few words, for a message."""
-        words = self.request.prompt if len(self.request.prompt) <= 40 else self.request.prompt[:39] + "…"
-        return f'video {self.index} ("{words}", seed {self.request.seed})'
+        return f'video {self.index} ("{self.request.shown_words}", seed {self.request.seed})'
 
 
 def make_jobs(settings: GenerateSettings) -> list[Job]:

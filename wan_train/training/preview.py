@@ -44,6 +44,9 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
     check_vae(settings.vae.vae, latent_channels=variant.space.channels)
     check_given_clip(settings.image, variant, settings.dit.dit)
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
+    for index, request in enumerate(requests):
+        seed = f"the run's seed + {index}" if request.seed is None else f"seed {request.seed}"
+        log.info('preview %d ("%s", %s): %s', index, request.shown_words, seed, request.shown_settings)
     return requests
 
 
