@@ -15,8 +15,8 @@ class PreviewSettings(PromptSettings):
 
     sample_prompts: str | None = option(
         None,
-        "File of prompts: text with one to a line, words --w 832 --h 480 --f 81 ..., or .toml, or .json. Default of a line:"
-        " 256x256, 1 frame, 20 steps, and the task's shift and guidance.",
+        "File of prompts: text with one to a line, words --w 832 --h 480 --f 81 ..., or .toml, or .json. Default of a"
+        " line: 256x256, 1 frame, 20 steps, and the task's shift and guidance.",
     )
     sample_every_n_epochs: int | None = option(None, "Make previews after every N epochs.", minimum=1)
     sample_every_n_steps: int | None = option(None, "Make previews after every N optimizer steps.", minimum=1)
