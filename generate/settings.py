@@ -22,10 +22,11 @@ CODEC_NAMES = ("h264", "vp9", "lossless")
 class GenerateExpertSettings(ExpertSettings):
     """Two experts (Wan2.2 A14B)."""
 
+    offload_inactive_dit: bool = option(False, "Accepted for old commands and does nothing: see --lazy_loading.")
     lazy_loading: bool = option(
         False,
-        "Accepted for old commands, as --offload_inactive_dit is: an expert is read when its steps come and gone after"
-        " them, with --interactive in main memory meanwhile.",
+        "Accepted for old commands and does nothing: an expert is always read when its steps come and freed after them,"
+        " with --interactive kept in host memory meanwhile.",
     )
 
 
