@@ -1,4 +1,4 @@
-"""Train a LoRA on a Wan model; `--help` lists the options."""
+"""Train a LoRA on a Wan model, or its own weights; `--help` lists the options."""
 
 import sys
 from pathlib import Path

@@ -15,7 +15,7 @@ from wan_train.config_file import from_values
 from wan_train.precision import default_device
 
 # Of what the command says about its output, this much makes sense for frames in memory.
-_KEPT = ("device", "text_cache", "trim_tail_frames")
+_KEPT = ("device", "text_cache", "trim_tail_frames", "strict_prompts")
 _ON_DISK = {f.name for group in (BatchSettings, OutputSettings) for f, _, _ in options(group)} - set(_KEPT)
 
 

@@ -10,7 +10,7 @@ from wan_train.cli import InputError
 from wan_train.models.experts import read_boundary
 from wan_train.models.one_frame import OneFrame, read_one_frame
 from wan_train.models.variants import VARIANTS, Variant
-from wan_train.sampling.grammar import GENERATOR, parse_line, read_prompts
+from wan_train.sampling.grammar import GENERATOR, Grammar, check_text, parse_line, read_prompts
 from wan_train.sampling.request import STRENGTH, SampleRequest, checked, fitted, read_layers, read_numbers
 from wan_train.sampling.settings import SamplingSettings
 
@@ -27,15 +27,15 @@ class Job:
     @property
     def shown(self) -> str:
         """The video in a few words, for a message."""
-        words = self.request.prompt if len(self.request.prompt) <= 40 else self.request.prompt[:39] + "…"
-        return f'video {self.index} ("{words}", seed {self.request.seed})'
+        return f'video {self.index} ("{self.request.shown_words}", seed {self.request.seed})'
 
 
 def make_jobs(settings: GenerateSettings) -> list[Job]:
     """What `--prompt` or `--from_file` wants. InputError for what the options or a line of the file get wrong."""
     defaults = _defaults(settings)
+    _check_texts(settings)
     if settings.batch.from_file:
-        requests = read_prompts(settings.batch.from_file, defaults, GENERATOR)
+        requests = read_prompts(settings.batch.from_file, defaults, _grammar(settings))
     elif settings.sampling.prompt.strip():
         if settings.sampling.denoising_strength is not None and not settings.sampling.video_path:
             raise InputError("--denoising_strength says how much of --video_path is made anew: give that too")
@@ -48,11 +48,12 @@ def make_jobs(settings: GenerateSettings) -> list[Job]:
 def parse_job(line: str, settings: GenerateSettings, index: int) -> Job:
     """The job of a prompt line over the command line's options."""
     defaults = _defaults(settings)
-    return Job(with_seed(parse_line(line, defaults, GENERATOR)), index)
+    return Job(with_seed(parse_line(line, defaults, _grammar(settings))), index)
 
 
 def check_request(settings: GenerateSettings) -> None:
     """Refuse options that no prompt line could mend."""
+    _check_texts(settings)
     checked(_defaults(settings))
 
 
@@ -64,6 +65,16 @@ def numbered(requests: Iterable[SampleRequest]) -> list[Job]:
 def with_seed(request: SampleRequest) -> SampleRequest:
     """The request with a seed, drawn if it has none."""
     return replace(request, seed=_chosen(request.seed, random.SystemRandom().randrange(2**32)))
+
+
+def _check_texts(settings: GenerateSettings) -> None:
+    """Warn of options inside of the command line's own prompts, or refuse them, as `check_text` does."""
+    for flag in ("prompt", "negative_prompt"):
+        check_text(getattr(settings.sampling, flag) or "", _grammar(settings), f"--{flag}")
+
+
+def _grammar(settings: GenerateSettings) -> Grammar:
+    return replace(GENERATOR, strict=settings.batch.strict_prompts)
 
 
 def _defaults(settings: GenerateSettings) -> SampleRequest:

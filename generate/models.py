@@ -16,11 +16,10 @@ from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, finish
 from wan_train.conditions import Conditions, ImageConditions
 from wan_train.log import get_logger
 from wan_train.memory.report import release_memory
-from wan_train.models.experts import HIGH, ORDER
+from wan_train.models.experts import HIGH
 from wan_train.models.loading import linear_shapes
 from wan_train.models.stored import storage_dtype
 from wan_train.models.vae import WanVAE
-from wan_train.models.variants import Variant
 from wan_train.precision import published_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import Sampling
@@ -160,11 +159,6 @@ class Models:
             attach_loras(model, [(lora.read(names), lora.multiplier) for lora in loras], device=self.device)
         finish_dit(model, settings, self.device)
         return model
-
-
-def experts_of(variant: Variant) -> tuple[str | None, ...]:
-    """The models of a task: its experts in the order of a run, or None for the only one."""
-    return (None,) if variant.experts is None else ORDER
 
 
 def model_settings(settings: GenerateSettings, expert: str | None = None) -> ModelSettings:

@@ -7,7 +7,7 @@ from itertools import zip_longest
 import torch
 
 from generate.jobs import Job
-from generate.models import Loras, experts_of, model_settings
+from generate.models import Loras, model_settings
 from generate.settings import GenerateSettings, LoraSettings
 from generate.source import fit_to_source
 from networks.expert import warn_of_other_expert
@@ -16,7 +16,7 @@ from networks.selection import filter_modules
 from wan_train.assemble import WeightedLora, check_model
 from wan_train.cli import InputError
 from wan_train.log import get_logger
-from wan_train.models.experts import FLAGS, HIGH
+from wan_train.models.experts import FLAGS, HIGH, experts_of
 from wan_train.models.loading import linear_shapes, num_blocks
 from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.vae import check_vae

@@ -27,7 +27,16 @@ FLAG = "--from_metadata"
 KEY = "wan_train"  # of the record in a latent file's metadata
 _LATENT_ENDINGS = ("_pending_latent", "_latent")
 # What says where and in which company a video was made, and not how.
-_ELSEWHERE = ("from_file", "interactive", "from_metadata", "save_path", "text_cache", "device", "no_metadata")
+_ELSEWHERE = (
+    "from_file",
+    "interactive",
+    "from_metadata",
+    "save_path",
+    "text_cache",
+    "device",
+    "no_metadata",
+    "strict_prompts",
+)
 
 
 @dataclass(frozen=True)

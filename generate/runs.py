@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from generate.jobs import Job
-from generate.models import Beginning, Models, experts_of
+from generate.models import Beginning, Models
 from generate.output import (
     Product,
     latent_metadata,
@@ -26,6 +26,7 @@ from generate.settings import GenerateSettings
 from generate.source import read_source
 from wan_train.cli import RunError
 from wan_train.log import get_logger
+from wan_train.models.experts import experts_of
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.denoise import Sampling
 from wan_train.storage import read_tensors
@@ -116,14 +117,7 @@ def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[in
 
 def describe(job: Job) -> str:
     """A job's settings in a line."""
-    request = job.request
-    scales = [request.guided(expert).scale for expert in experts_of(request.variant)]
-    guidance = " and then ".join(f"{scale:g}" for scale in scales)
-    levels = f" at {','.join(f'{value:g}' for value in request.timesteps)}" if request.timesteps else ""
-    return (
-        f"{job.shown}: {request.width} wide, {request.height} high, {request.frames} frames, {request.steps} steps"
-        f"{levels} of {request.solver}, shift {request.noise_shift:g}, guidance {guidance}"
-    )
+    return f"{job.shown}: {job.request.shown_settings}"
 
 
 @dataclass

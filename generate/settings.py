@@ -11,7 +11,7 @@ from wan_train.models.settings import (
     TextEncoderSettings,
     VaeSettings,
 )
-from wan_train.sampling.settings import SamplingSettings
+from wan_train.sampling.settings import PromptSettings, SamplingSettings
 
 LORA_MODES = ("merge", "attach")
 OUTPUT_TYPES = ("video", "images", "latent", "both", "latent_images")
@@ -22,10 +22,11 @@ CODEC_NAMES = ("h264", "vp9", "lossless")
 class GenerateExpertSettings(ExpertSettings):
     """Two experts (Wan2.2 A14B)."""
 
+    offload_inactive_dit: bool = option(False, "Accepted for old commands and does nothing: see --lazy_loading.")
     lazy_loading: bool = option(
         False,
-        "Accepted for old commands, as --offload_inactive_dit is: an expert is read when its steps come and gone after"
-        " them, with --interactive in main memory meanwhile.",
+        "Accepted for old commands and does nothing: an expert is always read when its steps come and freed after them,"
+        " with --interactive kept in host memory meanwhile.",
     )
 
 
@@ -49,7 +50,7 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
-class BatchSettings:
+class BatchSettings(PromptSettings):
     """Many videos."""
 
     from_file: str | None = option(

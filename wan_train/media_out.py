@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.reformatter import ColorRange, Colorspace
 from einops import rearrange
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -19,6 +20,8 @@ from wan_train.cli import choose
 from wan_train.storage import replacing
 
 COMMENT = "Comment"  # the PNG keyword for any text about a picture
+RGB = "rgb24"
+BT709 = 1  # for matrix, primaries and transfer characteristics alike (ITU-T H.273, tables 2 to 4)
 
 
 def to_frames(pixels: Tensor) -> np.ndarray:
@@ -38,12 +41,13 @@ class Codec:
     options: Mapping[str, str] = field(default_factory=dict)
 
 
-# Without threads that look ahead, the same frames always give the same file. libx265 is not here: the build that PyAV
-# brings writes beyond its memory at small sizes.
+# The same frames must always give the same file. Threads that look ahead keep x264 from that, and so do its macroblock
+# trees together with B-frames: in PyAV's build they differ from run to run on processors with AVX-512, whatever the
+# number of threads. libx265 is not here: the build that PyAV brings writes beyond its memory at small sizes.
 CODECS: dict[str, Codec] = {
-    "h264": Codec("libx264", "yuv420p", 16, 51, {"x264-params": "sync-lookahead=0"}),
+    "h264": Codec("libx264", "yuv420p", 16, 51, {"x264-params": "sync-lookahead=0:mbtree=0"}),
     "vp9": Codec("libvpx-vp9", "yuv420p", 24, 63, {"b": "0", "row-mt": "0"}),
-    "lossless": Codec("libx264rgb", "rgb24", 0, 0, {"preset": "veryfast", "x264-params": "sync-lookahead=0"}),
+    "lossless": Codec("libx264rgb", RGB, 0, 0, {"preset": "veryfast", "x264-params": "sync-lookahead=0"}),
 }
 
 
@@ -56,7 +60,7 @@ def write_video(
     quality: int | None = None,
     comment: str = "",
 ) -> None:
-    """Write frames (F, H, W, 3) uint8 as mp4; H and W must be even.
+    """Write frames (F, H, W, 3) uint8 as mp4, in BT.709 unless the codec takes RGB; H and W must be even.
 
     `quality` is the codec's constant rate factor, lower is better; `comment` goes into the file's metadata.
     """
@@ -69,9 +73,25 @@ def write_video(
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = chosen.pixel_format
         stream.options = {"crf": str(rate_factor), **chosen.options}
+        is_yuv = chosen.pixel_format != RGB
+        if is_yuv:
+            _tag(stream.codec_context)
         for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format=RGB)
+            container.mux(stream.encode(_to_bt709(frame, chosen.pixel_format) if is_yuv else frame))
         container.mux(stream.encode())
+
+
+def _tag(context: av.VideoCodecContext) -> None:
+    """Say in the stream and the container that its pixels are BT.709 in limited range; without that players guess the
+    matrix by the size of the video."""
+    context.colorspace = context.color_primaries = context.color_trc = BT709
+    context.color_range = ColorRange.MPEG
+
+
+def _to_bt709(frame: av.VideoFrame, pixel_format: str) -> av.VideoFrame:
+    """An RGB frame as YUV by the coefficients of BT.709, limited range."""
+    return frame.reformat(format=pixel_format, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
 
 
 def write_image(path: str | os.PathLike[str], image: np.ndarray, *, comment: str = "") -> None:

@@ -35,6 +35,46 @@ def test_a_video_is_what_was_given_and_the_same_bytes_every_time(codec: str, sto
     assert read_comment(tmp_path / "a.mp4") == COMMENT
 
 
+@pytest.mark.parametrize(("codec", "runs"), [("h264", 20), ("vp9", 3), ("lossless", 3)])
+def test_noisy_clips_give_the_same_bytes_every_time(codec: str, runs: int, tmp_path: Path) -> None:
+    """Moving texture under noise, long enough for B-frames: with macroblock trees x264 made several files of it."""
+    random = np.random.default_rng(0)
+    texture = random.integers(0, 255, (64, 64, 3))
+    moving = np.stack([np.roll(texture, shift, axis=1) for shift in range(33)])
+    frames = (moving // 2 + random.integers(0, 128, moving.shape)).astype(np.uint8)
+    written, between = set(), []
+    for run in range(runs):
+        between.append(random.bytes(7000 * run))  # so that no two encoders find the same memory
+        write_video(tmp_path / "a.mp4", frames, fps=16, codec=codec)
+        written.add((tmp_path / "a.mp4").read_bytes())
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+@pytest.mark.parametrize("size", [(64, 64), (592, 64)])
+def test_a_video_is_bt709_and_says_so(codec: str, size: tuple[int, int], tmp_path: Path) -> None:
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [30, 200, 120]], dtype=np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (4, *size, 3))
+    write_video(tmp_path / "a.mp4", frames, fps=16, codec=codec, quality=1)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        tags = (context.colorspace, context.color_primaries, context.color_trc, context.color_range)
+        assert tags == (1, 1, 1, 1)  # three times BT.709, and limited range
+        decoded = [frame.to_ndarray(format="yuv420p") for frame in container.decode(video=0)]
+    for colour, planes in zip(colours / 255.0, decoded, strict=True):
+        luma = colour @ (0.2126, 0.7152, 0.0722)
+        wanted = (
+            16 + 219 * luma,
+            128 + 224 * (colour[2] - luma) / 1.8556,
+            128 + 224 * (colour[0] - luma) / 1.5748,
+        )
+        height = size[0]
+        found = planes[height // 2, 9], planes[height * 9 // 8, 9], planes[height * 11 // 8, 9]
+        assert np.allclose(found, wanted, atol=2), (colour, found, wanted)
+    frames_back, _ = read(tmp_path / "a.mp4")
+    assert np.abs(frames_back.astype(int) - frames).max() <= 4  # a reader that heeds the tags; 8 bits twice
+
+
 @pytest.mark.parametrize("codec", ["h264", "vp9"])
 def test_a_lower_rate_factor_is_a_bigger_file(codec: str, tmp_path: Path) -> None:
     for quality in (5, 45):

@@ -52,10 +52,12 @@ class StreamSettings:
     )
     block_swap_ring_size: int = option(2, "Blocks that are on the device at once for that, at least 2.", minimum=2)
     use_pinned_memory_for_block_swap: bool = option(
-        False, "Accepted for old commands: the main memory of these blocks is always pinned."
+        False,
+        "Accepted for old commands and does nothing: host copies of these blocks are pinned as far as memory can be.",
     )
     block_swap_h2d_only: bool = option(
-        False, "Accepted for old commands: blocks are only ever copied to the device, never back."
+        False,
+        "Accepted for old commands and does nothing: frozen blocks are never copied back, trained ones always are.",
     )
 
 

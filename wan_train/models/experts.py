@@ -15,6 +15,11 @@ FLAGS: dict[str | None, str] = {None: "--dit", LOW: "--dit", HIGH: "--dit_high_n
 T = TypeVar("T")
 
 
+def experts_of(variant: Variant) -> tuple[str | None, ...]:
+    """The models of a task: its experts in the order of a run, or None for the only one."""
+    return (None,) if variant.experts is None else ORDER
+
+
 def expert_at(timestep: float, boundary: float) -> str:
     """The expert for a timestep in 0..1000; at the boundary, a t in [0, 1], it is the one for high noise (official)."""
     return HIGH if timestep >= boundary * NUM_TIMESTEPS else LOW

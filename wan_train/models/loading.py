@@ -13,6 +13,7 @@ from torch import Tensor
 from wan_train.cli import InputError
 from wan_train.models.attention import attention
 from wan_train.models.dit import Dit, DitConfig
+from wan_train.models.dit_kinds import refuse_foreign, require_task
 from wan_train.models.stored import (
     NOTHING_QUANTISED,
     StoragePlan,
@@ -23,7 +24,7 @@ from wan_train.models.stored import (
     storage_dtype,
     unscaled,
 )
-from wan_train.models.variants import VARIANTS, Variant
+from wan_train.models.variants import Variant
 from wan_train.models.weights import Shapes, check_names, dit_rename, fill, renamed, require_kind
 from wan_train.precision import compute_dtype
 from wan_train.storage import Header, TensorSource, read_header, read_tensors
@@ -126,41 +127,15 @@ def check_dit(source: TensorSource, variant: Variant, *, flag: str = "--dit") ->
     what = f"{flag} {describe(source)}"
     require_kind(header.shapes, "DiT", what)
     shapes = official_shapes(header.shapes)
-    in_dim = shapes["patch_embedding.weight"][1] if "patch_embedding.weight" in shapes else None
-    if in_dim is not None and in_dim != variant.in_dim:
-        others = [v.name for v in VARIANTS.values() if v.in_dim == in_dim]
-        way_out = f"use --task {others[0]}" if others else f"give a file of {variant.in_dim} channels"
-        raise InputError(
-            f"{what} reads {in_dim} channels, but --task {variant.name} is for {variant.in_dim}: {way_out}"
-        )
-    model = _empty(shapes, source, header.metadata, None, what)
-    found = model.config
-    _require_images(found, variant, what)
+    refuse_foreign(shapes, what)
+    require_task(shapes, variant, what)
+    found = _empty(shapes, source, header.metadata, None, what).config
     if (found.dim, found.num_layers) != (variant.dim, variant.num_layers):
         return (
             f"{what} is {found.dim} wide with {found.num_layers} blocks; {variant.name} as published is "
             f"{variant.dim} wide with {variant.num_layers}: going on with the file's own size"
         )
     return None
-
-
-def _require_images(found: DitConfig, variant: Variant, what: str) -> None:
-    """InputError for a model that reads other pictures through CLIP than the task gives."""
-    images = variant.images
-    wanted = (images is not None and images.clip, images is not None and images.clip and images.last)
-    has = (bool(found.image_dim), bool(found.image_positions))
-    if has == wanted:
-        return
-    reads = {(False, False): "no picture", (True, False): "one picture", (True, True): "a first and a last picture"}
-    fitting = [
-        v.name
-        for v in VARIANTS.values()
-        if v.in_dim == found.in_dim and v.images and v.images.clip and v.images.last == has[1] and has[0]
-    ]
-    way_out = f"use --task {fitting[0]}" if fitting else "give another file"
-    raise InputError(
-        f"{what} reads {reads[has]} through CLIP, but --task {variant.name} gives it {reads[wanted]}: {way_out}"
-    )
 
 
 def num_blocks(source: TensorSource) -> int:
@@ -205,6 +180,7 @@ def _empty(
     shapes: Shapes, source: TensorSource, metadata: Mapping[str, str], config: Mapping[str, Any] | None, what: str
 ) -> Dit:
     require_kind(shapes, "DiT", what)
+    refuse_foreign(shapes, what)
     dim = shapes.get("patch_embedding.weight", (0,))[0]
     with torch.device("meta"):
         model = Dit(_geometry(shapes, _extras(source, metadata, config, dim), what))

@@ -1,6 +1,5 @@
 """The grammar in which prompt lines, tables and files state what is wished for."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
 from wan_train.models.one_frame import read_one_frame
 from wan_train.sampling.prompt_files import read_entries
+from wan_train.sampling.prompt_line import Given, split_line, strays
 from wan_train.sampling.request import MAX_STEPS, SampleRequest, checked, fitted, read_layers, read_numbers
 from wan_train.sampling.settings import CFG_SKIP_MODES, MAX_SEED, NOISE_DEVICES, SLG_MODES, SOLVER_NAMES
 
@@ -116,10 +116,14 @@ _BY_NAME = {value.name: letter for letter, value in _VALUES.items()} | {
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the users of a tool may say: spellings that mean something else there, and what they may not say."""
+    """What the users of a tool may say: spellings that mean something else there, and what they may not say.
+
+    `strict` refuses what looks like an option and is none.
+    """
 
     spellings: Mapping[str, str]
     refused: Mapping[str, str]
+    strict: bool = False
 
 
 # In the generator of the tools that these lines come from, --g is the guidance; in their training it is embedded.
@@ -141,53 +145,60 @@ GENERATOR = Grammar(
 )
 PREVIEW = Grammar(spellings={}, refused={"video_path": "previews begin with noise: leave it to the generator"})
 
-_OPTION = re.compile(r"(?:^|\s)--([A-Za-z]\w*)(?=\s|$)")
 
-
-@dataclass(frozen=True)
-class _Given:
-    """A value as somebody wrote it, and what he called it."""
-
-    name: str
-    text: str
-
-
-def parse_line(line: str, defaults: SampleRequest, grammar: Grammar = PREVIEW) -> SampleRequest:
-    """A prompt line, `words --w 832 --h 480 ...`, over the defaults.
+def parse_line(
+    line: str, defaults: SampleRequest, grammar: Grammar = PREVIEW, *, where: str = "a prompt line"
+) -> SampleRequest:
+    """A prompt line, `words --w 832 --h=480 ...`, over the defaults; `where` says in a warning which it is.
 
     Raises InputError for an unknown letter or one that comes twice, a value that does not read or is out of range, or
     an empty prompt.
     """
-    marks = list(_OPTION.finditer(line))
-    starts = [mark.start() for mark in marks] + [len(line)]
-    given: dict[str, _Given] = {}
-    for mark, end in zip(marks, starts[1:], strict=True):
-        letter = mark[1].lower()
-        letter = grammar.spellings.get(letter, letter)
-        text = line[mark.end() : end].strip()
+    check_text(line, grammar, where, is_line=True)
+    given: dict[str, Given] = {}
+    read = split_line(line)
+    for option in read.options:
+        letter, text = grammar.spellings.get(option.name, option.name), option.text
         if letter in given:
             if letter not in _REPEATED:
                 raise InputError(f"--{letter} comes twice in a prompt line: keep one of them")
             text = f"{given[letter].text}\n{text}"
-        given[letter] = _Given(f"--{letter}", text)
-    return _request(line[: starts[0]].strip(), given, defaults, grammar, " ".join(f"--{name}" for name in _VALUES))
+        given[letter] = Given(f"--{letter}", text)
+    return _request(read.words, given, defaults, grammar, " ".join(f"--{name}" for name in _VALUES))
 
 
-def parse_table(table: Mapping[str, object], defaults: SampleRequest, grammar: Grammar = PREVIEW) -> SampleRequest:
+def check_text(text: str, grammar: Grammar, where: str, *, is_line: bool = False) -> None:
+    """Warn of what looks like an option in a prompt line, or in a text that takes none, and stays part of the prompt.
+
+    InputError for it where the grammar is strict.
+    """
+    for stray in strays(text, {*_BY_NAME, *_BY_NAME.values(), *grammar.spellings}, is_line=is_line):
+        way_out = "write a blank and two hyphens before its name" if is_line else "options of it are given beside it"
+        told = f'"{stray}" looks like an option and is part of the prompt: {way_out}'
+        if grammar.strict:
+            raise InputError(f"{told}, or leave out --strict_prompts")
+        log.warning("%s: %s (%s)", where, told, text.strip())
+
+
+def parse_table(
+    table: Mapping[str, object], defaults: SampleRequest, grammar: Grammar = PREVIEW, *, where: str = "a prompt"
+) -> SampleRequest:
     """A prompt as a table: `prompt`, and `width`, `frame_count` ... or the letters of a prompt line, over the defaults.
 
     Raises InputError as `parse_line` does.
     """
     prompt = table.get("prompt", "")
-    given: dict[str, _Given] = {}
+    given: dict[str, Given] = {}
     for name, value in table.items():
         letter = grammar.spellings.get(name) or _BY_NAME.get(name, name)
         if letter in given:
             raise InputError(f"{given[letter].name} and {name} say the same: keep one of them")
         if letter in ("prompt", "n") and not isinstance(value, str):
             raise InputError(f"{name} = {value}: it takes text")
+        if letter in ("prompt", "n"):
+            check_text(str(value), grammar, where)
         if letter != "prompt":
-            given[letter] = _Given(name, _as_text(value))
+            given[letter] = Given(name, _as_text(value))
     names = ", ".join(value.name for value in _VALUES.values())
     return _request(str(prompt).strip(), given, defaults, grammar, names)
 
@@ -200,7 +211,7 @@ def _as_text(value: object) -> str:
 
 
 def _request(
-    prompt: str, given: Mapping[str, _Given], defaults: SampleRequest, grammar: Grammar, known: str
+    prompt: str, given: Mapping[str, Given], defaults: SampleRequest, grammar: Grammar, known: str
 ) -> SampleRequest:
     """The defaults with what was given by letter; `known` lists the names for a message."""
     if not prompt:
@@ -233,7 +244,7 @@ def _request(
     return fitted(checked(replace(defaults, **changes)))  # type: ignore[arg-type]
 
 
-def _read(value: _Value, given: _Given) -> object:
+def _read(value: _Value, given: Given) -> object:
     try:
         return value.read(given.text)
     except ValueError as problem:
@@ -247,9 +258,9 @@ def read_prompts(path: str | Path, defaults: SampleRequest, grammar: Grammar = P
     for entry in read_entries(path):
         try:
             if isinstance(entry.content, str):
-                requests.append(parse_line(entry.content, defaults, grammar))
+                requests.append(parse_line(entry.content, defaults, grammar, where=entry.where))
             else:
-                requests.append(parse_table(entry.content, defaults, grammar))
+                requests.append(parse_table(entry.content, defaults, grammar, where=entry.where))
         except InputError as problem:
             raise InputError(f"{entry.where}: {problem}") from None
     return requests

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from wan_train.cli import InputError
 from wan_train.flow.solvers import check_solver, explicit_levels
 from wan_train.log import get_logger
-from wan_train.models.experts import HIGH, ORDER, read_boundary
+from wan_train.models.experts import HIGH, experts_of, read_boundary
 from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
 from wan_train.sampling.guidance import Guidance, plan_steps
@@ -82,6 +82,21 @@ class SampleRequest:
         """The t in [0, 1] from which on the expert for high noise is asked."""
         return read_boundary(self.boundary, self.variant)
 
+    @property
+    def shown_words(self) -> str:
+        """The first words of the prompt, for a message."""
+        return self.prompt if len(self.prompt) <= 40 else self.prompt[:39] + "…"
+
+    @property
+    def shown_settings(self) -> str:
+        """What it is sampled with, for a message: size, length, steps, solver, shift and guidance."""
+        guidance = " and then ".join(f"{self.guided(expert).scale:g}" for expert in experts_of(self.variant))
+        levels = f" at {','.join(f'{value:g}' for value in self.timesteps)}" if self.timesteps else ""
+        return (
+            f"{self.width} wide, {self.height} high, {self.frames} frames, {self.steps} steps{levels} of {self.solver},"
+            f" shift {self.noise_shift:g}, guidance {guidance}"
+        )
+
     def guided(self, expert: str | None = None) -> Guidance:
         """How its steps are guided, those of one of two experts if there are two."""
         scale = self.guidance
@@ -122,7 +137,7 @@ def checked(request: SampleRequest) -> SampleRequest:
         raise InputError(
             f"--slg_start {request.slg_start:g} leaves nothing before --slg_end {request.slg_end:g}: give less than it"
         )
-    experts: tuple[str | None, ...] = (None,) if request.variant.experts is None else ORDER
+    experts = experts_of(request.variant)
     if request.variant.experts is None and request.guidance_high_noise is not None:
         raise InputError(f"--guidance_scale_high_noise: --task {request.variant.name} has one model: leave it out")
     if request.slg_layers and all(request.guided(expert).scale == 1 for expert in experts):

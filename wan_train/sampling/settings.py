@@ -12,6 +12,17 @@ MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
+class PromptSettings:
+    """Prompts."""
+
+    strict_prompts: bool = option(
+        False,
+        "Refuse a prompt with a part that looks like an option and is read as text, as -w 832 is; by default that is a"
+        " warning.",
+    )
+
+
+@dataclass(frozen=True)
 class SamplingSettings:
     """Sampling."""
 

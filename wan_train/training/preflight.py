@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dataset.batches import CachedDataset, open_cached, open_trusted
 from dataset.config import DatasetConfig, read_config
+from dataset.extras import CONTROL, wanted_extras
 from networks.adapter import MODULES, check_network, trains_weights
 from networks.expert import warn_of_other_expert
 from networks.lora_arguments import lora_arguments
@@ -186,10 +187,27 @@ def open_data(settings: TrainSettings, configs: tuple[DatasetConfig, ...]) -> Da
 
 def open_dataset(configs: tuple[DatasetConfig, ...], settings: TrainSettings) -> CachedDataset:
     """What the caches hold, compared with the sources unless they are trusted."""
-    if settings.caches.trust_cache:
-        return open_trusted(configs)
     data = settings.data
-    return open_cached(configs, allow_missing_captions=data.allow_missing_captions, skip_broken=data.skip_broken)
+    if settings.caches.trust_cache:
+        dataset = open_trusted(configs)
+    else:
+        dataset = open_cached(configs, allow_missing_captions=data.allow_missing_captions, skip_broken=data.skip_broken)
+    warn_of_controls(dataset, settings.dit.task)
+    return dataset
+
+
+def warn_of_controls(dataset: CachedDataset, task: str) -> None:
+    """Say that controls in the caches have no part in the training: no task reads them."""
+    clips = [clip for plan in dataset.plans for clip in plan.clips]
+    unread = [clip for clip in clips if CONTROL in wanted_extras(clip.item)]
+    if unread:
+        log.warning(
+            "%d of %d clips have a control in their caches (latents_control), which --task %s does not read: they are"
+            " trained on without it",
+            len(unread),
+            len(clips),
+            task,
+        )
 
 
 def model_settings(settings: TrainSettings) -> ModelSettings:

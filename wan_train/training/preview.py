@@ -19,7 +19,7 @@ from wan_train.models.variants import Variant
 from wan_train.sampling.decode import decode_frames
 from wan_train.sampling.denoise import sample_latents
 from wan_train.sampling.encode import check_given_clip
-from wan_train.sampling.grammar import read_prompts
+from wan_train.sampling.grammar import PREVIEW, read_prompts
 from wan_train.sampling.request import SampleRequest, preview_defaults
 from wan_train.training.save_settings import SaveSettings
 from wan_train.training.settings import TrainSettings
@@ -36,13 +36,17 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
         if preview.sample_every_n_epochs or preview.sample_every_n_steps or preview.sample_at_first:
             raise InputError("previews need --sample_prompts: give a file of prompts")
         return []
-    requests = read_prompts(preview.sample_prompts, preview_defaults(variant))
+    grammar = replace(PREVIEW, strict=preview.strict_prompts)
+    requests = read_prompts(preview.sample_prompts, preview_defaults(variant), grammar)
     for flag, value in (("--vae", settings.vae.vae), ("--t5", settings.text.t5)):
         if not value:
             raise InputError(f"previews need {flag}: give it, or leave out --sample_prompts")
     check_vae(settings.vae.vae, latent_channels=variant.space.channels)
     check_given_clip(settings.image, variant, settings.dit.dit)
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
+    for index, request in enumerate(requests):
+        seed = f"the run's seed + {index}" if request.seed is None else f"seed {request.seed}"
+        log.info('preview %d ("%s", %s): %s', index, request.shown_words, seed, request.shown_settings)
     return requests
 
 

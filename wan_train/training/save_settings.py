@@ -14,7 +14,9 @@ class SaveSettings:
     """Saving."""
 
     output_dir: str = option("", "Folder for everything that the run writes.", required=True)
-    output_name: str = option("", "Name of the LoRA file.", required=True)
+    output_name: str = option(
+        "", "Name of the saved LoRA or checkpoint, and first part of the names of the run's other files.", required=True
+    )
     save_every_n_epochs: int | None = option(None, "Save after every N epochs.", minimum=1)
     save_every_n_steps: int | None = option(None, "Save after every N optimizer steps.", minimum=1)
     save_last_n_epochs: int | None = option(None, "Keep the files of the last N saved epochs only.", minimum=1)
@@ -29,7 +31,7 @@ class SaveSettings:
     )
     resume: str | None = option(None, "State folder to go on from; auto is the newest of this output, if there is one.")
     resume_anyway: bool = option(False, "Go on from a state of another configuration.")
-    save_precision: str = option("float", "Precision of the saved LoRA.", choices=SAVE_PRECISIONS)
+    save_precision: str = option("float", "Precision of the saved LoRA or checkpoint.", choices=SAVE_PRECISIONS)
     max_shard_size: str | None = option(
         None,
         "With networks.full, cut a checkpoint into files of at most this size, as 10GB or 500MB, and an index; without"
@@ -45,7 +47,9 @@ class SaveSettings:
     metadata_reso: str | None = option(
         None, "Resolution for the metadata; without it the task's.", metavar="WIDTHxHEIGHT"
     )
-    metadata_arch: str | None = option(None, "Architecture for the metadata; without it wan2.1/lora.")
+    metadata_arch: str | None = option(
+        None, "Architecture for the metadata; without it wan2.1 or wan2.2 by the task, with /lora for a LoRA."
+    )
 
     def __post_init__(self) -> None:
         if self.max_shard_size is not None and not self.shard_bytes:

@@ -50,11 +50,14 @@ class LoopSettings:
         0, "Leave out at most so many steps whose loss or gradient is not a number, instead of stopping.", minimum=0
     )
     ema_decay: float | None = option(
-        None, "Keep an average of the adapter with this decay and save it beside, as NAME-ema.", minimum=0, maximum=1
+        None,
+        "Keep an average of what is trained, with this decay, and save it beside, as NAME-ema.",
+        minimum=0,
+        maximum=1,
     )
     ema_cpu: bool = option(False, "Keep that average in main memory.")
     mixed_precision: str | None = option(
-        None, "Precision of the frozen model; without it the launcher's, or none.", choices=MIXED_PRECISIONS
+        None, "Precision that the model computes in; without it the launcher's, or none.", choices=MIXED_PRECISIONS
     )
     seed: int | None = option(
         None, "Seed of noise, timesteps, order and LoRA; without it one is drawn and printed.", minimum=0
@@ -262,7 +265,7 @@ class TrainSettings:
 
 TOOL = Tool(
     "wan_train_network.py",
-    "Train a LoRA on a Wan model; start it with accelerate launch.",
+    "Train a LoRA on a Wan model, or its own weights; start it with accelerate launch.",
     TrainSettings,
     "wan_train.training.main:main",
 )

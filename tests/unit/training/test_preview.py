@@ -158,5 +158,30 @@ def test_what_previews_need_is_asked_for_before_training(tmp_path: Path, options
         check_previews(settings(*(paths.get(word, word) for word in options)), VARIANTS["t2v-1.3B"])
 
 
+def test_the_log_says_what_each_preview_is_made_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for check in ("check_vae", "check_given_clip", "check_text_encoder"):
+        monkeypatch.setattr(f"wan_train.training.preview.{check}", lambda *_, **__: None)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog --w 64 --h 32 --f 5 --s 4 --l 1 --fs 3 --d 7\n")
+    check_previews(settings("--sample_prompts", str(prompts), "--vae", "v", "--t5", "t"), VARIANTS["t2v-A14B"])
+    told = capsys.readouterr().err
+    bare = "256 wide, 256 high, 1 frames, 20 steps of unipc, shift 12, guidance 4 and then 3"
+    assert f'preview 0 ("a cat", the run\'s seed + 0): {bare}' in told
+    assert (
+        'preview 1 ("a dog", seed 7): 64 wide, 32 high, 5 frames, 4 steps of unipc, shift 3, guidance 4 and then 1'
+        in told
+    )
+
+
+def test_a_strict_run_refuses_what_looks_like_an_option(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat -w 832\n")
+    with pytest.raises(InputError, match=r'line 1: "-w 832" looks like an option'):
+        check_previews(
+            settings("--sample_prompts", str(tmp_path / "prompts.txt"), "--strict_prompts"), VARIANTS["t2v-1.3B"]
+        )
+
+
 def test_without_prompts_there_are_no_previews() -> None:
     assert check_previews(settings("--ema_decay", "0.9"), VARIANTS["t2v-1.3B"]) == []
