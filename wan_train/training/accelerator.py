@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
+    DistributedType,
     DynamoBackend,
     InitProcessGroupKwargs,
     KwargsHandler,
@@ -20,12 +21,23 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wan_train.cli import InputError
-from wan_train.packages import require
 from wan_train.precision import default_device, dtype_of
 from wan_train.training.settings import LoopSettings, ProcessSettings
 
 # Whoever imports bitsandbytes without a GPU, accelerate too, is warned of a 4-bit kernel that nobody here asks for.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# What accelerate launch sets for what is not data parallelism, and its name.
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+WAY_OUT = (
+    "launch with --multi_gpu (distributed_type: MULTI_GPU in its configuration file), and give --blocks_to_swap or "
+    "--optimizer_cpu_offload where memory is short"
+)
 
 
 def make_accelerator(loop: LoopSettings, processes: ProcessSettings) -> Accelerator:
@@ -44,13 +56,21 @@ def make_accelerator(loop: LoopSettings, processes: ProcessSettings) -> Accelera
         raise InputError(
             f"accelerate is set to compile with {dynamo.value}: set its dynamo_backend to no, give --compile"
         )
+    check_distributed(accelerator.distributed_type)
     return accelerator
 
 
 def check_launcher() -> None:
-    """Raise InputError if the launcher asks for a package that is not installed."""
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        require("deepspeed", "accelerate launch --use_deepspeed", instead="launch without it")
+    """Raise InputError if the launcher's environment asks for anything but one process or data parallelism."""
+    for variable, name in UNSUPPORTED.items():
+        if _is_set(variable):
+            raise InputError(f"accelerate is set to use {name} ({variable}), which training does not support: {WAY_OUT}")
+
+
+def check_distributed(distributed_type: DistributedType) -> None:
+    """Raise InputError for what accelerate has made of several processes if it is not plain data parallelism."""
+    if distributed_type != DistributedType.NO and not distributed_type.value.startswith("MULTI_"):
+        raise InputError(f"accelerate runs as {distributed_type.value}, which training does not support: {WAY_OUT}")
 
 
 def agree_on_seed(seed: int | None) -> int:
