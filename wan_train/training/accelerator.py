@@ -5,6 +5,7 @@ import os
 import random
 from datetime import timedelta
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     KwargsHandler,
     broadcast_object_list,
+    gather_object,
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from wan_train.cli import InputError
 from wan_train.precision import default_device, dtype_of
 from wan_train.training.settings import LoopSettings, ProcessSettings
+
+Value = TypeVar("Value")
 
 # Whoever imports bitsandbytes without a GPU, accelerate too, is warned of a 4-bit kernel that nobody here asks for.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -47,9 +51,8 @@ def make_accelerator(loop: LoopSettings, processes: ProcessSettings) -> Accelera
         DistributedDataParallelKwargs(
             gradient_as_bucket_view=processes.ddp_gradient_as_bucket_view, static_graph=processes.ddp_static_graph
         ),
+        InitProcessGroupKwargs(timeout=timedelta(minutes=processes.ddp_timeout)),
     ]
-    if processes.ddp_timeout is not None:
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=processes.ddp_timeout)))
     accelerator = Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=handlers)
     dynamo = accelerator.state.dynamo_plugin.backend
     if dynamo != DynamoBackend.NO:
@@ -64,7 +67,9 @@ def check_launcher() -> None:
     """Raise InputError if the launcher's environment asks for anything but one process or data parallelism."""
     for variable, name in UNSUPPORTED.items():
         if _is_set(variable):
-            raise InputError(f"accelerate is set to use {name} ({variable}), which training does not support: {WAY_OUT}")
+            raise InputError(
+                f"accelerate is set to use {name} ({variable}), which training does not support: {WAY_OUT}"
+            )
 
 
 def check_distributed(distributed_type: DistributedType) -> None:
@@ -77,9 +82,22 @@ def agree_on_seed(seed: int | None) -> int:
     """The given seed, or one drawn by the first process for all of them."""
     if seed is not None:
         return seed
-    drawn = [random.SystemRandom().randrange(2**32)]
-    broadcast_object_list(drawn)
-    return int(drawn[0])
+    return from_first(random.SystemRandom().randrange(2**32))
+
+
+def from_first(value: Value | None) -> Value:
+    """What the first process gives; the others' own values are not looked at."""
+    box = [value]
+    broadcast_object_list(box)
+    given = box[0]
+    assert given is not None
+    return given
+
+
+def from_all(value: Value) -> list[Value]:
+    """The values of all processes, in the order of their ranks; it waits for all of them."""
+    gathered: list[Value] = gather_object([value])
+    return gathered
 
 
 def launched_device() -> torch.device:

@@ -39,6 +39,11 @@ def test_options_of_several_processes_reach_accelerate() -> None:
     assert not accelerator.autocast_handler.enabled
 
 
+def test_others_are_waited_for_longer_than_a_preview_takes() -> None:
+    accelerator = make_accelerator(LoopSettings(mixed_precision="no"), ProcessSettings())
+    assert accelerator.init_handler.timeout >= timedelta(hours=2)
+
+
 def test_compilation_is_ours_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(InputError, match="set its dynamo_backend to no, give --compile"):
