@@ -25,3 +25,13 @@ def find_place() -> Place:
     """This process's place, from the environment; alone where nothing is said."""
     rank, num_ranks, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     return Place(int(rank or 0), int(num_ranks or 1), int(local or 0))
+
+
+def first_machine_share(parts: Sequence[Part]) -> list[Part]:
+    """Return this process's share of what the processes of the first machine do together; none for other machines.
+
+    For files that the first process is to see: other machines may have a disk of their own.
+    """
+    place = find_place()
+    num_local = min(int(os.environ.get("LOCAL_WORLD_SIZE") or place.num_ranks), place.num_ranks)
+    return Place(place.rank, num_local).share(parts) if place.rank < num_local else []

@@ -1,6 +1,6 @@
 import pytest
 
-from wan_train.distributed import Place, find_place
+from wan_train.distributed import Place, find_place, first_machine_share
 
 
 def test_a_process_alone_has_everything(monkeypatch):
@@ -22,3 +22,21 @@ def test_all_processes_together_have_each_part_once(num_parts, num_ranks):
     shares = [Place(rank, num_ranks).share(range(num_parts)) for rank in range(num_ranks)]
     assert sorted(part for share in shares for part in share) == list(range(num_parts))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_the_first_machine_shares_among_its_own_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    shares = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        shares.append(first_machine_share("abcde"))
+    assert shares == [["a", "c", "e"], ["b", "d"], [], []]
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert first_machine_share("abcde") == ["d"]
+
+
+def test_a_process_alone_shares_with_nobody(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert first_machine_share("abc") == ["a", "b", "c"]

@@ -12,7 +12,6 @@ from wan_train import packages
 from wan_train.cli import InputError
 from wan_train.flow.solvers import check_solver, make_solver
 from wan_train.models.attention import check_attention
-from wan_train.training.accelerator import check_launcher
 from wan_train.training.optimizers import check_optimizer
 from wan_train.training.settings import OptimizerSettings
 from wan_train.training.show_settings import LogSettings
@@ -49,7 +48,6 @@ NEEDS: list[tuple[str, str, str, Callable[[], object]]] = [
     ("--log_with wandb", "wandb", "wandb", track("wandb")),
     ("--log_with all", "wandb", "wandb", track("all")),
     ("--log_with tensorboard", "tensorboard", "tensorboard", track("tensorboard")),
-    ("accelerate launch --use_deepspeed", "deepspeed", "deepspeed", check_launcher),
 ]
 
 
@@ -57,7 +55,6 @@ NEEDS: list[tuple[str, str, str, Callable[[], object]]] = [
 def test_an_option_without_its_package_is_refused_in_one_line(
     option: str, module: str, package: str, check: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     block(monkeypatch, module)
     with pytest.raises(InputError) as refused:
         check()
@@ -76,12 +73,6 @@ def test_solvers_of_diffusers_name_it(solver: str, monkeypatch: pytest.MonkeyPat
         make_solver(solver, steps=2)
     check_solver("lcm")
     assert len(make_solver("lcm", steps=2).timesteps) == 2
-
-
-def test_no_launcher_asks_for_anything_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
-    block(monkeypatch, "deepspeed")
-    check_launcher()
 
 
 def test_by_default_curves_go_to_tensorboard_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

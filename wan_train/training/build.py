@@ -17,6 +17,7 @@ from networks.adapter import Adapter
 from wan_train.assemble import WeightedLora, assemble_dit, attach_adapter, finish_dit
 from wan_train.cli import InputError, Stopped
 from wan_train.conditions import Conditions
+from wan_train.distributed import first_machine_share
 from wan_train.log import get_logger
 from wan_train.memory.lanes import make_lane
 from wan_train.memory.stream import Stream
@@ -26,7 +27,7 @@ from wan_train.models.variants import VARIANTS
 from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
-from wan_train.training.accelerator import prepare_model
+from wan_train.training.accelerator import from_first, prepare_model
 from wan_train.training.conditioning import dropping_rate
 from wan_train.training.ema import Ema
 from wan_train.training.experts import ExpertPlan, only_expert, settings_of
@@ -63,7 +64,7 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     start = start_of(plan.state, same, length, settings)
     log.info(summarise(dataset))
     texts = encode(settings, plan, accelerator)
-    previewer = make_previewer(settings, plan, texts, accelerator, seed) if is_first else None
+    previewer = make_previewer(settings, plan, texts, accelerator, seed)
     model, adapter, streams = make_models(settings, plan.experts, accelerator, seed)
     warmup = warmup_steps(settings.optimizer.lr_warmup_steps, length.steps)
     stepping = make_stepping(adapter, streams, settings, accelerator, warmup=warmup, seed=seed)
@@ -102,7 +103,8 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
         configuration=same,
         previewer=previewer,
         writer=make_writer(settings, plan.state, rows) if is_first else None,
-        hub=open_hub(settings.hub) if is_first else None,
+        # In the background where others would wait for the copy.
+        hub=open_hub(settings.hub, background=accelerator.num_processes > 1) if is_first else None,
         validator=cast("Validator | None", carried["validator"]),
         strata=make_strata(settings, dataset, seed),
         prior=make_prior(settings, plan, texts),
@@ -263,27 +265,31 @@ def make_writer(settings: TrainSettings, state: State | None, rows: dict[str, st
 
 
 def encode(settings: TrainSettings, plan: Plan, accelerator: Accelerator) -> dict[str, Conditions]:
-    """The texts of previews (on the first process) and of the prior, encoded once, the text encoder gone again."""
+    """The texts of the prior and of previews, encoded by the first process for all, the text encoder gone again."""
     texts = list(plan.prior_captions)
-    if accelerator.is_main_process:
-        texts += [text for request in plan.requests for text in (request.prompt, request.negative_prompt)]
-    return encode_texts(texts, settings.text, accelerator.device) if texts else {}
+    texts += [text for request in plan.requests for text in (request.prompt, request.negative_prompt)]
+    if not texts:
+        return {}
+    encoded = encode_texts(texts, settings.text, accelerator.device) if accelerator.is_main_process else {}
+    return {text: from_first(encoded.get(text)) for text in dict.fromkeys(texts)}
 
 
 def make_previewer(
     settings: TrainSettings, plan: Plan, texts: dict[str, Conditions], accelerator: Accelerator, seed: int
 ) -> Previewer | None:
-    """What makes previews; None where none are asked for."""
-    if not plan.requests:
+    """What makes this process's share of the previews; None where it has none."""
+    requests = dict(first_machine_share(list(enumerate(plan.requests))))
+    if not requests:
         return None
     device = accelerator.device
-    seen = see_requests(plan.requests, settings.image, device)
+    seen = see_requests(list(requests.values()), settings.image, device)
     vae = open_vae(settings.vae, device)
-    images = [
-        encode_pictures(request, vae, tokens, device) for request, tokens in zip(plan.requests, seen, strict=True)
-    ]
+    images = {
+        index: encode_pictures(request, vae, tokens, device)
+        for (index, request), tokens in zip(requests.items(), seen, strict=True)
+    }
     vae.to("cpu")
-    return Previewer(plan.requests, texts, images, vae, device, settings.save, plan.variant.fps, seed)
+    return Previewer(requests, texts, images, vae, device, settings.save, plan.variant.fps, seed)
 
 
 def make_prior(settings: TrainSettings, plan: Plan, texts: dict[str, Conditions]) -> Prior | None:

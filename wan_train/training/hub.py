@@ -35,14 +35,14 @@ class Client(Protocol):
 class Hub:
     """The repository that gets the copies. A copy that fails costs a warning; the run and its own files go on."""
 
-    def __init__(self, settings: HubSettings, client: Client) -> None:
+    def __init__(self, settings: HubSettings, client: Client, *, background: bool = False) -> None:
         assert settings.huggingface_repo_id is not None
         self._settings, self._client, self._repo = settings, client, settings.huggingface_repo_id
         # One at a time: the hub refuses commits that overlap.
-        self._queue = ThreadPoolExecutor(max_workers=1) if settings.async_upload else None
+        self._queue = ThreadPoolExecutor(max_workers=1) if background or settings.async_upload else None
 
     def upload(self, path: Path) -> None:
-        """Copy a saved file, or a state folder if `--save_state_to_huggingface`; with `--async_upload` soon."""
+        """Copy a saved file, or a state folder if `--save_state_to_huggingface`; in the background if asked for."""
         if path.is_dir() and not self._settings.save_state_to_huggingface:
             return
         if self._queue is None:
@@ -74,8 +74,11 @@ class Hub:
         log.info("uploaded %s to %s", path.name, self._repo)
 
 
-def open_hub(settings: HubSettings) -> Hub | None:
-    """The repository, made if it is not there; None where none is asked for. InputError if the hub refuses."""
+def open_hub(settings: HubSettings, *, background: bool = False) -> Hub | None:
+    """The repository, made if it is not there; None where none is asked for. InputError if the hub refuses.
+
+    With `background`, and with `--async_upload`, nobody waits for a copy before `Hub.finish`.
+    """
     if settings.huggingface_repo_id is None:
         return None
     client = make_client(settings.huggingface_token)
@@ -91,7 +94,7 @@ def open_hub(settings: HubSettings) -> Hub | None:
             f"--huggingface_repo_id {settings.huggingface_repo_id} cannot be used: {_first_line(problem)}; "
             "look at the name and the token, or leave it out and upload later"
         ) from None
-    return Hub(settings, client)
+    return Hub(settings, client, background=background)
 
 
 def check_hub(settings: HubSettings, resume: str | None) -> None:

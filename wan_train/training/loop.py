@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from dataset.ahead import read_ahead
 from wan_train.cli import Stopped
 from wan_train.log import get_logger
+from wan_train.training.accelerator import from_all
 from wan_train.training.checkpoints import of_epoch, of_step
 from wan_train.training.metrics import StepMetrics
 from wan_train.training.optimizer_state import for_saving
@@ -148,12 +150,15 @@ def evaluate(run: Run, position: Position) -> None:
 
 
 def make_previews(run: Run, moment: str, step: int) -> None:
-    """Make the previews, on the first process, while the others wait."""
+    """Make the previews, each process its share, and wait for all of them."""
+    made: dict[int, Path] = {}
     if run.previewer is not None:
         averaged = run.ema if run.settings.preview.sample_with_ema else None
         applied = averaged.applied(run.stepping.forget) if averaged is not None else nullcontext()
         with for_saving(run.optimizer), applied:
-            paths = run.previewer.make(run.dit, moment)
-        if run.writer is not None:
-            run.writer.write_previews(paths, step, fps=run.previewer.fps)
-    run.accelerator.wait_for_everyone()
+            made = run.previewer.make(run.dit, moment)
+    others = {index: path for paths in from_all(made) for index, path in paths.items() if index not in made}
+    for _, path in sorted(others.items()):
+        log.info("preview %s", path)
+    if run.writer is not None and run.previewer is not None:
+        run.writer.write_previews(made | others, step, fps=run.previewer.fps)

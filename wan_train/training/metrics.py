@@ -127,9 +127,9 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.scalars(values, int(row["step"]))
 
-    def write_previews(self, paths: Sequence[Path], step: int, *, fps: int) -> None:
-        """Show previews, in the order of their prompts, where curves are shown."""
-        named = {f"preview/{index:02d}": path for index, path in enumerate(paths)}
+    def write_previews(self, paths: Mapping[int, Path], step: int, *, fps: int) -> None:
+        """Show previews, by the index of their prompts, where curves are shown."""
+        named = {f"preview/{index:02d}": path for index, path in sorted(paths.items())}
         for tracker in self._trackers:
             tracker.media(named, step, fps=fps)
 

@@ -1,6 +1,6 @@
 """Previews: the generator's own sampling on the model in training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -52,31 +52,31 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
 
 @dataclass(frozen=True)
 class Previewer:
-    """Everything that a preview needs but the model; `conditions` by prompt, `images` of each request, the VAE parked
-    on the CPU."""
+    """Everything that this process's previews need but the model: `requests` and their `images` by the index of the
+    prompt, `conditions` by text, the VAE parked on the CPU."""
 
-    requests: Sequence[SampleRequest]
+    requests: Mapping[int, SampleRequest]
     conditions: Mapping[str, Conditions]
-    images: Sequence[ImageConditions | None]
+    images: Mapping[int, ImageConditions | None]
     vae: WanVAE
     device: torch.device
     save: SaveSettings
     fps: int
     seed: int
 
-    def make(self, model: nn.Module, moment: str) -> list[Path]:
+    def make(self, model: nn.Module, moment: str) -> dict[int, Path]:
         """Sample every prompt and write OUTPUT_DIR/sample/NAME_MOMENT_INDEX_TIME_SEED.mp4 (.png for one frame).
 
-        A preview that fails, for want of memory or whatever else, costs one warning and nothing more; the paths are
-        those of the others.
+        A preview that fails, for want of memory or whatever else, costs one warning and nothing more; the paths, by
+        index, are those of the others.
         """
         training = model.training
         model.eval()
         try:
-            made = [self._try_one(model, moment, index, request) for index, request in enumerate(self.requests)]
+            made = {index: self._try_one(model, moment, index, request) for index, request in self.requests.items()}
         finally:
             model.train(training)
-        return [path for path in made if path is not None]
+        return {index: path for index, path in made.items() if path is not None}
 
     def _try_one(self, model: nn.Module, moment: str, index: int, request: SampleRequest) -> Path | None:
         try:

@@ -80,9 +80,9 @@ class Skipped:
 class Run:
     """Everything that the loop works with.
 
-    `model` is what accelerate made of `dit`, `optimizer` of that of `stepping`; `previewer` and `writer` are there on
-    the first process only. `carried` names all that a state holds beside the adapter; `configuration` is what a resumed
-    run must have in common.
+    `model` is what accelerate made of `dit`, `optimizer` of that of `stepping`; `previewer` is there on processes with
+    a share of the previews, `writer` and `hub` on the first process only. `carried` names all that a state holds beside
+    the adapter; `configuration` is what a resumed run must have in common.
     """
 
     settings: TrainSettings

@@ -74,8 +74,10 @@ class LoopSettings:
 class ProcessSettings:
     """Several processes."""
 
-    ddp_timeout: float | None = option(
-        None, "Minutes that a process waits for the others before the run ends; without it torch's own.", minimum=0.1
+    ddp_timeout: float = option(
+        240.0,
+        "Minutes that a process waits for the others, such as for their previews or a file, before the run ends.",
+        minimum=0.1,
     )
     ddp_gradient_as_bucket_view: bool = option(False, "Let gradients share memory with what is exchanged.")
     ddp_static_graph: bool = option(False, "Promise that each step takes the same path through the model.")

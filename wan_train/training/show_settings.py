@@ -60,4 +60,4 @@ class HubSettings:
         False,
         "Take --resume as REPO_ID/PATH_IN_REPO:REVISION:REPO_TYPE, a state on the hub; the last two may be left out.",
     )
-    async_upload: bool = option(False, "Upload while training goes on.")
+    async_upload: bool = option(False, "Upload while training goes on; several processes always do.")

@@ -2,15 +2,25 @@
 
 from collections.abc import Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 
 from wan_train.cli import InputError
 from wan_train.precision import dtype_of
-from wan_train.training.accelerator import launched_device, launched_dtype, make_accelerator, prepare_model
+from wan_train.training import accelerator as accelerators
+from wan_train.training.accelerator import (
+    UNSUPPORTED,
+    check_launcher,
+    launched_device,
+    launched_dtype,
+    make_accelerator,
+    prepare_model,
+)
 from wan_train.training.settings import LoopSettings, ProcessSettings
 
 
@@ -27,6 +37,11 @@ def test_options_of_several_processes_reach_accelerate() -> None:
     assert accelerator.ddp_handler.gradient_as_bucket_view and accelerator.ddp_handler.static_graph
     assert accelerator.init_handler.timeout == timedelta(minutes=3)
     assert not accelerator.autocast_handler.enabled
+
+
+def test_others_are_waited_for_longer_than_a_preview_takes() -> None:
+    accelerator = make_accelerator(LoopSettings(mixed_precision="no"), ProcessSettings())
+    assert accelerator.init_handler.timeout >= timedelta(hours=2)
 
 
 def test_compilation_is_ours_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,3 +71,29 @@ def test_what_is_frozen_is_not_exchanged() -> None:
     accelerator = make_accelerator(LoopSettings(mixed_precision="no"), ProcessSettings())
     assert prepare_model(model, accelerator) is model
     assert model._ddp_params_and_buffers_to_ignore == ["0.weight", "0.bias", "codes"]
+
+
+@pytest.mark.parametrize("variable", UNSUPPORTED)
+def test_what_is_not_data_parallelism_is_refused_by_the_environment(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in UNSUPPORTED:
+        monkeypatch.setenv(each, "false")
+    check_launcher()
+    monkeypatch.setenv(variable, "true")
+    told = rf"accelerate is set to use {UNSUPPORTED[variable]} \({variable}\).*: launch with --multi_gpu"
+    with pytest.raises(InputError, match=told) as refused:
+        check_launcher()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", DistributedType)
+def test_only_data_parallelism_trains(kind: DistributedType, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_compiling = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend="NO"))
+    made = SimpleNamespace(state=no_compiling, distributed_type=kind)
+    monkeypatch.setattr(accelerators, "Accelerator", lambda **_: made)
+    if kind.value in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU"):
+        assert make_accelerator(LoopSettings(), ProcessSettings()) is made
+    elif kind.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
+        with pytest.raises(InputError, match=f"accelerate runs as {kind.value}, .*: launch with --multi_gpu"):
+            make_accelerator(LoopSettings(), ProcessSettings())

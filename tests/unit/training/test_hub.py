@@ -107,6 +107,17 @@ def test_states_are_copied_if_asked_for_and_come_back(local: LocalHub, saved: tu
     assert ((folder / "manifest.json").read_text(), local.token) == ("{}", "other")
 
 
+def test_where_others_would_wait_copies_are_made_in_the_background(local: LocalHub, saved: tuple[Path, Path]) -> None:
+    made = open_hub(settings(), background=True)
+    assert made is not None
+    local.gate.clear()
+    made.upload(saved[0])
+    assert local.held() == set()
+    local.gate.set()
+    made.finish()
+    assert local.held() == {"model/me/mine/name.safetensors"}
+
+
 def test_copies_wait_for_nobody_and_the_end_waits_for_them(local: LocalHub, saved: tuple[Path, Path]) -> None:
     made = open_hub(settings(async_upload=True))
     assert made is not None

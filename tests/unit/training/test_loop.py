@@ -54,8 +54,7 @@ def test_previews_show_the_average_if_that_is_asked_for(with_ema: bool, shown: f
         stepping=SimpleNamespace(forget=lambda: None),
         dit=None,
         writer=None,
-        previewer=SimpleNamespace(make=lambda *_: seen.append(float(weight.detach()))),
-        accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
+        previewer=SimpleNamespace(make=lambda *_: seen.append(float(weight.detach())) or {}),
     )
     make_previews(run, "000001", 1)
     assert seen == [shown] and float(weight.detach()) == 1.0

@@ -99,7 +99,7 @@ def test_tensorboard_has_curves_and_previews(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), dtype=np.uint8)
     write_video(tmp_path / "a.mp4", frames, fps=16)
     write_image(tmp_path / "b.png", frames[0])
-    writer.write_previews([tmp_path / "a.mp4", tmp_path / "b.png"], 1, fps=16)
+    writer.write_previews({0: tmp_path / "a.mp4", 1: tmp_path / "b.png"}, 1, fps=16)
     writer.close()
     found = board(tmp_path / "boards" / "try-name")
     wanted = {
@@ -140,7 +140,7 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> No
 
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = MetricsWriter(LogSettings(), save_to(tmp_path))
-    writer.write_previews([tmp_path / "absent.png"], 1, fps=16)
+    writer.write_previews({0: tmp_path / "absent.png"}, 1, fps=16)
     writer.write(ROW)
     writer.close()
     assert "TensorBoard fails and gets no more" in capsys.readouterr().err
@@ -179,7 +179,7 @@ save = SaveSettings(output_dir=str(folder), output_name="name")
 for keep_until in (None, 1):
     writer = MetricsWriter(logs, save, keep_until=keep_until, config={{"ss_seed": "77"}})
     writer.write(StepMetrics(2 if keep_until else 1, 1, 0.123, 0.5, 1e-4, 2.0, 0.1, 100))
-    writer.write_previews([folder / "a.mp4"], 1, fps=16)
+    writer.write_previews({{0: folder / "a.mp4"}}, 1, fps=16)
     writer.close()
 """
     key = "0123456789abcdef" * 2 + "deadbeef"

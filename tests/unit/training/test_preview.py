@@ -51,7 +51,9 @@ def previewer(folder: Path, vae: Any, requests: list[SampleRequest] = REQUESTS) 
     generator = torch.Generator().manual_seed(1)
     texts = ["", *(request.prompt for request in requests)]
     conditions = {text: Conditions((torch.randn(3, 8, generator=generator),)) for text in texts}
-    return Previewer(requests, conditions, [None] * len(requests), vae, CPU, SaveSettings(str(folder), "name"), 16, 40)
+    images = dict.fromkeys(range(len(requests)))
+    save = SaveSettings(str(folder), "name")
+    return Previewer(dict(enumerate(requests)), conditions, images, vae, CPU, save, 16, 40)
 
 
 def fail_on(model: Dit, call: int, error: BaseException) -> Callable[[], None]:
@@ -82,8 +84,9 @@ def test_a_preview_that_fails_costs_a_warning_and_its_memory_comes_back(
     check = fail_on(model, 5, torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"))
     made = previewer(tmp_path, vae).make(model, "000005")
     check()
-    assert [path.name.split("_")[2] + path.name[-7:] for path in made] == ["00_40.mp4", "02_42.mp4"]
-    assert all(path.is_file() for path in made)
+    names = {index: path.name.split("_")[2] + path.name[-7:] for index, path in made.items()}
+    assert names == {0: "00_40.mp4", 2: "02_42.mp4"}
+    assert all(path.is_file() for path in made.values())
     assert model.training
     warning = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
     assert warning == ["WARNING: preview 1 at 000005 failed, training goes on: CUDA out of memory."]
@@ -97,7 +100,7 @@ def test_a_vae_that_fails_is_parked_again(tmp_path: Path) -> None:
 
     broken: Any = SimpleNamespace(to=lambda place: places.append(str(place)), decode=decode)
     one_gpu = previewer(tmp_path, broken, REQUESTS[:1])
-    assert one_gpu.make(make_dit(), "000001") == []
+    assert one_gpu.make(make_dit(), "000001") == {}
     assert places[-1] == "cpu"
 
 
@@ -120,7 +123,7 @@ def test_training_goes_on_after_a_failure_as_if_there_had_been_none(tmp_path: Pa
         apply_recompute(list(model.blocks), RecomputeSettings(recompute="full"), CPU)
         if fails:
             check = fail_on(model, 2, RuntimeError("no"))
-            assert previewer(tmp_path, vae, REQUESTS[:1]).make(model, "000001") == []
+            assert previewer(tmp_path, vae, REQUESTS[:1]).make(model, "000001") == {}
             check()
         latents = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(2))
         model(
