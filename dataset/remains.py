@@ -1,4 +1,4 @@
-"""What runs that were killed leave in a folder: hidden folders and files, which no reader takes for caches or states."""
+"""What killed runs leave in a folder: hidden folders and files, which no reader takes for caches or states."""
 
 import os
 import re

@@ -152,8 +152,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty folder to fill beside `path`; its files are flushed and it is renamed to `path` at the end.
 
-    A folder that is already there gives way last, to `OLD` in the hidden folder, and is lost only once the new one is in
-    its place. A process that is killed in between leaves both: `dataset.remains.put_back` puts the new one in place.
+    A folder that is already there gives way last, to `OLD` in the hidden folder, and is lost only once the new one is
+    in its place. A process that is killed in between leaves both: `dataset.remains.put_back` puts the new one in place.
     """
     target = Path(path)
     with _beside(target) as folder:

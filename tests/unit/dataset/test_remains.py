@@ -80,7 +80,7 @@ def test_what_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, monkeypat
         replace(source, target)
 
     monkeypatch.setattr(storage.os, "replace", refused)
-    with pytest.raises(InputError, match="cannot write .*Input/output error"):
+    with pytest.raises(InputError, match=r"cannot write .*Input/output error"):
         write(folder, "new")
     assert read(folder) == {"old"} and list(tmp_path.iterdir()) == [folder]
 
