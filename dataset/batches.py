@@ -105,6 +105,11 @@ class CachedDataset(Dataset[Sample]):
         """Samples of an epoch, repeats counted."""
         return len(self.keys)
 
+    @property
+    def clips(self) -> dict[str, Clip]:
+        """The clip of each sample, by `SampleKey.item`."""
+        return {key.item: clip for key, clip in zip(self.keys, self._clips, strict=True)}
+
     def __len__(self) -> int:
         return len(self.keys)
 

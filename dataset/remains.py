@@ -1,4 +1,4 @@
-"""What runs that were killed leave in a cache folder: hidden folders and files, which no reader takes for caches."""
+"""What killed runs leave in a folder: hidden folders and files, which no reader takes for caches or states."""
 
 import os
 import re
@@ -6,16 +6,38 @@ import shutil
 import time
 from pathlib import Path
 
-from wan_train.storage import HOST
+from wan_train.storage import HOST, NEW, OLD
 
 _TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)~(?P<process>\d+)~\w+")
 _PROBE = re.compile(r"\.probe\w{8}")
-_DAY = 24 * 60 * 60
+_MINUTE, _DAY = 60, 24 * 60 * 60
+
+
+def put_back(folder: Path) -> list[Path]:
+    """Finish what a process began that was killed while it replaced a folder in this one; say which are in place again.
+
+    Nobody writes to it any more: the process is gone, or of another machine and has not touched it for a minute, where
+    a living one takes no time between the two renames.
+    """
+    found: list[Path] = []
+    hidden = [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)] if folder.is_dir() else []
+    for old in (old for path in hidden if (path / OLD).is_dir() for old in (path / OLD).iterdir()):
+        new, target = old.parents[1] / NEW / old.name, folder / old.name
+        try:
+            # It was whole and on disk before the old one was moved.
+            if new.exists() and not target.exists() and _is_left_over(old.parents[1], seconds=_MINUTE):
+                new.rename(target)
+                found.append(target)
+        except OSError:  # another process was faster
+            continue
+    return found
 
 
 def remove_remains(folder: Path) -> list[Path]:
-    """Delete the temporaries of runs that are gone, or that are older than a day; say which."""
+    """Delete the temporaries of runs that are gone, or that are older than a day; say which. What one of them had moved
+    away, and not yet replaced, is put back first."""
     removed = []
+    put_back(folder)
     for path in folder.iterdir():
         try:
             if path.name.startswith(".") and _is_left_over(path):
@@ -26,11 +48,12 @@ def remove_remains(folder: Path) -> list[Path]:
     return removed
 
 
-def _is_left_over(path: Path) -> bool:
+def _is_left_over(path: Path, *, seconds: int = _DAY) -> bool:
+    """Whether a process of this machine that left it is gone, or nobody has touched it for so long."""
     temporary = _TEMPORARY.fullmatch(path.name)
     if temporary and temporary["host"] == HOST and not _is_alive(int(temporary["process"])):
         return True
-    return bool(temporary or _PROBE.fullmatch(path.name)) and time.time() - path.stat().st_mtime > _DAY
+    return bool(temporary or _PROBE.fullmatch(path.name)) and time.time() - path.stat().st_mtime > seconds
 
 
 def _is_alive(process: int) -> bool:

@@ -86,6 +86,11 @@ def match_keys(shapes: Mapping[str, Shape], module_names: Iterable[str], what: s
     return Match({module: _pair(module, parts, what) for module, parts in found.items()}, unmatched)
 
 
+def is_pair(key: str) -> bool:
+    """Whether a tensor of this name is one half of a LoRA pair."""
+    return _split(key)[1] in ("down", "up")
+
+
 def _pair(module: str, parts: Mapping[str, str], what: str) -> PairKeys:
     if "down" not in parts or "up" not in parts:
         raise InputError(

@@ -83,7 +83,7 @@ def _of_one_saving(paths: list[Path]) -> list[Path]:
     if len(marks) > 1:
         raise InputError(
             f"{paths[0]} and the others of its set are of two savings, the second of which was cut off: take another"
-            " checkpoint, or go on from a state and save again"
+            " checkpoint, or resume from a state and save again"
         )
     return paths
 

@@ -29,6 +29,8 @@ TensorSource = str | os.PathLike[str] | Mapping[str, Tensor]
 # Stands in the names of temporary files, so that those of dead processes can be told from those of living ones.
 HOST = re.sub(r"[^\w-]", "", platform.node())[:40] or "host"
 
+NEW, OLD = "replacing", "replaced"  # in the hidden folder of `replacing_folder`: what comes, and what gives way to it
+
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "module", "model_state")  # single-key dictionaries around a state dict
 
@@ -150,20 +152,34 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty folder to fill beside `path`; its files are flushed and it is renamed to `path` at the end.
 
-    A folder that is already there gives way last, and is lost only once the new one is in its place.
+    A folder that is already there gives way last, to `OLD` in the hidden folder, and is lost only once the new one is
+    in its place. A process that is killed in between leaves both: `dataset.remains.put_back` puts the new one in place.
     """
     target = Path(path)
     with _beside(target) as folder:
-        temporary = folder / "new"
-        temporary.mkdir()
+        temporary = folder / NEW / target.name  # under the target's own name, so that whoever finds it knows its place
+        temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)
         if target.exists():
-            os.replace(target, folder / "old")
-        os.replace(temporary, target)
+            _change_places(target, temporary, aside=folder / OLD / target.name)
+        else:
+            os.replace(temporary, target)
         _flush(target.parent)
+
+
+def _change_places(target: Path, new: Path, *, aside: Path) -> None:
+    """Move a folder aside and another one to its place; where that fails it is moved back."""
+    aside.parent.mkdir()
+    try:
+        os.replace(target, aside)
+        os.replace(new, target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.replace(aside, target)
+        raise
 
 
 @contextlib.contextmanager

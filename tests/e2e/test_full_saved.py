@@ -142,7 +142,7 @@ def test_no_room_for_a_set_ends_the_run_and_leaves_what_was_saved(
     assert run(TRAIN, [str(word) for word in desk.training("tight", *options)]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"cannot write {out / 'tight-step00000002.safetensors'}: File too large" in said
-    assert f"go on from {out / 'tight-step00000001-state'}" in said
+    assert f"resume from {out / 'tight-step00000001-state'}" in said
     assert read_header(out / "tight-step00000001.safetensors.index.json").shapes == dit_shapes()
     assert not [path for path in out.iterdir() if path.name.startswith((".tight", "tight-step00000002"))]
 

@@ -142,7 +142,7 @@ def test_killed_runs_end_where_unbroken_ones_do(desk: Desk, way: str) -> None:
     desk.signal_at(process, way, chance.randint(3, STEPS - 2), signal.SIGKILL, pause=chance.random() * 0.05)
     assert not (desk.folder / "out" / f"{way}.safetensors").exists()
     said = desk.finish(way, *WAYS[way], "--resume", "auto")
-    assert "going on from" in said
+    assert "resuming from" in said
     desk.assert_same(way, f"{way}_whole")
 
 

@@ -312,7 +312,7 @@ def test_no_room_for_the_best_names_the_state_to_go_on_from(
     held_out = ("--validation_config", shop.folder / "data.toml", "--validate_every_n_steps", 3)
     shop.train("tight", *held_out, "--save_every_n_steps", 2, "--save_state", expect=1)
     said = capsys.readouterr().err
-    assert "tight-best" in said and f"go on from {shop.folder / 'out' / 'tight-step00000002-state'}" in said
+    assert "tight-best" in said and f"resume from {shop.folder / 'out' / 'tight-step00000002-state'}" in said
 
 
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
@@ -328,7 +328,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
     (out / f".full-step.{HOST}~999999~abcdefgh").mkdir()  # of a run that was killed
     shop.train("full", "--save_every_n_steps", 2, "--save_state", expect=1)
     said = capsys.readouterr().err
-    assert "No space left on device" in said and f"go on from {out / 'full-step00000002-state'}" in said
+    assert "No space left on device" in said and f"resume from {out / 'full-step00000002-state'}" in said
     assert not [path for path in out.iterdir() if path.name.startswith(".full")]
     monkeypatch.undo()
     shop.train("full", "--save_every_n_steps", 2, "--save_state", "--resume", "auto")

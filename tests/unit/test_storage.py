@@ -115,7 +115,12 @@ def test_what_is_saved_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> Non
 
 def test_a_view_is_saved_without_what_it_is_a_view_of(tmp_path: Path) -> None:
     whole = torch.arange(100_000.0)
-    parts = {"part": whole[10:20], "turned": whole[:6].view(2, 3).t(), "twice": [whole, whole], "one": whole[:1].expand(5)}
+    parts = {
+        "part": whole[10:20],
+        "turned": whole[:6].view(2, 3).t(),
+        "twice": [whole, whole],
+        "one": whole[:1].expand(5),
+    }
     save_parts(tmp_path / "run.pt", parts)
     assert (tmp_path / "run.pt").stat().st_size < 4 * len(whole) + 8192
     saved = read_parts(tmp_path / "run.pt")

@@ -1,21 +1,20 @@
 """A run put together: each part made when it is its turn, and given back what a state holds of it."""
 
 import os
-import random
 import time
 from typing import cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.batches import Batch, CachedDataset, collate
+from dataset.contents import read_contents
 from dataset.epochs import EpochBatches
 from dataset.summary import metadata, summarise
 from networks.adapter import Adapter
 from wan_train.assemble import WeightedLora, assemble_dit, attach_adapter, finish_dit
-from wan_train.cli import InputError, Stopped
+from wan_train.cli import InputError
 from wan_train.conditions import Conditions
 from wan_train.distributed import first_machine_share
 from wan_train.log import get_logger
@@ -28,10 +27,12 @@ from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
 from wan_train.training.accelerator import from_first, prepare_model
+from wan_train.training.choosing import identity_of
 from wan_train.training.conditioning import dropping_rate
 from wan_train.training.ema import Ema
 from wan_train.training.experts import ExpertPlan, only_expert, settings_of
 from wan_train.training.hub import open_hub
+from wan_train.training.identity import Identity
 from wan_train.training.loop import run_length
 from wan_train.training.metadata import RunFacts, training_metadata
 from wan_train.training.metrics import MetricsWriter, RunningMean
@@ -40,11 +41,11 @@ from wan_train.training.pair import PairAdapter, PairEma, PairModel, move_frozen
 from wan_train.training.preflight import Plan, model_settings
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
-from wan_train.training.resume import AUTO, Trained, configuration, require_same
+from wan_train.training.resume import Trained, configuration, go_on, start_of
 from wan_train.training.run import Length, Run, Skipped, Stateful
 from wan_train.training.schedules import check_schedule, make_schedule, warmup_steps
 from wan_train.training.settings import LoopSettings, TrainSettings
-from wan_train.training.state import Position, State, load_state
+from wan_train.training.state import State
 from wan_train.training.stepping import Streams, make_stepping
 from wan_train.training.stopping import leave_signals_to_trainer
 from wan_train.training.strata import Strata
@@ -61,7 +62,10 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     check_schedule(settings.optimizer, length.steps)
     trained = Trained(plan.configs, dataset.keys, plan.prior_captions, length.steps, accelerator.mixed_precision)
     same = configuration(settings, trained, num_processes=accelerator.num_processes)
-    start = start_of(plan.state, same, length, settings)
+    # Without a state to compare with or to write they are not needed.
+    samples = read_contents(dataset) if is_first or plan.state is not None else {}
+    start = start_of(plan.state, same, samples, length, settings)
+    identity = identity_of(plan.state, settings.save)
     log.info(summarise(dataset))
     texts = encode(settings, plan, accelerator)
     previewer = make_previewer(settings, plan, texts, accelerator, seed)
@@ -82,7 +86,7 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     }
     if plan.state is not None:
         go_on(plan.state, dict(adapter.named_parameters()), carried)
-    facts = make_facts(plan, dataset, accelerator, length, seed=seed, warmup=warmup)
+    facts = make_facts(plan, dataset, accelerator, length, identity, seed=seed, warmup=warmup)
     rows = training_metadata(settings, facts, adapter.metadata())
     return Run(
         settings=settings,
@@ -101,6 +105,8 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
         seed=seed,
         metadata=rows,
         configuration=same,
+        samples=samples,
+        identity=identity,
         previewer=previewer,
         writer=make_writer(settings, plan.state, rows) if is_first else None,
         # In the background where others would wait for the copy.
@@ -164,30 +170,6 @@ def make_model(
     return model, adapter, stream
 
 
-def start_of(state: State | None, same: dict[str, str], length: Length, settings: TrainSettings) -> Position:
-    """Where the run begins. InputError for a state of another configuration, or of a run that is at its end; with
-    `--resume auto`, which scripts repeat until all is done, such an end is Stopped without an error."""
-    if state is None:
-        return Position()
-    require_same(state, same, anyway=settings.save.resume_anyway)
-    if state.position.step >= length.steps:
-        told = (
-            f"--resume {state.folder} is at step {state.position.step} of {length.steps}: nothing is left to train; "
-            "raise --max_train_steps or --max_train_epochs to go on"
-        )
-        raise Stopped(told, 0) if settings.save.resume == AUTO else InputError(told)
-    log.info("going on from %s: step %d, epoch %d", state.folder, state.position.step, state.position.epoch)
-    return state.position
-
-
-def go_on(state: State, trained: dict[str, nn.Parameter], carried: dict[str, Stateful | None]) -> None:
-    """Give everything that is carried from step to step what the state holds of it."""
-    parts = load_state(state, trained)
-    for name, part in carried.items():
-        if part is not None and name in parts:
-            part.load_state_dict(parts[name])
-
-
 def share_adapter(adapter: Adapter, model: Dit) -> None:
     """Let an adapter change another model too. InputError for a network that cannot."""
     act_on = getattr(adapter, "act_on", None)
@@ -202,8 +184,7 @@ def make_ema(adapter: Adapter, loop: LoopSettings, device: torch.device) -> Ema 
         return None
     lane = make_lane(device) if loop.ema_cpu and device.type != "cpu" else None
     parts = {
-        expert: Ema(dict(part.named_parameters()), loop.ema_decay, lane=lane)
-        for expert, part in parts_of(adapter)
+        expert: Ema(dict(part.named_parameters()), loop.ema_decay, lane=lane) for expert, part in parts_of(adapter)
     }
     return parts[None] if None in parts else PairEma(pair_of({str(expert): part for expert, part in parts.items()}))
 
@@ -225,7 +206,14 @@ def make_strata(settings: TrainSettings, dataset: CachedDataset, seed: int) -> S
 
 
 def make_facts(
-    plan: Plan, dataset: CachedDataset, accelerator: Accelerator, length: Length, *, seed: int, warmup: int
+    plan: Plan,
+    dataset: CachedDataset,
+    accelerator: Accelerator,
+    length: Length,
+    identity: Identity,
+    *,
+    seed: int,
+    warmup: int,
 ) -> RunFacts:
     """What the metadata tell of the run."""
     return RunFacts(
@@ -238,7 +226,7 @@ def make_facts(
         mixed_precision=accelerator.mixed_precision,
         datasets=metadata(dataset, plan.configs),
         started_at=time.time(),
-        session_id=random.SystemRandom().randrange(2**32),
+        session_id=identity.session,
     )
 
 

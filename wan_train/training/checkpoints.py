@@ -1,12 +1,13 @@
 """Names of what a run saves, the saving of an adapter, and which files newer ones replace."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from networks.hashes import add_hashes
+from networks.moments import EPOCH, STEP
 from wan_train.precision import dtype_of
 from wan_train.shards import INDEX
 from wan_train.storage import save_tensors
@@ -14,16 +15,6 @@ from wan_train.tensor_writer import Row, write_set
 from wan_train.training.save_settings import SaveSettings
 
 FILE, EMA_FILE, STATE = ".safetensors", "-ema.safetensors", "-state"  # what follows NAME and the moment
-
-
-def of_epoch(epoch: int) -> str:
-    """How names tell that something was saved after an epoch: NAME-000001."""
-    return f"-{epoch:06d}"
-
-
-def of_step(step: int) -> str:
-    """How names tell that something was saved after a step: NAME-step00000001."""
-    return f"-step{step:08d}"
 
 
 def path_of(save: SaveSettings, moment: str, ending: str, part: str | None = None) -> Path:
@@ -69,9 +60,9 @@ def outlived(save: SaveSettings, *, epoch: int, step: int, parts: Sequence[str |
     gone: list[Path] = []
     files = [(_name(save, part), ending, epochs, steps) for part in parts for ending in (FILE, EMA_FILE)]
     for name, ending, last_epochs, last_steps in (*files, (save.output_name, STATE, epoch_states, step_states)):
-        saved = _numbered(save, name, of_epoch, ending)
+        saved = _numbered(save, name, EPOCH, ending)
         gone += [path for number, path in saved if last_epochs and number not in _last(saved, last_epochs, epoch)]
-        by_step = _numbered(save, name, of_step, ending)
+        by_step = _numbered(save, name, STEP, ending)
         gone += [path for number, path in by_step if last_steps and number <= step - last_steps]
     return gone
 
@@ -82,13 +73,10 @@ def _last(saved: list[tuple[int, Path]], count: int, newest: int) -> set[int]:
     return {n for n in numbers if n > newest} | set([n for n in numbers if n <= newest][-count:])
 
 
-def _numbered(save: SaveSettings, name: str, moment: Callable[[int], str], ending: str) -> list[tuple[int, Path]]:
-    """What is there under names of this kind, with the numbers in them."""
-    example = moment(0)
-    digits = len(example) - len(example.rstrip("0"))
-    prefix = re.escape(name + example.rstrip("0"))
+def _numbered(save: SaveSettings, name: str, moment: str, ending: str) -> list[tuple[int, Path]]:
+    """What is there under names of this kind of moment, with the numbers in them."""
     stem, suffix = ending.removesuffix(FILE), FILE if ending.endswith(FILE) else ""
     whole = rf"{re.escape(stem)}(?:-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}(?:{re.escape(INDEX)})?"
-    pattern = re.compile(rf"{prefix}(\d{{{digits},}}){whole if suffix else re.escape(ending)}")
+    pattern = re.compile(rf"{re.escape(name)}{moment}{whole if suffix else re.escape(ending)}")
     matches = ((pattern.fullmatch(path.name), path) for path in Path(save.output_dir).iterdir())
     return [(int(match[1]), path) for match, path in matches if match]

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from dataset.ahead import read_ahead
+from networks.moments import of_epoch, of_step
 from wan_train.cli import Stopped
 from wan_train.log import get_logger
 from wan_train.training.accelerator import from_all
-from wan_train.training.checkpoints import of_epoch, of_step
 from wan_train.training.metrics import StepMetrics
 from wan_train.training.optimizer_state import for_saving
 from wan_train.training.run import Length, Run, save, save_best, save_stopped

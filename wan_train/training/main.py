@@ -16,6 +16,7 @@ from wan_train.training.accelerator import agree_on_seed, make_accelerator
 from wan_train.training.audit import audit
 from wan_train.training.build import build
 from wan_train.training.checkpoints import path_of
+from wan_train.training.identity import write_identity
 from wan_train.training.loop import train
 from wan_train.training.needs import check_needs
 from wan_train.training.pair import saved_parts
@@ -53,6 +54,7 @@ def main(settings: TrainSettings) -> None:
     run = build(settings, plan, data, accelerator, seed)
     if accelerator.is_main_process:
         remove_remains(Path(settings.save.output_dir))  # of a run that was killed while it wrote
+        write_identity(settings.save, run.identity)
         write_configuration(settings, seed=seed, mixed_precision=accelerator.mixed_precision)
     length, processes = run.length, accelerator.num_processes
     log.info("%d steps, %d epochs, %d process(es) on %s", length.steps, length.epochs, processes, accelerator.device)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from networks.moments import is_saved_as
 from wan_train.cli import InputError, Tool, option, run
 from wan_train.log import get_logger
 from wan_train.storage import read_header, replacing
@@ -149,9 +150,7 @@ def _settings(folder: Path, name: str) -> str:
     if configuration.is_file():
         text = html.escape(configuration.read_text(encoding="utf-8"))
         parts.append(f"<details open><summary>Settings</summary><pre>{text}</pre></details>")
-    saved = [
-        path for path in folder.glob("*.safetensors") if re.fullmatch(rf"{re.escape(name)}(-(step)?\d+)?", path.stem)
-    ]
+    saved = [path for path in folder.glob("*.safetensors") if is_saved_as(path.stem, name)]
     if saved:
         newest = max(saved, key=lambda path: path.stat().st_mtime)
         rows = sorted(read_header(newest).metadata.items())

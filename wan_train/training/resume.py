@@ -1,20 +1,27 @@
-"""Going on from a state: which one, and whether it is of this configuration."""
+"""Resuming from a state: which one, and whether it is of this configuration."""
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from torch import nn
 
 from dataset.config import DatasetConfig
+from dataset.contents import Contents, changes
 from dataset.order import SampleKey
-from wan_train.cli import InputError
+from dataset.remains import put_back
+from wan_train.cli import InputError, Stopped
 from wan_train.log import get_logger
 from wan_train.models.experts import read_boundary
 from wan_train.models.variants import VARIANTS
+from wan_train.training.choosing import choose
+from wan_train.training.run import Length, Stateful
 from wan_train.training.schedules import warmup_steps
 from wan_train.training.settings import TrainSettings
-from wan_train.training.state import State, differences, newest_state, open_state
+from wan_train.training.state import Position, State, differences, load_state, open_state, read_samples
 
 log = get_logger(__name__)
 
@@ -41,6 +48,7 @@ OF_DATASETS = (
     *("batch_size", "num_repeats", "weight", "drop_last", "is_reg", "loss_weight"),
     *("caption_variants", "caption_dropout_rate", "flip_augment"),
 )
+SAMPLES = "samples of the dataset"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +69,11 @@ def find_state(settings: TrainSettings) -> State | None:
     if wanted is None:
         return None
     if wanted != AUTO:
+        put_back(Path(wanted).absolute().parent)
         return open_state(Path(wanted))
-    state = newest_state(settings.save)
+    put_back(Path(settings.save.output_dir))
+    options = _options(settings)
+    state = choose(settings.save, lambda state: not _differences(state.configuration, options, only=options))
     if state is None:
         log.info(
             "--resume auto: no state of %s in %s, a fresh start", settings.save.output_name, settings.save.output_dir
@@ -70,12 +81,8 @@ def find_state(settings: TrainSettings) -> State | None:
     return state
 
 
-def configuration(settings: TrainSettings, trained: Trained, *, num_processes: int) -> dict[str, str]:
-    """What must be the same for a resumed run to go on as the unbroken one would have: option to value.
-
-    The batches of a step count, not how many processes share them; the length of the run counts where the learning rate
-    depends on it.
-    """
+def _options(settings: TrainSettings) -> dict[str, str]:
+    """What decides the numbers of a run as far as options alone say it: option to value."""
     known: dict[str, Any] = {"--task": settings.dit.task, "--dit": Path(settings.dit.dit).name}
     if VARIANTS[settings.dit.task].experts is not None:
         experts = settings.experts
@@ -90,12 +97,22 @@ def configuration(settings: TrainSettings, trained: Trained, *, num_processes: i
         values = getattr(settings, group)
         fields = dataclasses.fields(values)
         known |= {f"--{f.name}": getattr(values, f.name) for f in fields if f.name not in INDIFFERENT}
+    return {name: str(value) for name, value in known.items()}
+
+
+def configuration(settings: TrainSettings, trained: Trained, *, num_processes: int) -> dict[str, str]:
+    """What must be the same for a resumed run to go on as the unbroken one would have: option to value.
+
+    The batches of a step count, not how many processes share them; the length of the run counts where the learning rate
+    depends on it.
+    """
+    known: dict[str, Any] = dict(_options(settings))
     known["--mixed_precision"] = trained.mixed_precision
     known["--lr_warmup_steps"] = warmup_steps(settings.optimizer.lr_warmup_steps, trained.steps)
     known["batches in a step"] = num_processes * settings.loop.gradient_accumulation_steps
     for config in trained.configs:
         known |= {f"{name} of dataset {config.number}": getattr(config, name) for name in OF_DATASETS}
-    known["samples of the dataset"] = _digest(f"{key.item} {key.repeat}" for key in trained.keys)
+    known[SAMPLES] = _digest(f"{key.item} {key.repeat}" for key in trained.keys)
     known["captions of --prior_captions"] = _digest(trained.prior_captions)
     if settings.optimizer.lr_scheduler not in ("constant", "constant_with_warmup"):
         known["steps of the run"] = trained.steps
@@ -106,18 +123,46 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def require_same(state: State, current: dict[str, str], *, anyway: bool) -> None:
-    """InputError that lists what is not as it was, or only a warning if the user wants to go on anyway."""
-    different = differences(state.configuration, current)
+def require_same(state: State, current: dict[str, str], samples: Contents, *, anyway: bool) -> None:
+    """InputError that lists what is not as it was, or only a warning if the user wants to go on anyway. Samples are
+    compared by what they were made of, where the state knows it."""
+    different = _differences(state.configuration, current)
+    before = read_samples(state)
+    if before is not None and (changed := changes(before, samples)):
+        # Names say more than the digest over all of them.
+        different = [text for text in different if not text.startswith(f"{SAMPLES} was")]
+        different += [f"the dataset has {text}" for text in changed]
     if not different:
         return
     listed = "; ".join(different)
     if not anyway:
         raise InputError(
-            f"--resume {state.folder} is of another configuration: {listed}. Give the options that the run began with, "
-            "or --resume_anyway"
+            f"--resume {state.folder} is of another configuration: {listed}. Give the options and the dataset that the"
+            " run began with, or --resume_anyway"
         )
-    log.warning("going on from %s although %s", state.folder, listed)
+    log.warning("resuming from %s although %s", state.folder, listed)
+
+
+def _differences(saved: dict[str, str], current: dict[str, str], *, only: Iterable[str] | None = None) -> list[str]:
+    """What is not as it was, among the names of `only` if they are given."""
+    if only is not None:
+        names = set(only)
+        saved = {name: value for name, value in saved.items() if name in names}
+    return differences(saved, current, _defaults([*saved, *current]))
+
+
+def _defaults(names: Iterable[str]) -> dict[str, str]:
+    """What each of these names of a configuration is where nobody gave it, as far as that is known."""
+    groups = [kind for kind in get_type_hints(TrainSettings).values() if dataclasses.is_dataclass(kind)]
+    fields = {f"--{f.name}": f.default for group in groups for f in dataclasses.fields(group)}
+    of_dataset = {f.name: f.default for f in dataclasses.fields(DatasetConfig)}
+    defaults: dict[str, str] = {}
+    for name in names:
+        of = re.fullmatch(r"(\w+) of dataset \d+", name)
+        default = of_dataset.get(of[1], dataclasses.MISSING) if of else fields.get(name, dataclasses.MISSING)
+        if default is not dataclasses.MISSING:
+            defaults[name] = str(default)
+    return defaults
 
 
 def chosen_seed(given: int | None, state: State | None) -> int | None:
@@ -127,3 +172,29 @@ def chosen_seed(given: int | None, state: State | None) -> int | None:
     if given is not None and given != state.seed:
         raise InputError(f"--seed {given} is not the {state.seed} that {state.folder} began with: leave it out")
     return state.seed
+
+
+def start_of(
+    state: State | None, same: dict[str, str], samples: Contents, length: Length, settings: TrainSettings
+) -> Position:
+    """Where the run begins. InputError for a state of another configuration, or of a run that is at its end; with
+    `--resume auto`, which scripts repeat until all is done, such an end is Stopped without an error."""
+    if state is None:
+        return Position()
+    require_same(state, same, samples, anyway=settings.save.resume_anyway)
+    if state.position.step >= length.steps:
+        told = (
+            f"--resume {state.folder} is at step {state.position.step} of {length.steps}: nothing is left to train; "
+            "raise --max_train_steps or --max_train_epochs to go on"
+        )
+        raise Stopped(told, 0) if settings.save.resume == AUTO else InputError(told)
+    log.info("resuming from %s: step %d, epoch %d", state.folder, state.position.step, state.position.epoch)
+    return state.position
+
+
+def go_on(state: State, trained: dict[str, nn.Parameter], carried: dict[str, Stateful | None]) -> None:
+    """Give everything that is carried from step to step what the state holds of it."""
+    parts = load_state(state, trained)
+    for name, part in carried.items():
+        if part is not None and name in parts:
+            part.load_state_dict(parts[name])

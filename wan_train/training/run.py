@@ -13,18 +13,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.batches import Batch
+from dataset.contents import Contents
 from dataset.epochs import EpochBatches
 from networks.adapter import Adapter, trains_weights
 from networks.both import lora_settings
 from networks.full import Full
+from networks.moments import of_step
 from wan_train.cli import InputError, RunError
 from wan_train.log import get_logger
 from wan_train.models.dit import Dit
 from wan_train.shards import entry_of
-from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, of_step, outlived, path_of, save_adapter, save_weights
+from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, outlived, path_of, save_adapter, save_weights
+from wan_train.training.choosing import newest_of
 from wan_train.training.ema import Ema, reading
 from wan_train.training.experts import ExpertPlan, only_expert
 from wan_train.training.hub import Hub
+from wan_train.training.identity import Identity
 from wan_train.training.metadata import expert_metadata, saved_metadata
 from wan_train.training.metrics import MetricsWriter, RunningMean
 from wan_train.training.optimizer_state import for_saving
@@ -32,7 +36,7 @@ from wan_train.training.pair import PairEma, PairModel, saved_parts
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
 from wan_train.training.settings import TrainSettings
-from wan_train.training.state import Position, newest_state, remove, save_state
+from wan_train.training.state import Position, remove, save_state
 from wan_train.training.stepping import Stepping
 from wan_train.training.stopping import StopRequest
 from wan_train.training.strata import Strata
@@ -101,6 +105,8 @@ class Run:
     seed: int
     metadata: dict[str, str]
     configuration: dict[str, str]
+    samples: Contents
+    identity: Identity
     previewer: Previewer | None
     writer: MetricsWriter | None
     hub: Hub | None
@@ -147,12 +153,12 @@ def save_best(run: Run, position: Position) -> None:
 
 @contextmanager
 def naming_what_is_kept(run: Run, position: Position) -> Iterator[None]:
-    """Where something cannot be written inside, for want of room say, RunError that names the state to go on from."""
+    """Where something cannot be written inside, for want of room say, RunError that names the state to resume from."""
     try:
         yield
     except InputError as problem:
-        last = newest_state(run.settings.save)
-        kept = f": go on from {last.folder} once there is room" if last is not None else ""
+        last = newest_of(run.settings.save, run.identity.session)
+        kept = f": resume from {last.folder} once there is room" if last is not None else ""
         raise RunError(
             f"{problem}; the run ends at step {position.step}, what was saved before is whole{kept}"
         ) from None
@@ -202,7 +208,7 @@ def epoch_of(position: Position) -> int:
 
 
 def keep_state(run: Run, moment: str, position: Position) -> Path:
-    """Write all that it takes to go on from here; where."""
+    """Write all that it takes to resume from here; where."""
     folder = path_of(run.settings.save, moment, STATE)
     save_state(
         folder,
@@ -211,6 +217,8 @@ def keep_state(run: Run, moment: str, position: Position) -> Path:
         configuration=run.configuration,
         parameters=run.trained,
         parts={name: part.state_dict() for name, part in run.carried.items()},
+        identity=run.identity,
+        samples=run.samples,
     )
     log.info("saved the state %s", folder)
     return folder

@@ -1,9 +1,10 @@
-"""Where a run stands, on disk: all that it takes to go on as if it had never stopped.
+"""Where a run stands, on disk: all that it takes to resume as if it had never stopped.
 
 A state is a folder: `adapter.safetensors` (its parameters by name, as they are), `run.pt` (optimizer, schedule,
-averages and whatever else carries something from step to step) and, written last, `manifest.json` with the position,
-the configuration and the size of each file. The folder is made beside its place and renamed, so a state is whole or
-absent. No generator's state is in it: everything that is drawn is drawn by key.
+averages and whatever else carries something from step to step), `samples.json` (what each sample was made of) and,
+written last, `manifest.json` with the position, the configuration, which run it is of and the size of each file. The
+folder is made beside its place and renamed, so a state is whole or absent. No generator's state is in it: everything
+that is drawn is drawn by key.
 """
 
 import json
@@ -16,12 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataset.contents import Content, Contents
+from networks.keys import is_pair
 from wan_train.cli import InputError
-from wan_train.storage import read_parts, read_tensors, replacing_folder, save_parts, save_tensors
-from wan_train.training.save_settings import SaveSettings
+from wan_train.storage import read_header, read_parts, read_tensors, replacing_folder, save_parts, save_tensors
+from wan_train.training.identity import Identity
 
-VERSION = "1"
-ADAPTER, RUN, MANIFEST = "adapter.safetensors", "run.pt", "manifest.json"
+VERSION = 1
+ADAPTER, RUN, SAMPLES, MANIFEST = "adapter.safetensors", "run.pt", "samples.json", "manifest.json"
+
+
+class NewerState(InputError):
+    """A state that a later version of this trainer saved."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,14 @@ class Position:
 
 @dataclass(frozen=True)
 class State:
-    """A state on disk, its manifest read."""
+    """A state on disk, its manifest read; those of before runs had an identity have no `session` and began at 0."""
 
     folder: Path
     position: Position
     seed: int
     configuration: dict[str, str]
+    session: int | None = None
+    started_at: float = 0.0
 
 
 def save_state(
@@ -51,63 +60,93 @@ def save_state(
     configuration: Mapping[str, str],
     parameters: Mapping[str, nn.Parameter],
     parts: Mapping[str, Any],
+    identity: Identity,
+    samples: Contents,
 ) -> None:
     """Write a state; `parts` are the `state_dict`s of what carries something over. InputError if that fails."""
     with replacing_folder(folder) as temporary:
         save_tensors(temporary / ADAPTER, {name: parameter.detach() for name, parameter in parameters.items()})
         save_parts(temporary / RUN, parts)
+        rows = {item: list(content) for item, content in samples.items()}
+        (temporary / SAMPLES).write_text(json.dumps(rows, separators=(",", ":")), encoding="utf-8")
         manifest = {
-            "version": VERSION,
+            "version": str(VERSION),
+            "run": identity.row(),
             "position": asdict(position),
             "seed": seed,
             "configuration": dict(configuration),
-            "sizes": {name: (temporary / name).stat().st_size for name in (ADAPTER, RUN)},
+            "sizes": {name: (temporary / name).stat().st_size for name in (ADAPTER, RUN, SAMPLES)},
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def open_state(folder: Path) -> State:
-    """The state in a folder. InputError that says what is wrong with one that is not whole."""
-    if not folder.is_dir():
-        raise InputError(f"--resume {folder} is not there: give a state folder, or auto for the newest")
+    """The state in a folder. InputError that says what is wrong with one that is not whole, and NewerState for one of
+    a later version."""
     if not (folder / MANIFEST).is_file():
-        raise InputError(f"--resume {folder} has no {MANIFEST}: it is no state of this trainer, or not a whole one")
+        raise InputError(_what_it_is(folder))
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if int(manifest["version"]) > VERSION:
+            raise NewerState(
+                f"--resume {folder} is a state of version {manifest['version']}, this trainer reads up to {VERSION}: "
+                "update wan-train, or give another state"
+            )
         for name, size in manifest["sizes"].items():
             if (folder / name).stat().st_size != size:
                 raise InputError(f"--resume {folder}: {name} is not whole: give another state")
-        return State(folder, Position(**manifest["position"]), int(manifest["seed"]), dict(manifest["configuration"]))
-    except (KeyError, TypeError, ValueError, OSError) as problem:
+        run = manifest.get("run", {})
+        return State(
+            folder=folder,
+            position=Position(**manifest["position"]),
+            seed=int(manifest["seed"]),
+            configuration=dict(manifest["configuration"]),
+            session=int(run["session"]) if run else None,
+            started_at=float(run["started_at"]) if run else 0.0,
+        )
+    except (KeyError, TypeError, ValueError, OSError, AttributeError) as problem:
         if isinstance(problem, InputError):
             raise
         raise InputError(f"--resume {folder}: {MANIFEST} cannot be read ({problem}): give another state") from None
 
 
-def newest_state(save: SaveSettings) -> State | None:
-    """The whole state of this output folder and name that has come farthest."""
-    whole = []
-    for folder in state_folders(save):
-        try:
-            whole.append(open_state(folder))
-        except InputError:
-            continue
-    return max(whole, key=lambda state: (state.position.step, state.folder.stat().st_mtime), default=None)
+def _what_it_is(path: Path) -> str:
+    """What `--resume` was given that is not a state, and what to give instead."""
+    if path.is_dir():
+        inside = sorted(each for each in path.iterdir() if (each / MANIFEST).is_file())
+        if inside:
+            shown = ", ".join(map(str, inside[-3:]))
+            return f"--resume {path} is not a state, but holds {len(inside)} ({shown}): give one of them"
+        return f"--resume {path} has no {MANIFEST}: it is no state of this trainer, or not a whole one"
+    if not path.exists():
+        return f"--resume {path} is not there: give a state folder, or auto for the newest"
+    if (path.parent / MANIFEST).is_file():
+        return f"--resume {path} is a file of a state: give its folder, --resume {path.parent}"
+    begin = f"--network_weights {path}"
+    what = "a file"
+    if path.suffix == ".safetensors":
+        is_lora = any(map(is_pair, read_header(path).shapes))
+        what, begin = ("a LoRA file", begin) if is_lora else ("a checkpoint", f"--dit {path}")
+    state = path.with_name(f"{path.stem}-state")
+    kept = f"--resume {state}, which was saved with it" if (state / MANIFEST).is_file() else "--resume FOLDER-state"
+    start = f", or start anew from what it learnt with {begin}" if what != "a file" else ""
+    return (
+        f"--resume {path} is {what}, which does not hold the optimizer: give a state folder (of --save_state), "
+        f"{kept}{start}"
+    )
 
 
-def state_folders(save: SaveSettings) -> list[Path]:
-    """Every folder that is named like a state of this run."""
-    output, name = Path(save.output_dir), save.output_name
-    if not output.is_dir():
-        return []
-    return [path for path in output.iterdir() if path.is_dir() and _is_state_of(path.name, name)]
-
-
-def _is_state_of(folder: str, name: str) -> bool:
-    if not (folder.startswith(name) and folder.endswith("-state")):
-        return False
-    middle = folder[len(name) : -len("-state")].lstrip("-").removeprefix("step")
-    return not middle or middle.isdigit()
+def read_samples(state: State) -> Contents | None:
+    """What each sample was made of when a state was saved; None for states that do not know it. InputError for a file
+    that cannot be read."""
+    path = state.folder / SAMPLES
+    if not path.is_file():
+        return None
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {str(item): Content(*map(str, row)) for item, row in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as problem:
+        raise InputError(f"--resume {state.folder}: {SAMPLES} cannot be read ({problem}): give another state") from None
 
 
 def load_state(state: State, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
@@ -121,13 +160,15 @@ def load_state(state: State, parameters: Mapping[str, nn.Parameter]) -> dict[str
     return read_parts(state.folder / RUN)
 
 
-def differences(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
-    """What of the configuration is not as it was, in words."""
-    return [
-        f"{name} was {saved.get(name, 'not set')}, is {current.get(name, 'not set')}"
-        for name in dict.fromkeys([*saved, *current])
-        if saved.get(name) != current.get(name)
-    ]
+def differences(saved: Mapping[str, str], current: Mapping[str, str], defaults: Mapping[str, str]) -> list[str]:
+    """What of the configuration is not as it was, in words. An option that one of the two does not name is at its
+    default there: it did not exist yet, or does not concern the run."""
+    told = []
+    for name in dict.fromkeys([*saved, *current]):
+        before, now = (side.get(name, defaults.get(name, "not set")) for side in (saved, current))
+        if before != now:
+            told.append(f"{name} was {before}, is {now}")
+    return told
 
 
 def remove(paths: Iterable[Path]) -> None:

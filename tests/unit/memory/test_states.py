@@ -100,7 +100,9 @@ def test_each_state_has_a_host_buffer_of_its_size_for_life(settling: bool, tmp_p
     assert made == [4] * 10 and lane.far() == needed
     save_parts(tmp_path / "run.pt", everything)
     assert (tmp_path / "run.pt").stat().st_size < needed + 4096
-    assert all(torch.equal(state["mean"], everything[o]["mean"]) for o, state in read_parts(tmp_path / "run.pt").items())
+    assert all(
+        torch.equal(state["mean"], everything[o]["mean"]) for o, state in read_parts(tmp_path / "run.pt").items()
+    )
     assert all(float(everything[owner]["mean"][-1]) == 10 * ord(owner) for owner in sizes)
 
 
@@ -113,7 +115,9 @@ def test_one_weight_or_two_whose_states_are_still_leaving(order: str) -> None:
     states.settle()
     assert len(lane.hosts) == len(set(order))
     for owner in set(order):
-        assert torch.equal(everything[owner]["mean"], torch.full((sizes[owner],), 4.0 * order.count(owner) * ord(owner)))
+        assert torch.equal(
+            everything[owner]["mean"], torch.full((sizes[owner],), 4.0 * order.count(owner) * ord(owner))
+        )
 
 
 def test_a_state_that_comes_later_changes_its_shape_or_goes() -> None:

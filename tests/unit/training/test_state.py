@@ -1,7 +1,6 @@
 """States on disk: whole or absent, exact, told apart from others."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from dataset.config import DatasetConfig
-from dataset.order import SampleKey
-from wan_train.cli import InputError, parse
-from wan_train.training.checkpoints import FILE, STATE, of_epoch, of_step, outlived, path_of
+from networks.moments import of_epoch, of_step
+from tests.unit.training.states import parameters, save
+from wan_train.cli import InputError
+from wan_train.storage import save_tensors
+from wan_train.training.checkpoints import FILE, STATE, outlived, path_of
 from wan_train.training.ema import Ema
-from wan_train.training.resume import Trained, chosen_seed, configuration, require_same
 from wan_train.training.save_settings import SaveSettings
-from wan_train.training.settings import TrainSettings
-from wan_train.training.state import Position, load_state, newest_state, open_state, save_state
-
-
-def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: nn.Parameter(torch.randn(3, 4, generator=generator)) for name in ("a.down.weight", "a.up.weight")}
-
-
-def save(folder: Path, step: int = 3, seed: int = 0, **parts: Any) -> Path:
-    save_state(
-        folder,
-        Position(step, 2, 1),
-        seed=7,
-        configuration={"--network_dim": "4"},
-        parameters=parameters(seed),
-        parts=parts,
-    )
-    return folder
-
-
-def settings_of(folder: Path, *more: str) -> TrainSettings:
-    words = ["--dit", "d", "--dataset_config", "c", "--output_dir", str(folder), "--output_name", "name", *more]
-    return parse(TrainSettings, words)
+from wan_train.training.state import Position, load_state, open_state
 
 
 def test_a_state_comes_back_to_the_bit(tmp_path: Path) -> None:
@@ -86,19 +62,6 @@ def test_no_room_for_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert open_state(tmp_path / "name-state").position.step == 3
 
 
-def test_the_newest_whole_state_of_this_name(tmp_path: Path) -> None:
-    settings = SaveSettings(output_dir=str(tmp_path), output_name="name")
-    assert newest_state(settings) is None
-    for folder, step in (("name-step00000004-state", 4), ("name-000002-state", 6), ("name-other-state", 9)):
-        save(tmp_path / folder, step)
-    torn = save(tmp_path / "name-step00000008-state", 8)
-    (torn / "run.pt").write_bytes(b"half")
-    unfinished = save(tmp_path / "name-step00000010-state", 10)
-    (unfinished / "manifest.json").unlink()
-    found = newest_state(settings)
-    assert found is not None and found.folder.name == "name-000002-state"
-
-
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -117,60 +80,31 @@ def test_what_is_no_state_is_refused(tmp_path: Path, break_it: Any, message: str
         open_state(tmp_path / "absent")
 
 
+def test_what_was_given_instead_of_a_state_is_named(tmp_path: Path) -> None:
+    state = save(tmp_path / "l-state")
+    lora, alone, whole, text = (
+        tmp_path / name for name in ("l.safetensors", "m.safetensors", "w.safetensors", "t.txt")
+    )
+    for path in (lora, alone):
+        save_tensors(path, {"lora_unet_blocks_0_ffn_0.lora_down.weight": torch.zeros(1, 2)})
+    save_tensors(whole, {"blocks.0.ffn.0.weight": torch.zeros(1, 2)})
+    text.write_text("")
+    for path, message in (
+        (lora, f"--resume {lora} is a LoRA file.*--resume {state}.*--network_weights {lora}"),
+        (alone, f"--resume {alone} is a LoRA file.*--resume FOLDER-state.*--network_weights {alone}"),
+        (whole, f"--resume {whole} is a checkpoint.*--dit {whole}"),
+        (text, f"--resume {text} is a file, .*--resume FOLDER-state"),
+        (state / "run.pt", f"is a file of a state: give its folder, --resume {state}"),
+        (tmp_path, f"is not a state, but holds 1 .*{state.name}.*give one of them"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_state(path)
+
+
 def test_another_network_is_refused(tmp_path: Path) -> None:
     state = open_state(save(tmp_path / "name-state"))
     with pytest.raises(InputError, match="another network"):
         load_state(state, {"a.down.weight": nn.Parameter(torch.zeros(2, 2))})
-
-
-def test_which_differences_count(tmp_path: Path) -> None:
-    whole = Trained(
-        [DatasetConfig(tmp_path, 1, True, tmp_path, tmp_path)], [SampleKey("clip", 0)], ["a dog"], 100, "no"
-    )
-
-    def of(*more: str, processes: int = 1, **changes: Any) -> dict[str, str]:
-        return configuration(settings_of(tmp_path, *more), replace(whole, **changes), num_processes=processes)
-
-    def dataset(**changes: Any) -> dict[str, str]:
-        return of(configs=[replace(whole.configs[0], **changes)])
-
-    plain = of()
-    same = (
-        of("--gradient_checkpointing", "--blocks_to_swap", "3"),
-        of("--max_train_steps", "9", steps=9),
-        of("--save_every_n_steps", "5", "--sdpa"),
-        of("--dit", "elsewhere/d"),
-        of("--mixed_precision", "no"),
-        dataset(cache_directory=tmp_path / "moved"),
-    )
-    assert all(each == plain for each in same)
-    assert of(processes=2) == of("--gradient_accumulation_steps", "2")
-    others = (
-        *(of("--learning_rate", "1"), of("--fp8_base"), of("--network_dim", "3"), of(processes=2)),
-        *(of(keys=[SampleKey("b", 0)]), of(mixed_precision="bf16"), of(prior_captions=["a cat"])),
-        of("--prior_loss_weight", "2", "--prior_captions", "kept.txt"),
-        *(dataset(batch_size=2), dataset(weight=2.0), dataset(loss_weight=0.5), dataset(flip_augment=True)),
-    )
-    assert all(other != plain for other in others)
-    for option in (("--lr_scheduler", "cosine"), ("--lr_warmup_steps", "5%")):
-        assert of(*option, steps=9) != of(*option)
-    assert of("--lr_warmup_steps", "5") == of("--lr_warmup_steps", "5%")
-
-
-def test_differences_are_listed_or_warned_of(tmp_path: Path) -> None:
-    state = open_state(save(tmp_path / "name-state"))
-    require_same(state, {"--network_dim": "4"}, anyway=False)
-    with pytest.raises(InputError, match=r"--network_dim was 4, is 8.*--resume_anyway"):
-        require_same(state, {"--network_dim": "8"}, anyway=False)
-    require_same(state, {"--network_dim": "8"}, anyway=True)
-
-
-def test_the_seed_is_the_states(tmp_path: Path) -> None:
-    state = open_state(save(tmp_path / "name-state"))
-    assert chosen_seed(None, state) == chosen_seed(7, state) == 7
-    assert (chosen_seed(3, None), chosen_seed(None, None)) == (3, None)
-    with pytest.raises(InputError, match="--seed 8 is not the 7"):
-        chosen_seed(8, state)
 
 
 def test_what_newer_files_replace(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Folders that are replaced while the process is killed: nothing is lost, and the next start puts things in place."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataset.remains import put_back, remove_remains
+from wan_train import storage
+from wan_train.cli import InputError
+from wan_train.storage import replacing_folder
+
+
+def write(folder: Path, text: str) -> None:
+    with replacing_folder(folder) as temporary:
+        for name in ("a", "b"):
+            (temporary / name).write_text(text)
+
+
+def read(folder: Path) -> set[str]:
+    assert {file.name for file in folder.iterdir()} == {"a", "b"}
+    return {file.read_text() for file in folder.iterdir()}
+
+
+def killed_at(moment: int, folder: Path) -> bool:
+    """Replace a folder in a process that is killed before it changes the file system for the `moment`th time, from 0;
+    whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        calls = iter(range(1000))
+
+        def counted(function: Any) -> Any:
+            def call(*arguments: Any, **named: Any) -> Any:
+                if next(calls) == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **named)
+
+            return call
+
+        storage.os.replace = counted(os.replace)  # type: ignore[attr-defined]
+        storage.shutil.rmtree = counted(shutil.rmtree)  # type: ignore[attr-defined]
+        Path.mkdir = counted(Path.mkdir)  # type: ignore[method-assign]
+        try:
+            write(folder, "new")
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", ["name-state", "v1.2-state"])
+def test_killed_at_any_moment_a_folder_is_the_old_or_the_new_one(tmp_path: Path, before: bool, name: str) -> None:
+    for moment in range(20):
+        parent = tmp_path / str(moment)
+        folder = parent / name
+        parent.mkdir()
+        if before:
+            write(folder, "old")
+        finished = killed_at(moment, folder)
+        remove_remains(parent)
+        assert [path.name for path in parent.iterdir()] in ([name], [] if not before else [name])
+        if before or folder.exists():
+            assert read(folder) in ({"old"}, {"new"})
+        if finished:
+            break
+    assert finished and moment >= 3 and read(folder) == {"new"}
+
+
+def test_what_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, replace = tmp_path / "name-state", os.replace
+    write(folder, "old")
+
+    def refused(source: Path, target: Path) -> None:
+        if source.parent.name == storage.NEW:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(storage.os, "replace", refused)
+    with pytest.raises(InputError, match=r"cannot write .*Input/output error"):
+        write(folder, "new")
+    assert read(folder) == {"old"} and list(tmp_path.iterdir()) == [folder]
+
+
+def test_another_machines_replacing_is_finished_once_it_rests(tmp_path: Path) -> None:
+    hidden = tmp_path / ".name-state.elsewhere~1~x"
+    for part, text in ((storage.NEW, "new"), (storage.OLD, "old")):
+        (hidden / part / "name-state").mkdir(parents=True)
+        for name in ("a", "b"):
+            (hidden / part / "name-state" / name).write_text(text)
+    assert put_back(tmp_path) == []
+    os.utime(hidden, (0, 0))
+    assert put_back(tmp_path) == [tmp_path / "name-state"] and read(tmp_path / "name-state") == {"new"}
