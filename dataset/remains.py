@@ -6,7 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from wan_train.storage import HOST
+from wan_train.file_names import HOST
 
 _TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)~(?P<process>\d+)~\w+")
 _PROBE = re.compile(r"\.probe\w{8}")
