@@ -6,7 +6,8 @@ import shutil
 import time
 from pathlib import Path
 
-from wan_train.storage import HOST, NEW, OLD
+from wan_train.file_names import HOST
+from wan_train.storage import NEW, OLD
 
 _TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)~(?P<process>\d+)~\w+")
 _PROBE = re.compile(r"\.probe\w{8}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from generate.jobs import parse_job
 from generate.models import Models
-from generate.output import check_length
+from generate.output import check_length, check_names, stem_of
 from generate.preflight import fitted_jobs
 from generate.runs import Delivery, run_jobs
 from wan_train.cli import InputError
@@ -28,6 +28,7 @@ def converse(models: Models, delivery: Delivery, *, read: Callable[[str], str] =
         try:
             (job,) = fitted_jobs([parse_job(line.strip(), models.settings, begun)], models.settings)
             check_length(models.settings.output, job.request.frames)
+            check_names(models.settings.output, stem_of(models.settings.output, job, several=True))
             begun += 1  # what fails from here on may leave latents of this number
             run_jobs([job], models, delivery)
             made += 1

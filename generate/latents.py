@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from generate.models import Models
-from generate.output import Product, check_length, check_place, is_file, named_stem, trimmed, write_outputs
+from generate.output import Product, check_length, check_names, check_place, is_file, named_stem, trimmed, write_outputs
 from generate.record import KEY, plain_name
 from generate.settings import OutputSettings
 from wan_train.cli import InputError
@@ -54,8 +54,9 @@ def check_latents(
         )
     files = [_open(file, variant.space.channels) for path in paths for file in _expand(Path(path))]
     check_place(output, len(files))
-    for file in files:
+    for index, file in enumerate(files):
         check_length(output, 1 + (file.shape[1] - 1) * FRAME_STEP)
+        check_names(output, _stem_of(output, file, index), sampled=False)
     twice = [file for index, file in enumerate(files) if file.name in {other.name for other in files[:index]}]
     if twice and "{index}" not in output.save_path:
         raise InputError(f"--save_path {output.save_path}: two latents are called {twice[0].name}; put {{index}} in it")
@@ -69,11 +70,15 @@ def decode_latents(files: Sequence[LatentFile], models: Models) -> None:
     with models.vae() as vae:
         for index, file in enumerate(files):
             latents, comment = file.read(), "" if output.no_metadata else file.metadata.get(KEY, "")
-            stem = named_stem(output, seed=file.seed, index=index)
-            stem = stem if is_file(output) else stem / file.name
+            stem = _stem_of(output, file, index)
             frames = trimmed(models.decode(vae, latents), output)
             for path in write_outputs(Product(latents, frames, fps, stem, comment, file.metadata, output)):
                 log.info("wrote %s", path)
+
+
+def _stem_of(output: OutputSettings, file: LatentFile, index: int) -> Path:
+    stem = named_stem(output, seed=file.seed, index=index)
+    return stem if is_file(output) else stem / file.name
 
 
 def _expand(path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from generate.settings import GenerateSettings
 from networks.merge import merged
 from wan_train.assemble import WeightedLora
 from wan_train.cli import InputError
+from wan_train.file_names import check_name
 from wan_train.log import get_logger
 from wan_train.models.loading import check_dit, linear_shapes, official_shapes
 from wan_train.models.stored import read_scales, unscaled
@@ -35,6 +36,7 @@ def check_merged(settings: GenerateSettings, path: str) -> list[WeightedLora]:
     loras = check_loras(settings)
     if not loras:
         raise InputError("--save_merged_model merges --lora_weight into the model: give one")
+    check_name(path, "give a shorter --save_merged_model")
     if Path(path).is_dir():
         raise InputError(f"--save_merged_model {path} is a folder: name a file")
     read = {file.resolve() for source in (settings.dit.dit, *settings.lora.lora_weight) for file in expand(source)}

@@ -13,6 +13,7 @@ from generate.jobs import Job
 from generate.record import KEY
 from generate.settings import OutputSettings
 from wan_train.cli import InputError
+from wan_train.file_names import check_name
 from wan_train.media_out import write_image, write_images, write_video
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable, save_tensors
@@ -80,6 +81,16 @@ def check_output(settings: OutputSettings, jobs: Sequence[Job] | None) -> None:
     check_place(settings, 2 if jobs is None else len(jobs))
     for job in jobs or ():
         check_length(settings, job.request.frames)
+        check_names(settings, stem_of(settings, job, several=len(jobs or ()) > 1))
+
+
+def check_names(settings: OutputSettings, stem: Path, *, sampled: bool = True) -> None:
+    """Refuse a stem whose files the file system does not take. What is sampled is kept as latents first."""
+    files = [_NAMED_BY[write](stem) for write in _WRITERS[settings.output_type]]
+    if sampled and not writes_latents(settings):
+        files.append(pending_path(stem))
+    for file in files:
+        check_name(file, "give a shorter --save_path")
 
 
 def check_place(settings: OutputSettings, count: int) -> None:
@@ -104,6 +115,7 @@ def check_place(settings: OutputSettings, count: int) -> None:
                 f"--save_path {given} names one file for several videos: put {{index}} in, or give a folder"
             )
     path = Path(given)
+    check_names(settings, named_stem(settings, seed="0", index=0), sampled=False)
     if is_file(settings) and path.is_dir():
         raise InputError(f"--save_path {given} is a folder and would be a file: take another name")
     # Folders that seed or index name are made when these are known.
@@ -135,6 +147,11 @@ def write_outputs(product: Product) -> list[Path]:
 def latent_path(stem: Path) -> Path:
     """Where a job's latents go."""
     return stem.with_name(f"{stem.name}{_LATENT}.safetensors")
+
+
+def pending_path(stem: Path) -> Path:
+    """Where a job's latents are until its frames are written, if they are not wanted."""
+    return latent_path(stem.with_name(f"{stem.name}_pending"))
 
 
 def save_latents(path: Path, latents: Tensor, comment: str, metadata: Mapping[str, str]) -> Path:
@@ -179,6 +196,12 @@ def _write_latent(product: Product) -> Path:
     return save_latents(latent_path(product.stem), product.latents, product.comment, product.metadata)
 
 
+# The longest name that each writer gives a file.
+_NAMED_BY: dict[Callable[[Product], Path], Callable[[Path], Path]] = {
+    _write_video: lambda stem: stem.with_name(f"{stem.name}.mp4"),
+    _write_images: lambda stem: stem / f"{stem.name}_0000.png",
+    _write_latent: latent_path,
+}
 _WRITERS: dict[str, tuple[Callable[[Product], Path], ...]] = {
     "video": (_write_video,),
     "images": (_write_images,),

@@ -15,6 +15,7 @@ from generate.output import (
     Product,
     latent_metadata,
     latent_path,
+    pending_path,
     save_latents,
     stem_of,
     trimmed,
@@ -184,7 +185,7 @@ class OnDisk:
     def _kept(self, index: int) -> Path:
         """The latents' own place if they are wanted, else one beside that goes once the frames are written."""
         stem = self._stems[index]
-        return latent_path(stem if writes_latents(self.settings.output) else stem.with_name(f"{stem.name}_pending"))
+        return latent_path(stem) if writes_latents(self.settings.output) else pending_path(stem)
 
     def _comment(self, job: Job) -> str:
         if self.settings.output.no_metadata:

@@ -25,9 +25,10 @@ def expand(source: str | os.PathLike[str]) -> list[Path]:
     InputError where one is missing, or where they are of two savings.
     """
     path = Path(source)
-    if path.is_dir():
+    # pathlib's own questions raise for a name that is too long (Python 3.11).
+    if os.path.isdir(path):
         return _in_folder(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
     if path.name.endswith(INDEX):
         return _of_index(path)

@@ -7,7 +7,6 @@ renamed into place, so that a reader sees the old file or the whole new one.
 import contextlib
 import os
 import pickle
-import platform
 import re
 import shutil
 import tempfile
@@ -22,12 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wan_train.cli import InputError
+from wan_train.file_names import hidden_prefix
 from wan_train.shards import expand
 
 TensorSource = str | os.PathLike[str] | Mapping[str, Tensor]
-
-# Stands in the names of temporary files, so that those of dead processes can be told from those of living ones.
-HOST = re.sub(r"[^\w-]", "", platform.node())[:40] or "host"
 
 NEW, OLD = "replacing", "replaced"  # in the hidden folder of `replacing_folder`: what comes, and what gives way to it
 
@@ -206,9 +203,7 @@ def _beside(target: Path) -> Iterator[Path]:
     folder: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # File systems limit a name's bytes, and letters take up to four.
-        stem = os.fsencode(target.stem)[:100].decode(errors="ignore")
-        folder = Path(tempfile.mkdtemp(prefix=f".{stem}.{HOST}~{os.getpid()}~", dir=target.parent))
+        folder = Path(tempfile.mkdtemp(prefix=hidden_prefix(target), dir=target.parent))
         yield folder
     except OSError as problem:
         raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None

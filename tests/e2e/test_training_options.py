@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny.make import DIT, T5, VAE
 from wan_train.cli import InputError, run
-from wan_train.storage import HOST, save_parts, save_tensors
+from wan_train.file_names import HOST
+from wan_train.storage import save_parts, save_tensors
 from wan_train.training.accelerator import make_accelerator
 from wan_train.training.settings import TOOL
 

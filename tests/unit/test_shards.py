@@ -102,6 +102,12 @@ def test_an_index_that_is_none_and_files_that_are_not_there(tmp_path: Path) -> N
         expand(tmp_path / "name-00001-of-00003.safetensors")
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + ".safetensors", "d/" * 3000 + "n.pth"])
+def test_a_name_that_no_file_can_have_is_not_there(name: str) -> None:
+    with pytest.raises(InputError, match="no such file: "):
+        expand(name)
+
+
 def test_sets_of_other_programs_have_no_mark(tmp_path: Path) -> None:
     for number in (1, 2):
         save_file({f"x{number}": torch.ones(2)}, tmp_path / f"model-0000{number}-of-00002.safetensors")

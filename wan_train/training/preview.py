@@ -10,6 +10,7 @@ from torch import nn
 
 from wan_train.cli import InputError
 from wan_train.conditions import Conditions, ImageConditions
+from wan_train.file_names import check_name
 from wan_train.log import get_logger
 from wan_train.media_out import write_image, write_video
 from wan_train.memory.report import release_memory
@@ -21,6 +22,7 @@ from wan_train.sampling.denoise import sample_latents
 from wan_train.sampling.encode import check_given_clip
 from wan_train.sampling.grammar import PREVIEW, read_prompts
 from wan_train.sampling.request import SampleRequest, preview_defaults
+from wan_train.sampling.settings import MAX_SEED
 from wan_train.training.save_settings import SaveSettings
 from wan_train.training.settings import TrainSettings
 
@@ -46,8 +48,19 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
     for index, request in enumerate(requests):
         seed = f"the run's seed + {index}" if request.seed is None else f"seed {request.seed}"
+        last = replace(request, seed=MAX_SEED if request.seed is None else request.seed)
+        check_name(
+            preview_path(settings.save, "e000000", index, last, ".mp4"), "give a shorter --output_name or --output_dir"
+        )
         log.info('preview %d ("%s", %s): %s', index, request.shown_words, seed, request.shown_settings)
     return requests
+
+
+def preview_path(save: SaveSettings, moment: str, index: int, request: SampleRequest, suffix: str) -> Path:
+    """OUTPUT_DIR/sample/NAME_MOMENT_INDEX_TIME_SEED and a suffix."""
+    stamp = datetime.now().strftime("%Y%m%d%H%M%S")
+    name = f"{save.output_name}_{moment}_{index:02d}_{stamp}_{request.seed}"
+    return Path(save.output_dir) / "sample" / f"{name}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -97,9 +110,7 @@ class Previewer:
         self.vae.to(self.device)
         frames = decode_frames(self.vae, latents, self.device)
         self.vae.to("cpu")
-        stamp = datetime.now().strftime("%Y%m%d%H%M%S")
-        name = f"{self.save.output_name}_{moment}_{index:02d}_{stamp}_{seeded.seed}"
-        path = Path(self.save.output_dir) / "sample" / (name + (".mp4" if len(frames) > 1 else ".png"))
+        path = preview_path(self.save, moment, index, seeded, ".mp4" if len(frames) > 1 else ".png")
         if len(frames) > 1:
             write_video(path, frames, fps=self.fps)
         else:

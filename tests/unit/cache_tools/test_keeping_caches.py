@@ -18,8 +18,9 @@ from dataset.config import read_config
 from dataset.sources import list_items
 from tests.unit.dataset.drawing import make_clips, write_toml
 from wan_train.cli import InputError, run
+from wan_train.file_names import HOST
 from wan_train.models.vae import Geometry, WanVAE
-from wan_train.storage import HOST, read_tensors, save_tensors
+from wan_train.storage import read_tensors, save_tensors
 
 TOML = """
 [general]

@@ -89,3 +89,10 @@ def test_what_is_read_is_not_written_over(given: Given, lora: Path, models: Path
     (tmp_path / "m.safetensors").mkdir()
     with pytest.raises(InputError, match="is a folder"):
         check_merged(given("--lora_weight", lora), str(tmp_path / "m.safetensors"))
+
+
+def test_a_name_that_is_too_long_is_refused_before_anything_is_read(given: Given, lora: Path, tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 250 + ".safetensors")
+    settings = given("--save_merged_model", path, "--lora_weight", lora)
+    with pytest.raises(InputError, match=r"too long .* a shorter --save_merged_model"):
+        check_merged(settings, str(path))

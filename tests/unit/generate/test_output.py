@@ -121,3 +121,45 @@ def test_a_folder_of_the_files_name_is_refused(given: Given, tmp_path: Path) -> 
     settings = given("--prompt", "a", "--save_path", tmp_path / "x.mp4")
     with pytest.raises(InputError, match="is a folder"):
         check_output(settings.output, make_jobs(settings))
+
+
+LONG = "n" * 250  # with .mp4 a name that file systems take, not with _pending_latent.safetensors
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("--save_path", "{tmp}/" + "n" * 300 + ".mp4"),
+            r"too long \(\d+ bytes\); give a shorter --save_path",
+        ),
+        (("--save_path", "{tmp}/" + "é" * 150 + ".mp4"), "too long"),
+        (("--save_path", "{tmp}/" + LONG + ".mp4"), r"_pending_latent\.safetensors is too long \(277 bytes\)"),
+        (
+            ("--save_path", "{tmp}/" + LONG + ".mp4", "--output_type", "both"),
+            r"_latent\.safetensors is too long \(269 bytes\)",
+        ),
+        (
+            ("--save_path", "{tmp}/" + "/".join(["d" * 200] * 20) + "/{seed}/{index}.mp4"),
+            r"the path is too long \(4\d+ bytes\)",
+        ),
+        (("--save_path", "{tmp}/{seed}" + "n" * 300 + "/x.mp4"), "too long"),
+        (("--save_path", "{tmp}/" + "n" * 300), "too long"),
+        (
+            ("--save_path", "{tmp}/" + "n" * 247 + ".mp4", "--output_type", "images"),
+            r"_0000\.png is too long \(256 bytes\)",
+        ),
+    ],
+)
+def test_names_that_the_file_system_does_not_take_are_refused_before_sampling(
+    words: tuple[str, ...], told: str, given: Given, tmp_path: Path
+) -> None:
+    settings = given("--prompt", "a", *(word.replace("{tmp}", str(tmp_path)) for word in words))
+    with pytest.raises(InputError, match=told):
+        check_output(settings.output, make_jobs(settings))
+
+
+def test_a_name_of_the_usual_length_is_taken(given: Given, tmp_path: Path) -> None:
+    settings = given("--prompt", "a", "--save_path", tmp_path / ("n" * 220 + ".mp4"))
+    check_output(settings.output, make_jobs(settings))
+    assert write(settings) == [tmp_path / ("n" * 220 + ".mp4")]

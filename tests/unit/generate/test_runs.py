@@ -210,6 +210,28 @@ def test_what_cannot_be_decoded_is_refused(words: tuple[object, ...], told: str,
         check_latents(settings.batch.latent_path, settings.output)
 
 
+def test_a_name_that_is_too_long_is_refused_before_decoding_and_before_a_line_is_sampled(
+    given: Given, tmp_path: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "n" * (255 - len("_latent.safetensors"))
+    save_file({"latent": torch.zeros(16, 2, 4, 4)}, tmp_path / f"{long}_latent.safetensors")
+    for name, kind in (("d" * 252 + ".mp4", "video"), ("d" * 247 + ".mp4", "images")):
+        settings = given("--latent_path", tmp_path, "--save_path", tmp_path / name, "--output_type", kind)
+        with pytest.raises(InputError, match="too long"):
+            check_latents(settings.batch.latent_path, settings.output)
+    settings = given("--interactive", "--save_path", tmp_path / ("{seed}" + "n" * 220 + ".mp4"))
+    lines = iter(["a cat --d 1234567890123456789"])
+
+    def read(prompt: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    assert converse(Models(settings, {}, CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
+    assert "too long" in capsys.readouterr().err and loaded == []
+
+
 def test_files_that_hold_no_latents_are_refused(given: Given, tmp_path: Path, models: Path) -> None:
     save_file({"latent": torch.zeros(48, 2, 4, 4)}, tmp_path / "other.safetensors")
     (tmp_path / "empty").mkdir()

@@ -178,6 +178,22 @@ def test_the_log_says_what_each_preview_is_made_with(
     )
 
 
+def test_a_name_that_previews_cannot_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for check in ("check_vae", "check_given_clip", "check_text_encoder"):
+        monkeypatch.setattr(f"wan_train.training.preview.{check}", lambda *_, **__: None)
+    (tmp_path / "prompts.txt").write_text("a cat --d 7\n")
+    words = ("--sample_prompts", str(tmp_path / "prompts.txt"), "--vae", "v", "--t5", "t")
+    words = (*words, "--output_dir", str(tmp_path / "new"))
+    for length, told in ((220, ""), (240, "too long .*; give a shorter --output_name")):
+        named = settings(*words, "--output_name", "n" * length)
+        if not told:
+            assert len(check_previews(named, VARIANTS["t2v-1.3B"])) == 1
+            continue
+        with pytest.raises(InputError, match=told):
+            check_previews(named, VARIANTS["t2v-1.3B"])
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_strict_run_refuses_what_looks_like_an_option(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat -w 832\n")
     with pytest.raises(InputError, match=r'line 1: "-w 832" looks like an option'):
