@@ -1,4 +1,4 @@
-"""Attention backends, by name; each but torch's own is tried on the device before it is relied on.
+"""Attention backends, by name; each is tried on the device before it is relied on.
 
 Legend: B batch, L and S tokens, N heads, D head width.
 """
@@ -8,27 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from wan_train.cli import InputError, choose
 from wan_train.log import get_logger
+from wan_train.models.kernels import USUAL, leave_out_faulty, prefer_cudnn, probe
+from wan_train.models.kernels import Attend as Attend
+from wan_train.models.kernels import attend_torch as attend_torch
 from wan_train.packages import first_line, load
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 HALF = (torch.float16, torch.bfloat16)
-PROBE_TOKENS = (200, 77)  # of queries and of a text: no whole blocks of any kernel
-PROBE_ERROR = 0.2  # relative; kernels in 8 bits err by a few hundredths, a broken one by ones
 
 log = get_logger(__name__)
-
-
-def attend_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v by torch's own kernels. query (B,L,N,D), key and value (B,S,N,D) -> (B,L,N,D)."""
-    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return out.transpose(1, 2)
 
 
 def _as_it_is(operator: Callable[..., Any]) -> Attend:
@@ -106,6 +97,7 @@ def attention(
     if BACKENDS[name].module and dtype not in HALF:
         log.info("--attn_mode %s has no kernels for %s: attention is taken in bfloat16", name, dtype)
     prefer_cudnn(torch.device(device))
+    leave_out_faulty(torch.device(device), dtype, head_width, training=training)
     return _one_by_one(attend) if split else attend
 
 
@@ -128,21 +120,10 @@ def check_attention(
     attend = _in_half(_load(name, backend))
     seen = dtype if dtype in HALF else torch.bfloat16
     try:
-        _probe(attend, torch.device(device), seen, head_width, training=training)
+        probe(attend, USUAL, torch.device(device), seen, head_width, training=training)
     except Exception as problem:  # kernels fail in every way there is: a missing operator, an assertion, a compiler
         raise InputError(f"--attn_mode {name} does not run on {device} ({first_line(problem)}): use --sdpa") from None
     return attend
-
-
-def prefer_cudnn(device: torch.device) -> None:
-    """On Hopper let torch try cuDNN's kernel first: it is of FlashAttention 3's speed there, torch's own choice is not.
-
-    Set once for the process: a context manager around each call would cost time, and does not compile everywhere.
-    """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
-        order = torch._C._get_sdp_priority_order()
-        cudnn = SDPBackend.CUDNN_ATTENTION.value
-        torch._C._set_sdp_priority_order([cudnn, *(kernel for kernel in order if kernel != cudnn)])
 
 
 def _load(name: str, backend: Backend) -> Attend:
@@ -177,26 +158,3 @@ def _one_by_one(attend: Attend) -> Attend:
         return torch.cat([attend(*sample) for sample in samples])
 
     return split
-
-
-def _probe(attend: Attend, device: torch.device, dtype: torch.dtype, head_width: int, *, training: bool) -> None:
-    """Run on small tensors, tokens with themselves and with a text, and compare with torch. Raises whatever fails."""
-    generator = torch.Generator().manual_seed(0)  # the run's own random numbers stay as they are
-    num_queries, num_texts = PROBE_TOKENS
-    for num_keys in (num_queries, num_texts):
-        inputs = [
-            torch.randn(1, count, 2, head_width, generator=generator).to(device, dtype).requires_grad_(training)
-            for count in (num_queries, num_keys, num_keys)
-        ]
-        results = [_results(each, inputs, training=training) for each in (attend, attend_torch)]
-        for ours, theirs in zip(*results, strict=True):
-            error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
-            if not error < PROBE_ERROR:
-                raise RuntimeError(f"its results are off by {error:.2g} of their size")
-
-
-def _results(attend: Attend, inputs: list[Tensor], *, training: bool) -> list[Tensor]:
-    out = attend(*inputs)
-    if not training:
-        return [out]
-    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)]

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from dataset.batches import CachedDataset, open_cached, open_trusted
 from dataset.config import DatasetConfig, read_config
 from dataset.extras import CONTROL, wanted_extras
@@ -16,8 +18,10 @@ from wan_train.flow.timesteps import Span
 from wan_train.log import get_logger
 from wan_train.models.experts import FLAGS
 from wan_train.models.loading import linear_shapes, official_shapes
+from wan_train.models.stored import storage_dtype
 from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.variants import VARIANTS, Variant
+from wan_train.precision import name_of
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable, read_header
 from wan_train.training.accelerator import check_launcher, launched_device, launched_dtype
@@ -92,8 +96,10 @@ def preflight(settings: TrainSettings) -> Plan:
             check_full(its)
         elif its.save.max_shard_size is not None:
             raise InputError("--max_shard_size is for the checkpoints of networks.full: leave it out for a LoRA")
-        if warning := check_model(model_settings(its), variant, device, computing=computing, flag=FLAGS[expert]):
-            log.warning(warning)
+        warning = check_model(model_settings(its), variant, device, computing=computing, flag=FLAGS[expert])
+        slow = None if settings.loop.mixed_precision else float32_warning(device, its.dit.dit, computing, FLAGS[expert])
+        for told in filter(None, (warning, slow)):
+            log.warning(told)
         names = official_shapes(read_header(its.dit.dit).shapes)
         check_network(its.network, linear_shapes(its.dit.dit), names)
         if expert is not None and not settings.experts.shared_lora:
@@ -105,6 +111,19 @@ def preflight(settings: TrainSettings) -> Plan:
         refuse_unused(experts, settings.timesteps)
     check_writable(settings.save.output_dir)
     return Plan(variant, configs, requests, captions, experts, find_state(fetched(settings)))
+
+
+def float32_warning(device: torch.device, path: str, computing: torch.dtype, flag: str) -> str | None:
+    """What to tell of a GPU that is to compute in float32 with a half-precision file `path` of the option `flag`,
+    nobody having asked for that; None where there is nothing to tell."""
+    stored = storage_dtype(read_header(path))
+    if device.type == "cpu" or computing != torch.float32 or stored.itemsize > 2:
+        return None
+    short = "fp16" if stored == torch.float16 else "bf16"
+    return (
+        f"{flag} {path} is stored in {name_of(stored)}, and without --mixed_precision it is computed in float32, which "
+        f"takes several times as long and twice the GPU memory: give --mixed_precision {short}, or no if you mean it"
+    )
 
 
 def check_full(settings: TrainSettings) -> None:

@@ -1,0 +1,137 @@
+"""torch's own attention kernels: one that does not work is not used, over stand-ins for broken ones."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from wan_train.models import kernels
+from wan_train.models.attention import attention
+from wan_train.models.kernels import KERNELS, Attend, attend_by, attend_torch, fault_of, leave_out_faulty
+
+CPU = torch.device("cpu")
+(FLASH,) = KERNELS["cpu"]
+MATH = attend_by(SDPBackend.MATH)
+
+
+@pytest.fixture(autouse=True)
+def switches() -> Iterator[None]:
+    leave_out_faulty.cache_clear()
+    yield
+    FLASH.switch(True)
+    leave_out_faulty.cache_clear()
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    told: list[str] = []
+    monkeypatch.setattr(kernels.log, "info", lambda text, *parts: told.append(text % parts))
+    return told
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, broken: Attend) -> None:
+    """Let torch's flash attention be this."""
+    monkeypatch.setattr(kernels, "attend_by", lambda backend: broken if backend is SDPBackend.FLASH_ATTENTION else MATH)
+
+
+def raises(*_: Tensor) -> Tensor:
+    raise RuntimeError("cuDNN Frontend error: No valid execution plans built.\nmore")
+
+
+def wrong(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return 1.5 * MATH(query, key, value)
+
+
+def wrong_with_few_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return MATH(query, key, value) * (1 if query.shape == key.shape else 0)
+
+
+def with_gradient(change: Callable[[Tensor], Tensor]) -> Attend:
+    """Right forwards, with a gradient of the queries that `change` spoils."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        watched = query.view_as(query)
+        if watched.requires_grad:
+            watched.register_hook(change)
+        return MATH(watched, key, value)
+
+    return attend
+
+
+def low_scores_give_nan(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    low = bool((query[..., 0] * key[:, :1, :, 0] < -100).all())
+    return with_gradient(lambda grad: grad * float("nan") if low else grad)(query, key, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_width", [12, 64, 128])
+def test_kernels_that_work_are_used(dtype: torch.dtype, head_width: int, notes: list[str]) -> None:
+    attend = attention("torch", dtype=dtype, training=True, head_width=head_width)
+    assert attend is attend_torch
+    assert FLASH.is_on() and notes == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (raises, "cuDNN Frontend error: No valid execution plans built"),
+        (wrong, "off by 0.5"),
+        (wrong_with_few_keys, "off by 1"),
+        (with_gradient(lambda grad: grad * float("nan")), "NaN or Inf"),
+        (with_gradient(torch.zeros_like), "off by 1"),
+        (low_scores_give_nan, "NaN or Inf"),
+    ],
+)
+def test_a_kernel_that_does_not_train_is_left_out(
+    broken: Attend, reason: str, monkeypatch: pytest.MonkeyPatch, notes: list[str]
+) -> None:
+    pretend(monkeypatch, broken)
+    with torch.no_grad():
+        attention("torch", dtype=torch.bfloat16, training=True, head_width=32)
+    assert not FLASH.is_on()
+    (note,) = notes
+    assert note.startswith("torch's flash attention is left out on cpu for torch.bfloat16: ") and reason in note
+    assert "\n" not in note
+
+
+def test_where_nothing_trains_the_backward_pass_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch, notes: list[str]
+) -> None:
+    pretend(monkeypatch, with_gradient(torch.zeros_like))
+    attention("torch", training=False)
+    assert FLASH.is_on() and notes == []
+    attention("torch", training=True)
+    assert not FLASH.is_on()
+
+
+def test_each_kernel_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[SDPBackend] = []
+
+    def noting(backend: SDPBackend) -> Attend:
+        tried.append(backend)
+        return MATH
+
+    monkeypatch.setattr(kernels, "attend_by", noting)
+    for _ in range(3):
+        attention("torch", training=True)
+    assert tried.count(SDPBackend.FLASH_ATTENTION) == 1
+
+
+def test_a_kernel_that_torch_would_not_take_is_no_fault(notes: list[str]) -> None:
+    absent = next(kernel for kernel in KERNELS["cuda"] if kernel.name == "cuDNN")
+    assert fault_of(absent, CPU, torch.float32, 32, training=True) is None
+
+
+def test_a_kernel_that_is_off_stays_off(monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> None:
+    FLASH.switch(False)
+    pretend(monkeypatch, raises)
+    attention("torch", training=True)
+    assert notes == [] and not FLASH.is_on()
+
+
+def test_trying_draws_no_random_number() -> None:
+    before = torch.get_rng_state()
+    attention("torch", training=True)
+    assert torch.equal(before, torch.get_rng_state())
