@@ -73,6 +73,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if _is_large_for(self.weight, x) and self.scale_weight is None:
+            return NarrowProduct.apply(x, self.weight, bias)  # type: ignore[no-untyped-call]
         if self.weight.dtype == x.dtype or self.weight.requires_grad or (bias is not None and bias.requires_grad):
             return F.linear(x, self.weight.to(x.dtype), bias)
         return FrozenProduct.apply(x, self.weight, self.scale_weight, bias)  # type: ignore[no-untyped-call]
@@ -123,6 +125,46 @@ class FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scale = ctx.saved_tensors
         return grad @ widened(weight, scale, grad.dtype), None, None, None
+
+
+_FEW_ROWS = 256  # of an input: a product with so few costs little more than reading its matrix
+
+
+def _is_large_for(weight: Tensor, x: Tensor) -> bool:
+    """Whether a matrix, made float32 as x is, would be much beside a product with so few rows: that of the DiT's
+    `time_projection` is 630 MB in the 14B model, for one row or one for each latent frame."""
+    few = x.dtype is torch.float32 and x.ndim > 1 and x.numel() <= _FEW_ROWS * x.shape[-1]
+    return few and weight.itemsize < x.itemsize and weight.numel() > _CHUNK and not torch.compiler.is_compiling()
+
+
+class NarrowProduct(torch.autograd.Function):
+    """x W^T + b, x (..., in) and W (out, in), with a few rows of W in x's dtype at a time, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y = torch.cat([F.linear(x, widened(weight[rows], None, x.dtype)) for rows in _some_rows(weight)], dim=-1)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        x_grad = torch.zeros_like(x) if for_x else None
+        weight_grad = torch.empty_like(weight) if for_weight else None
+        for rows in _some_rows(weight):
+            some = grad[..., rows]
+            if x_grad is not None:
+                x_grad += some @ widened(weight[rows], None, grad.dtype)
+            if weight_grad is not None:
+                weight_grad[rows] = some.flatten(0, -2).T @ x.flatten(0, -2)
+        return x_grad, weight_grad, grad.flatten(0, -2).sum(0) if for_bias else None
+
+
+def _some_rows(weight: Tensor) -> list[slice]:
+    count = max(1, _CHUNK // weight.shape[1])
+    return [slice(start, start + count) for start in range(0, len(weight), count)]
 
 
 class _BlockLinear(nn.Linear):

@@ -2,7 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.unit.memory.counting import Meter, nbytes
+from wan_train import precision
 from wan_train.cli import InputError
+from wan_train.models.dit import Dit, DitConfig
 from wan_train.precision import Linear, compute_dtype, default_device, dtype_of, name_of
 
 
@@ -57,3 +60,49 @@ def test_trainable_half_weights_get_their_gradient() -> None:
     layer = Linear(8, 4).to(torch.bfloat16)
     layer(torch.randn(3, 8)).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trained"),
+    [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True), (torch.float8_e4m3fn, False)],
+    ids=str,
+)
+def test_a_large_matrix_is_widened_a_few_rows_at_a_time_for_a_few_tokens(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, trained: bool
+) -> None:
+    monkeypatch.setattr(precision, "_CHUNK", 64 * 10)
+    torch.manual_seed(0)
+    layer, twin = Linear(64, 255), nn.Linear(64, 255)
+    layer.weight.data = layer.weight.data.to(dtype)
+    layer.bias.data = layer.bias.data.bfloat16()
+    layer.requires_grad_(trained)
+    twin.load_state_dict({name: value.float() for name, value in layer.named_parameters()})
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    again = x.detach().requires_grad_()
+    with Meter() as meter:
+        out = layer(x)
+        out.square().sum().backward()
+    wanted = twin(again)
+    wanted.square().sum().backward()
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(x.grad, again.grad)
+    wide = 4 * layer.weight.numel()
+    assert meter.peak < wide / 2 + (nbytes(layer.weight) if trained else 0)
+    if trained:
+        assert layer.weight.grad is not None and layer.bias.grad is not None
+        torch.testing.assert_close(layer.weight.grad, twin.weight.grad.to(dtype))  # type: ignore[union-attr]
+        torch.testing.assert_close(layer.bias.grad, twin.bias.grad.bfloat16())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("times", [(1,), (2, 3)], ids=str)
+def test_the_time_projection_of_a_model_is_never_wide(monkeypatch: pytest.MonkeyPatch, times: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = Dit(DitConfig(dim=256, ffn_dim=64, num_heads=2, num_layers=0, text_dim=16)).requires_grad_(False)
+    whole = model.bfloat16()._embed_time(torch.full(times, 500.0))
+    monkeypatch.setattr(precision, "_CHUNK", 2**13)
+    with Meter() as meter:
+        found = model._embed_time(torch.full(times, 500.0))
+    assert meter.peak < model.time_projection[1].weight.numel()  # a quarter of what it would be in float32
+    for ours, theirs in zip(found, whole, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs)
