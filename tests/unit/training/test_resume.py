@@ -79,8 +79,8 @@ CLIPS = {f"cache/clip{i:02d}_00000-017_0064x0096_wan": Content(f"l{i}", f"c{i}",
         ({"clip03": Content("other", "c3", "t5")}, r"1 file with another video or image \(clip03\)"),
         ({f"clip{i:02d}": Content(f"l{i}", "new", "t5") for i in range(12)}, r"12 files with .*clip09 and 2 more\)"),
         ({"clip00": Content("l0", "c0", "other")}, r"1 file with another text encoder \(clip00\)"),
-        ({"clip05": None}, r"1 file that are gone \(clip05\)"),
-        ({"clip77": Content("", "c", "")}, r"1 file that are new \(clip77\)"),
+        ({"clip05": None}, r"1 file that is gone \(clip05\)"),
+        ({"clip77": Content("", "c", "")}, r"1 file that is new \(clip77\)"),
     ],
 )
 def test_samples_are_compared_by_what_they_were_made_of(
