@@ -21,6 +21,7 @@ from wan_train.models.experts import read_boundary
 from wan_train.models.variants import VARIANTS
 from wan_train.training.choosing import choose, identity_of
 from wan_train.training.earlier import warn_of_others
+from wan_train.training.experts import is_above
 from wan_train.training.identity import Identity
 from wan_train.training.run import Length, Stateful
 from wan_train.training.schedules import warmup_steps
@@ -152,7 +153,21 @@ def _differences(saved: dict[str, str], current: dict[str, str], *, only: Iterab
     if only is not None:
         names = set(only)
         saved = {name: value for name, value in saved.items() if name in names}
+    saved = _with_named_experts(saved)
     return differences(saved, current, _defaults([*saved, *current]))
+
+
+def _with_named_experts(saved: dict[str, str]) -> dict[str, str]:
+    """A saved configuration as `training.experts.with_named_experts` would have it: once a single `--dit` was taken for
+    the expert for low noise at whatever noise levels it was trained."""
+    try:
+        single = bool(saved["--dit"]) and not saved["--dit_high_noise"]
+        levels = int(saved["--min_timestep"]), int(saved["--max_timestep"])
+        if single and is_above(float(saved["--timestep_boundary"]), *levels):
+            return saved | {"--dit": "", "--dit_high_noise": saved["--dit"]}
+    except (KeyError, ValueError):
+        pass  # of a task of one model
+    return saved
 
 
 def _defaults(names: Iterable[str]) -> dict[str, str]:

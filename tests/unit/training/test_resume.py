@@ -114,3 +114,12 @@ def test_the_seed_is_the_states(tmp_path: Path) -> None:
     assert (chosen_seed(3, None), chosen_seed(None, None)) == (3, None)
     with pytest.raises(InputError, match="--seed 8 is not the 7"):
         chosen_seed(8, state)
+
+
+def test_a_single_dit_at_high_noise_levels_was_the_expert_for_high_noise(tmp_path: Path) -> None:
+    levels = {"--timestep_boundary": "0.9", "--min_timestep": "875", "--max_timestep": "1000"}
+    before = {"--dit": "high.safetensors", "--dit_high_noise": "", **levels}
+    state = open_state(anonymous(save(tmp_path / "name-state", options=before)))
+    require_same(state, {"--dit": "", "--dit_high_noise": "high.safetensors", **levels}, {}, anyway=False)
+    with pytest.raises(InputError, match=r"--dit was , is high"):
+        require_same(state, before, {}, anyway=False)
