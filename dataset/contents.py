@@ -48,14 +48,15 @@ def changes(before: Contents, now: Contents) -> list[str]:
     for number, text in enumerate(_CHANGES):
         changed = [item for item in both if before[item][number] and now[item][number]]
         told += _told(text, (item for item in changed if before[item][number] != now[item][number]))
-    told += _told("{count} that are new", (item for item in now if item not in before))
-    return told + _told("{count} that are gone", (item for item in before if item not in now))
+    told += _told("{count} that {is_} new", (item for item in now if item not in before))
+    return told + _told("{count} that {is_} gone", (item for item in before if item not in now))
 
 
 def _told(text: str, items: Iterable[str]) -> list[str]:
     names = list(dict.fromkeys(map(_file, items)))
     count = f"{len(names)} file{'s' * (len(names) != 1)}"
-    return [f"{text.format(count=count)} ({name_some(names)})"] if names else []
+    is_ = "is" if len(names) == 1 else "are"
+    return [f"{text.format(count=count, is_=is_)} ({name_some(names)})"] if names else []
 
 
 def _file(item: str) -> str:

@@ -12,7 +12,6 @@ from generate.settings import GenerateSettings, LoraSettings
 from generate.source import fit_to_source
 from networks.expert import warn_of_other_expert
 from networks.formats import check_lora
-from networks.selection import filter_modules
 from wan_train.assemble import WeightedLora, check_model
 from wan_train.cli import InputError
 from wan_train.log import get_logger
@@ -100,7 +99,7 @@ def check_loras(settings: GenerateSettings, expert: str | None = None) -> list[W
     for lora in loras:
         if expert is not None:
             warn_of_other_expert(lora.path, expert)
-        filter_modules(check_lora(lora.path, shapes), lora.include, lora.exclude)
+        check_lora(lora.path, shapes, lora.choose)
     return loras
 
 

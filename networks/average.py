@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from networks.hashes import add_hashes
+from networks.saved_files import files_to_average
 from networks.settings import AverageLoraSettings, AverageSettings
 from wan_train.cli import InputError
 from wan_train.log import get_logger
-from wan_train.storage import check_writable, read_header, read_tensors, save_tensors
+from wan_train.storage import check_writable, read_tensors, save_tensors
 
 log = get_logger(__name__)
 
@@ -20,8 +21,8 @@ def main(settings: AverageLoraSettings) -> None:
     """Read, average and write. InputError for files that are not of one run, and for what cannot be written."""
     average = settings.average
     _check_paths(average)
-    paths = average.path if average.no_sort else sorted(average.path, key=lambda path: Path(path).stat().st_mtime_ns)
-    headers = [read_header(path) for path in paths]
+    files = files_to_average(average)
+    paths, headers = [str(saved.path) for saved in files], [saved.header for saved in files]
     for path, header in zip(paths[1:], headers[1:], strict=True):
         if header.shapes != headers[0].shapes or header.dtypes != headers[0].dtypes:
             raise InputError(f"{path} does not hold the same tensors as {paths[0]}: give files of one run")

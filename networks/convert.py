@@ -1,7 +1,6 @@
 """From one naming of LoRA files to another; what the LoRA does stays the same."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from networks.formats import LoraDelta, kohya_state, peft_state, read_lora
 from networks.hashes import add_hashes
+from networks.keys import possible_modules
 from networks.peft_config import METADATA_KEY
 from networks.settings import ConvertLoraSettings, ConvertSettings
 from wan_train.cli import InputError, choose
@@ -17,17 +17,6 @@ from wan_train.shards import expand
 from wan_train.storage import read_header, read_tensors, save_tensors
 
 log = get_logger(__name__)
-
-# The Linears of every published Wan model: outside its blocks, and in each block.
-_OUTER = (
-    *("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1"),
-    *("img_emb.proj.1", "img_emb.proj.3", "head.head"),
-)
-_INNER = (
-    *(f"{part}.{leaf}" for part in ("self_attn", "cross_attn") for leaf in "qkvo"),
-    *("cross_attn.k_img", "cross_attn.v_img", "ffn.0", "ffn.2", "before_proj", "after_proj"),
-)
-_BLOCK = re.compile(r"(?:^|[._])((?:vace_)?blocks)[._](\d{1,4})[._]")
 
 WRITERS: dict[str, Callable[[Mapping[str, LoraDelta], str], dict[str, Tensor]]] = {
     "other": peft_state,
@@ -52,12 +41,6 @@ def main(settings: ConvertLoraSettings) -> None:
         metadata.pop(METADATA_KEY, None)  # its alpha is now in the tensors
     save_tensors(convert.output, tensors, add_hashes(tensors, metadata))
     log.info("wrote %s: %d modules", convert.output, len(deltas))
-
-
-def possible_modules(names: Iterable[str]) -> list[str]:
-    """The official names of all Linears that a Wan model with the blocks named in these keys may have."""
-    blocks = sorted({(match[1], int(match[2])) for name in names if (match := _BLOCK.search(name))})
-    return [*_OUTER, *(f"{stem}.{index}.{leaf}" for stem, index in blocks for leaf in _INNER)]
 
 
 def _same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from networks.convert import possible_modules
 from networks.formats import LoraDelta, kohya_state
 from networks.hashes import add_hashes
+from networks.keys import possible_modules
 from networks.settings import ExtractLoraSettings, ExtractSettings
 from wan_train.cli import InputError
 from wan_train.log import get_logger

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from networks.keys import Shape, match_keys
+from networks.keys import Choose, Shape, match_keys
 from networks.peft_config import declared_scale
 from wan_train.cli import InputError
 from wan_train.storage import TensorSource, read_header, read_tensors
@@ -22,12 +22,13 @@ class LoraDelta:
     scale: float
 
 
-def check_lora(source: TensorSource, linears: Mapping[str, Shape]) -> dict[str, int]:
-    """The rank of each pair of a LoRA, by official module name. InputError unless it fits a model with these `linears`,
-    (out, in) by module name. Reads headers only."""
+def check_lora(source: TensorSource, linears: Mapping[str, Shape], choose: Choose | None = None) -> dict[str, int]:
+    """The rank of each pair of a LoRA, by official module name. InputError unless it, or what `choose` leaves of it,
+    fits a model with these `linears`, (out, in) by module name. Reads headers only."""
     what = _describe(source)
     header = read_header(source)
     match = match_keys(header.shapes, linears, what)
+    match = match.only(choose) if choose else match
     for module, keys in match.pairs.items():
         down, up = header.shapes[keys.down], header.shapes[keys.up]
         _require_pair(module, down, up, what)
@@ -37,8 +38,8 @@ def check_lora(source: TensorSource, linears: Mapping[str, Shape]) -> dict[str, 
     return {module: header.shapes[keys.down][0] for module, keys in match.pairs.items()}
 
 
-def read_lora(source: TensorSource, module_names: Iterable[str]) -> dict[str, LoraDelta]:
-    """The pairs of a LoRA by official module name; `module_names` are the model's.
+def read_lora(source: TensorSource, module_names: Iterable[str], choose: Choose | None = None) -> dict[str, LoraDelta]:
+    """The pairs of a LoRA, or what `choose` leaves of them, by official module name; `module_names` are the model's.
 
     The scale is alpha/rank, alpha from the file's tensors or its PEFT configuration, and 1 where there is neither.
     InputError for a file that is no LoRA, is of a kind that is not supported, or has a key that no module answers to.
@@ -46,6 +47,7 @@ def read_lora(source: TensorSource, module_names: Iterable[str]) -> dict[str, Lo
     what = _describe(source)
     header = read_header(source)
     match = match_keys(header.shapes, module_names, what)
+    match = match.only(choose) if choose else match
     match.require_all(what)
     declared = declared_scale(source, header.metadata, what)
     tensors = dict(read_tensors(source))

@@ -6,13 +6,14 @@ lora_down and lora_up or lora_A and lora_B.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from wan_train.cli import InputError
 from wan_train.models.weights import diffusers_name, identify, official_name, strip_prefix
 
 Shape = tuple[int, ...]
+Choose = Callable[[Iterable[str]], Iterable[str]]  # of the official names of a file's modules those that are used
 
 _FACTOR = re.compile(
     r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?(?:\.weight)?|lora(?:_linear_layer)?\.(down|up)\.weight)"
@@ -20,6 +21,17 @@ _FACTOR = re.compile(
 _PARTS = {"A": "down", "B": "up", "down": "down", "up": "up"}
 _UNDERSCORED = re.compile(r"lora_(?:unet__?|prior_unet_)(.+)")
 _WRAPPERS = ("base_model.model.", "pipe.dit.")
+
+# The Linears of every published Wan model: outside its blocks, and in each block.
+_OUTER = (
+    *("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1"),
+    *("img_emb.proj.1", "img_emb.proj.3", "head.head"),
+)
+_INNER = (
+    *(f"{part}.{leaf}" for part in ("self_attn", "cross_attn") for leaf in "qkvo"),
+    *("cross_attn.k_img", "cross_attn.v_img", "ffn.0", "ffn.2", "before_proj", "after_proj"),
+)
+_BLOCK = re.compile(r"(?:^|[._])((?:vace_)?blocks)[._](\d{1,4})[._]")
 
 # Keys that tell of a file which must be read in another way.
 _FOREIGN = tuple(
@@ -52,6 +64,15 @@ class Match:
     pairs: dict[str, PairKeys]
     unmatched: list[str]
 
+    def only(self, choose: Choose) -> "Match":
+        """What is chosen of the file by its modules' names, those of modules that the model lacks among them."""
+        lacked = {key: _split(key)[0] for key in self.unmatched}
+        table = _module_table(possible_modules(self.unmatched))
+        official = {key: table.get(_bare(written), _bare(written)) for key, written in lacked.items()}
+        chosen = set(choose([*self.pairs, *dict.fromkeys(official.values())]))
+        pairs = {module: keys for module, keys in self.pairs.items() if module in chosen}
+        return Match(pairs, [key for key in self.unmatched if official[key] in chosen])
+
     def require_all(self, what: str) -> None:
         """InputError if a key was left over."""
         if self.unmatched:
@@ -60,6 +81,12 @@ class Match:
                 f"{what} does not fit the model: {len(self.pairs)} modules match, but nothing answers to "
                 f"{len(self.unmatched)} keys: {', '.join(self.unmatched[:10])}{more}; give a LoRA of this model"
             )
+
+
+def possible_modules(names: Iterable[str]) -> list[str]:
+    """The official names of all Linears that a Wan model with the blocks named in these keys may have."""
+    blocks = sorted({(match[1], int(match[2])) for name in names if (match := _BLOCK.search(name))})
+    return [*_OUTER, *(f"{stem}.{index}.{leaf}" for stem, index in blocks for leaf in _INNER)]
 
 
 def match_keys(shapes: Mapping[str, Shape], module_names: Iterable[str], what: str) -> Match:

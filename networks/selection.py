@@ -1,13 +1,9 @@
 """Which modules a network acts on, by regular expressions on their dotted names."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
-from networks.formats import LoraDelta
 from wan_train.cli import InputError
-
-Value = TypeVar("Value")
 
 # What kohya's networks for Wan leave out whatever they are told; of a block's own Linears it names none.
 ALWAYS_EXCLUDED = r".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*"
@@ -49,14 +45,13 @@ def without_effect(names: Iterable[str], exclude: Sequence[str], include: Sequen
     return [pattern for pattern in include if not any(re.fullmatch(pattern, name) for name in away)]
 
 
-def filter_modules(
-    modules: Mapping[str, Value], include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> dict[str, Value]:
-    """The entries by dotted name that a pattern of `include` (none: all) and none of `exclude` is found in.
+def choose_modules(modules: Iterable[str], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
+    """The dotted names that a pattern of `include` (none: all) and none of `exclude` is found in.
 
     A pattern may be found in `blocks.0.self_attn.q` or in `lora_unet_blocks_0_self_attn_q`, as a file calls it.
     InputError for a pattern that is found nowhere, and if nothing is left.
     """
+    modules = list(modules)
     including = compile_patterns(include, "--include_patterns")
     excluding = compile_patterns(exclude, "--exclude_patterns")
     spellings = {name: (name, f"lora_unet_{name.replace('.', '_')}") for name in modules}
@@ -67,21 +62,14 @@ def filter_modules(
                     f"{what}: {pattern.pattern!r} is found in none of {len(modules)} modules, which are named like "
                     f"{next(iter(modules), 'nothing')}: correct it or leave it out"
                 )
-    kept = {
-        name: value
-        for name, value in modules.items()
+    kept = [
+        name
+        for name in modules
         if (not including or _is_found(including, spellings[name])) and not _is_found(excluding, spellings[name])
-    }
+    ]
     if not kept:
         raise InputError(f"--include_patterns and --exclude_patterns leave none of {len(modules)} modules: loosen them")
     return kept
-
-
-def filter_deltas(
-    deltas: Mapping[str, LoraDelta], include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> dict[str, LoraDelta]:
-    """The pairs of a LoRA that `filter_modules` leaves."""
-    return filter_modules(deltas, include, exclude)
 
 
 def _is_any(patterns: Iterable[re.Pattern[str]], name: str) -> bool:

@@ -181,7 +181,9 @@ class AverageSettings:
         minimum=0.01,
         maximum=0.28,
     )
-    no_sort: bool = option(False, "Take the files in the order given; else by time of change, the oldest first.")
+    no_sort: bool = option(
+        False, "Take the files in the order given; default: in the order of the steps that they say."
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from networks.adapter import Adapter, create
 from networks.formats import LoraDelta, read_lora
 from networks.merge import merged
-from networks.selection import filter_deltas
+from networks.selection import choose_modules
 from networks.settings import NetworkSettings
 from wan_train.cli import InputError
 from wan_train.log import get_logger
@@ -69,7 +69,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class WeightedLora:
-    """A LoRA file, how strongly it counts, and which of its modules: `networks.selection.filter_modules`."""
+    """A LoRA file, how strongly it counts, and which of its modules: `networks.selection.choose_modules`."""
 
     path: str
     multiplier: float = 1.0
@@ -77,8 +77,12 @@ class WeightedLora:
     exclude: tuple[str, ...] = ()
 
     def read(self, module_names: Iterable[str]) -> dict[str, LoraDelta]:
-        """What is chosen of the file, by the model's own module names."""
-        return filter_deltas(read_lora(self.path, module_names), self.include, self.exclude)
+        """What is chosen of the file, by the model's own module names. What is not chosen need not fit the model."""
+        return read_lora(self.path, module_names, self.choose)
+
+    def choose(self, modules: Iterable[str]) -> list[str]:
+        """Those of the file's modules that are chosen."""
+        return choose_modules(modules, self.include, self.exclude)
 
 
 def check_model(

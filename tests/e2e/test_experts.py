@@ -206,6 +206,21 @@ def test_one_expert_is_trained_on_its_own_noise_levels(desk: Desk, *, high: bool
     assert all(set(row["strata"]) <= {"t2", "t3"} for row in desk.rows("own"))
 
 
+def test_one_file_at_high_noise_levels_is_the_expert_for_high_noise(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command of a trainer that has one option for either file."""
+    levels = ("--min_timestep", 875, "--max_timestep", 1000)
+    desk.train("alone", "--dit", desk.folder / HIGH, *levels, high=False, low=False, steps=2)
+    assert "is trained as that, as with --dit_high_noise" in caplog.text
+    desk.train("same", *levels, low=False, steps=2)
+    ours, named = desk.lora("alone"), desk.lora("same")
+    assert learnt(ours) and all(torch.equal(ours[key], named[key]) for key in named)
+    with safe_open(desk.folder / "out" / "alone.safetensors", framework="pt") as file:
+        assert file.metadata()["wan_train_expert"] == "high_noise"
+        assert file.metadata()["ss_sd_model_name"] == HIGH
+
+
 def test_what_training_refuses(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     def told(words: list[object]) -> str:
         return told_by(TRAIN, words, capsys)

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.batches import Batch, CachedDataset, collate
-from dataset.contents import read_contents
 from dataset.epochs import EpochBatches
 from dataset.summary import metadata, summarise
 from networks.adapter import Adapter
@@ -27,7 +26,6 @@ from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
 from wan_train.training.accelerator import from_first, prepare_model
-from wan_train.training.choosing import identity_of
 from wan_train.training.conditioning import dropping_rate
 from wan_train.training.ema import Ema
 from wan_train.training.experts import ExpertPlan, only_expert, settings_of
@@ -41,7 +39,7 @@ from wan_train.training.pair import PairAdapter, PairEma, PairModel, move_frozen
 from wan_train.training.preflight import Plan, model_settings
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
-from wan_train.training.resume import Trained, configuration, go_on, start_of
+from wan_train.training.resume import Trained, begin, go_on
 from wan_train.training.run import Length, Run, Skipped, Stateful
 from wan_train.training.schedules import check_schedule, make_schedule, warmup_steps
 from wan_train.training.settings import LoopSettings, TrainSettings
@@ -61,11 +59,7 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     length = run_length(len(batches), settings)
     check_schedule(settings.optimizer, length.steps)
     trained = Trained(plan.configs, dataset.keys, plan.prior_captions, length.steps, accelerator.mixed_precision)
-    same = configuration(settings, trained, num_processes=accelerator.num_processes)
-    # Without a state to compare with or to write they are not needed.
-    samples = read_contents(dataset) if is_first or plan.state is not None else {}
-    start = start_of(plan.state, same, samples, length, settings)
-    identity = identity_of(plan.state, settings.save)
+    began = begin(settings, plan.state, trained, dataset, length, accelerator)
     log.info(summarise(dataset))
     texts = encode(settings, plan, accelerator)
     previewer = make_previewer(settings, plan, texts, accelerator, seed)
@@ -86,7 +80,7 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
     }
     if plan.state is not None:
         go_on(plan.state, dict(adapter.named_parameters()), carried)
-    facts = make_facts(plan, dataset, accelerator, length, identity, seed=seed, warmup=warmup)
+    facts = make_facts(plan, dataset, accelerator, length, began.identity, seed=seed, warmup=warmup)
     rows = training_metadata(settings, facts, adapter.metadata())
     return Run(
         settings=settings,
@@ -101,12 +95,12 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
         batches=batches,
         loader=make_loader(dataset, batches, settings.loop, accelerator.device),
         length=length,
-        start=start,
+        start=began.position,
         seed=seed,
         metadata=rows,
-        configuration=same,
-        samples=samples,
-        identity=identity,
+        configuration=began.configuration,
+        samples=began.samples,
+        identity=began.identity,
         previewer=previewer,
         writer=make_writer(settings, plan.state, rows) if is_first else None,
         # In the background where others would wait for the copy.

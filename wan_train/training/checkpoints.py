@@ -1,7 +1,7 @@
 """Names of what a run saves, the saving of an adapter, and which files newer ones replace."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -48,11 +48,18 @@ def save_weights(
     return write_set(path, rows, exported, metadata, save.shard_bytes)
 
 
-def outlived(save: SaveSettings, *, epoch: int, step: int, parts: Sequence[str | None] = (None,)) -> list[Path]:
+def outlived(
+    save: SaveSettings,
+    *,
+    epoch: int,
+    step: int,
+    parts: Sequence[str | None] = (None,),
+    is_own: Callable[[Path], bool] = lambda path: True,
+) -> list[Path]:
     """What `--save_last_n_...` no longer keeps once all of this epoch and step is saved, of each part's files.
 
     Of epochs the last N saved ones stay, of steps those of the last N steps. States go with their files unless they
-    have a number of their own.
+    have a number of their own. What is not `is_own`, of another run of this name, neither counts nor gives way.
     """
     epochs, steps = save.save_last_n_epochs, save.save_last_n_steps
     epoch_states = save.save_last_n_epochs_state or epochs
@@ -60,9 +67,9 @@ def outlived(save: SaveSettings, *, epoch: int, step: int, parts: Sequence[str |
     gone: list[Path] = []
     files = [(_name(save, part), ending, epochs, steps) for part in parts for ending in (FILE, EMA_FILE)]
     for name, ending, last_epochs, last_steps in (*files, (save.output_name, STATE, epoch_states, step_states)):
-        saved = _numbered(save, name, EPOCH, ending)
+        saved = _numbered(save, name, EPOCH, ending, is_own) if last_epochs else []
         gone += [path for number, path in saved if last_epochs and number not in _last(saved, last_epochs, epoch)]
-        by_step = _numbered(save, name, STEP, ending)
+        by_step = _numbered(save, name, STEP, ending, is_own) if last_steps else []
         gone += [path for number, path in by_step if last_steps and number <= step - last_steps]
     return gone
 
@@ -73,10 +80,12 @@ def _last(saved: list[tuple[int, Path]], count: int, newest: int) -> set[int]:
     return {n for n in numbers if n > newest} | set([n for n in numbers if n <= newest][-count:])
 
 
-def _numbered(save: SaveSettings, name: str, moment: str, ending: str) -> list[tuple[int, Path]]:
+def _numbered(
+    save: SaveSettings, name: str, moment: str, ending: str, is_own: Callable[[Path], bool]
+) -> list[tuple[int, Path]]:
     """What is there under names of this kind of moment, with the numbers in them."""
     stem, suffix = ending.removesuffix(FILE), FILE if ending.endswith(FILE) else ""
     whole = rf"{re.escape(stem)}(?:-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}(?:{re.escape(INDEX)})?"
     pattern = re.compile(rf"{re.escape(name)}{moment}{whole if suffix else re.escape(ending)}")
     matches = ((pattern.fullmatch(path.name), path) for path in Path(save.output_dir).iterdir())
-    return [(int(match[1]), path) for match, path in matches if match]
+    return [(int(match[1]), path) for match, path in matches if match and is_own(path)]

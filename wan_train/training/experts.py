@@ -4,9 +4,12 @@ from dataclasses import dataclass, replace
 
 from wan_train.cli import InputError
 from wan_train.flow.timesteps import NUM_TIMESTEPS, Span
+from wan_train.log import get_logger
 from wan_train.models.experts import HIGH, LOW, ORDER, read_boundary, span_of
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.training.settings import TimestepSettings, TrainSettings
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,29 @@ class ExpertPlan:
                 f" the expert for {expert.replace('_', ' ')}: the boundary is {NUM_TIMESTEPS * self.boundary:g}"
             )
         return Span(low, high, keep_shape=True)
+
+
+def with_named_experts(settings: TrainSettings) -> TrainSettings:
+    """The settings with a single `--dit` as `--dit_high_noise` if it is to be trained mostly above the boundary: other
+    trainers have one option for both files, and let the range of noise levels say which it is."""
+    variant, timesteps, experts = VARIANTS[settings.dit.task], settings.timesteps, settings.experts
+    if variant.experts is None or not settings.dit.dit or experts.dit_high_noise:
+        return settings
+    boundary = read_boundary(experts.timestep_boundary, variant)
+    if not is_above(boundary, timesteps.min_timestep, timesteps.max_timestep):
+        return settings
+    log.info(
+        "--min_timestep %d --max_timestep %d is the range of the expert for high noise, which begins at %g: --dit %s is"
+        " trained as that, as with --dit_high_noise",
+        *(timesteps.min_timestep, timesteps.max_timestep, NUM_TIMESTEPS * boundary, settings.dit.dit),
+    )
+    named = replace(experts, dit_high_noise=settings.dit.dit)
+    return replace(settings, dit=replace(settings.dit, dit=""), experts=named)
+
+
+def is_above(boundary: float, low: int, high: int) -> bool:
+    """Whether a range of timesteps, of 1000, is for its larger part above the boundary, a t in [0, 1]."""
+    return low + high > 2 * NUM_TIMESTEPS * boundary
 
 
 def plan_experts(settings: TrainSettings) -> ExpertPlan:

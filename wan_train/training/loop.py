@@ -60,7 +60,8 @@ def before_first_step(run: Run) -> None:
 
 
 def train_epoch(run: Run, position: Position, bar: Any) -> Position:
-    """Train on from a position to the end of its epoch, or of the run; the position after it."""
+    """Train on from a position to the end of its epoch, or of the run; the position after it, which is within the epoch
+    if the run ends there."""
     step, epoch, epoch_step = position.step, position.epoch, position.epoch_step
     size = run.settings.loop.gradient_accumulation_steps
     run.batches.set_epoch(epoch, skip=epoch_step * size)
@@ -74,9 +75,10 @@ def train_epoch(run: Run, position: Position, bar: Any) -> Position:
             raise Stopped(save_stopped(run, position), EXIT_CODES[asked_to_stop])
         if step == run.length.steps or has_learnt_enough(run):
             break
-    position = Position(step, epoch + 1, 0)
-    after_epoch(run, position)
-    return position
+    ended = Position(step, epoch + 1, 0)
+    after_epoch(run, ended)
+    # A run that ends within an epoch may be resumed to go further: from where it is, not from the next epoch.
+    return position if 0 < epoch_step < run.epoch_steps else ended
 
 
 def windows(batches: Iterable[Part], size: int) -> Iterator[list[Part]]:

@@ -16,6 +16,7 @@ from wan_train.training.accelerator import agree_on_seed, make_accelerator
 from wan_train.training.audit import audit
 from wan_train.training.build import build
 from wan_train.training.checkpoints import path_of
+from wan_train.training.experts import with_named_experts
 from wan_train.training.identity import write_identity
 from wan_train.training.loop import train
 from wan_train.training.needs import check_needs
@@ -31,6 +32,7 @@ log = get_logger(__name__)
 
 def main(settings: TrainSettings) -> None:
     """Train as the settings say. Raises InputError, before a model is loaded, for what cannot work."""
+    settings = with_named_experts(settings)
     if settings.timesteps.show_timesteps:
         print(show_timesteps(settings))
         return

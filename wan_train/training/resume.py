@@ -7,17 +7,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from accelerate import Accelerator
 from torch import nn
 
+from dataset.batches import CachedDataset
 from dataset.config import DatasetConfig
-from dataset.contents import Contents, changes
+from dataset.contents import Contents, changes, read_contents
 from dataset.order import SampleKey
 from dataset.remains import put_back
 from wan_train.cli import InputError, Stopped
 from wan_train.log import get_logger
 from wan_train.models.experts import read_boundary
 from wan_train.models.variants import VARIANTS
-from wan_train.training.choosing import choose
+from wan_train.training.choosing import choose, identity_of
+from wan_train.training.earlier import warn_of_others
+from wan_train.training.experts import is_above
+from wan_train.training.identity import Identity
 from wan_train.training.run import Length, Stateful
 from wan_train.training.schedules import warmup_steps
 from wan_train.training.settings import TrainSettings
@@ -148,7 +153,21 @@ def _differences(saved: dict[str, str], current: dict[str, str], *, only: Iterab
     if only is not None:
         names = set(only)
         saved = {name: value for name, value in saved.items() if name in names}
+    saved = _with_named_experts(saved)
     return differences(saved, current, _defaults([*saved, *current]))
+
+
+def _with_named_experts(saved: dict[str, str]) -> dict[str, str]:
+    """A saved configuration as `training.experts.with_named_experts` would have it: once a single `--dit` was taken for
+    the expert for low noise at whatever noise levels it was trained."""
+    try:
+        single = bool(saved["--dit"]) and not saved["--dit_high_noise"]
+        levels = int(saved["--min_timestep"]), int(saved["--max_timestep"])
+        if single and is_above(float(saved["--timestep_boundary"]), *levels):
+            return saved | {"--dit": "", "--dit_high_noise": saved["--dit"]}
+    except (KeyError, ValueError):
+        pass  # of a task of one model
+    return saved
 
 
 def _defaults(names: Iterable[str]) -> dict[str, str]:
@@ -174,7 +193,37 @@ def chosen_seed(given: int | None, state: State | None) -> int | None:
     return state.seed
 
 
-def start_of(
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """Where a run begins, which run it is, its configuration, and what each of its samples is made of."""
+
+    position: Position
+    identity: Identity
+    configuration: dict[str, str]
+    samples: Contents
+
+
+def begin(
+    settings: TrainSettings,
+    state: State | None,
+    trained: Trained,
+    dataset: CachedDataset,
+    length: Length,
+    accelerator: Accelerator,
+) -> Beginning:
+    """How a run begins, afresh or from a state. Raises what `_position_of` raises; the first process warns of files
+    that will be replaced."""
+    same = configuration(settings, trained, num_processes=accelerator.num_processes)
+    # Without a state to compare with or to write they are not needed.
+    samples = read_contents(dataset) if accelerator.is_main_process or state is not None else {}
+    position = _position_of(state, same, samples, length, settings)
+    identity = identity_of(state, settings.save)
+    if accelerator.is_main_process:
+        warn_of_others(settings.save, identity, state)
+    return Beginning(position, identity, same, samples)
+
+
+def _position_of(
     state: State | None, same: dict[str, str], samples: Contents, length: Length, settings: TrainSettings
 ) -> Position:
     """Where the run begins. InputError for a state of another configuration, or of a run that is at its end; with

@@ -1,9 +1,10 @@
 """What a run is made of, and what of it is saved."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from wan_train.models.dit import Dit
 from wan_train.shards import entry_of
 from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, outlived, path_of, save_adapter, save_weights
 from wan_train.training.choosing import newest_of
+from wan_train.training.earlier import End, is_of_run, keep_earlier_end
 from wan_train.training.ema import Ema, reading
 from wan_train.training.experts import ExpertPlan, only_expert
 from wan_train.training.hub import Hub
@@ -124,6 +126,11 @@ class Run:
         """How many processes take a step together."""
         return int(self.accelerator.num_processes)
 
+    @property
+    def epoch_steps(self) -> int:
+        """Optimizer steps in an epoch."""
+        return math.ceil(len(self.batches) / self.settings.loop.gradient_accumulation_steps)
+
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
@@ -133,13 +140,19 @@ class Run:
 def save(run: Run, moment: str, position: Position, *, with_state: bool) -> None:
     """Write the adapter, its average and, if asked for, a state, on the first process; then drop what is outlived."""
     if run.accelerator.is_main_process:
+        settings, names = run.settings.save, [name for name, _, _ in saved_parts(run.adapter)]
+        saved: list[Path] = []
+        if not moment and run.start.step > 0:
+            end = End(run.identity, run.seed, position, run.epoch_steps)
+            saved = keep_earlier_end(settings, end, names, with_state=with_state)
         with naming_what_is_kept(run, position):
-            saved = write_files(run, moment, position)
+            saved += write_files(run, moment, position)
             if with_state:
                 saved.append(keep_state(run, moment, position))
-        names = [name for name, _, _ in saved_parts(run.adapter)]
-        remove(outlived(run.settings.save, epoch=epoch_of(position), step=position.step, parts=names))
-        upload(run, saved)
+        is_own = partial(is_of_run, session=run.identity.session)
+        gone = outlived(settings, epoch=epoch_of(position), step=position.step, parts=names, is_own=is_own)
+        remove(gone)
+        upload(run, [path for path in saved if path not in gone])
     run.accelerator.wait_for_everyone()
 
 

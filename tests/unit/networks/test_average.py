@@ -91,3 +91,83 @@ def test_bad_input_is_one_line(files, tmp_path, capsys) -> None:
         assert run(AVERAGE, words) == 2
         assert wanted in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.fixture
+def save_as(make_model, make_deltas, tmp_path):
+    """`save_as(name, step)`: a file of the run `name`, or of another one, its numbers equal to its step."""
+
+    def save(stem: str, step: int | None, session: str = "1", **said: str) -> str:
+        state = kohya_state(make_deltas(make_model()))
+        tensors = {name: t if name.endswith(".alpha") else torch.full_like(t, step or 0) for name, t in state.items()}
+        metadata = {} if step is None else {"ss_steps": str(step), "ss_session_id": session, "ss_output_name": "name"}
+        path = tmp_path / "out" / f"{stem}.safetensors"
+        save_tensors(path, tensors, metadata | said)
+        os.utime(path, (1000 - (step or 0), 1000 - (step or 0)))  # as copies may have them
+        return str(path)
+
+    return save
+
+
+def mean_of(files, tmp_path, *more) -> float:
+    """The mean of what the files hold, the last counting half, the one before a quarter, and so on."""
+    got = average(files, tmp_path / "avg.safetensors", "--beta", 0.5, *more)
+    return float(next(tensor for name, tensor in got.items() if name.endswith("up.weight")).flatten()[0])
+
+
+def test_the_files_of_a_pattern_as_the_page_has_it(save_as, tmp_path, capsys) -> None:
+    for stem, step in (("name-000002", 20), ("name-000001", 10), ("name-best", 20), ("name-000001-ema", 10)):
+        save_as(stem, step)
+    for stem, step in (("name-best-ema", 20), ("name-ema", 30), ("name", 30), ("name-step00000015", 15)):
+        save_as(stem, step)
+    files = sorted(map(str, (tmp_path / "out").glob("name-*.safetensors")))
+    assert mean_of(files, tmp_path) == pytest.approx(10 / 8 + 15 / 8 + 20 / 4 + 30 / 2)
+    told = capsys.readouterr().err
+    left_out = next(line for line in told.splitlines() if "left out" in line)
+    assert all(f"name-{kind}.safetensors" in left_out for kind in ("best", "000001-ema", "best-ema", "ema"))
+    assert f"{tmp_path / 'out' / 'name.safetensors'} is averaged too" in told
+
+
+def test_the_end_is_taken_in_with_all_the_others_alone(save_as, tmp_path) -> None:
+    first, second, third = (save_as(f"name-00000{epoch}", 10 * epoch) for epoch in (1, 2, 3))
+    save_as("name", 40)
+    assert mean_of([first, second], tmp_path) == pytest.approx(15)  # chosen by hand
+    assert mean_of([third, second, first], tmp_path, "--no_sort") == pytest.approx(10 / 2 + 20 / 4 + 30 / 4)
+    save_as("name", 40, session="2")
+    assert mean_of([first, second, third], tmp_path) == pytest.approx(10 / 4 + 20 / 4 + 30 / 2)
+
+
+def test_averages_may_be_averaged(save_as, tmp_path, capsys) -> None:
+    files = [save_as(f"name{moment}-ema", step) for moment, step in (("-000002", 20), ("-best", 20), ("-000001", 10))]
+    save_as("name-ema", 30)
+    save_as("name", 30)
+    assert mean_of(files, tmp_path) == pytest.approx(10 / 4 + 20 / 4 + 30 / 2)
+    assert "name-best-ema" in capsys.readouterr().err
+
+
+def test_a_runs_own_name_may_look_like_a_kind(save_as, tmp_path) -> None:
+    named = {"ss_output_name": "name-best"}
+    files = [save_as(f"name-best-00000{epoch}", 10 * epoch, **named) for epoch in (1, 2)]
+    save_as("name-best", 30, **named)
+    assert mean_of(files, tmp_path) == pytest.approx(10 / 4 + 20 / 4 + 30 / 2)
+
+
+def test_a_step_counts_once_and_silent_files_go_by_time(save_as, tmp_path, capsys) -> None:
+    files = [save_as("name-000001", 10), save_as("name-step00000010", 10), save_as("name-step00000020", 20)]
+    assert mean_of(files, tmp_path) == pytest.approx(15)
+    assert "is of the same step as" in capsys.readouterr().err
+    silent = save_as("name-000009", None)
+    assert mean_of([files[0], silent], tmp_path) == pytest.approx(5)
+    told = capsys.readouterr().err
+    assert "by time of change" in told and "name-000009" in told and "may not be of one run" in told
+
+
+def test_what_is_not_to_be_averaged_together(save_as, tmp_path, capsys) -> None:
+    out = ["--output_file", str(tmp_path / "avg.safetensors")]
+    high = save_as("name_high_noise-000001", 10, wan_train_expert="high_noise")
+    low = save_as("name_low_noise-000001", 10, session="2", wan_train_expert="low_noise")
+    assert run(AVERAGE, [high, low, *out]) == 2
+    assert "two experts" in capsys.readouterr().err
+    best = save_as("name-best", 10)
+    assert run(AVERAGE, [save_as("name-000001", 10), best, *out]) == 2
+    assert "is left alone" in capsys.readouterr().err

@@ -3,13 +3,14 @@
 import logging
 
 import pytest
-import torch
 
 from networks.adapter import check_module, check_network, create
-from networks.formats import LoraDelta
-from networks.selection import filter_deltas, filter_modules
+from networks.formats import check_lora, kohya_state, peft_state
+from networks.selection import choose_modules
 from networks.settings import NetworkSettings
+from wan_train.assemble import WeightedLora
 from wan_train.cli import InputError
+from wan_train.storage import save_tensors
 
 
 def modules(adapter) -> set[str]:
@@ -130,17 +131,37 @@ NAMES = dict.fromkeys((f"blocks.{i}.{m}" for i in (1, 12) for m in ("self_attn.q
     ],
 )
 def test_filtering_a_file(include, exclude, wanted) -> None:
-    assert set(filter_modules(NAMES, include, exclude)) == wanted
+    assert set(choose_modules(NAMES, include, exclude)) == wanted
 
 
 def test_filtering_by_what_is_not_there() -> None:
-    deltas = {"blocks.0.ffn.0": LoraDelta(torch.ones(1, 2), torch.ones(2, 1), 1.0)}
-    assert filter_deltas(deltas, ["ffn"]) == deltas
+    deltas = ["blocks.0.ffn.0"]
+    assert choose_modules(deltas, ["ffn"]) == deltas
     with pytest.raises(
         InputError, match=r"--include_patterns: 'attn' is found in none of 1 modules.*blocks\.0\.ffn\.0"
     ):
-        filter_deltas(deltas, ["attn"])
+        choose_modules(deltas, ["attn"])
     with pytest.raises(InputError, match="leave none"):
-        filter_deltas(deltas, ["ffn"], ["blocks"])
+        choose_modules(deltas, ["ffn"], ["blocks"])
     with pytest.raises(InputError, match="no regular expression"):
-        filter_deltas(deltas, [], ["("])
+        choose_modules(deltas, [], ["("])
+
+
+@pytest.mark.parametrize("written", [kohya_state, lambda deltas: peft_state(deltas, "diffusion_model")])
+@pytest.mark.parametrize("pattern", ["k_img|v_img", r"cross_attn\.[kv]_img", "lora_unet_blocks_._cross_attn_._img"])
+def test_what_is_excluded_need_not_fit_the_model(make_model, make_deltas, tmp_path, written, pattern: str) -> None:
+    """A LoRA of a model with pictures on one without, as Wan2.1's I2V on T2V or Wan2.2."""
+    path, sizes = tmp_path / "i2v.safetensors", shapes(make_model())
+    wanted = {name for name in make_deltas(make_model(image=True)) if not name.endswith("_img")}
+    save_tensors(path, written(make_deltas(make_model(image=True))))
+    lora = WeightedLora(str(path), exclude=(pattern,))
+    assert set(lora.read(sizes)) == set(check_lora(path, sizes, lora.choose)) == wanted
+    chosen = WeightedLora(str(path), include=("self_attn",))
+    assert set(chosen.read(sizes)) == {name for name in wanted if "self_attn" in name}
+    for other in (WeightedLora(str(path)), WeightedLora(str(path), exclude=("k_img",))):
+        with pytest.raises(InputError, match=r"nothing answers to .*v_img"):
+            other.read(sizes)
+        with pytest.raises(InputError, match=r"nothing answers to .*v_img"):
+            check_lora(path, sizes, other.choose)
+    with pytest.raises(InputError, match="'q_img' is found in none of 24 modules"):
+        WeightedLora(str(path), exclude=("q_img",)).read(sizes)

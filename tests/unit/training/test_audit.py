@@ -4,7 +4,7 @@ import pytest
 
 from wan_train.cli import InputError, parse
 from wan_train.training.audit import audit, measure, refuse_unused
-from wan_train.training.experts import plan_experts
+from wan_train.training.experts import plan_experts, with_named_experts
 from wan_train.training.settings import TrainSettings
 
 NEEDED = ("--dataset_config", "d.toml", "--output_dir", "o", "--output_name", "n", "--task", "t2v-A14B")
@@ -41,3 +41,29 @@ def test_what_generation_visits() -> None:
     text = audit(settings("--dit", "l", "--task", "i2v-A14B"), num_draws=1000)
     assert "unipc, 40 steps, shift 5: high noise 15 steps" in text
     assert "trained, low noise: 100.0% of the draws" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "high"),
+    [
+        (("--min_timestep", "875"), True),
+        (("--task", "i2v-A14B", "--min_timestep", "875"), True),  # its boundary is 900
+        (("--task", "i2v-A14B", "--min_timestep", "900", "--max_timestep", "1000"), True),
+        (("--min_timestep", "600", "--timestep_boundary", "0.7"), True),
+        ((), False),
+        (("--max_timestep", "875"), False),
+        (("--min_timestep", "500"), False),
+        (("--task", "t2v-14B", "--min_timestep", "875"), False),
+    ],
+)
+def test_one_file_is_the_expert_that_its_noise_levels_say(words: tuple[str, ...], high: bool) -> None:
+    given = settings("--dit", "file", *words)
+    named = with_named_experts(given)
+    assert (named.dit.dit, named.experts.dit_high_noise) == (("", "file") if high else ("file", ""))
+    assert named == given or high
+    refuse_unused(plan_experts(named), named.timesteps)
+
+
+def test_two_files_are_what_they_were_given_as() -> None:
+    both = settings("--dit", "low", "--dit_high_noise", "high", "--min_timestep", "875")
+    assert with_named_experts(both) == both

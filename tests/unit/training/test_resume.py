@@ -79,8 +79,8 @@ CLIPS = {f"cache/clip{i:02d}_00000-017_0064x0096_wan": Content(f"l{i}", f"c{i}",
         ({"clip03": Content("other", "c3", "t5")}, r"1 file with another video or image \(clip03\)"),
         ({f"clip{i:02d}": Content(f"l{i}", "new", "t5") for i in range(12)}, r"12 files with .*clip09 and 2 more\)"),
         ({"clip00": Content("l0", "c0", "other")}, r"1 file with another text encoder \(clip00\)"),
-        ({"clip05": None}, r"1 file that are gone \(clip05\)"),
-        ({"clip77": Content("", "c", "")}, r"1 file that are new \(clip77\)"),
+        ({"clip05": None}, r"1 file that is gone \(clip05\)"),
+        ({"clip77": Content("", "c", "")}, r"1 file that is new \(clip77\)"),
     ],
 )
 def test_samples_are_compared_by_what_they_were_made_of(
@@ -114,3 +114,12 @@ def test_the_seed_is_the_states(tmp_path: Path) -> None:
     assert (chosen_seed(3, None), chosen_seed(None, None)) == (3, None)
     with pytest.raises(InputError, match="--seed 8 is not the 7"):
         chosen_seed(8, state)
+
+
+def test_a_single_dit_at_high_noise_levels_was_the_expert_for_high_noise(tmp_path: Path) -> None:
+    levels = {"--timestep_boundary": "0.9", "--min_timestep": "875", "--max_timestep": "1000"}
+    before = {"--dit": "high.safetensors", "--dit_high_noise": "", **levels}
+    state = open_state(anonymous(save(tmp_path / "name-state", options=before)))
+    require_same(state, {"--dit": "", "--dit_high_noise": "high.safetensors", **levels}, {}, anyway=False)
+    with pytest.raises(InputError, match=r"--dit was , is high"):
+        require_same(state, before, {}, anyway=False)
