@@ -25,6 +25,8 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
 }
 
+WITHOUT_FLOAT64 = ("mps",)  # kinds of devices on which a tensor of float64 is a TypeError
+
 
 def dtype_of(name: str) -> torch.dtype:
     """The dtype behind a name that users write (`bf16`, `bfloat16`, `fp16`, `fp32`, `float`, ...)."""
@@ -44,6 +46,11 @@ def compute_dtype(device: torch.device | str, stored: torch.dtype) -> torch.dtyp
 def published_dtype(device: torch.device) -> torch.dtype | None:
     """What the official code runs frozen models in on an accelerator, bfloat16; None, the file's own, on a CPU."""
     return None if device.type == "cpu" else torch.bfloat16
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where to do float64 arithmetic for tensors on `device`: there, or on the CPU if the device has no float64."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def default_device(name: str | None = None) -> torch.device:

@@ -20,7 +20,7 @@ from wan_train.models.dit_layers import DitConfig as DitConfig
 from wan_train.models.norms import LayerNorm
 from wan_train.models.rope import rotations
 from wan_train.models.variants import TEXT_LENGTH
-from wan_train.precision import Linear
+from wan_train.precision import Linear, float64_device
 
 
 class Block(nn.Module):
@@ -201,9 +201,10 @@ def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 def sinusoid(timestep: Tensor, width: int) -> Tensor:
     """Cosines, then sines, of t * 10000^(-i / half), i below half = width/2: (..., width), taken in float64."""
     half = width // 2
-    rates = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
-    angles = timestep.to(torch.float64).unsqueeze(-1) * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+    device = float64_device(timestep.device)
+    rates = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=device) / half)
+    angles = timestep.to(device).to(torch.float64).unsqueeze(-1) * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float().to(timestep.device)
 
 
 def pad_context(context: list[Tensor] | Tensor, config: DitConfig, device: torch.device) -> Tensor:

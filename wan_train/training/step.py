@@ -165,8 +165,8 @@ def seed_dropout(seed: int, epoch: int, batch: Batch, device: torch.device) -> N
 
 def share(run: Run, loss: Tensor, t: Tensor, samples: Tensor) -> Shared:
     """What the processes know together; the mean loss and the wish to stop in one exchange."""
-    local = torch.stack([loss.double(), torch.tensor(float(run.stop.signal), dtype=torch.float64, device=loss.device)])
-    rows = run.accelerator.gather(local.unsqueeze(0)).cpu()
+    local = torch.stack([loss.float(), torch.tensor(float(run.stop.signal), device=loss.device)])
+    rows = run.accelerator.gather(local.unsqueeze(0)).cpu().double()
     return Shared(float(rows[:, 0].mean()), t.cpu(), samples.detach().cpu(), int(rows[:, 1].max()))
 
 
