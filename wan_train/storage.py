@@ -22,6 +22,7 @@ from torch import Tensor
 
 from wan_train.cli import InputError
 from wan_train.file_names import hidden_prefix
+from wan_train.flushing import flush
 from wan_train.shards import expand
 
 TensorSource = str | os.PathLike[str] | Mapping[str, Tensor]
@@ -140,9 +141,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _beside(target) as folder:
         temporary = folder / f"new{target.suffix}"  # the suffix stays: some writers choose their format by it
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
 
 
 @contextlib.contextmanager
@@ -158,13 +159,13 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
+            flush(file)
+        flush(temporary)
         if target.exists():
             _change_places(target, temporary, aside=folder / OLD / target.name)
         else:
             os.replace(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
 
 
 def _change_places(target: Path, new: Path, *, aside: Path) -> None:
@@ -188,13 +189,13 @@ def replacing_set(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield folder
         files = sorted(folder.iterdir(), key=lambda file: (file.suffix == ".json", file.name))
         for file in files:
-            _flush(file)
+            flush(file)
         for file in files:
             if file.suffix == ".json":
                 target.with_name(file.name).unlink(missing_ok=True)
         for file in files:
             os.replace(file, target.with_name(file.name))
-        _flush(target.parent)
+        flush(target.parent)
 
 
 @contextlib.contextmanager
@@ -210,17 +211,6 @@ def _beside(target: Path) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # some file systems cannot flush a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def save_tensors(

@@ -130,3 +130,34 @@ def test_benchmarks_import_what_is_there() -> None:
                 }
                 lost += [f"{named(path)} {alias.name}" for alias in node.names if alias.name not in there]
     assert lost == []
+
+
+POSIX_MODULES = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix"}
+POSIX_NAMES = {
+    "os": "fork forkpty wait wait3 wait4 waitpid killpg getpgid setsid getuid geteuid getgid chown statvfs mkfifo "
+    "uname sched_getaffinity getloadavg posix_fadvise pread pwrite sendfile O_DIRECTORY",
+    "signal": "SIGKILL SIGHUP SIGUSR1 SIGUSR2 SIGALRM SIGQUIT SIGCHLD alarm pause pthread_sigmask sigwait setitimer",
+    "mmap": "MAP_PRIVATE MAP_SHARED MAP_ANONYMOUS PROT_READ PROT_WRITE",
+    "time": "tzset clock_gettime",
+}
+
+
+def guarded(tree: ast.Module) -> set[ast.AST]:
+    """What stands inside of a `try`: whoever imports there says what else to do."""
+    return {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+
+
+def test_nothing_asks_windows_for_what_it_lacks() -> None:
+    found = []
+    for path in PACKAGED:
+        tree = parse(path)
+        safe = guarded(tree)
+        for node in ast.walk(tree):
+            modules = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            if isinstance(node, ast.ImportFrom):
+                modules = {node.module or ""}
+            if modules & POSIX_MODULES and node not in safe:
+                found.append(f"{named(path)} imports {' '.join(modules & POSIX_MODULES)}")
+            if isinstance(node, ast.Attribute) and node.attr in POSIX_NAMES.get(ast.unparse(node.value), "").split():
+                found.append(f"{named(path)} uses {ast.unparse(node)}")
+    assert found == []

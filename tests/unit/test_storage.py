@@ -1,14 +1,27 @@
+import os
 import pickle
 import resource
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from wan_train import flushing
 from wan_train.cli import InputError
 from wan_train.shards import expand
-from wan_train.storage import check_writable, read_header, read_parts, read_tensors, replacing, save_parts, save_tensors
+from wan_train.storage import (
+    check_writable,
+    read_header,
+    read_parts,
+    read_tensors,
+    replacing,
+    replacing_folder,
+    replacing_set,
+    save_parts,
+    save_tensors,
+)
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -129,3 +142,34 @@ def test_a_view_is_saved_without_what_it_is_a_view_of(tmp_path: Path) -> None:
     assert all(torch.equal(again, whole) for again in saved["twice"])
     save_parts(tmp_path / "run.pt", {"part": parts["part"]})
     assert (tmp_path / "run.pt").stat().st_size < 4096
+
+
+def test_windows_flushes_files_that_may_be_written_to_and_no_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: dict[int, int] = {}
+    flushed: list[int] = []
+
+    def open_there(path: Path, mode: int, *more: int, **options: int) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        descriptor = os.open(path, mode, *more, **options)
+        modes[descriptor] = mode & os.O_ACCMODE
+        return descriptor
+
+    def flush_there(descriptor: int) -> None:
+        if modes[descriptor] == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        flushed.append(descriptor)
+        os.fsync(descriptor)
+
+    windows = ModuleType("os")
+    windows.__dict__.update(vars(os), name="nt", open=open_there, fsync=flush_there)
+    monkeypatch.setattr(flushing, "os", windows)
+    save_tensors(tmp_path / "x.safetensors", tensors())
+    for replaces in (replacing_folder, replacing_set):
+        with replaces(tmp_path / "state") as folder:
+            (folder / "part.json").write_text("{}")
+    assert len(flushed) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "state", "part.json"}
+    assert (tmp_path / "state" / "part.json").read_text() == "{}"

@@ -103,7 +103,6 @@ def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelera
         identity=began.identity,
         previewer=previewer,
         writer=make_writer(settings, plan.state, rows) if is_first else None,
-        # In the background where others would wait for the copy.
         hub=open_hub(settings.hub, background=accelerator.num_processes > 1) if is_first else None,
         validator=cast("Validator | None", carried["validator"]),
         strata=make_strata(settings, dataset, seed),

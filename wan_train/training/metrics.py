@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wan_train.cli import RunError
+from wan_train.memory.report import peak_host_bytes
 from wan_train.storage import replacing
 from wan_train.training.save_settings import SaveSettings
 from wan_train.training.show_settings import LogSettings
@@ -231,8 +231,4 @@ def peak_memory_mib(device: torch.device) -> int:
     """Peak memory of this process so far: the device's, or resident memory on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device)) // MEBIBYTE
-    try:
-        # Before `ru_maxrss`, which on Linux begins with the peak of whoever started this process.
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return peak_host_bytes() // MEBIBYTE
