@@ -1,6 +1,7 @@
 """From a dataset's folder to its items, and from items to the clips that they yield. Nothing is decoded."""
 
 import functools
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,14 +11,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataset.buckets import choose_bucket, describe_size
+from dataset.cache import latents_path, longest_name, text_path
 from dataset.config import DatasetConfig
 from dataset.frames import clip_positions, kept_frames, timed_frames
 from dataset.items import Clip, Item
 from dataset.listings import find_entries
 from dataset.manifest import Manifest
-from dataset.media import MediaInfo
 from dataset.partners import find_controls, find_masks
 from dataset.probes import recall_header
+from dataset.reading import MediaInfo, recipe_words
+from dataset.unread import find_unread
 from wan_train.cli import InputError
 from wan_train.log import get_logger
 
@@ -63,6 +66,8 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool) -> list[I
     blank = [entry.path.name for entry in entries if "" in entry.captions]
     if blank:
         logger.warning("%s: %d captions are empty (%s)", config, len(blank), name_some(blank))
+    if unread := find_unread(config, [entry.path for entry in entries]):
+        logger.warning("%s: %d files are not read: %s", config, len(unread), name_some(map(str, unread)))
     prefix = config.caption_prefix
     masks = find_masks(config, [entry.path for entry in entries])
     unmasked = [entry.path.name for entry, mask in zip(entries, masks, strict=True) if mask is None]
@@ -95,7 +100,9 @@ def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: boo
         names = name_some(item.path.name for item in broken)
         logger.warning("%s: %d files cannot be read and are skipped (%s)", config, len(broken), names)
     clips = {item: _clips_of(item, header) for item, header in infos.items()}
+    _refuse_long_names(config, clips)
     _warn_other_rate(config, infos)
+    _warn_lost_frames(config, infos)
     found = tuple(clip for of_item in clips.values() for clip in of_item)
     too_short = tuple(item for item, of_item in clips.items() if not of_item)
     if not infos:
@@ -134,6 +141,9 @@ def used_frames(config: DatasetConfig, header: MediaInfo) -> tuple[int, ...]:
     """The frames of a video that remain at the rate that `source_fps` asks for, of which clips are cut."""
     rate = config.source_fps
     if rate == "auto":
+        # An image, or an animation of one, says nothing of time.
+        if not header.times or header.fps is None:
+            return tuple(range(header.num_frames))
         return timed_frames(header.times, target_fps=config.space.fps)
     return kept_frames(header.num_frames, rate, target_fps=config.space.fps)
 
@@ -153,8 +163,9 @@ def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
             f"{item.path} is {describe_size(source_size)}: with bucket_no_upscale a side takes"
             f" {config.space.size_step} or more"
         )
+    reading = recipe_words(header.reading, config.alpha_background, is_video=config.is_video)
     if not config.is_video:
-        return [Clip(item, 0, (0,), size, source_size)]
+        return [Clip(item, 0, (0,), size, source_size, reading)]
     kept = used_frames(config, header)
     positions = clip_positions(
         len(kept),
@@ -164,7 +175,7 @@ def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
         frame_stride=config.frame_stride,
         max_frames=config.max_frames,
     )
-    return [Clip(item, start, kept[start : start + length], size, source_size) for start, length in positions]
+    return [Clip(item, start, kept[start : start + length], size, source_size, reading) for start, length in positions]
 
 
 def _refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
@@ -180,6 +191,38 @@ def _refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
         raise InputError(
             f"{config}: files of one name share their caches in {config.cache_directory} ({name_some(clashes)}):"
             " rename one of each, or give them datasets with cache folders of their own"
+        )
+
+
+def _refuse_long_names(config: DatasetConfig, clips: Mapping[Item, Sequence[Clip]]) -> None:
+    """Refuse names of caches that the file system of their folder does not take."""
+    longest = longest_name(config.cache_directory)
+    long = {
+        item.path.name: None
+        for item, of_item in clips.items()
+        for path in (text_path(item), *map(latents_path, of_item))
+        if len(os.fsencode(path.name)) > longest
+    }
+    if long:
+        raise InputError(
+            f"{config}: the names of {len(long)} files are too long for their caches in {config.cache_directory}, whose"
+            f" names have at most {longest} bytes ({name_some(long)}): rename them, or set cache_directory elsewhere"
+        )
+
+
+def _warn_lost_frames(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) -> None:
+    """Name the videos that begin with frames that cannot be decoded."""
+    lost = [
+        f"{item.path.name} ({info.lost_frames} of {info.num_frames + info.lost_frames})"
+        for item, info in infos.items()
+        if info.lost_frames
+    ]
+    if lost:
+        logger.warning(
+            "%s: %d videos were cut within a group of pictures; frames that do not decode are left out (%s)",
+            config,
+            len(lost),
+            name_some(lost),
         )
 
 
