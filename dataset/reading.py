@@ -11,7 +11,7 @@ Colour = tuple[int, int, int]
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 # First words of `MediaInfo.reading`; what follows them is the detail.
-PIXELS, PROFILE, ALPHA, GREY, TURNED = "pixels", "profile", "alpha", "grey", "turned"
+PIXELS, HDR, PROFILE, ALPHA, GREY, TURNED = "pixels", "hdr", "profile", "alpha", "grey", "turned"
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class MediaInfo:
     """What a file says of itself: size in pixels as shown, frames that decode, frames per second (None: an image).
 
     `times` is there when asked for: the second at which each frame begins, from 0, and the one at which the last ends.
-    `reading` is what is done to the pixels: "pixels 64:45" (scaled to square ones), "profile NAME" (converted to sRGB),
-    "alpha" (composed on a background), "grey 16-bit" (scaled to 8 bits), "turned" (an image, by its EXIF data).
+    `reading` is what is done to the pixels: "pixels 64:45" (scaled to square ones), "hdr PQ" (tone-mapped), "profile
+    NAME" (converted to sRGB), "alpha" (composed on a background), "grey 16-bit" (scaled to 8 bits), "turned" (an image,
+    by its EXIF data).
     `lost_frames` are stored, and cannot be decoded.
     """
 
@@ -51,6 +52,7 @@ def plan_words(word: str, background: Colour) -> str:
     kind, _, detail = word.partition(" ")
     return {
         PIXELS: f"non-square pixels ({detail}), scaled to the displayed width",
+        HDR: f"HDR ({detail}), tone-mapped to SDR",
         PROFILE: f"another colour profile ({detail}), converted to sRGB",
         ALPHA: f"transparency, composed on alpha_background {describe_colour(background)}",
         GREY: f"{detail} grey, scaled to 8 bits",

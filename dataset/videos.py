@@ -14,11 +14,11 @@ from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
 from dataset.colours import compose
-from dataset.reading import ALPHA, PIXELS, WHITE, Colour, MediaInfo
+from dataset.reading import ALPHA, HDR, PIXELS, WHITE, Colour, MediaInfo
+from dataset.tone import HDR_TRANSFERS, to_sdr
 from wan_train.cli import InputError
 
-# Transfer characteristics of ITU-T H.273, table 3, that need tone-mapping.
-_HDR = {16: "PQ", 18: "HLG"}
+_UNSPECIFIED = 2  # in H.273's tables
 _AHEAD = 16  # packets after a key frame among which those are that are shown before it, or without which it is alone
 
 
@@ -38,7 +38,7 @@ def probe_video(path: Path, *, with_times: bool) -> MediaInfo:
 
     Packets are scanned only for times, or where no index counts the frames; all frames are decoded only where the first
     ones may not decode. Raises InputError with the file's name where it cannot be read, has no times when they are
-    asked for, or is HDR.
+    asked for.
     """
     with _opened(path) as container:
         stream = container.streams.video[0]
@@ -46,7 +46,6 @@ def probe_video(path: Path, *, with_times: bool) -> MediaInfo:
         rate = float(stream.average_rate) if stream.average_rate else None
         packets = container.demux(stream)
         seen, first = _find_first(stream, packets)
-        _refuse_hdr(path, stream, first)
         seen += itertools.islice(packets, _AHEAD if stream.codec_context.has_b_frames else 0)
         entries = stream.index_entries
         width, height, reading = _shown_size(stream, first)
@@ -73,8 +72,8 @@ def decode_frames(
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """(index, picture) of the wanted frames of a video, in order; nothing after the last of them is decoded.
 
-    Pictures are scaled to square pixels, turned as the file says and composed on `background` where they are
-    transparent; with None they are their alpha in all three channels.
+    Pictures are scaled to square pixels, turned as the file says, tone-mapped to SDR where they are HDR and composed on
+    `background` where they are transparent; with None they are their alpha in all three channels.
     """
     remaining = set(wanted)
     with _opened(path) as container:
@@ -88,7 +87,7 @@ def decode_frames(
             turn = turn or _turn_of(frame)
             if index in remaining:
                 remaining.remove(index)
-                yield index, turn(_to_rgb(frame, _pixel_aspect(stream), background))
+                yield index, turn(_to_rgb(stream, frame, background))
             if not remaining:
                 return
     raise InputError(f"{path} ends before frame {max(remaining)}: it is cut off; copy or re-encode it")
@@ -111,13 +110,10 @@ def _find_first(stream: Any, packets: Iterator[Any]) -> tuple[list[Any], Any]:
     return seen, None
 
 
-def _refuse_hdr(path: Path, stream: Any, first: Any) -> None:
-    known = (int(stream.codec_context.color_trc), int(first.color_trc) if first is not None else 0)
-    if name := next((_HDR[transfer] for transfer in known if transfer in _HDR), None):
-        raise InputError(
-            f"{path} is HDR ({name}), and would look pale: take it out of its folder, or convert it to SDR with ffmpeg"
-            " -vf zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709,format=yuv420p"
-        )
+def _transfer(stream: Any, frame: Any) -> int:
+    """The number of an HDR transfer, or 0 for any other."""
+    known = (int(frame.color_trc), int(stream.codec_context.color_trc))
+    return next((transfer for transfer in known if transfer in HDR_TRANSFERS), 0)
 
 
 def _shown_size(stream: Any, first: Any) -> tuple[int, int, tuple[str, ...]]:
@@ -127,6 +123,8 @@ def _shown_size(stream: Any, first: Any) -> tuple[int, int, tuple[str, ...]]:
     reading = [f"{PIXELS} {aspect.numerator}:{aspect.denominator}"] * (width != stream.codec_context.width)
     if first is not None and _has_alpha(first) and first.to_ndarray(format="rgba")[..., 3].min() < 255:
         reading.append(ALPHA)
+    if first is not None and (transfer := _transfer(stream, first)):
+        reading.append(f"{HDR} {HDR_TRANSFERS[transfer]}")
     return (height, width, tuple(reading)) if turn.quarters % 2 else (width, height, tuple(reading))
 
 
@@ -143,10 +141,10 @@ def _has_alpha(frame: Any) -> bool:
     return any(component.is_alpha for component in frame.format.components)
 
 
-def _to_rgb(frame: Any, aspect: Fraction, background: Colour | None) -> NDArray[np.uint8]:
-    """A decoded frame with square pixels, (H, W, 3); only its width is scaled."""
+def _to_rgb(stream: Any, frame: Any, background: Colour | None) -> NDArray[np.uint8]:
+    """A decoded frame with square pixels, (H, W, 3), in SDR; only its width is scaled."""
     size: dict[str, Any] = {}
-    width = _square_width(frame.width, aspect)
+    width = _square_width(frame.width, _pixel_aspect(stream))
     if width != frame.width:
         way = Interpolation.LANCZOS if width > frame.width else Interpolation.AREA
         size = {"width": width, "height": frame.height, "interpolation": way}
@@ -154,6 +152,10 @@ def _to_rgb(frame: Any, aspect: Fraction, background: Colour | None) -> NDArray[
     if background is None:
         grey = np.full((frame.height, width), 255, np.uint8) if alpha is None else alpha
         return np.repeat(grey[..., None], 3, axis=2)
+    if transfer := _transfer(stream, frame):
+        if int(frame.colorspace) == _UNSPECIFIED:
+            size["src_colorspace"] = "bt2020"
+        return to_sdr(frame.to_ndarray(format="rgb48le", **size), transfer, int(frame.color_primaries))
     rgb: NDArray[np.uint8] = frame.to_ndarray(format="rgb24", **size)
     if alpha is None or alpha.min() == 255:
         return rgb

@@ -7,8 +7,8 @@ import pytest
 
 from dataset import videos
 from dataset.media import probe, read_frames
+from dataset.tone import to_sdr
 from tests.unit.dataset.drawing import cut_at_key, cut_video, draw_image, draw_video, read_number
-from wan_train.cli import InputError
 
 OPEN_GROUPS = {"x264-params": "open-gop=1:scenecut=0:keyint=12:min-keyint=12:b-adapt=0:bframes=3"}
 
@@ -86,11 +86,20 @@ def test_whole_videos_are_not_decoded_to_be_counted(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_hdr_is_refused_by_name(tmp_path, suffix, transfer, name):
-    path = draw_video(tmp_path / f"a.{suffix}", 2, pix_fmt="yuv420p10le", transfer=transfer)
-    with pytest.raises(InputError, match=rf"a\.{suffix} is HDR \({name}\).*convert it to SDR"):
-        probe(path)
-    assert probe(draw_video(tmp_path / f"b.{suffix}", 2, pix_fmt="yuv420p10le", transfer=1)).num_frames == 2
+def test_hdr_is_tone_mapped_and_told(tmp_path, suffix, transfer, name):
+    def draw(number, width, height):
+        return np.full((height, width, 3), 148, np.uint8)  # 58% of the signal: in PQ white at 203 cd/m2
+
+    path = draw_video(tmp_path / f"a.{suffix}", 2, pix_fmt="yuv420p10le", transfer=transfer, draw=draw)
+    assert probe(path).reading == (f"hdr {name}",)
+    ((_, picture),) = read_frames(path, [0])
+    ((_, plain),) = read_frames(
+        draw_video(tmp_path / f"b.{suffix}", 2, pix_fmt="yuv420p10le", transfer=1, draw=draw), [0]
+    )
+    assert probe(tmp_path / f"b.{suffix}").reading == ()
+    expected = to_sdr(plain.astype(np.uint16) * 257, transfer, 9)
+    assert np.abs(picture.astype(int) - expected).max() <= 4
+    assert abs(plain.mean() - 148) < 3 < abs(picture.mean() - 148)
 
 
 def test_side_data_that_has_no_name_is_passed_over(tmp_path):
