@@ -39,16 +39,6 @@ def text_path(item: Item) -> Path:
     return item.config.cache_directory / f"{_stem(item)}_{ARCHITECTURE}_te.safetensors"
 
 
-def longest_name(folder: Path) -> int:
-    """The most bytes that a file's name may have in a folder, or in the nearest one above it that exists."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        return os.pathconf(folder, "PC_NAME_MAX")
-    except (AttributeError, OSError, ValueError):  # elsewhere than on POSIX
-        return _LONGEST_NAME
-
-
 def _stem(item: Item) -> str:
     """What the names of an item's caches begin with: its stem, or where those would be too long for a file system, the
     stem's beginning with a hash of the whole."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataset.buckets import choose_bucket, describe_size
-from dataset.cache import latents_path, longest_name, text_path
+from dataset.cache import latents_path, text_path
 from dataset.config import DatasetConfig
 from dataset.frames import clip_positions, kept_frames, timed_frames
 from dataset.items import Clip, Item
@@ -22,6 +22,7 @@ from dataset.probes import recall_header
 from dataset.reading import MediaInfo, recipe_words
 from dataset.unread import find_unread
 from wan_train.cli import InputError
+from wan_train.file_names import check_name, shortened
 from wan_train.log import get_logger
 
 logger = get_logger(__name__)
@@ -100,7 +101,6 @@ def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: boo
         names = name_some(item.path.name for item in broken)
         logger.warning("%s: %d files cannot be read and are skipped (%s)", config, len(broken), names)
     clips = {item: _clips_of(item, header) for item, header in infos.items()}
-    _refuse_long_names(config, clips)
     _warn_other_rate(config, infos)
     _warn_lost_frames(config, infos)
     found = tuple(clip for of_item in clips.values() for clip in of_item)
@@ -112,6 +112,7 @@ def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: boo
             f"{config}: no clip at all: each of {len(infos)} videos is shorter than {min(config.target_frames)} frames"
             f"{_after_rate(config)} ({name_some(item.path.name for item in infos)}): lower target_frames"
         )
+    _refuse_long_names(clips)
     return Plan(config, tuple(items), found, too_short, broken, infos)
 
 
@@ -194,20 +195,11 @@ def _refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
         )
 
 
-def _refuse_long_names(config: DatasetConfig, clips: Mapping[Item, Sequence[Clip]]) -> None:
-    """Refuse names of caches that the file system of their folder does not take."""
-    longest = longest_name(config.cache_directory)
-    long = {
-        item.path.name: None
-        for item, of_item in clips.items()
-        for path in (text_path(item), *map(latents_path, of_item))
-        if len(os.fsencode(path.name)) > longest
-    }
-    if long:
-        raise InputError(
-            f"{config}: the names of {len(long)} files are too long for their caches in {config.cache_directory}, whose"
-            f" names have at most {longest} bytes ({name_some(long)}): rename them, or set cache_directory elsewhere"
-        )
+def _refuse_long_names(clips: Mapping[Item, Sequence[Clip]]) -> None:
+    """Refuse a file whose caches have names that the file system of their folder does not take; the longest tells."""
+    names = ((path, item) for item, of_item in clips.items() for path in (text_path(item), *map(latents_path, of_item)))
+    longest, item = max(names, key=lambda named: len(os.fsencode(named[0].name)))
+    check_name(longest, f"rename {shortened(item.path.name)}, or set cache_directory elsewhere")
 
 
 def _warn_lost_frames(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) -> None:
