@@ -215,7 +215,7 @@ def _load(
         path = group[0].item.path
         try:
             # Before the pictures: a file that is changed meanwhile is then stale.
-            source = take_fingerprint(path, manifest)
+            source = take_fingerprint(path, manifest, group[0].reading)
             pictures = load_clips(group)
         except OSError as problem:
             raise InputError(f"{path} cannot be read: {problem.strerror or problem}") from None

@@ -1,7 +1,7 @@
 """Encode every caption that a dataset file describes and keep its embedding in the cache folder."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,13 +17,17 @@ from dataset.config import DatasetConfig, read_config
 from dataset.items import Item
 from dataset.manifest import Manifest
 from dataset.recipe import Recipe, take_fingerprint
-from dataset.sources import list_items
+from dataset.sources import list_items, name_some
 from dataset.staleness import text_state
 from wan_train.cli import InputError
 from wan_train.distributed import Place, find_place
+from wan_train.log import get_logger
 from wan_train.models.text_encoder import check_text_encoder
+from wan_train.models.variants import TEXT_LENGTH
 from wan_train.precision import name_of, published_dtype
 from wan_train.storage import check_writable
+
+logger = get_logger(__name__)
 
 _STRETCH = 16  # batches of which the texts are sorted together
 
@@ -50,6 +54,8 @@ def main(settings: CacheTextSettings) -> None:
             model = take_fingerprint(Path(source), manifest)
         dtype, fp8 = published_dtype(device), settings.text_encoder.fp8_t5
         encoder = wan_train.load_text_encoder(source, tokenizer=tokenizer, device=device, dtype=dtype, fp8=fp8)
+        if encoder.tokenizer is not None:
+            warn_cut(due, encoder.tokenizer.find_cut)
         with tqdm(desc="captions", total=len(due), unit="file") as bar:
             for item, embeddings in encode_items(encoder, due, settings.run.batch_size):
                 save_text(item, embeddings, Recipe(model, name_of(torch.bfloat16)))
@@ -69,6 +75,15 @@ def survey_items(config: DatasetConfig, settings: CacheTextSettings, place: Plac
         place=place,
         is_text=True,
     )
+
+
+def warn_cut(items: Sequence[Item], find_cut: Callable[[Collection[str]], set[str]]) -> None:
+    """Name once the files with a caption that the text encoder cuts off."""
+    cut = find_cut({text for item in items for text in item.captions})
+    if cut:
+        names = [item.path.name for item in items if not cut.isdisjoint(item.captions)]
+        told = "%d of %d captions are longer than %d tokens: their ends are cut off (%s)"
+        logger.warning(told, len(names), len(items), TEXT_LENGTH, name_some(names))
 
 
 def encode_items(

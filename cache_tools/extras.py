@@ -28,6 +28,7 @@ from dataset.extras import (
 from dataset.items import Clip
 from dataset.manifest import Manifest
 from dataset.media import is_video, probe, read_frames
+from dataset.probes import extra_reading, mask_background
 from dataset.recipe import Fingerprint, take_fingerprint
 from dataset.stills import read_image
 from wan_train.cli import InputError
@@ -58,9 +59,14 @@ def load_extras(clips: Sequence[Clip], manifest: Manifest) -> list[ExtraPictures
     Raises InputError where one cannot be read, or a mask is too short or has no white in it.
     """
     (item,) = {clip.item for clip in clips}
-    sources = {kind: take_fingerprint(path, manifest) for kind, path in extra_sources(item).items()}
+    sources = {
+        kind: take_fingerprint(path, manifest, extra_reading(item, kind, path, manifest))
+        for kind, path in extra_sources(item).items()
+    }
+    background = item.config.alpha_background
     if item.config.one_frame:
-        others = [tuple(resize_to_bucket(read_image(path), clip.size) for path in item.controls) for clip in clips]
+        stills = [read_image(path, background) for path in item.controls]
+        others = [tuple(resize_to_bucket(still, clip.size) for still in stills) for clip in clips]
         return [ExtraPictures(sources, others=pictures) for pictures in others]
     controls = _load_control(clips) if item.control else [None] * len(clips)
     masks = _load_mask(clips) if item.mask else [None] * len(clips)
@@ -152,28 +158,30 @@ def average_cells(pictures: NDArray[np.uint8], stride: int = VAE_STRIDE) -> NDAr
 def _load_control(clips: Sequence[Clip]) -> list[NDArray[np.uint8]]:
     clip, path = clips[0], clips[0].item.control
     assert path is not None
+    background = clip.item.config.alpha_background
     if not clip.item.config.is_video:
-        return [resize_to_bucket(read_image(path), clip.size)[None] for clip in clips]
+        return [resize_to_bucket(read_image(path, background), clip.size)[None] for clip in clips]
     # A control that ends early stays at its last frame.
     last = probe(path).num_frames - 1
     wanted = {min(index, last) for clip in clips for index in clip.frames}
-    pictures = {index: resize_to_bucket(picture, clip.size) for index, picture in read_frames(path, wanted)}
+    pictures = {index: resize_to_bucket(picture, clip.size) for index, picture in read_frames(path, wanted, background)}
     return [np.stack([pictures[min(index, last)] for index in clip.frames]) for clip in clips]
 
 
 def _load_mask(clips: Sequence[Clip]) -> list[NDArray[np.float32]]:
     clip, path = clips[0], clips[0].item.mask
     assert path is not None
+    background = mask_background(clip.item)
     if clip.item.config.is_video and is_video(path):
         wanted = {index for clip in clips for index in clip.frames}
         num_frames = probe(path).num_frames
         if max(wanted) >= num_frames:
             raise InputError(f"{path}: a mask of {num_frames} frames for {clip.item.path}, which is longer: redo it")
         fitted: Mapping[int, NDArray[np.uint8]] = {
-            index: _fit_mask(picture, clip) for index, picture in read_frames(path, wanted)
+            index: _fit_mask(picture, clip) for index, picture in read_frames(path, wanted, background)
         }
     else:
-        still = _fit_mask(read_image(path), clip)
+        still = _fit_mask(read_image(path, background), clip)
         fitted = {index: still for clip in clips for index in clip.frames}
     stride = clip.item.config.space.stride
     masks = [average_cells(np.stack([fitted[index] for index in clip.frames]), stride) for clip in clips]

@@ -4,7 +4,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from dataset.buckets import Size
 from dataset.config import DatasetConfig
 from dataset.epochs import count_batches, epoch_sizes
 from dataset.items import Clip, Item
-from dataset.media import MediaInfo
+from dataset.reading import MediaInfo, plan_words
 from dataset.sources import Plan, name_some, used_frames
+from dataset.unread import UnreadFile, find_unread
 from wan_train.storage import replacing
 
 _VERSION = 1
@@ -23,7 +24,10 @@ _NAME_WIDTH = 25  # with the other columns a line of 80
 
 @dataclass(frozen=True)
 class FilePlan:
-    """What becomes of a file; rates in frames per second, None for an image. `why` says what the lost seconds are."""
+    """What becomes of a file; rates in frames per second, None for an image. `why` says what the lost seconds are.
+
+    `frames_lost` are stored, and do not decode; `reading` is what is done to the pixels, as `MediaInfo` has it.
+    """
 
     path: str
     fps_in: float | None
@@ -35,6 +39,8 @@ class FilePlan:
     seconds: float
     seconds_used: float
     why: str
+    frames_lost: int = 0
+    reading: tuple[str, ...] = ()
 
     @property
     def seconds_lost(self) -> float:
@@ -55,7 +61,11 @@ class BucketPlan:
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """What becomes of a dataset; `empty_targets` are lengths that no file has, `model_fps` the rate of the model."""
+    """What becomes of a dataset; `empty_targets` are lengths that no file has, `model_fps` the rate of the model.
+
+    `unread` are the files of its folder that are not read, `reading` says in words what is done to the pixels of which
+    files, by name.
+    """
 
     number: int
     name: str
@@ -64,6 +74,8 @@ class DatasetPlan:
     buckets: tuple[BucketPlan, ...]
     empty_targets: tuple[int, ...]
     model_fps: int
+    unread: tuple[UnreadFile, ...] = ()
+    reading: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def describe_plans(plans: Sequence[Plan]) -> list[DatasetPlan]:
@@ -85,7 +97,28 @@ def _describe_plan(plan: Plan, sizes: Mapping[Bucket, int]) -> DatasetPlan:
         buckets.append(BucketPlan(size, frames, count, samples, count_batches(samples, config)))
     wanted = () if config.frame_extraction == "full" or not config.is_video else config.target_frames
     empty = tuple(frames for frames in wanted if frames not in {frames for _, frames in counts})
-    return DatasetPlan(config.number, str(config), config.batch_size, files, tuple(buckets), empty, config.space.fps)
+    unread = find_unread(config, [item.path for item in plan.items])
+    return DatasetPlan(
+        config.number,
+        str(config),
+        config.batch_size,
+        files,
+        tuple(buckets),
+        empty,
+        config.space.fps,
+        tuple(unread),
+        _describe_reading(plan),
+    )
+
+
+def _describe_reading(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """The names of the files to whose pixels something is done, by what it is in words."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for item, info in plan.infos.items():
+        for word in info.reading:
+            if told := plan_words(word, plan.config.alpha_background):
+                found[told].append(item.path.name)
+    return {told: tuple(names) for told, names in found.items()}
 
 
 def _describe_file(item: Item, clips: Sequence[Clip], info: MediaInfo | None) -> FilePlan:
@@ -93,7 +126,7 @@ def _describe_file(item: Item, clips: Sequence[Clip], info: MediaInfo | None) ->
         return FilePlan(str(item.path), None, None, 0, 0, 0, None, 0.0, 0.0, "cannot be read")
     bucket = clips[0].size if clips else None
     if not item.config.is_video:
-        return FilePlan(str(item.path), None, None, 1, 1, len(clips), bucket, 0.0, 0.0, "")
+        return FilePlan(str(item.path), None, None, 1, 1, len(clips), bucket, 0.0, 0.0, "", 0, info.reading)
     kept = len(used_frames(item.config, info))
     shown = len({number for clip in clips for number in range(clip.start, clip.start + clip.num_frames)})
     seconds = info.times[-1] if info.times else info.num_frames / info.fps if info.fps else 0.0
@@ -108,6 +141,8 @@ def _describe_file(item: Item, clips: Sequence[Clip], info: MediaInfo | None) ->
         seconds,
         seconds * shown / kept if kept else 0.0,
         "" if shown == kept else _why_lost(item.config, kept, num_clips=len(clips)),
+        info.lost_frames,
+        info.reading,
     )
 
 
@@ -153,7 +188,11 @@ def total(datasets: Sequence[DatasetPlan]) -> dict[str, Any]:
 def format_json(datasets: Sequence[DatasetPlan]) -> str:
     """All facts, for programs."""
     listed = [
-        {**asdict(dataset), "files": [{**asdict(file), "seconds_lost": file.seconds_lost} for file in dataset.files]}
+        {
+            **asdict(dataset),
+            "files": [{**asdict(file), "seconds_lost": file.seconds_lost} for file in dataset.files],
+            "unread": [{"path": str(file.path), "reason": file.reason} for file in dataset.unread],
+        }
         for dataset in datasets
     ]
     return json.dumps({"version": _VERSION, "datasets": listed, "total": total(datasets)}, indent=1)
@@ -184,6 +223,7 @@ def _format_dataset(dataset: DatasetPlan) -> list[str]:
     if dataset.empty_targets:
         lines.append(f"no file is as long as these target_frames: {', '.join(map(str, dataset.empty_targets))}")
     lines += _format_rates(dataset.files, dataset.model_fps)
+    lines += _format_reading(dataset)
     lines.append(f"{'bucket w x h':<15}{'frames':>8}{'clips':>8}{'samples':>9}  batches of {dataset.batch_size}")
     for bucket in dataset.buckets:
         empty = "" if bucket.batches else "  too few for a batch: drop_last drops them all"
@@ -199,6 +239,18 @@ def _format_rates(files: Sequence[FilePlan], model_fps: int) -> list[str]:
     other = [Path(f.path).name for f in files if f.fps_out and f.frames > 1 and abs(f.fps_out - model_fps) > 0.1]
     if other:
         lines.append(f"not at {model_fps} frames a second, they move at another speed: {name_some(other)}")
+    return lines
+
+
+def _format_reading(dataset: DatasetPlan) -> list[str]:
+    num_files = len(dataset.files)
+    lines = [
+        f"{told}: {len(names)} of {num_files} files: {name_some(names)}" for told, names in dataset.reading.items()
+    ]
+    if undecoded := [f"{Path(file.path).name} ({file.frames_lost})" for file in dataset.files if file.frames_lost]:
+        lines.append(f"cut within a group of pictures, frames that do not decode: {name_some(undecoded)}")
+    if dataset.unread:
+        lines.append(f"not read: {len(dataset.unread)} files: {name_some(map(str, dataset.unread))}")
     return lines
 
 

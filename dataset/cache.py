@@ -1,6 +1,8 @@
 """The cache files: names, keys and metadata, with one writer and one reader; the format is musubi-tuner's."""
 
+import hashlib
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -17,12 +19,16 @@ from wan_train.storage import read_tensors, save_tensors
 
 ARCHITECTURE = "wan"
 _FORMAT_VERSION = "1.0.1"
+# File systems limit names to so many bytes; what follows the stem in names of latents takes these, in most cases.
+_LONGEST_NAME = 255
+_BEHIND_VIDEO, _BEHIND_IMAGE = "_00000-000_0000x0000_wan.safetensors", "_0000x0000_wan.safetensors"
+_SHORT_STEM = 160
 LATENTS_KEY = re.compile(r"latents_\d+x\d+x\d+_\w+")
 
 
 def latents_path(clip: Clip) -> Path:
     """Where a clip's latents are kept; an image's name tells its own size, a video's the size of its bucket."""
-    config, stem = clip.item.config, clip.item.path.stem
+    config, stem = clip.item.config, _stem(clip.item)
     width, height = clip.size if config.is_video else clip.source_size
     span = f"{clip.start:05d}-{clip.num_frames:03d}_" if config.is_video else ""
     return config.cache_directory / f"{stem}_{span}{width:04d}x{height:04d}_{ARCHITECTURE}.safetensors"
@@ -30,7 +36,17 @@ def latents_path(clip: Clip) -> Path:
 
 def text_path(item: Item) -> Path:
     """Where an item's text embedding is kept; its clips share it."""
-    return item.config.cache_directory / f"{item.path.stem}_{ARCHITECTURE}_te.safetensors"
+    return item.config.cache_directory / f"{_stem(item)}_{ARCHITECTURE}_te.safetensors"
+
+
+def _stem(item: Item) -> str:
+    """What the names of an item's caches begin with: its stem, or where those would be too long for a file system, the
+    stem's beginning with a hash of the whole."""
+    stem = os.fsencode(item.path.stem)
+    behind = _BEHIND_VIDEO if item.config.is_video else _BEHIND_IMAGE
+    if len(stem) + len(behind) <= _LONGEST_NAME:
+        return item.path.stem
+    return f"{stem[:_SHORT_STEM].decode(errors='ignore')}~{hashlib.sha256(stem).hexdigest()[:12]}"
 
 
 def find_text_misfit(item: Item, names: Collection[str], metadata: Mapping[str, str]) -> str:

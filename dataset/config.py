@@ -7,13 +7,14 @@ that does not set it.
 import json
 import os
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dataset.config_keys import IMAGE_KEYS, MEDIA_KEYS, SHARED_KEYS, SOURCE_KEYS, VIDEO_KEYS
 from dataset.frames import floor_frames
+from dataset.reading import WHITE, Colour
 from wan_train.cli import InputError, nearest
 from wan_train.log import get_logger
 from wan_train.models.one_frame import OneFrame
@@ -30,6 +31,7 @@ class DatasetConfig:
     `listing` is a JSONL or CSV file that names the media in place of `directory`, which is then the file's folder.
     `images` and `space` are not in the file: which of a clip's frames the model is given as pictures, and its latents.
     `one_frame` is there where pictures are trained as one frame of several, which the two keys before it describe.
+    `shares_folder` says that another dataset of the file reads the folder's media of the other kind.
     """
 
     source: Path
@@ -61,11 +63,14 @@ class DatasetConfig:
     is_reg: bool = False
     loss_weight: float = 1.0
     drop_last: bool = False
+    alpha_background: Colour = WHITE
+    alpha_mask: bool = False
     images: ImageInputs | None = None
     space: LatentSpace = WAN21
     fp_1f_clean_indices: tuple[int, ...] = ()
     fp_1f_target_index: int | None = None
     one_frame: OneFrame | None = None
+    shares_folder: bool = False
 
     @property
     def num_clip_images(self) -> int:
@@ -110,7 +115,7 @@ def read_config(
     _refuse_unknown(general, SHARED_KEYS, place, "key")
     defaults = _convert(general, place)
     defaults |= {"images": images, "space": space}
-    configs = tuple(_read_dataset(source, number, table, defaults) for number, table in enumerate(tables, 1))
+    configs = _mark_shared([_read_dataset(source, number, table, defaults) for number, table in enumerate(tables, 1)])
     for config in configs if with_sources else ():
         _refuse_missing(config)
     _refuse_shared_caches(configs)
@@ -225,8 +230,8 @@ def _as_one_frame(config: DatasetConfig) -> DatasetConfig:
             f"{place}: --one_frame needs fp_1f_clean_indices and fp_1f_target_index, such as [0] and 1: say where in"
             " time its control pictures and its own are"
         )
-    for key, value in (("flip_augment", config.flip_augment), ("mask_directory", config.mask_directory)):
-        if value:
+    for key in ("flip_augment", "mask_directory", "alpha_mask"):
+        if getattr(config, key):
             raise InputError(f"{place}: {key} does not go with --one_frame: remove it")
     try:
         one_frame = OneFrame(config.fp_1f_clean_indices, config.fp_1f_target_index)
@@ -235,6 +240,15 @@ def _as_one_frame(config: DatasetConfig) -> DatasetConfig:
     if config.images.last and len(one_frame.controls) != 2:
         raise InputError(f"{place}: fp_1f_clean_indices: a flf2v task is given two pictures: list two indices")
     return replace(config, one_frame=one_frame)
+
+
+def _mark_shared(configs: Sequence[DatasetConfig]) -> tuple[DatasetConfig, ...]:
+    """The datasets, with `shares_folder` where it holds."""
+    folders = {(config.directory.resolve(), config.is_video) for config in configs if not config.listing}
+    return tuple(
+        replace(config, shares_folder=(config.directory.resolve(), not config.is_video) in folders)
+        for config in configs
+    )
 
 
 def _refuse_shared_caches(configs: tuple[DatasetConfig, ...]) -> None:

@@ -5,8 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageColor
+
 from dataset.captions import VARIANTS
 from dataset.frames import EXTRACTIONS, floor_frames
+from dataset.reading import Colour
 from wan_train.cli import nearest
 from wan_train.models.variants import SIZE_STEP
 
@@ -62,6 +65,21 @@ def _read_text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("text in quotes")
     return value
+
+
+def _read_colour(value: Any) -> Colour:
+    what = 'a colour, such as "white", "#808080" or [128, 128, 128]'
+    if isinstance(value, list) and len(value) == 3:
+        red, green, blue = (_whole(part, what, 0) for part in value)
+        if max(red, green, blue) <= 255:
+            return red, green, blue
+    try:
+        parts = ImageColor.getrgb(value)
+    except (ValueError, AttributeError, TypeError):
+        raise ValueError(what) from None
+    if len(parts) != 3:
+        raise ValueError(f"{what}, without alpha")
+    return parts
 
 
 def _read_frames(value: Any) -> tuple[int, ...]:
@@ -132,6 +150,8 @@ SHARED_KEYS: dict[str, Callable[[Any], Any]] = {
     "caption_variants": _read_word(*VARIANTS),
     "caption_dropout_rate": _read_share,
     "drop_last": _read_switch,
+    "alpha_background": _read_colour,
+    "alpha_mask": _read_switch,
 }
 # One of them says where a dataset's media are, and of which kind they are.
 MEDIA_KEYS: dict[str, Callable[[Any], Any]] = {

@@ -12,7 +12,7 @@ class Item:
     """One image or video of a dataset, and its captions: one or more, of which training takes one each time.
 
     `controls` and `mask` are the pictures, videos or folders of frames that go with it: one control, or for a picture
-    that is trained as one frame of several those others.
+    that is trained as one frame of several those others. A mask that is the file itself is its alpha.
     """
 
     config: DatasetConfig
@@ -37,7 +37,8 @@ class Clip:
     """A run of frames of an item, as it is trained on; an image is a clip of one frame.
 
     `frames` are the indices to decode, `start` is the first frame's number among those that `source_fps` keeps, `size`
-    the bucket and `source_size` the picture before resizing, both (width, height) in pixels.
+    the bucket and `source_size` the picture before resizing, both (width, height) in pixels. `reading` is what is done
+    to the pixels beyond decoding, in a recipe's words.
     """
 
     item: Item
@@ -45,6 +46,7 @@ class Clip:
     frames: tuple[int, ...]
     size: tuple[int, int]
     source_size: tuple[int, int]
+    reading: str = ""
 
     @property
     def num_frames(self) -> int:

@@ -49,7 +49,7 @@ def find_entries(config: DatasetConfig) -> list[Entry]:
 def _in_folder(config: DatasetConfig) -> Iterator[tuple[Path, tuple[str, ...]]]:
     try:
         is_media = is_video if config.is_video else _is_image
-        paths = sorted(path for path in _walk(config) if is_media(path) and not path.name.startswith("."))
+        paths = sorted(path for path in walk_folder(config) if is_media(path) and not path.name.startswith("."))
     except OSError as problem:
         raise InputError(f"{config}: cannot read the folder: {problem.strerror}") from None
     captions = find_caption_files(paths, config.caption_extension, config.caption_variants)
@@ -61,7 +61,7 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
-def _walk(config: DatasetConfig) -> Iterator[Path]:
+def walk_folder(config: DatasetConfig) -> Iterator[Path]:
     """Files and folders of a dataset's folder, and with `recursive` below it, each real folder entered once.
 
     Folders of controls and of masks are passed over, hidden ones too; a folder of frames is one video.

@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dataset.config import DatasetConfig
 from dataset.listings import Entry
@@ -12,26 +13,31 @@ from dataset.media import VIDEO_SUFFIXES, is_video
 from dataset.stills import IMAGE_SUFFIXES
 from wan_train.cli import InputError
 
+_NUMBERED = re.compile(r"(.+)_\d+")
+
 
 def find_masks(config: DatasetConfig, paths: Sequence[Path]) -> list[Path | None]:
-    """The mask of each media file, or None: the video or folder of frames that goes with it, else a picture."""
+    """The mask of each media file, or None: the video or folder of frames that goes with it, else a picture, else with
+    `alpha_mask` the file itself."""
+    alone: list[Path | None] = [path if config.alpha_mask else None for path in paths]
     if config.mask_directory is None:
-        return [None] * len(paths)
-    known = _by_stem(config.mask_directory)
-    return [next(_choices(path, known, video=config.is_video, still=True), None) for path in paths]
+        return alone
+    known = _find_partners(config.mask_directory, paths)
+    found = [next(_choices(path, known, video=config.is_video, still=True), None) for path in paths]
+    return [mask or other for mask, other in zip(found, alone, strict=True)]
 
 
 def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple[Path, ...]]:
     """The controls of each media file: what its listing names, else what `control_directory` has; none without both.
 
     A video takes the video of its whole name, else a folder of frames or a video with its stem; an image takes the
-    picture with its stem, then `stem_0`, `stem_1` and so on: one, or as many as it is trained beside as one frame.
-    Raises InputError with the names of those without.
+    picture with its stem, then `stem_0`, `stem_1` and so on, unless there is an image of that stem: one, or as many as
+    it is trained beside as one frame. Raises InputError with the names of those without.
     """
     wanted = 1 if config.one_frame is None else len(config.one_frame.controls)
     if config.one_frame is None and config.control_directory is None and not any(entry.controls for entry in entries):
         return [()] * len(entries)
-    known = _by_stem(config.control_directory) if config.control_directory else {}
+    known = _find_partners(config.control_directory, [entry.path for entry in entries])
     is_still = not config.is_video
     found = [
         entry.controls or tuple(_choices(entry.path, known, video=config.is_video, still=is_still)) for entry in entries
@@ -45,30 +51,41 @@ def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple
     return [controls[:wanted] for controls in found]
 
 
-def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    """All that lies in a folder and below it, sorted, by stem; the pictures in a folder of frames by the folder's."""
+class _Partners(NamedTuple):
+    """What lies in a folder and below it, sorted, by stem; and for each stem those that are it with a number, by that,
+    but for the stems of media, whose own they are."""
+
+    by_stem: dict[str, list[Path]]
+    numbered: dict[str, list[str]]
+
+
+def _find_partners(folder: Path | None, media: Sequence[Path]) -> _Partners:
     known: dict[str, list[Path]] = defaultdict(list)
+    numbered: dict[str, list[str]] = defaultdict(list)
     try:
-        for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True) if folder else ():
             for name in sorted(name for name in (*folders, *names) if not name.startswith(".")):
                 known[Path(name).stem].append(Path(root, name))
     except OSError as problem:
         raise InputError(f"cannot read {folder}: {problem.strerror or problem}") from None
-    return known
+    stems = {path.stem for path in media}
+    for stem in known:
+        if stem not in stems and (matched := _NUMBERED.fullmatch(stem)):
+            numbered[matched[1]].append(stem)
+    return _Partners(known, numbered)
 
 
-def _choices(path: Path, known: dict[str, list[Path]], *, video: bool, still: bool) -> Iterator[Path]:
+def _choices(path: Path, known: _Partners, *, video: bool, still: bool) -> Iterator[Path]:
     """What goes with a media file, the best first."""
     if video:
-        videos = [p for p in known.get(path.stem, ()) if p.suffix.lower() in VIDEO_SUFFIXES or p.is_dir()]
+        videos = [p for p in known.by_stem.get(path.stem, ()) if p.suffix.lower() in VIDEO_SUFFIXES or p.is_dir()]
         # The whole name first, then a folder of frames.
         videos.sort(key=lambda p: (p.name != path.name, not p.is_dir()))
         yield from filter(is_video, videos)
     if not still:
         return
-    numbered = [stem for stem in known if re.fullmatch(rf"{re.escape(path.stem)}_\d+", stem)] if not video else []
-    numbered.sort(key=lambda stem: int(stem.rpartition("_")[2]))
-    pictures = (p for stem in (path.stem, *numbered) for p in known.get(stem, ()))
+    numbered = [] if video else sorted(known.numbered.get(path.stem, ()), key=lambda stem: int(stem.rpartition("_")[2]))
+    pictures = (p for stem in (path.stem, *numbered) for p in known.by_stem.get(stem, ()))
     yield from (p for p in pictures if p.suffix.lower() in IMAGE_SUFFIXES)
 
 

@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from dataset.items import Item
 from dataset.manifest import Manifest
-from dataset.media import MediaInfo, probe
+from dataset.media import probe
+from dataset.reading import BLACK, Colour, MediaInfo, recipe_words
 from wan_train.cli import InputError
 
 # Facts of a `MediaInfo` with other fields are not read as these.
@@ -35,6 +37,22 @@ def recall_header(
         raise InputError(
             f"{path} cannot be read ({problem.strerror}): replace it or take it out of its folder"
         ) from None
+
+
+def extra_reading(item: Item, kind: str, path: Path, manifest: Manifest) -> str:
+    """How a file beside an item's own is read, in a recipe's words; nothing for one that cannot be."""
+    try:
+        header = recall_header(path, manifest)
+    except InputError:
+        return ""
+    if kind == "mask":
+        return recipe_words(header.reading if header else (), mask_background(item), is_video=False)
+    return recipe_words(header.reading if header else (), item.config.alpha_background, is_video=item.config.is_video)
+
+
+def mask_background(item: Item) -> Colour | None:
+    """On what an item's mask is composed: what is transparent does not count. None where its alpha is the mask."""
+    return None if item.mask == item.path else BLACK
 
 
 def note_broken(manifest: Manifest, path: Path, problem: InputError) -> None:

@@ -20,12 +20,16 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Which file it was: of a folder or a set of shards the sum of sizes, the latest change and a hash over all."""
+    """Which file it was: of a folder or a set of shards the sum of sizes, the latest change and a hash over all.
+
+    `reading` is what is done to a media file's pixels beyond decoding; caches that are older than it have none.
+    """
 
     name: str
     size: int
     mtime_ns: int
     sha256: str
+    reading: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,13 @@ def read_recipe(text: str) -> Recipe | None:
         return None
 
 
-def take_fingerprint(path: Path, manifest: Manifest) -> Fingerprint:
+def take_fingerprint(path: Path, manifest: Manifest, reading: str = "") -> Fingerprint:
     """The fingerprint of a file, of a set of shards or of a folder's files; a hash that is known is not taken again.
 
     Raises OSError or InputError where it is not there.
     """
     size, mtime_ns = _state(path)
-    return Fingerprint(path.name, size, mtime_ns, _digest(path, manifest))
+    return Fingerprint(path.name, size, mtime_ns, _digest(path, manifest), reading)
 
 
 def is_same(known: Fingerprint, path: Path, manifest: Manifest) -> bool:

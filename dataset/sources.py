@@ -1,6 +1,7 @@
 """From a dataset's folder to its items, and from items to the clips that they yield. Nothing is decoded."""
 
 import functools
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +11,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataset.buckets import choose_bucket, describe_size
+from dataset.cache import latents_path, text_path
 from dataset.config import DatasetConfig
 from dataset.frames import clip_positions, kept_frames, timed_frames
 from dataset.items import Clip, Item
 from dataset.listings import find_entries
 from dataset.manifest import Manifest
-from dataset.media import MediaInfo
 from dataset.partners import find_controls, find_masks
 from dataset.probes import recall_header
+from dataset.reading import MediaInfo, recipe_words
+from dataset.unread import find_unread
 from wan_train.cli import InputError
+from wan_train.file_names import check_name, shortened
 from wan_train.log import get_logger
 
 logger = get_logger(__name__)
@@ -63,6 +67,8 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool) -> list[I
     blank = [entry.path.name for entry in entries if "" in entry.captions]
     if blank:
         logger.warning("%s: %d captions are empty (%s)", config, len(blank), name_some(blank))
+    if unread := find_unread(config, [entry.path for entry in entries]):
+        logger.warning("%s: %d files are not read: %s", config, len(unread), name_some(map(str, unread)))
     prefix = config.caption_prefix
     masks = find_masks(config, [entry.path for entry in entries])
     unmasked = [entry.path.name for entry, mask in zip(entries, masks, strict=True) if mask is None]
@@ -96,6 +102,7 @@ def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: boo
         logger.warning("%s: %d files cannot be read and are skipped (%s)", config, len(broken), names)
     clips = {item: _clips_of(item, header) for item, header in infos.items()}
     _warn_other_rate(config, infos)
+    _warn_lost_frames(config, infos)
     found = tuple(clip for of_item in clips.values() for clip in of_item)
     too_short = tuple(item for item, of_item in clips.items() if not of_item)
     if not infos:
@@ -105,6 +112,7 @@ def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: boo
             f"{config}: no clip at all: each of {len(infos)} videos is shorter than {min(config.target_frames)} frames"
             f"{_after_rate(config)} ({name_some(item.path.name for item in infos)}): lower target_frames"
         )
+    _refuse_long_names(clips)
     return Plan(config, tuple(items), found, too_short, broken, infos)
 
 
@@ -134,6 +142,9 @@ def used_frames(config: DatasetConfig, header: MediaInfo) -> tuple[int, ...]:
     """The frames of a video that remain at the rate that `source_fps` asks for, of which clips are cut."""
     rate = config.source_fps
     if rate == "auto":
+        # An image, or an animation of one, says nothing of time.
+        if not header.times or header.fps is None:
+            return tuple(range(header.num_frames))
         return timed_frames(header.times, target_fps=config.space.fps)
     return kept_frames(header.num_frames, rate, target_fps=config.space.fps)
 
@@ -153,8 +164,9 @@ def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
             f"{item.path} is {describe_size(source_size)}: with bucket_no_upscale a side takes"
             f" {config.space.size_step} or more"
         )
+    reading = recipe_words(header.reading, config.alpha_background, is_video=config.is_video)
     if not config.is_video:
-        return [Clip(item, 0, (0,), size, source_size)]
+        return [Clip(item, 0, (0,), size, source_size, reading)]
     kept = used_frames(config, header)
     positions = clip_positions(
         len(kept),
@@ -164,7 +176,7 @@ def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
         frame_stride=config.frame_stride,
         max_frames=config.max_frames,
     )
-    return [Clip(item, start, kept[start : start + length], size, source_size) for start, length in positions]
+    return [Clip(item, start, kept[start : start + length], size, source_size, reading) for start, length in positions]
 
 
 def _refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
@@ -180,6 +192,29 @@ def _refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
         raise InputError(
             f"{config}: files of one name share their caches in {config.cache_directory} ({name_some(clashes)}):"
             " rename one of each, or give them datasets with cache folders of their own"
+        )
+
+
+def _refuse_long_names(clips: Mapping[Item, Sequence[Clip]]) -> None:
+    """Refuse a file whose caches have names that the file system of their folder does not take; the longest tells."""
+    names = ((path, item) for item, of_item in clips.items() for path in (text_path(item), *map(latents_path, of_item)))
+    longest, item = max(names, key=lambda named: len(os.fsencode(named[0].name)))
+    check_name(longest, f"rename {shortened(item.path.name)}, or set cache_directory elsewhere")
+
+
+def _warn_lost_frames(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) -> None:
+    """Name the videos that begin with frames that cannot be decoded."""
+    lost = [
+        f"{item.path.name} ({info.lost_frames} of {info.num_frames + info.lost_frames})"
+        for item, info in infos.items()
+        if info.lost_frames
+    ]
+    if lost:
+        logger.warning(
+            "%s: %d videos were cut within a group of pictures; frames that do not decode are left out (%s)",
+            config,
+            len(lost),
+            name_some(lost),
         )
 
 

@@ -13,6 +13,7 @@ from dataset.cache import ARCHITECTURE, LATENTS_KEY, find_key, find_text_misfit,
 from dataset.extras import CLIP, extra_sources, find_extras_misfit
 from dataset.items import Clip, Item
 from dataset.manifest import Manifest
+from dataset.probes import extra_reading
 from dataset.recipe import RECIPE_KEY, Recipe, gives_last, is_same, places_in_time, read_recipe
 from wan_train.cli import InputError
 from wan_train.precision import name_of
@@ -150,15 +151,24 @@ def _compare_recipe(
         return "of other pictures"
     if recipe.source and not is_same(recipe.source, clip.item.path, manifest):
         return "source changed"
+    if recipe.source and recipe.source.reading != clip.reading:
+        return _compare_reading("source", recipe.source.reading, clip.reading)
     for kind, extra in extra_sources(clip.item).items():
         if kind not in recipe.extras or not is_same(recipe.extras[kind], extra, manifest):
             return f"{kind} changed"
+        known, now = recipe.extras[kind].reading, extra_reading(clip.item, kind, extra, manifest)
+        if known != now:
+            return _compare_reading(kind, known, now)
     if model and not is_same(recipe.model, model, manifest):
         return f"another VAE ({recipe.model.name})"
     seen = recipe.extras.get(CLIP)
     if image_model and seen and not is_same(seen, image_model, manifest):
         return f"another CLIP ({seen.name})"
     return ""
+
+
+def _compare_reading(kind: str, known: str, now: str) -> str:
+    return f"{kind} read in another way (then {known or 'as decoded'}, now {now or 'as decoded'})"
 
 
 def _recipe_of(facts: Facts) -> tuple[Recipe | None, bool]:

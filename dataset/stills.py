@@ -9,28 +9,49 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from dataset.colours import describe_reading, to_rgb
 from dataset.frames import TARGET_FPS
+from dataset.reading import TURNED, WHITE, Colour, MediaInfo
 from wan_train.cli import InputError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"),
+    *(".jfif", ".jpe", ".tif", ".tiff", ".jp2", ".tga", ".ppm", ".pgm"),
+)
 
 _EXIF_ORIENTATION = 0x0112
-_ON_ITS_SIDE = (5, 6, 7, 8)  # values of the EXIF tag above that swap width and height
+_TURNED = range(2, 9)  # values of the EXIF tag above that turn or mirror
+_ON_ITS_SIDE = range(5, 9)  # those that swap width and height
+_NO_TIME = 0.1  # seconds for a frame that lasts 0 ms, as in browsers
 # What Pillow raises for files that are cut off, damaged, or claim absurd sizes.
 _PROBLEMS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) of an image as it is shown, from its header."""
-    with _opened(path) as image:
-        turned = image.getexif().get(_EXIF_ORIENTATION) in _ON_ITS_SIDE
-        return (image.height, image.width) if turned else (image.width, image.height)
+    info = read_header(path)
+    return info.width, info.height
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """An image as RGB, the way up that its EXIF data says; transparency is dropped."""
+def read_header(path: Path) -> MediaInfo:
+    """What an image says of itself, as it is shown; only grey values of more than 16 bits are decoded, for their range.
+
+    Raises InputError where it cannot be read.
+    """
     with _opened(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+        size = (image.height, image.width) if orientation in _ON_ITS_SIDE else (image.width, image.height)
+        turned = (TURNED,) if orientation in _TURNED else ()
+        return MediaInfo(*size, 1, None, reading=(*describe_reading(image, path), *turned))
+
+
+def read_image(path: Path, background: Colour | None = WHITE) -> NDArray[np.uint8]:
+    """An image as 8-bit sRGB, the way up that its EXIF data says, composed on `background` where it is transparent.
+
+    With None as background it is its alpha, 0 to 255, in all three channels.
+    """
+    with _opened(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image), path, background)
 
 
 def frame_files(folder: Path) -> list[Path]:
@@ -47,13 +68,16 @@ def folder_times(folder: Path) -> tuple[float, ...]:
     return tuple(i / TARGET_FPS for i in range(len(frame_files(folder)) + 1))
 
 
-def read_folder(folder: Path, wanted: Collection[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(index, picture) of the wanted pictures of a folder; InputError where they are not all of one size."""
+def read_folder(
+    folder: Path, wanted: Collection[int], background: Colour | None = WHITE
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """(index, picture) of the wanted pictures of a folder, each as `read_image` gives it; InputError where they are not
+    all of one size."""
     files = frame_files(folder)
     _refuse_beyond(folder, wanted, len(files))
     size = image_size(files[0])
     for index in sorted(set(wanted)):
-        picture = read_image(files[index])
+        picture = read_image(files[index], background)
         if picture.shape[1::-1] != size:
             raise InputError(f"{files[index]} has another size than {files[0].name}: frames of a video have one size")
         yield index, picture
@@ -77,18 +101,29 @@ def animation_times(path: Path) -> tuple[float, ...]:
         length = int.from_bytes(data[position + 4 : position + 8], "little")
         if data[position : position + 4] == b"ANMF":
             # The duration, in milliseconds, follows four fields of three bytes.
-            times.append(times[-1] + int.from_bytes(data[position + 20 : position + 23], "little") / 1000)
+            length_ms = int.from_bytes(data[position + 20 : position + 23], "little")
+            times.append(times[-1] + (length_ms / 1000 or _NO_TIME))
         position += 8 + length + length % 2
     return tuple(times)
 
 
-def read_animation(path: Path, wanted: Collection[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def read_still(
+    path: Path, wanted: Collection[int], background: Colour | None = WHITE
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """(0, picture) of an image that stands for a video of one frame."""
+    _refuse_beyond(path, wanted, 1)
+    yield 0, read_image(path, background)
+
+
+def read_animation(
+    path: Path, wanted: Collection[int], background: Colour | None = WHITE
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """(index, picture) of the wanted frames of a WebP animation, in order."""
     with _opened(path) as image:
         _refuse_beyond(path, wanted, getattr(image, "n_frames", 1))
         for index in sorted(set(wanted)):
             image.seek(index)
-            yield index, np.asarray(image.convert("RGB"))
+            yield index, to_rgb(image, path, background)
 
 
 def _refuse_beyond(path: Path, wanted: Collection[int], num_frames: int) -> None:

@@ -52,10 +52,7 @@ def _frame_indices(path: Path, fps: int) -> tuple[int, ...]:
     if _is_picture(path):
         probe(path)
         return (0,)
-    times = probe(path, with_times=True).times
-    if not times:
-        raise InputError(f"--video_path {path} does not say how long its frames are shown: give a folder of them")
-    return timed_frames(times, target_fps=fps)
+    return timed_frames(probe(path, with_times=True).times, target_fps=fps)
 
 
 def _is_picture(path: Path) -> bool:

@@ -9,7 +9,7 @@ import os
 import struct
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from wan_train.models.variants import TEXT_LENGTH
 from wan_train.storage import TensorSource
 
 HUB_ID = "google/umt5-xxl"
+_SHOWN = 60  # characters of a text in a warning
 _FILES = ("tokenizer.json", "spiece.model")
 _DOWNLOAD = f"download tokenizer.json and spiece.model from https://huggingface.co/{HUB_ID}"
 
@@ -43,16 +44,30 @@ class Tokenizer:
         backend.enable_truncation(TEXT_LENGTH)
         self._backend = backend
         self.num_tokens = backend.get_vocab_size()
+        self._told: set[str] = set()
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text; one warning says how many texts were too long and lost their end."""
+        """The ids of each text; a warning names each text that is too long and loses its end, once."""
+        found = []
+        for text in texts:
+            ids, is_cut = self._encode(text)
+            found.append(ids)
+            if is_cut and text not in self._told:
+                self._told.add(text)
+                start = f"{' '.join(text.split())[:_SHOWN]} ..."
+                logger.warning('the text "%s" is longer than %d tokens: its end is cut off', start, TEXT_LENGTH)
+        return found
+
+    def find_cut(self, texts: Iterable[str]) -> set[str]:
+        """Those of the texts that are too long and lose their end; there will be no warning of these any more."""
+        cut = {text for text in texts if self._encode(text)[1]}
+        self._told |= cut
+        return cut
+
+    def _encode(self, text: str) -> tuple[list[int], bool]:
         # One at a time: a batch would start threads, which a data loader's fork does not survive.
-        encodings = [self._backend.encode(clean(text)) for text in texts]
-        num_cut = sum(bool(encoding.overflowing) for encoding in encodings)
-        if num_cut:
-            told = "%d of %d texts are longer than %d tokens: their ends are cut off"
-            logger.warning(told, num_cut, len(texts), TEXT_LENGTH)
-        return [encoding.ids for encoding in encodings]
+        encoding = self._backend.encode(clean(text))
+        return encoding.ids, bool(encoding.overflowing)
 
 
 def find_tokenizer(wanted: str | os.PathLike[str], source: TensorSource, *, embedded: bool) -> Path | None:

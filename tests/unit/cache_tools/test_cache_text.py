@@ -46,6 +46,8 @@ def embed(caption):
 class SpyEncoder:
     """Stands in for the text encoder: notes the batches that it is given."""
 
+    tokenizer = None
+
     def __init__(self):
         self.calls, self.loads, self.checked = [], [], []
 
@@ -231,3 +233,18 @@ def test_prune_deletes_the_texts_of_files_that_are_gone(folder, spy, capsys):
     assert cache("--prune") == 0
     assert "1 orphaned caches deleted: b_wan_te.safetensors" in capsys.readouterr().err
     assert not (folder / "cache/one/b_wan_te.safetensors").exists() and latents.exists()
+
+
+class LongCaptions:
+    """Stands in for a tokenizer that cuts off captions of 10 letters."""
+
+    def find_cut(self, texts):
+        return {text for text in texts if len(text) > 10}
+
+
+def test_files_whose_captions_are_cut_off_are_named_once(folder, spy, capsys):
+    spy.tokenizer = LongCaptions()
+    (folder / "two/c.txt").write_text("a much longer caption")
+    assert cache("--batch_size", "1") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "cut off" in line]
+    assert told == ["WARNING: 2 of 4 captions are longer than 512 tokens: their ends are cut off (b.png, c.png)"]

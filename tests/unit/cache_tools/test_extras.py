@@ -217,3 +217,86 @@ def test_a_control_image_is_resized_like_the_image(cache, folder, vae_path):
     config = read_config("data.toml")[1]
     (clip,) = plan_clips(config, list_items(config, allow_missing_captions=False)).clips
     assert torch.equal(read_extra(clip, CONTROL), read_latents(clip))
+
+
+STILLS = """
+[[datasets]]
+image_directory = "stills"
+cache_directory = "cache"
+resolution = [64, 48]
+"""
+
+
+@pytest.fixture
+def still(folder):
+    """stills/s.png, of which the right half is transparent, and green there."""
+    (folder / "stills").mkdir()
+    image = Image.new("RGBA", SIZE, (100, 100, 100, 255))
+    image.paste((0, 255, 0, 0), (32, 0, 64, 48))
+    image.save("stills/s.png")
+    Path("stills/s.txt").write_text("a still")
+    return Path("stills/s.png")
+
+
+def cache_stills(vae_path, lines):
+    options = ["--dataset_config", "data.toml", "--vae", str(vae_path), "--device", "cpu", "--vae_dtype", "fp32"]
+    write_toml(Path("data.toml"), STILLS + lines)
+    return run(LATENTS_TOOL, options)
+
+
+def test_transparency_is_cached_on_its_background_and_again_on_another(still, vae_path, capsys):
+    for lines, colour in (("", (255, 255, 255)), ('alpha_background = "#102030"', (16, 32, 48))):
+        assert cache_stills(vae_path, lines) == 0
+        assert "1 encoded" in last_line(capsys)
+        drawn = np.full((1, 48, 64, 3), 100, np.uint8)
+        drawn[:, :, 32:] = colour
+        torch.testing.assert_close(read_latents(planned().clips[0]), encode(vae_path, drawn), atol=1e-4, rtol=1e-4)
+        assert cache_stills(vae_path, lines) == 0
+        assert "0 encoded" in last_line(capsys)
+    Image.new("RGB", SIZE).save(still)
+    assert cache_stills(vae_path, "") == 0 and cache_stills(vae_path, 'alpha_background = "#102030"') == 0
+    assert "0 encoded" in last_line(capsys)  # a file without transparency is the same on any background
+
+
+def test_the_alpha_is_the_mask_on_request(still, vae_path, capsys):
+    assert cache_stills(vae_path, "") == 0 and cache_stills(vae_path, "alpha_mask = true") == 0
+    assert "1 encoded" in last_line(capsys)
+    assert read_extra(planned().clips[0], MASK)[0, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert cache_stills(vae_path, "alpha_mask = true") == 0
+    assert "0 encoded" in last_line(capsys)
+
+
+def test_what_is_transparent_in_a_mask_does_not_count(cache, folder):
+    image = Image.new("RGBA", SIZE, (255, 255, 255, 0))
+    image.paste((255, 255, 255, 255), (0, 0, 32, 48))
+    image.save("masks/a.png")
+    assert cache('mask_directory = "masks"') == 0
+    assert read_extra(planned().clips[0], MASK)[0, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+
+
+def test_a_mask_of_16_bits_counts_as_much_as_it_says(cache, capsys):
+    values = np.full((48, 64), 65535, np.uint16)
+    values[:, 32:] = 20000
+    Image.fromarray(values).save("masks/a.png")
+    assert cache('mask_directory = "masks"') == 0
+    clip = planned().clips[0]
+    assert read_extra(clip, MASK)[0, 0].tolist() == pytest.approx([1] * 4 + [20000 / 65535] * 4, abs=2e-3)
+    # Caches from before masks of 16 bits were read right are made again.
+    path, header = latents_path(clip), read_header(latents_path(clip))
+    old = header.metadata["wan_train_recipe"].replace("grey 16-bit", "")
+    save_tensors(path, dict(read_tensors(path)), header.metadata | {"wan_train_recipe": old})
+    capsys.readouterr()
+    assert cache('mask_directory = "masks"') == 0
+    told = capsys.readouterr().err
+    assert "1 encoded" in told and "mask read in another way (then as decoded, now grey 16-bit)" in told
+
+
+def test_a_control_of_16_bits_is_cached_as_grey(cache, folder, vae_path):
+    folder.joinpath("clips/b.mp4").unlink()
+    (folder / "controls/a").mkdir()
+    for number in range(9):
+        Image.fromarray(np.full((48, 64), number * 5140, np.uint16)).save(folder / f"controls/a/{number}.png")
+    assert cache('control_directory = "controls"') == 0
+    drawn = np.stack([np.full((48, 64, 3), number * 20, np.uint8) for number in range(9)])
+    expected = encode(vae_path, drawn)
+    torch.testing.assert_close(read_extra(planned().clips[0], CONTROL), expected, atol=1e-4, rtol=1e-4)

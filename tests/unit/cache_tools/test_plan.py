@@ -1,13 +1,16 @@
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cache_tools.plan import describe_plans, format_table, total
 from cache_tools.settings import LATENTS_TOOL
 from dataset.config import read_config
+from dataset.media import load_clips
 from dataset.sources import list_items, plan_clips
-from tests.unit.dataset.drawing import draw_image, draw_video, make_clips, write_toml
+from tests.unit.dataset.drawing import cut_at_key, draw_image, draw_video, make_clips, write_toml
 from wan_train.cli import run
 
 TOML = """
@@ -147,3 +150,61 @@ def test_images_have_no_seconds(folder, capsys):
     assert tell("--plan") == 0
     out = capsys.readouterr().out
     assert "s.png" in out and "64 x 64" in out and "%" not in out
+
+
+def test_what_is_done_to_pixels_and_what_is_not_read_is_named(folder, capsys):
+    draw_video(folder / "clips/dv.mp4", 9, aspect=Fraction(2))
+    for name, mode in (("cut_out", "RGBA"), ("plain", "RGB")):
+        (folder / "stills").mkdir(exist_ok=True)
+        draw_image(folder / f"stills/{name}.png", mode=mode)
+    (folder / "stills/phone.heic").write_bytes(b"")
+    keys = "target_frames = [5]\nenable_bucket = true\n[[datasets]]\nimage_directory = 'stills'\n"
+    write_toml(Path("data.toml"), f'{TOML}{keys}alpha_background = "#102030"')
+    assert tell("--plan", "--allow_missing_captions") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "non-square pixels (2:1), scaled to the displayed width: 1 of 3 files: dv.mp4" in out
+    assert "transparency, composed on alpha_background #102030: 1 of 2 files: cut_out.png" in out
+    assert "not read: 1 files: phone.heic (.heic is not read)" in out
+    row = next(line for line in out if line.startswith("dv.mp4"))
+    assert "96 x 32" in row  # 128 by 48 as shown
+    assert tell("--plan_json", "-", "--allow_missing_captions") == 0
+    videos, stills = json.loads(capsys.readouterr().out)["datasets"]
+    assert [file["reading"] for file in videos["files"]] == [[], [], ["pixels 2:1"]]
+    assert stills["unread"] == [{"path": "stills/phone.heic", "reason": ".heic is not read"}]
+
+
+def test_frames_that_do_not_decode_are_told_in_the_plan(folder, capsys):
+    options = {"x264-params": "open-gop=1:scenecut=0:keyint=12:min-keyint=12:b-adapt=0:bframes=3"}
+    cut_at_key(draw_video(folder / "whole.mkv", 43, options=options), folder / "clips/cut.mkv")
+    describe("frame_extraction = 'full'")
+    assert tell("--plan", "--allow_missing_captions") == 0
+    told = capsys.readouterr()
+    assert "frames that do not decode: cut.mkv (3)" in told.out
+    assert "1 videos were cut within a group of pictures" in told.err and "cut.mkv (3 of 34)" in told.err
+    (row,) = (line for line in told.out.splitlines() if line.startswith("cut.mkv") and "64 x 48" in line)
+    assert row.split()[4:6] == ["31", "1"]
+
+
+@pytest.mark.parametrize("kind", ["image", "animation"])
+def test_an_image_in_a_list_of_videos_is_one_frame_at_any_rate(folder, kind):
+    path = folder / ("still.png" if kind == "image" else "still.gif")
+    Image.new("RGB", (64, 48)).save(path)
+    (folder / "list.csv").write_text(f"video,prompt\n{path.name},a still\n")
+    for rate in ('"auto"', "24"):
+        text = TOML.replace('video_directory = "clips"', 'video_csv_file = "list.csv"') + f"source_fps = {rate}"
+        (config,) = read_config(write_toml(Path("data.toml"), text))
+        (clip,) = plan_clips(config, list_items(config, allow_missing_captions=True)).clips
+        assert clip.frames == (0,) and load_clips([clip])[0].shape == (1, 48, 64, 3)
+
+
+def test_names_too_long_for_the_file_system_are_found_in_the_plan(folder, capsys, monkeypatch):
+    describe("target_frames = [5]")
+    (folder / "clips" / f"{'x' * 240}.mp4").write_bytes((folder / "clips/a.mp4").read_bytes())
+    assert tell("--plan", "--allow_missing_captions") == 0
+    capsys.readouterr()
+    # As eCryptfs has it.
+    monkeypatch.setattr("wan_train.file_names._is_too_long", lambda path: len(path.name) > 143)
+    assert tell("--plan", "--allow_missing_captions") == 2
+    told = capsys.readouterr().err
+    assert "cannot write cache/xxx" in told and "is too long (" in told
+    assert "rename xxx" in told and "or set cache_directory elsewhere" in told

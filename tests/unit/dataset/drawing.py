@@ -41,14 +41,21 @@ def draw_video(
     pix_fmt="yuv420p",
     times=None,
     turned=None,
+    aspect=None,
+    transfer=None,
 ) -> Path:
-    """`times` are milliseconds, in place of `fps`; `turned` are the degrees to the left by which players turn it."""
+    """`times` are milliseconds, in place of `fps`; `turned` are the degrees to the left by which players turn it,
+    `aspect` is the width of a pixel to its height, `transfer` the number of a transfer characteristic."""
     rate = Fraction(fps) if times is None else Fraction(1000)
     # The index goes to the front, so that a file that is cut off can still be opened.
     with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if transfer is not None:
+            stream.codec_context.color_trc = transfer
         if turned is not None:
             stream.set_display_rotation(turned)
         for number in range(num_frames):
@@ -89,3 +96,43 @@ def cut_video(whole: Path, cut: Path, seconds: Fraction) -> Path:
                 packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
                 target.mux(packet)
     return cut
+
+
+def cut_at_key(whole: Path, cut: Path) -> Path:
+    """A copy without re-encoding that begins at the second key frame."""
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = source.streams.video[0]
+        copy, keys, first = target.add_stream_from_template(stream), 0, None
+        for packet in source.demux(stream):
+            keys += packet.is_keyframe
+            if keys < 2 or not packet.size:
+                continue
+            first = first if first is not None else packet.dts if packet.dts is not None else packet.pts
+            packet.pts -= first
+            packet.dts = None if packet.dts is None else packet.dts - first
+            packet.stream = copy
+            target.mux(packet)
+    return cut
+
+
+def make_profile(name: str, colorants: np.ndarray, gamma: float) -> bytes:
+    """An ICC profile of a screen: the XYZ (rows red, green, blue, relative to D50) of its primaries, and its gamma."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(round(value * 65536).to_bytes(4, "big", signed=True) for value in values)
+
+    described = name.encode() + b"\0"
+    text = b"desc" + bytes(4) + len(described).to_bytes(4, "big") + described + bytes(78)
+    curve = b"curv" + bytes(4) + (1).to_bytes(4, "big") + round(gamma * 256).to_bytes(2, "big") + bytes(2)
+    tags = {b"desc": text, b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249), b"cprt": b"text" + bytes(8)}
+    tags |= {b"rgb"[i : i + 1] + b"XYZ": b"XYZ " + bytes(4) + fixed(*colorants[i]) for i in range(3)}
+    tags |= {b"rgb"[i : i + 1] + b"TRC": curve for i in range(3)}
+    table, data, start = len(tags).to_bytes(4, "big"), b"", 128 + 4 + 12 * len(tags)
+    for tag, content in tags.items():
+        padded = content + bytes(-len(content) % 4)
+        table += tag + (start + len(data)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        data += padded
+    body = table + data
+    head = (128 + len(body)).to_bytes(4, "big") + bytes(4) + bytes.fromhex("02400000") + b"mntrRGB XYZ "
+    head += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    return head.ljust(128, b"\0") + body

@@ -42,6 +42,27 @@ def test_file_names():
     assert str(text_path(clip.item)) == "/x/cache/press_a_wan_te.safetensors"
 
 
+@pytest.mark.parametrize("is_video", [True, False])
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_names_that_no_file_system_takes_are_shortened_with_a_hash(tmp_path, is_video, letter):
+    longest = 255 - 36 if is_video else 255 - 26
+    size = len(letter.encode())
+    fits = make_item(tmp_path, is_video=is_video, name=letter * (longest // size) + ".mp4")
+    assert text_path(fits).name == f"{fits.path.stem}_wan_te.safetensors"
+    stem = letter * (longest // size + 1)
+    names = set()
+    for ending in ("", "a", "b"):
+        item = make_item(tmp_path, is_video=is_video, name=f"{stem}{ending}.mp4")
+        clip = Clip(item, 7, tuple(range(7, 32)) if is_video else (0,), (832, 480), (1920, 1080))
+        shared = text_path(item).name.removesuffix("_wan_te.safetensors")
+        assert latents_path(clip).name.startswith(f"{shared}_") and shared.startswith(letter * 70)
+        save_text(item, {item.caption: torch.zeros(1, 2)})
+        save_latents(clip, torch.zeros(clip.latent_shape), torch.bfloat16)
+        assert has_latents(clip) and has_text(item)
+        names.add(shared)
+    assert len(names) == 3
+
+
 def test_what_a_video_file_holds(tmp_path):
     clip = make_clip(tmp_path)
     latents = random_latents(clip)

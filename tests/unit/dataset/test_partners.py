@@ -56,6 +56,32 @@ def test_controls_of_images_match_the_stem_and_then_numbers(folder):
     assert controls == [Path("controls/a.jpg"), Path("controls/b_2.png")]
 
 
+def test_a_numbered_partner_belongs_to_the_item_of_its_name_if_there_is_one(folder, capsys):
+    for name in ("shot", "shot_1", "shot_2", "walk"):
+        draw_image(folder / f"clips/{name}.png")
+    for name in ("shot_1", "shot_2", "walk_1"):
+        draw_image(folder / f"controls/{name}.png")
+    lines = f'control_directory = "{folder / "controls"}"'
+    with pytest.raises(InputError, match=r"1 of 4 files have no control in .*controls \(shot\.png\)"):
+        items_of(lines, "image_directory")
+    draw_image(folder / "controls/shot_0.png")
+    found = [item.control.name for item in items_of(lines, "image_directory")]
+    assert found == ["shot_0.png", "shot_1.png", "shot_2.png", "walk_1.png"]
+    (folder / "controls/shot_0.png").unlink()
+    masks = [item.mask and item.mask.name for item in items_of(lines.replace("control", "mask", 1), "image_directory")]
+    assert masks == [None, "shot_1.png", "shot_2.png", "walk_1.png"]
+    assert "1 of 4 files have no mask (shot.png)" in capsys.readouterr().err
+
+
+def test_the_alpha_is_the_mask_where_asked_for_and_no_other_is_there(folder):
+    for name in ("a", "b"):
+        draw_image(folder / f"clips/{name}.png", mode="RGBA")
+    draw_image(folder / "masks/a.png")
+    keys = 'mask_directory = "masks"\nalpha_mask = true'
+    assert [item.mask for item in items_of(keys, "image_directory")] == [Path("masks/a.png"), Path("clips/b.png")]
+    assert next(item.mask for item in items_of("alpha_mask = true", "image_directory")) == Path("clips/a.png")
+
+
 def test_a_missing_control_is_an_error(folder):
     for name in ("a", "b"):
         draw_video(folder / f"clips/{name}.mp4", 1)

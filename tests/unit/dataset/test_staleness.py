@@ -96,6 +96,18 @@ def test_what_was_made_of_something_else_is_stale_and_says_why(clip, manifest, v
     assert (state.kind, state.reason) == (Kind.STALE if reason else Kind.UP_TO_DATE, reason)
 
 
+def test_a_cache_is_stale_where_its_file_is_read_in_another_way_now(clip, manifest):
+    """A cache that is older than `reading` says nothing, and fits files that are read as they always were."""
+    path = latents_path(clip)
+    text = read_header(path).metadata[RECIPE_KEY].replace(',"reading":""', "")
+    assert "reading" not in text
+    save_tensors(path, dict(read_tensors(path)), read_header(path).metadata | {RECIPE_KEY: text})
+    assert latents_state(clip, manifest).kind is Kind.UP_TO_DATE
+    state = latents_state(dataclasses.replace(clip, reading="pixels 64:45"), manifest)
+    assert state.kind is Kind.STALE
+    assert state.reason == "source read in another way (then as decoded, now pixels 64:45)"
+
+
 def test_another_precision_is_stale_for_caching_alone(clip, manifest, vae):
     state = latents_state(clip, manifest, dtype=torch.float32, model=vae)
     assert str(state) == "a_00002-005_0064x0048_wan.safetensors: in bfloat16, not in float32"

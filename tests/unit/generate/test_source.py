@@ -73,11 +73,13 @@ def test_a_video_may_have_any_name(request_: SampleRequest, tmp_path: Path) -> N
         assert wished.frames == 9 and greys(read_source(wished, 16)) == [12 * i for i in range(9)]
 
 
-def test_an_animation_without_durations_is_refused(request_: SampleRequest, tmp_path: Path) -> None:
+def test_frames_of_an_animation_that_last_no_time_last_a_tenth_of_a_second(
+    request_: SampleRequest, tmp_path: Path
+) -> None:
     first, *others = (Image.fromarray(frame) for frame in FRAMES)
-    first.save(tmp_path / "a.webp", save_all=True, append_images=others, duration=0)
-    with pytest.raises(InputError, match="does not say how long"):
-        fit_to_source(replace(request_, video_path=str(tmp_path / "a.webp")), 16)
+    first.save(tmp_path / "a.webp", save_all=True, append_images=others, duration=0, lossless=True)
+    wished = fit_to_source(replace(request_, video_path=str(tmp_path / "a.webp")), 16)
+    assert greys(read_source(wished, 16)) == [12 * i for i in (0, 0, 1, 1, 2, 3, 3, 4, 5)]
 
 
 def test_an_empty_name_is_none(request_: SampleRequest) -> None:

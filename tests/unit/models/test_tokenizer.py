@@ -72,15 +72,23 @@ def test_transformers_agrees_on_a_tokenizer_folder(tmp_path: Path) -> None:
         assert read_tokenizer(tmp_path / "tokenizer.json")([text])[0] == ids
 
 
-def test_long_texts_are_cut_with_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_text_that_is_cut_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     tokenize = read_tokenizer(MODEL)
     long, short, longer = tokenize(["a " * 600, "rain", "the " * 700])
     assert len(long) == len(longer) == 512
     assert long[-1] == longer[-1] == short[-1] == 1
-    assert capsys.readouterr().err.splitlines() == [
-        "WARNING: 2 of 3 texts are longer than 512 tokens: their ends are cut off"
-    ]
+    told = capsys.readouterr().err.splitlines()
+    assert [line[:25] for line in told] == ['WARNING: the text "a a a ', 'WARNING: the text "the th']
+    assert all(line.endswith('..." is longer than 512 tokens: its end is cut off') for line in told)
+    tokenize(["a " * 600])
     assert len(tokenize(["a " * 511])[0]) == 512
+    assert capsys.readouterr().err == ""
+
+
+def test_texts_that_are_found_to_be_cut_are_named_no_more(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenize = read_tokenizer(MODEL)
+    assert tokenize.find_cut(["a " * 600, "rain"]) == {"a " * 600}
+    tokenize(["a " * 600])
     assert capsys.readouterr().err == ""
 
 
