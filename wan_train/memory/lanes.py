@@ -126,6 +126,11 @@ def make_lane(device: torch.device) -> Lane:
     return AcceleratorLane(device) if has_streams else HostLane(device)
 
 
+def lane_from_host(device: torch.device) -> Lane | None:
+    """The lane to a device; None where there is nothing to move, since it computes in CPU RAM."""
+    return None if device.type == "cpu" else make_lane(device)
+
+
 class _Locked(mmap.mmap):
     """Pages of memory that CUDA has locked in place.
 

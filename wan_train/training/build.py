@@ -17,7 +17,7 @@ from wan_train.cli import InputError
 from wan_train.conditions import Conditions
 from wan_train.distributed import first_machine_share
 from wan_train.log import get_logger
-from wan_train.memory.lanes import make_lane
+from wan_train.memory.lanes import lane_from_host
 from wan_train.memory.parking import Parking
 from wan_train.memory.stream import Stream
 from wan_train.models.dit import Dit
@@ -124,8 +124,8 @@ def make_models(
         model, adapter, stream = make_model(settings_of(settings, only_expert(experts)), accelerator, seed)
         return model, adapter, {None: stream}
     made: dict[str, tuple[Dit, Adapter, Stream]] = {}
-    device, parkings = accelerator.device, dict[str, Parking]()
-    lane = make_lane(device) if settings.experts.offload_inactive_dit and device.type != "cpu" else None
+    parkings = dict[str, Parking]()
+    lane = lane_from_host(accelerator.device) if settings.experts.offload_inactive_dit else None
     for expert in reversed(experts.trained):
         shared = made[LOW][1] if settings.experts.shared_lora and made else None
         made[expert] = make_model(settings_of(settings, expert), accelerator, seed, shared=shared)
@@ -180,7 +180,7 @@ def make_ema(adapter: Adapter, loop: LoopSettings, device: torch.device) -> Ema 
     """The average of what is trained, if it is asked for; of two experts each has its own."""
     if loop.ema_decay is None:
         return None
-    lane = make_lane(device) if loop.ema_cpu and device.type != "cpu" else None
+    lane = lane_from_host(device) if loop.ema_cpu else None
     parts = {
         expert: Ema(dict(part.named_parameters()), loop.ema_decay, lane=lane) for expert, part in parts_of(adapter)
     }
