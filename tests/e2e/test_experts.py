@@ -19,6 +19,7 @@ from tests import processes
 from tests.e2e.test_pictures import frames_of
 from tests.tiny.make import DIT, SCENES, SIZE, T5, VAE, dit_shapes, draw_frames, draw_weight
 from tests.tiny.pictures import CLIP, make_picture_models
+from tests.unit.memory.test_states import Lane
 from wan_train.cli import run
 from wan_train.training.settings import TOOL as TRAIN
 
@@ -177,6 +178,28 @@ def test_going_on_is_bit_equal(desk: Desk, options: tuple[object, ...]) -> None:
     assert [r["loss"] for r in desk.rows("parts") if "loss" in r] == [
         r["loss"] for r in desk.rows("whole") if "loss" in r
     ]
+
+
+def test_a_run_is_the_same_with_an_expert_and_the_averages_in_main_memory(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator whose copies are as late as they may be."""
+    average = ("--ema_decay", 0.5, "--validation_split", 0.34, "--validate_every_n_steps", 2)
+    desk.train("here", *average)
+    lane = Lane()
+    monkeypatch.setattr("wan_train.training.build.lane_from_host", lambda device: lane)
+    desk.train("away", *average, "--offload_inactive_dit", "--ema_cpu")
+    assert {"out", "back"} <= set(lane.events)
+    for part in ("high_noise", "low_noise", "high_noise-ema", "low_noise-ema"):
+        here, away = desk.lora(f"here_{part}"), desk.lora(f"away_{part}")
+        assert all(torch.equal(away[key], here[key]) for key in here) and learnt(here)
+    here_rows, away_rows = ([losses_of(row) for row in desk.rows(name)] for name in ("here", "away"))
+    assert here_rows == away_rows
+
+
+def losses_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The losses of a row of the metrics, of training and held-out."""
+    return {key: value for key, value in row.items() if "loss" in key}
 
 
 def test_previews_are_made_by_both_and_files_by_the_generator(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:

@@ -86,9 +86,16 @@ class AcceleratorLane:
         self.device = device
         self._runtime: Any = torch.get_device_module(device)
         self._copies = self._runtime.Stream(device=device)
+        self._told = False
 
     def host(self, num_bytes: int) -> Tensor:
-        return _pinned(num_bytes, self.device)
+        memory = _pinned(num_bytes, self.device)
+        if memory is not None:
+            return memory
+        if not self._told:  # once: there may be a buffer for each of a thousand tensors
+            log.warning("no more memory can be pinned: what is kept in ordinary memory from now on is copied slower")
+            self._told = True
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def slot(self, num_bytes: int) -> Tensor:
         slot = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
@@ -119,6 +126,11 @@ def make_lane(device: torch.device) -> Lane:
     return AcceleratorLane(device) if has_streams else HostLane(device)
 
 
+def lane_from_host(device: torch.device) -> Lane | None:
+    """The lane to a device; None where there is nothing to move, since it computes in CPU RAM."""
+    return None if device.type == "cpu" else make_lane(device)
+
+
 class _Locked(mmap.mmap):
     """Pages of memory that CUDA has locked in place.
 
@@ -144,8 +156,8 @@ class _Locked(mmap.mmap):
             torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
-def _pinned(num_bytes: int, device: torch.device) -> Tensor:
-    """Main memory that the device copies from by itself; ordinary memory, with a warning, where that is refused."""
+def _pinned(num_bytes: int, device: torch.device) -> Tensor | None:
+    """Main memory that the device copies from by itself; None where that is refused."""
     if device.type == "cuda":
         memory = _Locked(-1, num_bytes).lock(device)
         if memory is not None:
@@ -154,8 +166,7 @@ def _pinned(num_bytes: int, device: torch.device) -> Tensor:
     try:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     except RuntimeError:
-        log.warning("no more memory can be pinned: swapping %.1f GB from ordinary memory, slower", num_bytes / 1e9)
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return None
 
 
 def _forget_error(device: torch.device) -> None:

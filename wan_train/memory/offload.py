@@ -55,11 +55,9 @@ class Kept:
     """A tensor that is on the device, in main memory, or on its way."""
 
     def __init__(self, store: HostMemory, tensor: Tensor) -> None:
-        near = tensor.detach()  # without its graph, which may hold this in turn
-        if torch.empty_like(near, device="meta").stride() != near.stride():  # it has gaps, or overlaps
-            near = torch.empty_like(near).copy_(near)
+        near = without_gaps(tensor.detach())  # without its graph, which may hold this in turn
         self._shape, self._stride, self._dtype = near.shape, near.stride(), near.dtype
-        flat = _bytes(near)
+        flat = as_bytes(near)
         self._store, self._lane = store, store.lane
         self._near: Tensor | None = near
         self._far = store.take(len(flat))
@@ -79,7 +77,7 @@ class Kept:
         if self._near is None:
             # Of the computing queue's memory, so that it is given up there as well, and no queue has to tell another.
             self._near = torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=self._lane.device)
-            self._done = self._lane.upload(_bytes(self._near), self._master, self._lane.mark())
+            self._done = self._lane.upload(as_bytes(self._near), self._master, self._lane.mark())
 
     def take(self) -> Tensor:
         """The tensor on the device, where it is not kept any longer."""
@@ -146,6 +144,13 @@ class Offload:
         return call
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """The memory of a tensor without gaps, as it lies there."""
+def without_gaps(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that has gaps, or overlaps, in memory."""
+    if torch.empty_like(tensor, device="meta").stride() == tensor.stride():
+        return tensor
+    return torch.empty_like(tensor).copy_(tensor)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a tensor without gaps, as it lies there, uint8."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -17,7 +17,8 @@ from wan_train.cli import InputError
 from wan_train.conditions import Conditions
 from wan_train.distributed import first_machine_share
 from wan_train.log import get_logger
-from wan_train.memory.lanes import make_lane
+from wan_train.memory.lanes import lane_from_host
+from wan_train.memory.parking import Parking
 from wan_train.memory.stream import Stream
 from wan_train.models.dit import Dit
 from wan_train.models.experts import LOW, ORDER, pair_of
@@ -35,7 +36,7 @@ from wan_train.training.loop import run_length
 from wan_train.training.metadata import RunFacts, training_metadata
 from wan_train.training.metrics import MetricsWriter, RunningMean
 from wan_train.training.optimizer_state import Portable
-from wan_train.training.pair import PairAdapter, PairEma, PairModel, move_frozen, parts_of
+from wan_train.training.pair import PairAdapter, PairEma, PairModel, parts_of
 from wan_train.training.preflight import Plan, model_settings
 from wan_train.training.preview import Previewer
 from wan_train.training.prior import Prior
@@ -122,17 +123,20 @@ def make_models(
         model, adapter, stream = make_model(settings_of(settings, only_expert(experts)), accelerator, seed)
         return model, adapter, {None: stream}
     made: dict[str, tuple[Dit, Adapter, Stream]] = {}
+    parkings = dict[str, Parking]()
+    lane = lane_from_host(accelerator.device) if settings.experts.offload_inactive_dit else None
     for expert in reversed(experts.trained):
         shared = made[LOW][1] if settings.experts.shared_lora and made else None
         made[expert] = make_model(settings_of(settings, expert), accelerator, seed, shared=shared)
-        if settings.experts.offload_inactive_dit and expert != ORDER[0]:
-            move_frozen(made[expert][0], torch.device("cpu"))  # before the other one is there
+        if lane is not None:
+            parkings[expert] = Parking(made[expert][0], lane)
+            if expert != ORDER[0]:
+                parkings[expert].park()  # before the other one is there
     models = pair_of({expert: model for expert, (model, _, _) in made.items()})
     parts = pair_of({expert: adapter for expert, (_, adapter, _) in made.items()})
     pair = PairModel(
         models,
-        device=accelerator.device,
-        offload=settings.experts.offload_inactive_dit,
+        parkings=pair_of(parkings) if parkings else None,
         exchanging=accelerator.num_processes > 1 and not settings.optimizer.fused_backward_pass,
     )
     streams: Streams = {expert: stream for expert, (_, _, stream) in made.items()}
@@ -175,7 +179,7 @@ def make_ema(adapter: Adapter, loop: LoopSettings, device: torch.device) -> Ema 
     """The average of what is trained, if it is asked for; of two experts each has its own."""
     if loop.ema_decay is None:
         return None
-    lane = make_lane(device) if loop.ema_cpu and device.type != "cpu" else None
+    lane = lane_from_host(device) if loop.ema_cpu else None
     parts = {
         expert: Ema(dict(part.named_parameters()), loop.ema_decay, lane=lane) for expert, part in parts_of(adapter)
     }

@@ -10,32 +10,31 @@ from torch import Tensor, nn
 from networks.adapter import Adapter
 from networks.both import Both
 from networks.norms import Norms
+from wan_train.memory.parking import Parking
 from wan_train.models.experts import ORDER, Pair
 from wan_train.training.ema import Ema
 
 
 class PairModel(nn.Module):
-    """Two models of which one answers, at first the one for high noise; the other is in main memory meanwhile, and at
-    first already, if `offload` says so.
+    """Two models of which one answers, at first the one for high noise; with `parkings` the other is parked in CPU RAM
+    meanwhile, and at first already.
 
     `active` is the one that answers. With `exchanging` what is trained of the other still has a part in the result,
     nothing times it: processes that exchange gradients wait for all of them.
     """
 
-    def __init__(
-        self, models: Pair[Any], *, device: torch.device, offload: bool = False, exchanging: bool = False
-    ) -> None:
+    def __init__(self, models: Pair[Any], *, parkings: Pair[Parking] | None = None, exchanging: bool = False) -> None:
         super().__init__()
         self.high_noise, self.low_noise = models.high_noise, models.low_noise
-        self._device, self._offload, self._exchanging = device, offload, exchanging
+        self._parkings, self._exchanging = parkings, exchanging
         self.active = ORDER[0]
 
     def of(self, expert: str) -> nn.Module:
         """That expert's model, which answers from now on."""
         if expert != self.active:
-            if self._offload:
-                move_frozen(getattr(self, self.active), torch.device("cpu"))
-                move_frozen(getattr(self, expert), self._device)
+            if self._parkings is not None:
+                self._parkings.of(self.active).park()
+                self._parkings.of(expert).bring()
             self.active = expert
         return getattr(self, expert)
 
@@ -46,16 +45,6 @@ class PairModel(nn.Module):
             return velocity
         waiting = [parameter for parameter in getattr(self, idle).parameters() if parameter.requires_grad]
         return velocity + 0 * torch.stack([parameter.sum() for parameter in waiting]).sum() if waiting else velocity
-
-
-def move_frozen(model: nn.Module, device: torch.device) -> None:
-    """Move what is not trained; what is stays where optimizer and processes know it."""
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(device)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
 
 
 class PairAdapter:

@@ -134,9 +134,13 @@ def test_memory_that_cannot_be_locked_is_ordinary_and_said_to_be(
     forgotten: list[torch.device] = []
     monkeypatch.setattr(lanes, "_forget_error", forgotten.append)
     monkeypatch.setattr(logging.getLogger("wan_train_log"), "propagate", True)
-    memory = AcceleratorLane(CUDA).host(5000)
+    lane = AcceleratorLane(CUDA)
+    memory = lane.host(5000)
     assert memory.shape == (5000,) and forgotten == [CUDA]
     assert "slower" in caplog.text
+    caplog.clear()
+    assert lane.host(20).shape == (20,)
+    assert caplog.text == ""
 
 
 @pytest.mark.gpu
