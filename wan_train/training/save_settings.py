@@ -1,4 +1,4 @@
-"""Settings of what a run saves and of what it goes on from."""
+"""Settings of what a run saves and of what it is resumed from."""
 
 import re
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class SaveSettings:
     save_every_n_steps: int | None = option(None, "Save after every N optimizer steps.", minimum=1)
     save_last_n_epochs: int | None = option(None, "Keep the files of the last N saved epochs only.", minimum=1)
     save_last_n_steps: int | None = option(None, "Keep the files of the last N steps only.", minimum=1)
-    save_state: bool = option(False, "Save, with each file, all that it takes to go on from there.")
+    save_state: bool = option(False, "Save, with each file, all that it takes to resume from there.")
     save_state_on_train_end: bool = option(False, "Save a state at the end.")
     save_last_n_epochs_state: int | None = option(
         None, "Keep the states of the last N saved epochs only; without it as many as files.", minimum=1
@@ -29,8 +29,12 @@ class SaveSettings:
     save_last_n_steps_state: int | None = option(
         None, "Keep the states of the last N steps only; without it as many as files.", minimum=1
     )
-    resume: str | None = option(None, "State folder to go on from; auto is the newest of this output, if there is one.")
-    resume_anyway: bool = option(False, "Go on from a state of another configuration.")
+    resume: str | None = option(
+        None, "State folder to resume from; auto: the newest of the last run of this name, if there is one."
+    )
+    resume_anyway: bool = option(
+        False, "Resume from a state of another configuration, or of a dataset that has changed."
+    )
     save_precision: str = option("float", "Precision of the saved LoRA or checkpoint.", choices=SAVE_PRECISIONS)
     max_shard_size: str | None = option(
         None,
