@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from dataset.colours import describe_reading, to_rgb
 from dataset.frames import TARGET_FPS
@@ -40,7 +40,10 @@ def read_header(path: Path) -> MediaInfo:
     """
     with _opened(path) as image:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
-        size = (image.height, image.width) if orientation in _ON_ITS_SIDE else (image.width, image.height)
+        size = (image.width, image.height)
+        # Pillow turns TIFF by itself, and announces the turned size.
+        if orientation in _ON_ITS_SIDE and not isinstance(image, TiffImagePlugin.TiffImageFile):
+            size = (image.height, image.width)
         turned = (TURNED,) if orientation in _TURNED else ()
         return MediaInfo(*size, 1, None, reading=(*describe_reading(image, path), *turned))
 

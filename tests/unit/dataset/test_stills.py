@@ -65,7 +65,7 @@ def test_greys_out_of_range_are_refused_in_the_plan(tmp_path, values, kind):
         probe(path)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
 def test_an_image_in_a_list_of_videos_is_turned(tmp_path, suffix):
     image = Image.new("RGB", (64, 32))
     image.paste((255, 255, 255), (0, 0, 32, 32))  # the left half
