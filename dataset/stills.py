@@ -1,8 +1,9 @@
-"""Pictures kept one by one: image files, folders of them that are a video, and WebP animations."""
+"""Pictures kept one by one: image files, folders of them that are a video, and animations in GIF and WebP."""
 
 import contextlib
+import itertools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,8 @@ def read_folder(
 
 
 def is_animation(path: Path) -> bool:
-    """Whether a WebP file holds several frames; False for what cannot be read."""
-    if path.suffix.lower() != ".webp" or not path.is_file():
+    """Whether a GIF or WebP file holds several frames; False for what cannot be read."""
+    if path.suffix.lower() not in _TIMES or not path.is_file():
         return False
     try:
         with _opened(path) as image:
@@ -98,16 +99,44 @@ def is_animation(path: Path) -> bool:
 
 
 def animation_times(path: Path) -> tuple[float, ...]:
-    """When each frame of a WebP animation begins and the last one ends, in seconds; nothing is decoded."""
-    times, position, data = [0.0], 12, path.read_bytes()
+    """When each frame of an animation begins and the last one ends, in seconds; nothing is decoded."""
+    return tuple(itertools.accumulate(_TIMES[path.suffix.lower()](path.read_bytes()), initial=0.0))
+
+
+def _webp_lengths(data: bytes) -> Iterator[float]:
+    position = 12
     while position + 24 <= len(data):
         length = int.from_bytes(data[position + 4 : position + 8], "little")
         if data[position : position + 4] == b"ANMF":
             # The duration, in milliseconds, follows four fields of three bytes.
-            length_ms = int.from_bytes(data[position + 20 : position + 23], "little")
-            times.append(times[-1] + (length_ms / 1000 or _NO_TIME))
+            yield int.from_bytes(data[position + 20 : position + 23], "little") / 1000 or _NO_TIME
         position += 8 + length + length % 2
-    return tuple(times)
+
+
+def _gif_lengths(data: bytes) -> Iterator[float]:
+    """By the blocks of the GIF89a specification; a frame without a Graphic Control Extension states no duration, and
+    one of 10 ms lasts as long as one of 0."""
+    position, delay = 13 + _colour_table(data[10:11]), 0
+    while data[position : position + 1] in (b"!", b","):
+        if data[position : position + 1] == b"!":
+            if data[position + 1 : position + 2] == b"\xf9":
+                delay = int.from_bytes(data[position + 4 : position + 6], "little")
+            position += 2
+        else:
+            yield delay / 100 if delay > 1 else _NO_TIME
+            delay = 0
+            position += 11 + _colour_table(data[position + 9 : position + 10])
+        while position < len(data) and data[position]:  # sub-blocks, until one of no bytes
+            position += data[position] + 1
+        position += 1
+
+
+def _colour_table(flags: bytes) -> int:
+    """The bytes of the colour table that a GIF's flags announce."""
+    return 3 * 2 ** (flags[0] % 8 + 1) if flags and flags[0] & 0x80 else 0
+
+
+_TIMES: dict[str, Callable[[bytes], Iterator[float]]] = {".gif": _gif_lengths, ".webp": _webp_lengths}
 
 
 def read_still(
@@ -121,7 +150,7 @@ def read_still(
 def read_animation(
     path: Path, wanted: Collection[int], background: Colour | None = WHITE
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(index, picture) of the wanted frames of a WebP animation, in order."""
+    """(index, picture) of the wanted frames of a GIF or WebP animation, in order."""
     with _opened(path) as image:
         _refuse_beyond(path, wanted, getattr(image, "n_frames", 1))
         for index in sorted(set(wanted)):

@@ -179,3 +179,14 @@ def test_frames_that_last_no_time_last_a_tenth_of_a_second(tmp_path, suffix):
     pictures[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=pictures[1:], duration=0)
     info = probe(tmp_path / f"a.{suffix}", with_times=True)
     assert info.times == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_frames_of_a_gif_that_states_no_durations_are_all_read(tmp_path):
+    noise = np.random.default_rng(3).integers(0, 256, (5, 64, 96, 3), dtype=np.uint8)  # FFmpeg reads it as one frame
+    pictures = [Image.fromarray(each) for each in noise]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+    info = probe(tmp_path / "a.gif", with_times=True)
+    assert info.times == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    for index, picture in read_frames(tmp_path / "a.gif", range(5)):
+        differences = [np.abs(picture.astype(int) - each).mean() for each in noise]
+        assert np.argmin(differences) == index
