@@ -80,7 +80,7 @@ def decode_frames(
         stream = container.streams.video[0]
         stream.thread_type = "NONE"  # with threads the decoder does not report all damage
         turn = None
-        for index, frame in enumerate(container.decode(stream)):
+        for index, frame in enumerate(_decode(container, stream)):
             # A damaged frame spoils all that are predicted from it, wanted or not.
             if frame.is_corrupt:
                 raise InputError(f"{path} is damaged at frame {index}: re-encode it or take it out of its folder")
@@ -93,9 +93,26 @@ def decode_frames(
     raise InputError(f"{path} ends before frame {max(remaining)}: it is cut off; copy or re-encode it")
 
 
+def _decoder(stream: Any) -> Any:
+    """What decodes a stream: libvpx for a WebM with alpha, which FFmpeg's own decoders of VP8 and VP9 leave out."""
+    with_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name, "")
+    if stream.metadata.get("alpha_mode") != "1" or with_alpha not in av.codecs_available:
+        return stream.codec_context
+    decoder = av.CodecContext.create(with_alpha, "r")
+    decoder.thread_type = "NONE"
+    return decoder
+
+
+def _decode(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream."""
+    decoder = _decoder(stream)
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)
+
+
 def _find_first(stream: Any, packets: Iterator[Any]) -> tuple[list[Any], Any]:
     """The packets up to the first decoded frame, and that frame or None; damage is for the decoding to report."""
-    seen, decoder = [], stream.codec_context
+    seen, decoder = [], _decoder(stream)
     for packet in packets:
         seen.append(packet)
         try:

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 
@@ -106,3 +107,24 @@ def test_side_data_that_has_no_name_is_passed_over(tmp_path):
     """ffmpeg hands on the EXIF data of a TIFF, for which PyAV has no name yet."""
     path = draw_image(tmp_path / "a.tiff")
     assert (videos.probe_video(path, with_times=False).width, len(list(videos.decode_frames(path, {0})))) == (64, 1)
+
+
+@pytest.mark.skipif("libvpx-vp9" not in av.codecs_available, reason="PyAV was built without libvpx")
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_transparency_of_webm_is_composed(tmp_path, codec):
+    picture = np.zeros((48, 64, 4), np.uint8)
+    picture[:, :32] = (200, 0, 0, 255)
+    picture[:, 32:] = (0, 255, 0, 0)  # a colour that is hidden
+    with av.open(str(tmp_path / "a.webm"), "w") as container:
+        stream = container.add_stream(codec, rate=16, options={"auto-alt-ref": "0", "crf": "4", "b": "4M"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuva420p"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgba").reformat(format="yuva420p")))
+        container.mux(stream.encode())
+    info = probe(tmp_path / "a.webm", with_times=True)
+    assert (info.num_frames, info.reading) == (5, ("alpha",))
+    found = dict(read_frames(tmp_path / "a.webm", range(5), (0, 0, 255)))
+    assert len(found) == 5
+    for shown in found.values():
+        assert np.abs(shown[24, 16].astype(int) - (200, 0, 0)).max() < 12
+        assert np.abs(shown[24, 48].astype(int) - (0, 0, 255)).max() < 12
