@@ -1,10 +1,11 @@
 """The grammar in which prompt lines, tables and files state what is wished for."""
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wan_train.cli import InputError, nearest
+from wan_train.cli import InputError
 from wan_train.log import get_logger
 from wan_train.models.one_frame import read_one_frame
 from wan_train.sampling.prompt_files import read_entries
@@ -210,6 +211,14 @@ def _as_text(value: object) -> str:
     return str(value)
 
 
+def _meant(name: str, letter: str) -> str:
+    """'; did you mean X?' for an unknown name, X as it is written there: in a line as `--w`, elsewhere as `width`."""
+    match = difflib.get_close_matches(letter, _BY_NAME, n=1)
+    if not match:
+        return ""
+    return f"; did you mean {f'--{_BY_NAME[match[0]]}' if name.startswith('--') else match[0]}?"
+
+
 def _request(
     prompt: str, given: Mapping[str, Given], defaults: SampleRequest, grammar: Grammar, known: str
 ) -> SampleRequest:
@@ -227,8 +236,7 @@ def _request(
         elif letter in grammar.refused:
             raise InputError(f"{value.name}: {grammar.refused[letter]}")
         elif letter not in _VALUES:
-            name = value.name
-            raise InputError(f"unknown option {name} of a prompt{nearest(letter, _BY_NAME)}: known are {known}")
+            raise InputError(f"unknown option {value.name} of a prompt{_meant(value.name, letter)}: known are {known}")
         else:
             changes[_VALUES[letter].field] = _read(_VALUES[letter], value)
     if size := changes.pop("size", None):

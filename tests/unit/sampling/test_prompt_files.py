@@ -86,6 +86,8 @@ def test_a_byte_order_mark_is_no_word(tmp_path: Path) -> None:
         ("p.json", '[\n"a",\n', "line 3: this is not JSON"),
         ("p.json", "[]", "holds no prompt"),
         ("p.json", '["a", "b --zz 1"]', "prompt 2, line 1: unknown option --zz"),
+        ("p.txt", "a cat --width 832\n", "unknown option --width of a prompt; did you mean --w\\?"),
+        ("p.txt", "a cat --hieght 480\n", "unknown option --hieght of a prompt; did you mean --h\\?"),
         ("p.txt", "a cat\n\nb --f x\n", r"p\.txt, line 3: --f x"),
     ],
 )
