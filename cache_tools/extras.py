@@ -187,6 +187,11 @@ def _load_mask(clips: Sequence[Clip]) -> list[NDArray[np.float32]]:
     masks = [average_cells(np.stack([fitted[index] for index in clip.frames]), stride) for clip in clips]
     for clip, mask in zip(clips, masks, strict=True):
         if not mask.any():
+            if path == clip.item.path:
+                raise InputError(
+                    f"{path} is all transparent from frame {clip.start}, and with alpha_mask nothing would be learnt"
+                    " from it: give it a mask in mask_directory, or take it out of its folder"
+                )
             raise InputError(
                 f"{path} is all black for {clip.item.path} from frame {clip.start}: nothing would be learnt from it;"
                 " paint what counts white, or take the mask or the file out of its folder"

@@ -169,6 +169,14 @@ def test_a_mask_without_white_is_an_error_that_names_the_file(cache, capsys):
     assert "masks/b.png is all black for clips/b.mp4 from frame 0" in told
 
 
+def test_a_clip_without_an_opaque_pixel_is_an_error_that_says_so(cache, folder, capsys):
+    hidden = [Image.new("RGBA", SIZE, (20 * i, 0, 0, 0)) for i in range(9)]
+    hidden[0].save(folder / "clips" / "c.webp", save_all=True, append_images=hidden[1:], lossless=True, exact=True)
+    (folder / "clips" / "c.txt").write_text("c")
+    assert cache("alpha_mask = true") == 2
+    assert "clips/c.webp is all transparent from frame 0, and with alpha_mask nothing" in capsys.readouterr().err
+
+
 def test_a_mask_that_is_too_short_is_an_error(cache, folder, capsys):
     draw_video(folder / "masks/a.mp4", 5)
     assert cache('mask_directory = "masks"') == 2
