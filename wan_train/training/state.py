@@ -117,7 +117,7 @@ def _what_it_is(path: Path) -> str:
         if inside:
             shown = ", ".join(map(str, inside[-3:]))
             return f"--resume {path} is not a state, but holds {len(inside)} ({shown}): give one of them"
-        return f"--resume {path} has no {MANIFEST}: it is no state of this trainer, or not a whole one"
+        return f"--resume {path} has no {MANIFEST}: it is not a state of this trainer, or not a whole one"
     if not path.exists():
         return f"--resume {path} is not there: give a state folder, or auto for the newest"
     if (path.parent / MANIFEST).is_file():
