@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from dataset.batches import CachedDataset
@@ -48,12 +48,16 @@ def changes(before: Contents, now: Contents) -> list[str]:
     for number, text in enumerate(_CHANGES):
         changed = [item for item in both if before[item][number] and now[item][number]]
         told += _told(text, (item for item in changed if before[item][number] != now[item][number]))
-    told += _told("{count} that {is_} new", (item for item in now if item not in before))
-    return told + _told("{count} that {is_} gone", (item for item in before if item not in now))
+    new, gone = ([item for item in some if item not in others] for some, others in ((now, before), (before, now)))
+    # Of equal names the folders differ: a cache folder has got another name, and with it the noise of its samples.
+    moved = {_file(item) for item in new} & {_file(item) for item in gone}
+    told += _told("{count} that {is_} new", new, with_folder=moved)
+    return told + _told("{count} that {is_} gone", gone, with_folder=moved)
 
 
-def _told(text: str, items: Iterable[str]) -> list[str]:
-    names = list(dict.fromkeys(map(_file, items)))
+def _told(text: str, items: Iterable[str], *, with_folder: Collection[str] = ()) -> list[str]:
+    named = ((item.rpartition("/")[0], _file(item)) for item in items)
+    names = list(dict.fromkeys(f"{folder}/{name}" if name in with_folder else name for folder, name in named))
     count = f"{len(names)} file{'s' * (len(names) != 1)}"
     is_ = "is" if len(names) == 1 else "are"
     return [f"{text.format(count=count, is_=is_)} ({name_some(names)})"] if names else []

@@ -54,3 +54,12 @@ def test_caches_of_other_tools_do_not_say_what_they_were_made_of(tmp_path: Path,
     before, now = (plain, foreign) if own else (foreign, plain)
     assert changes({NAME: before}, {NAME: now}) == []
     assert changes({NAME: before}, {NAME: now._replace(captions="x")}) == ["1 file with other captions (dog)"]
+
+
+def test_samples_of_a_renamed_cache_folder_are_told_with_the_folder() -> None:
+    cat, content = "cat_0064x0064_wan", Content("a", "b", "c")
+    before = {f"old/{cat}": content, NAME: content}
+    assert changes(before, {f"new/{cat}": content, NAME.replace("dog", "cow"): content}) == [
+        "2 files that are new (new/cat, cow)",
+        "2 files that are gone (old/cat, dog)",
+    ]
