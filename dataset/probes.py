@@ -10,8 +10,9 @@ from dataset.media import probe
 from dataset.reading import BLACK, Colour, MediaInfo, recipe_words
 from wan_train.cli import InputError
 
-# Facts of a `MediaInfo` with other fields are not read as these.
-_PROBED = f"media {' '.join(field.name for field in dataclasses.fields(MediaInfo))}"
+_READERS = 2  # raised whenever the readers tell something else of files that did not change
+# Facts of other readers, or of a `MediaInfo` with other fields, are not read as these.
+_PROBED = f"media {_READERS} {' '.join(field.name for field in dataclasses.fields(MediaInfo))}"
 _BROKEN = "broken"
 
 
