@@ -9,7 +9,7 @@ import pytest
 from networks.moments import of_epoch
 from tests.unit.training.states import RUN, anonymous, save, saving, settings_of
 from wan_train.cli import InputError
-from wan_train.training.choosing import choose, identity_of, newest_of
+from wan_train.training.choosing import choose, identity_of, newest_of, whole_states
 from wan_train.training.identity import Identity, read_identity, write_identity
 from wan_train.training.resume import find_state
 from wan_train.training.state import open_state
@@ -113,6 +113,8 @@ def test_states_of_a_later_version_are_refused_by_name(tmp_path: Path) -> None:
     for word in (str(tmp_path / "name-state"), "auto"):
         with pytest.raises(InputError, match=r"name-state is a state of version 2, this trainer reads up to 1: update"):
             find_state(settings_of(tmp_path, "--resume", word))
+    assert find_state(settings_of(tmp_path)) is None
+    assert whole_states(saving(tmp_path)) == []  # it is not in the way of a fresh start
 
 
 def test_a_folder_that_a_kill_left_aside_is_found_again(tmp_path: Path) -> None:
