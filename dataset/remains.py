@@ -22,14 +22,15 @@ def put_back(folder: Path) -> list[Path]:
     """
     found: list[Path] = []
     hidden = [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)] if folder.is_dir() else []
-    for old in (old for path in hidden if (path / OLD).is_dir() for old in (path / OLD).iterdir()):
-        new, target = old.parents[1] / NEW / old.name, folder / old.name
+    for temporary in hidden:
         try:
-            # It was whole and on disk before the old one was moved.
-            if new.exists() and not target.exists() and _is_left_over(old.parents[1], seconds=_MINUTE):
-                new.rename(target)
-                found.append(target)
-        except OSError:  # another process was faster
+            for old in (temporary / OLD).iterdir():
+                new, target = temporary / NEW / old.name, folder / old.name
+                # It was whole and on disk before the old one was moved.
+                if new.exists() and not target.exists() and _is_left_over(temporary, seconds=_MINUTE):
+                    new.rename(target)
+                    found.append(target)
+        except OSError:  # it replaces no folder, another process was faster, or it is another user's
             continue
     return found
 

@@ -94,3 +94,20 @@ def test_another_machines_replacing_is_finished_once_it_rests(tmp_path: Path) ->
     assert put_back(tmp_path) == []
     os.utime(hidden, (0, 0))
     assert put_back(tmp_path) == [tmp_path / "name-state"] and read(tmp_path / "name-state") == {"new"}
+
+
+def test_a_folder_that_another_user_replaces_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden folders are for their owner alone, so that others may not look into them."""
+    theirs = tmp_path / ".state.elsewhere~1~abcdefgh"
+    theirs.mkdir()
+    write(tmp_path / "ours", "x")
+    looked = os.stat
+
+    def refused(path: Any, *arguments: Any, **named: Any) -> Any:
+        if isinstance(path, (str, Path)) and theirs in Path(path).parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return looked(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert put_back(tmp_path) == [] and remove_remains(tmp_path) == []
+    assert read(tmp_path / "ours") == {"x"}
