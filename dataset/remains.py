@@ -6,11 +6,10 @@ import shutil
 import time
 from pathlib import Path
 
-from wan_train.file_names import HOST
+from wan_train.file_names import HOST, PROBE, TEMPORARY
 from wan_train.storage import NEW, OLD
 
-_TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)~(?P<process>\d+)~\w+")
-_PROBE = re.compile(r"\.probe\w{8}")
+_PROBE = re.compile(rf"{re.escape(PROBE)}\w{{8}}")
 _MINUTE, _DAY = 60, 24 * 60 * 60
 
 
@@ -21,7 +20,7 @@ def put_back(folder: Path) -> list[Path]:
     a living one takes no time between the two renames.
     """
     found: list[Path] = []
-    hidden = [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)] if folder.is_dir() else []
+    hidden = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)] if folder.is_dir() else []
     for temporary in hidden:
         try:
             for old in (temporary / OLD).iterdir():
@@ -52,7 +51,7 @@ def remove_remains(folder: Path) -> list[Path]:
 
 def _is_left_over(path: Path, *, seconds: int = _DAY) -> bool:
     """Whether a process of this machine that left it is gone, or nobody has touched it for so long."""
-    temporary = _TEMPORARY.fullmatch(path.name)
+    temporary = TEMPORARY.fullmatch(path.name)
     if temporary and temporary["host"] == HOST and not _is_alive(int(temporary["process"])):
         return True
     return bool(temporary or _PROBE.fullmatch(path.name)) and time.time() - path.stat().st_mtime > seconds

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wan_train.cli import InputError
-from wan_train.file_names import hidden_prefix
+from wan_train.file_names import PROBE, hidden_prefix
 from wan_train.flushing import flush
 from wan_train.shards import expand
 
@@ -268,7 +268,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".probe"):
+        with tempfile.NamedTemporaryFile(dir=path, prefix=PROBE):
             pass
     except OSError as problem:
         raise InputError(f"cannot write to {path}: {problem.strerror or problem}") from None
