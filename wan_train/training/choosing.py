@@ -15,8 +15,9 @@ from wan_train.training.state import NewerState, State, open_state
 log = get_logger(__name__)
 
 
-def whole_states(save: SaveSettings) -> list[State]:
-    """The whole states of this output folder and name, of whatever run. NewerState for one of a later version."""
+def whole_states(save: SaveSettings, *, refuse_newer: bool = False) -> list[State]:
+    """The whole states of this output folder and name, of whatever run; without those of a later version, unless
+    NewerState is to be raised for them."""
     output, whole = Path(save.output_dir), []
     if not output.is_dir():
         return []
@@ -25,10 +26,9 @@ def whole_states(save: SaveSettings) -> list[State]:
             continue
         try:
             whole.append(open_state(folder))
-        except NewerState:
-            raise
-        except InputError:
-            continue
+        except InputError as problem:
+            if refuse_newer and isinstance(problem, NewerState):
+                raise
     return whole
 
 
@@ -48,8 +48,9 @@ def choose(save: SaveSettings, fits: Callable[[State], bool]) -> State | None:
 
     Where it is not known which run that is, it is the one of the states that began last; states that say nothing of
     runs are the farthest of those of these options (`fits`), or where none are, of all: the differences will be told.
+    Raises NewerState where there is a state of a later version, which may be the one that is wanted.
     """
-    states, last = whole_states(save), read_identity(save)
+    states, last = whole_states(save, refuse_newer=True), read_identity(save)
     if last is None:
         newest = max((state.started_at for state in states), default=0.0)
         candidates = [state for state in states if state.started_at == newest]
