@@ -209,7 +209,8 @@ def _beside(target: Path) -> Iterator[Path]:
     except OSError as problem:
         raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None
     finally:
-        if folder is not None:
+        # What was moved away and could be neither replaced nor moved back stays: `dataset.remains.put_back` ends it.
+        if folder is not None and (target.exists() or not (folder / OLD).exists()):
             shutil.rmtree(folder, ignore_errors=True)
 
 
