@@ -41,10 +41,11 @@ def compose(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8], background: Colour
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
-def describe_reading(image: Image.Image, path: Path) -> tuple[str, ...]:
-    """What `to_rgb` will do to an opened image, as `MediaInfo.reading` has it; only deep greys are decoded for it.
+def describe_reading(image: Image.Image, path: Path, *, alone: bool) -> tuple[str, ...]:
+    """What `to_rgb` will do to an opened image, as `MediaInfo.reading` has it.
 
-    Raises InputError as `to_rgb` does.
+    Only deep greys are decoded for it, and what has an alpha if it is `alone`: an alpha that is opaque throughout
+    changes nothing, but a frame says nothing of those after it. Raises InputError as `to_rgb` does.
     """
     words = []
     deep = image.mode[0] in "IF"
@@ -54,7 +55,7 @@ def describe_reading(image: Image.Image, path: Path) -> tuple[str, ...]:
     profile = image.info.get("icc_profile")
     if profile and (found := _profile(profile, "L" if deep else _base_mode(image), path)):
         words.append(f"{PROFILE} {found}")
-    if _is_transparent(image):
+    if _is_transparent(image) and not (alone and _alpha(image).min() == 255):
         words.append(ALPHA)
     return tuple(words)
 

@@ -54,9 +54,9 @@ def probe(path: Path, *, with_times: bool = False) -> MediaInfo:
     if path.is_dir():
         if not frame_files(path):
             raise InputError(f"{path} holds no pictures; a folder of frames takes {', '.join(IMAGE_SUFFIXES)}")
-        return _timed(read_header(frame_files(path)[0]), folder_times(path), with_times=with_times)
+        return _timed(read_header(frame_files(path)[0], alone=False), folder_times(path), with_times=with_times)
     if is_animation(path):
-        return _timed(read_header(path), animation_times(path), with_times=with_times)
+        return _timed(read_header(path, alone=False), animation_times(path), with_times=with_times)
     if _is_still(path):
         return read_header(path)
     return probe_video(path, with_times=with_times)

@@ -6,11 +6,10 @@ import shutil
 import time
 from pathlib import Path
 
-from wan_train.file_names import HOST
+from wan_train.file_names import HOST, PROBE, TEMPORARY
 from wan_train.storage import NEW, OLD
 
-_TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)~(?P<process>\d+)~\w+")
-_PROBE = re.compile(r"\.probe\w{8}")
+_PROBE = re.compile(rf"{re.escape(PROBE)}\w{{8}}")
 _MINUTE, _DAY = 60, 24 * 60 * 60
 
 
@@ -21,15 +20,16 @@ def put_back(folder: Path) -> list[Path]:
     a living one takes no time between the two renames.
     """
     found: list[Path] = []
-    hidden = [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)] if folder.is_dir() else []
-    for old in (old for path in hidden if (path / OLD).is_dir() for old in (path / OLD).iterdir()):
-        new, target = old.parents[1] / NEW / old.name, folder / old.name
+    hidden = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)] if folder.is_dir() else []
+    for temporary in hidden:
         try:
-            # It was whole and on disk before the old one was moved.
-            if new.exists() and not target.exists() and _is_left_over(old.parents[1], seconds=_MINUTE):
-                new.rename(target)
-                found.append(target)
-        except OSError:  # another process was faster
+            for old in (temporary / OLD).iterdir():
+                new, target = temporary / NEW / old.name, folder / old.name
+                # It was whole and on disk before the old one was moved.
+                if new.exists() and not target.exists() and _is_left_over(temporary, seconds=_MINUTE):
+                    new.rename(target)
+                    found.append(target)
+        except OSError:  # it replaces no folder, another process was faster, or it is another user's
             continue
     return found
 
@@ -51,7 +51,7 @@ def remove_remains(folder: Path) -> list[Path]:
 
 def _is_left_over(path: Path, *, seconds: int = _DAY) -> bool:
     """Whether a process of this machine that left it is gone, or nobody has touched it for so long."""
-    temporary = _TEMPORARY.fullmatch(path.name)
+    temporary = TEMPORARY.fullmatch(path.name)
     if temporary and temporary["host"] == HOST and not _is_alive(int(temporary["process"])):
         return True
     return bool(temporary or _PROBE.fullmatch(path.name)) and time.time() - path.stat().st_mtime > seconds

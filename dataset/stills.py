@@ -30,14 +30,15 @@ _PROBLEMS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBomb
 
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) of an image as it is shown, from its header."""
-    info = read_header(path)
+    info = read_header(path, alone=False)
     return info.width, info.height
 
 
-def read_header(path: Path) -> MediaInfo:
-    """What an image says of itself, as it is shown; only grey values of more than 16 bits are decoded, for their range.
+def read_header(path: Path, *, alone: bool = True) -> MediaInfo:
+    """What an image says of itself, as it is shown. It is `alone` unless it is the first frame of several.
 
-    Raises InputError where it cannot be read.
+    Only grey values of more than 8 bits are decoded, for their range, and an image alone with an alpha, which may be
+    opaque throughout. Raises InputError where it cannot be read.
     """
     with _opened(path) as image:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
@@ -46,7 +47,7 @@ def read_header(path: Path) -> MediaInfo:
         if orientation in _ON_ITS_SIDE and not isinstance(image, TiffImagePlugin.TiffImageFile):
             size = (image.height, image.width)
         turned = (TURNED,) if orientation in _TURNED else ()
-        return MediaInfo(*size, 1, None, reading=(*describe_reading(image, path), *turned))
+        return MediaInfo(*size, 1, None, reading=(*describe_reading(image, path, alone=alone), *turned))
 
 
 def read_image(path: Path, background: Colour | None = WHITE) -> NDArray[np.uint8]:

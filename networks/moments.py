@@ -1,9 +1,11 @@
 """When in its run a file was saved, as its name tells: NAME-000002 after an epoch, NAME-step00000500 after a step, NAME
-at the end. Everything that looks for the files of a run asks here, so that NAME-2 is a run of its own for all of them.
+at the end; NAME-best is one of these again, and with -ema behind it a file is the average of that time. Everything that
+looks for the files of a run asks here, so that NAME-2 is a run of its own for all of them.
 """
 
 import re
 
+BEST, EMA = "-best", "-ema"
 _EPOCH_DIGITS, _STEP_DIGITS = 6, 8
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from networks.expert import KEY as EXPERT_KEY
-from networks.moments import MOMENT, is_saved_as
+from networks.moments import BEST, EMA, MOMENT, is_saved_as
 from networks.settings import AverageSettings
 from wan_train.cli import InputError
 from wan_train.log import get_logger
@@ -18,7 +18,7 @@ log = get_logger(__name__)
 SUFFIX = ".safetensors"
 # What follows the moment in a name, the kind that is averaged first of those that are there: a file with -best is one
 # of the others again, one with -ema is an average already.
-KINDS = ("", "-ema", "-best", "-best-ema")
+KINDS = ("", EMA, BEST, BEST + EMA)
 _NAME = re.compile(rf"(?P<base>.+?)(?P<moment>{MOMENT})?(?P<kind>{'|'.join(KINDS[::-1])})")
 
 

@@ -11,6 +11,9 @@ from wan_train.cli import InputError
 # Stands in the names of temporary files, so that those of dead processes can be told from those of living ones.
 HOST = re.sub(r"[^\w-]", "", platform.node())[:40] or "host"
 _NUM_RANDOM = 8  # characters that tempfile adds
+# What `hidden_prefix` and tempfile make, and how a file begins that only tries whether a folder can be written to.
+TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)~(?P<process>\d+)~\w+")
+PROBE = ".probe"
 
 
 def hidden_prefix(target: Path) -> str:

@@ -17,6 +17,7 @@ from wan_train.cli import InputError
 INDEX = ".index.json"
 MARK = "wan_train_saving"  # in the metadata of each file of a set: the same for those of one saving
 _SHARD = re.compile(r"^(.*?)(\d+)-of-(\d+)\.safetensors$")
+_OF_SET = r"-\d{5}-of-\d{5}"  # as `shard_names` writes it
 
 
 def expand(source: str | os.PathLike[str]) -> list[Path]:
@@ -109,9 +110,14 @@ def shard_names(path: Path, count: int) -> list[str]:
     return [f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}" for number in range(1, count + 1)]
 
 
+def names_of(stem: str, suffix: str) -> str:
+    """A regular expression for the names of all files of a checkpoint; `stem` is one for its stem."""
+    return rf"{stem}(?:{_OF_SET})?{re.escape(suffix)}(?:{re.escape(INDEX)})?"
+
+
 def files_of(path: Path) -> list[Path]:
     """What is there of the checkpoint that is called `path`: one file, or the shards and then their index."""
-    pattern = re.compile(re.escape(path.stem) + r"-\d{5}-of-\d{5}" + re.escape(path.suffix))
+    pattern = re.compile(re.escape(path.stem) + _OF_SET + re.escape(path.suffix))
     shards = sorted(found for found in path.parent.iterdir() if pattern.fullmatch(found.name))
     others = [path, path.with_name(path.name + INDEX)]
     return [*shards, *(found for found in others if found.is_file())]

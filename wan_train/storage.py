@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wan_train.cli import InputError
-from wan_train.file_names import hidden_prefix
+from wan_train.file_names import PROBE, hidden_prefix
 from wan_train.flushing import flush
 from wan_train.shards import expand
 
@@ -209,7 +209,8 @@ def _beside(target: Path) -> Iterator[Path]:
     except OSError as problem:
         raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None
     finally:
-        if folder is not None:
+        # What was moved away and could be neither replaced nor moved back stays: `dataset.remains.put_back` ends it.
+        if folder is not None and (target.exists() or not (folder / OLD).exists()):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -268,7 +269,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".probe"):
+        with tempfile.NamedTemporaryFile(dir=path, prefix=PROBE):
             pass
     except OSError as problem:
         raise InputError(f"cannot write to {path}: {problem.strerror or problem}") from None

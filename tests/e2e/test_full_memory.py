@@ -102,9 +102,9 @@ def test_an_average_in_main_memory_is_the_same_and_previews_show_it(
     wanted = desk.train("near", *options)
     shown: list[torch.Tensor] = []
 
-    def look(previewer: object, model: torch.nn.Module, moment: str) -> list[Path]:
+    def look(previewer: object, model: torch.nn.Module, moment: str) -> dict[int, Path]:
         shown.append(velocity(model))
-        return []
+        return {}
 
     monkeypatch.setattr(Previewer, "make", look)
     prompts = desk.folder / "one_prompt.txt"

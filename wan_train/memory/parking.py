@@ -33,10 +33,12 @@ class Parking:
     def bring(self) -> None:
         """Have the tensors on the device for all that is launched from now on. Python waits for no copy."""
         after, done = self._lane.mark(), None
-        for row in self._rows:
-            done = row.come(self._lane, after)
-        if self._rows:
-            self._lane.wait(done)  # copies are made in their order: the last one's end is the end of all
+        try:
+            for row in self._rows:
+                done = row.come(self._lane, after)
+        finally:  # where there is no room for all, the device's memory may be given up again
+            if done is not None:
+                self._lane.wait(done)  # copies are made in their order: the last one's end is the end of all
 
 
 @dataclass

@@ -62,6 +62,7 @@ class HostStates:
                 ours = name in kept and kept[name].far is value
                 state[name] = kept[name].take() if ours else value.to(self._lane.device)
         kept.clear()  # all host buffers are given back before they are taken for the way there
+        self._give_up_coming()  # what was fetched for a weight that was not the next one after all
         self._coming = list(self._kept.get(self._next.get(owner), {}).values())
         for coming in self._coming:
             coming.fetch()
@@ -78,9 +79,7 @@ class HostStates:
     def rest(self) -> None:
         """Let nothing of them be on the device. Python does not wait: the device's own queues do."""
         self._leave()
-        for coming in self._coming:
-            coming.leave()
-        self._coming = []
+        self._give_up_coming()
         self._last = None
 
     def settle(self) -> None:
@@ -92,6 +91,11 @@ class HostStates:
         for kept in self._leaving:
             kept.leave()
         self._leaving = []
+
+    def _give_up_coming(self) -> None:
+        for coming in self._coming:
+            coming.leave()
+        self._coming = []
 
 
 def _is_large(value: Any) -> bool:

@@ -7,14 +7,14 @@ from pathlib import Path
 from torch import Tensor
 
 from networks.hashes import add_hashes
-from networks.moments import EPOCH, STEP
+from networks.moments import EMA, EPOCH, STEP
 from wan_train.precision import dtype_of
-from wan_train.shards import INDEX
+from wan_train.shards import names_of
 from wan_train.storage import save_tensors
 from wan_train.tensor_writer import Row, write_set
 from wan_train.training.save_settings import SaveSettings
 
-FILE, EMA_FILE, STATE = ".safetensors", "-ema.safetensors", "-state"  # what follows NAME and the moment
+FILE, EMA_FILE, STATE = ".safetensors", f"{EMA}.safetensors", "-state"  # what follows NAME and the moment
 
 
 def path_of(save: SaveSettings, moment: str, ending: str, part: str | None = None) -> Path:
@@ -84,8 +84,7 @@ def _numbered(
     save: SaveSettings, name: str, moment: str, ending: str, is_own: Callable[[Path], bool]
 ) -> list[tuple[int, Path]]:
     """What is there under names of this kind of moment, with the numbers in them."""
-    stem, suffix = ending.removesuffix(FILE), FILE if ending.endswith(FILE) else ""
-    whole = rf"{re.escape(stem)}(?:-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}(?:{re.escape(INDEX)})?"
-    pattern = re.compile(rf"{re.escape(name)}{moment}{whole if suffix else re.escape(ending)}")
+    stem = rf"{re.escape(name)}{moment}{re.escape(ending.removesuffix(FILE))}"
+    pattern = re.compile(names_of(stem, FILE) if ending.endswith(FILE) else stem)
     matches = ((pattern.fullmatch(path.name), path) for path in Path(save.output_dir).iterdir())
     return [(int(match[1]), path) for match, path in matches if match and is_own(path)]

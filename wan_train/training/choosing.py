@@ -48,6 +48,7 @@ def choose(save: SaveSettings, fits: Callable[[State], bool]) -> State | None:
 
     Where it is not known which run that is, it is the one of the states that began last; states that say nothing of
     runs are the farthest of those of these options (`fits`), or where none are, of all: the differences will be told.
+    Raises NewerState where there is a state of a later version, which may be the one that is wanted.
     """
     states, last = whole_states(save, refuse_newer=True), read_identity(save)
     if last is None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dataset.sources import name_some
-from networks.moments import MOMENT, is_saved_as, of_epoch, of_step
+from networks.moments import BEST, EMA, MOMENT, is_saved_as, of_epoch, of_step
 from wan_train.cli import InputError
 from wan_train.log import get_logger
 from wan_train.models.experts import ORDER
-from wan_train.shards import INDEX, expand, files_of
+from wan_train.shards import INDEX, expand, files_of, names_of
 from wan_train.storage import replacing, replacing_folder
 from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, path_of
 from wan_train.training.choosing import farthest, whole_states
@@ -45,8 +45,8 @@ def warn_of_others(save: SaveSettings, identity: Identity, state: State | None) 
 
 def _of_name(save: SaveSettings) -> Iterator[Path]:
     expert = f"(?:_(?:{'|'.join(ORDER)}))?(?:_lora)?"
-    shard = rf"(?:-\d{{5}}-of-\d{{5}})?{re.escape(FILE)}(?:{re.escape(INDEX)})?"
-    pattern = re.compile(rf"{re.escape(save.output_name)}{expert}(?:{MOMENT}|-best)?(?:-ema)?{shard}")
+    stem = rf"{re.escape(save.output_name)}{expert}(?:{MOMENT}|{BEST})?(?:{EMA})?"
+    pattern = re.compile(names_of(stem, FILE))
     for path in Path(save.output_dir).iterdir():
         if pattern.fullmatch(path.name) or (path.is_dir() and is_saved_as(path.name, save.output_name, STATE)):
             yield path

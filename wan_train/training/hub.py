@@ -56,6 +56,9 @@ class Hub:
             self._queue.shutdown(wait=True)
 
     def _upload(self, path: Path) -> None:
+        if not path.exists():  # copies are slower than --save_last_n_... keeps files
+            log.warning("%s was removed before its upload to %s had begun", path, self._repo)
+            return
         place = {
             "path_in_repo": "/".join(
                 part for part in (self._settings.huggingface_path_in_repo.strip("/"), path.name) if part

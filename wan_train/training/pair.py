@@ -33,8 +33,7 @@ class PairModel(nn.Module):
         """That expert's model, which answers from now on."""
         if expert != self.active:
             if self._parkings is not None:
-                self._parkings.of(self.active).park()
-                self._parkings.of(expert).bring()
+                _change_places(self._parkings.of(self.active), self._parkings.of(expert))
             self.active = expert
         return getattr(self, expert)
 
@@ -45,6 +44,17 @@ class PairModel(nn.Module):
             return velocity
         waiting = [parameter for parameter in getattr(self, idle).parameters() if parameter.requires_grad]
         return velocity + 0 * torch.stack([parameter.sum() for parameter in waiting]).sum() if waiting else velocity
+
+
+def _change_places(there: Parking, parked: Parking) -> None:
+    """Park one model and bring the other; where that fails, for want of memory, the first is back."""
+    there.park()
+    try:
+        parked.bring()
+    except BaseException:
+        parked.park()
+        there.bring()
+        raise
 
 
 class PairAdapter:

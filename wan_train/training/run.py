@@ -19,7 +19,7 @@ from dataset.epochs import EpochBatches
 from networks.adapter import Adapter, trains_weights
 from networks.both import lora_settings
 from networks.full import Full
-from networks.moments import of_step
+from networks.moments import BEST, of_step
 from wan_train.cli import InputError, RunError
 from wan_train.log import get_logger
 from wan_train.models.dit import Dit
@@ -160,7 +160,7 @@ def save_best(run: Run, position: Position) -> None:
     """Keep the adapter as NAME-best, beside the others; it is never dropped."""
     if run.accelerator.is_main_process:
         with naming_what_is_kept(run, position):
-            saved = write_files(run, "-best", position)
+            saved = write_files(run, BEST, position)
         upload(run, saved)
 
 

@@ -85,6 +85,26 @@ def test_what_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, monkeypat
     assert read(folder) == {"old"} and list(tmp_path.iterdir()) == [folder]
 
 
+def test_what_cannot_be_moved_back_either_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where a scanner holds a file that has just been written."""
+    folder, replace = tmp_path / "state", os.replace
+    write(folder, "old")
+
+    def refused(source: Path, target: Path) -> None:
+        if target == folder:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "replace", refused)
+        with pytest.raises(InputError, match="Permission denied"):
+            write(folder, "new")
+    assert not folder.exists()
+    (hidden,) = tmp_path.iterdir()
+    os.utime(hidden, (0, 0))  # this process lives still
+    assert put_back(tmp_path) == [folder] and read(folder) == {"new"}
+
+
 def test_another_machines_replacing_is_finished_once_it_rests(tmp_path: Path) -> None:
     hidden = tmp_path / ".name-state.elsewhere~1~x"
     for part, text in ((storage.NEW, "new"), (storage.OLD, "old")):
@@ -94,3 +114,20 @@ def test_another_machines_replacing_is_finished_once_it_rests(tmp_path: Path) ->
     assert put_back(tmp_path) == []
     os.utime(hidden, (0, 0))
     assert put_back(tmp_path) == [tmp_path / "name-state"] and read(tmp_path / "name-state") == {"new"}
+
+
+def test_a_folder_that_another_user_replaces_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden folders are for their owner alone, so that others may not look into them."""
+    theirs = tmp_path / ".state.elsewhere~1~abcdefgh"
+    theirs.mkdir()
+    write(tmp_path / "ours", "x")
+    looked = os.stat
+
+    def refused(path: Any, *arguments: Any, **named: Any) -> Any:
+        if isinstance(path, (str, Path)) and theirs in Path(path).parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return looked(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert put_back(tmp_path) == [] and remove_remains(tmp_path) == []
+    assert read(tmp_path / "ours") == {"x"}

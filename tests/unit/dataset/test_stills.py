@@ -149,6 +149,20 @@ def test_transparency_is_composed_on_the_background(tmp_path, mode, background):
     assert alpha.shape == (16, 32, 3) and alpha[:, :16].min() == 255 and alpha[:, 16:].max() == 0
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_an_alpha_that_is_opaque_is_read_as_none(tmp_path, mode):
+    """So that caches of such images, which are many, stay what they are, whatever the background."""
+    image = Image.new("RGBA", (32, 16), (100, 120, 140, 255)).convert(mode)
+    image.save(tmp_path / "a.png", **({"transparency": 255} if mode == "P" else {}))
+    with Image.open(tmp_path / "a.png") as written:
+        assert written.has_transparency_data
+    assert probe(tmp_path / "a.png").reading == ()
+    (tmp_path / "frames").mkdir()
+    for name in "ab":
+        image.save(tmp_path / "frames" / f"{name}.png", **({"transparency": 255} if mode == "P" else {}))
+    assert probe(tmp_path / "frames").reading == ("alpha",)  # nobody has looked at the other frames
+
+
 def test_half_transparency_is_mixed_and_opaque_alpha_changes_no_bit(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
     values[..., 3] = 255

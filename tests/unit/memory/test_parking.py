@@ -1,5 +1,8 @@
 """A model that rests in main memory: copied there once, brought from there, whatever is trained left alone."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,3 +105,24 @@ def test_what_came_for_a_preview_serves_the_training_after_it() -> None:
     answers(pair, HIGH)
     pair(torch.ones(1, 2, 8)).sum().backward()
     assert all(p.grad is not None for model in experts.values() for p in model.parameters() if p.requires_grad)
+
+
+def test_where_one_expert_finds_no_room_the_other_answers_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preview that fails costs a warning: the training goes on with the expert that was there."""
+    lane = Lane()
+    pair, _ = parked_pair(lane, torch.float32)
+    wanted = {expert: answers(pair, expert) for expert in (LOW, HIGH)}
+    upload, calls = lane.upload, itertools.count()
+
+    def refuse_one(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return upload(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lane, "upload", refuse_one)
+        with pytest.raises(torch.OutOfMemoryError):
+            pair.of(LOW)
+    assert pair.active == HIGH
+    for expert in (HIGH, LOW, HIGH):
+        assert torch.equal(answers(pair, expert), wanted[expert])

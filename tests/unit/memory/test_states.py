@@ -152,3 +152,13 @@ def test_what_is_put_in_its_place_or_written_into_it_between_steps_is_what_comes
     states.settle()
     assert everything["a"]["mean"].tolist() == [1.0 + ord("a")] * 4
     assert everything["b"]["mean"].tolist() == [2.0 + ord("b")] * 4
+
+
+def test_what_was_fetched_for_another_order_leaves_the_device() -> None:
+    lane = Lane()
+    states, everything = HostStates(lane), {owner: {} for owner in "abcdef"}  # type: ignore[var-annotated]
+    shift(states, everything, "abcdef", dict.fromkeys("abcdef", 5))
+    states.settle()
+    shift(states, everything, "acebdf", {})  # after a, c and e another one was expected
+    on_device = [kept for own in states._kept.values() for kept in own.values() if kept._near is not None]
+    assert len(on_device) <= 2  # what leaves still, and what comes

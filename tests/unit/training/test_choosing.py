@@ -1,5 +1,6 @@
 """Which state `--resume` takes of those that are there."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from networks.moments import of_epoch
 from tests.unit.training.states import RUN, anonymous, save, saving, settings_of
 from wan_train.cli import InputError
 from wan_train.training.choosing import choose, identity_of, newest_of, whole_states
+from wan_train.training.earlier import warn_of_others
 from wan_train.training.identity import Identity, read_identity, write_identity
 from wan_train.training.resume import find_state
 from wan_train.training.state import open_state
@@ -128,3 +130,14 @@ def test_a_folder_that_a_kill_left_aside_is_found_again(tmp_path: Path) -> None:
     for word in (str(tmp_path / "name-state"), "auto"):
         found = find_state(settings_of(tmp_path, "--resume", word))
         assert found is not None and found.position.step == 40
+
+
+def test_a_state_of_a_later_version_stops_only_who_looks_for_one_to_resume(tmp_path: Path) -> None:
+    save(tmp_path / "name-000001-state", 10)
+    later = save(tmp_path / "name-000002-state", 20) / "manifest.json"
+    later.write_text(json.dumps(json.loads(later.read_text()) | {"version": "2"}))
+    with pytest.raises(InputError, match="of version 2"):
+        chosen(tmp_path)
+    own = open_state(tmp_path / "name-000001-state")
+    assert newest_of(saving(tmp_path), RUN.session) == own and identity_of(own, saving(tmp_path)).session == RUN.session
+    warn_of_others(saving(tmp_path), Identity(2, 200.0), None)

@@ -118,6 +118,24 @@ def test_where_others_would_wait_copies_are_made_in_the_background(local: LocalH
     assert local.held() == {"model/me/mine/name.safetensors"}
 
 
+def test_what_is_removed_before_its_turn_is_said_to_be_so(
+    local: LocalHub, saved: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = open_hub(settings(), background=True)
+    assert made is not None
+    later = saved[0].with_name("later.safetensors")
+    later.write_bytes(b"weights")
+    local.gate.clear()
+    made.upload(saved[0])
+    made.upload(later)
+    later.unlink()
+    local.gate.set()
+    made.finish()
+    assert local.held() == {"model/me/mine/name.safetensors"}
+    (told,) = [record.getMessage() for record in caplog.records if "later" in record.getMessage()]
+    assert "was removed before" in told and "still here" not in told
+
+
 def test_copies_wait_for_nobody_and_the_end_waits_for_them(local: LocalHub, saved: tuple[Path, Path]) -> None:
     made = open_hub(settings(async_upload=True))
     assert made is not None
