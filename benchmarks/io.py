@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dataset.ahead import read_ahead
-from dataset.batches import CachedDataset, collate
-from dataset.cache import latents_path, save_latents, save_text
+from dataset.batching.ahead import read_ahead
+from dataset.batching.batches import CachedDataset, collate
+from dataset.batching.epochs import EpochBatches
+from dataset.caching.cache import latents_path, save_latents, save_text
 from dataset.config import DatasetConfig
-from dataset.epochs import EpochBatches
 from dataset.items import Clip, Item
 from dataset.sources import Plan
 from wan_train.training.build import make_loader

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from cache_tools.settings import LATENTS_TOOL
-from dataset.cache import save_latents
+from dataset.caching.cache import save_latents
+from dataset.caching.manifest import Manifest
+from dataset.caching.recipe import Recipe, take_fingerprint
 from dataset.config import DatasetConfig, read_config
-from dataset.manifest import Manifest
-from dataset.recipe import Recipe, take_fingerprint
 from dataset.sources import Plan, list_items, plan_clips
 from tests.tiny.make import VAE, draw_clips, make_models
 from wan_train.cli import run

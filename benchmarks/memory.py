@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from wan_train.memory.settings import RecomputeSettings, StreamSettings, WeightSettings
+from wan_train.placement.settings import RecomputeSettings, StreamSettings
+from wan_train.quantization.settings import WeightSettings
 
 DIM, FFN, HEADS, TEXT, RANK = 5120, 13824, 40, 4096, 32
 
@@ -81,11 +82,11 @@ def build(cell: Cell, layers: int, device: torch.device):  # type: ignore[no-unt
     device holds."""
     from networks.settings import NetworkSettings
     from wan_train.assemble import ModelSettings, attach_adapter, finish_dit, streamed_names
-    from wan_train.memory.quantize import quantised
-    from wan_train.models.dit import Dit, DitConfig
+    from wan_train.models.dit.dit import Dit, DitConfig
     from wan_train.models.loading import Placement, build_dit
     from wan_train.models.settings import DitSettings
     from wan_train.models.stored import plan_storage
+    from wan_train.quantization.schemes import quantised
     from wan_train.storage import Header
 
     with torch.device("meta"):
@@ -112,13 +113,13 @@ def build(cell: Cell, layers: int, device: torch.device):  # type: ignore[no-unt
 
 def stepping_of(cell: Cell, adapter, stream, device: torch.device):  # type: ignore[no-untyped-def]
     """The optimizer of all weights, and what steps in the backward pass."""
-    from wan_train.memory.lanes import make_lane
-    from wan_train.memory.states import HostStates
-    from wan_train.training.fused import FusedBackward
-    from wan_train.training.optimizers import make_optimizer
-    from wan_train.training.rounding import rounded
+    from wan_train.placement.lanes import make_lane
+    from wan_train.placement.states import HostStates
+    from wan_train.training.optimizing.fused import FusedBackward
+    from wan_train.training.optimizing.optimizers import make_optimizer
+    from wan_train.training.optimizing.rounding import rounded
+    from wan_train.training.optimizing.stepping import parts_of, states_at_hand
     from wan_train.training.settings import OptimizerSettings
-    from wan_train.training.stepping import parts_of, states_at_hand
 
     turns = [*([states_at_hand(HostStates(make_lane(device)))] if cell.offload else []), rounded(0)]
     settings = OptimizerSettings(optimizer_type=cell.optimizer, learning_rate=1e-5)

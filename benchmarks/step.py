@@ -49,7 +49,7 @@ def ours(kind: str) -> Step:
     """Our DiT, plain or with our LoRA."""
     from networks.adapter import create
     from networks.settings import NetworkSettings
-    from wan_train.models.dit import Dit, DitConfig
+    from wan_train.models.dit.dit import Dit, DitConfig
 
     model = Dit(DitConfig(DIM, FFN, HEADS, LAYERS, text_dim=TEXT)).requires_grad_(False)
     latents, timestep, text = inputs()
@@ -57,8 +57,8 @@ def ours(kind: str) -> Step:
         return lambda: forward(lambda: model(latents, timestep, text))
     adapter = create(model, NetworkSettings(network_dim=RANK, network_alpha=RANK), seed=0)
     if kind == "checkpointed":
-        from wan_train.memory.recompute import apply_recompute
-        from wan_train.memory.settings import RecomputeSettings
+        from wan_train.placement.recompute import apply_recompute
+        from wan_train.placement.settings import RecomputeSettings
 
         apply_recompute(model.blocks, RecomputeSettings(recompute="keep_attention"), torch.device("cpu"))
     optimizer = torch.optim.AdamW(adapter.parameter_groups(1e-4), lr=1e-4)
@@ -158,7 +158,7 @@ def measure(sides: Mapping[str, Callable[[], Step]], pairs: int, threads: int) -
 
 def modulation(size: tuple[int, int, int], dim: int = 3072) -> dict[str, object]:
     """MiB of modulation that a block reads for latents (F, H, W) of one sample with a timestep for each frame."""
-    from wan_train.models.dit import Dit, DitConfig
+    from wan_train.models.dit.dit import Dit, DitConfig
 
     seen: list[int] = []
     with torch.device("meta"):

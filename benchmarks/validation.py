@@ -31,14 +31,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dataset.batches import CachedDataset, Sample
+from dataset.batching.batches import CachedDataset, Sample
+from dataset.batching.order import Pick, SampleKey
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
-from dataset.order import Pick, SampleKey
 from dataset.sources import Plan
-from wan_train.training.evaluation import Losses
+from wan_train.training.evaluating.statistics import Losses
+from wan_train.training.evaluating.validation import Validator
 from wan_train.training.settings import LossSettings, TimestepSettings, ValidationSettings
-from wan_train.training.validation import Validator
 
 SHAPE = (16, 1, 2, 2)
 WIDTH = 64

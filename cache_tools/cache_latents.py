@@ -28,23 +28,23 @@ from cache_tools.runner import rank_device, summarise_run, work_ahead
 from cache_tools.settings import CacheLatentsSettings, check_run, image_inputs
 from cache_tools.show import show_clips
 from cache_tools.survey import Survey, clear_remains, count_kinds, prune_caches, report_findings, survey_caches
-from dataset.buckets import describe_size
-from dataset.cache import latents_path, save_latents
+from dataset.batching.buckets import describe_size
+from dataset.caching.cache import latents_path, save_latents
+from dataset.caching.extras import CLIP
+from dataset.caching.manifest import Manifest
+from dataset.caching.recipe import Fingerprint, Recipe, gives_last, places_in_time, take_fingerprint
+from dataset.caching.staleness import latents_state
 from dataset.config import DatasetConfig, read_config
-from dataset.extras import CLIP
 from dataset.items import Clip, Item
-from dataset.manifest import Manifest
-from dataset.media import load_clips
-from dataset.probes import note_broken
-from dataset.recipe import Fingerprint, Recipe, gives_last, places_in_time, take_fingerprint
+from dataset.reading.media import load_clips
+from dataset.reading.probes import note_broken
 from dataset.settings import DatasetSettings
 from dataset.sources import Plan, list_items, plan_clips, warn_too_short
-from dataset.staleness import latents_state
-from wan_train.cli import InputError
 from wan_train.distributed import Place, find_place
+from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.image_encoder import ImageEncoder, check_image_encoder
-from wan_train.models.vae import check_vae
+from wan_train.models.encoders.image import ImageEncoder, check_image_encoder
+from wan_train.models.vae.vae import check_vae
 from wan_train.models.variants import VARIANTS, WAN21
 from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import set_up

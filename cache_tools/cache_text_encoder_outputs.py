@@ -12,17 +12,17 @@ import wan_train
 from cache_tools.runner import rank_device, summarise_run
 from cache_tools.settings import CacheTextSettings, check_run
 from cache_tools.survey import Survey, clear_remains, count_kinds, prune_caches, report_findings, survey_caches
-from dataset.cache import save_text, text_names, text_path
+from dataset.caching.cache import save_text, text_names, text_path
+from dataset.caching.manifest import Manifest
+from dataset.caching.recipe import Recipe, take_fingerprint
+from dataset.caching.staleness import text_state
 from dataset.config import DatasetConfig, read_config
 from dataset.items import Item
-from dataset.manifest import Manifest
-from dataset.recipe import Recipe, take_fingerprint
 from dataset.sources import list_items, name_some
-from dataset.staleness import text_state
-from wan_train.cli import InputError
 from wan_train.distributed import Place, find_place
+from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.text_encoder import check_text_encoder
+from wan_train.models.encoders.text import check_text_encoder
 from wan_train.models.variants import TEXT_LENGTH
 from wan_train.precision import name_of, published_dtype
 from wan_train.storage import check_writable

@@ -11,8 +11,8 @@ from einops import rearrange, reduce
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset.buckets import resize_to_bucket
-from dataset.extras import (
+from dataset.batching.buckets import resize_to_bucket
+from dataset.caching.extras import (
     CLIP,
     CLIP_FLIPPED,
     CONTROL,
@@ -25,14 +25,14 @@ from dataset.extras import (
     extra_sources,
     wanted_extras,
 )
+from dataset.caching.manifest import Manifest
+from dataset.caching.recipe import Fingerprint, take_fingerprint
 from dataset.items import Clip
-from dataset.manifest import Manifest
-from dataset.media import is_video, probe, read_frames
-from dataset.probes import extra_reading, mask_background
-from dataset.recipe import Fingerprint, take_fingerprint
-from dataset.stills import read_image
-from wan_train.cli import InputError
+from dataset.reading.media import is_video, probe, read_frames
+from dataset.reading.probes import extra_reading, mask_background
+from dataset.reading.stills import read_image
 from wan_train.conditions import Encode, See, given_latents, one_frame_latents, seen_tokens
+from wan_train.errors import InputError
 from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VAE_STRIDE
 

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from wan_train.cli import RunError
+from wan_train.errors import RunError
 from wan_train.log import get_logger
-from wan_train.models.vae_tiling import Tiling
+from wan_train.models.vae.tiling import Tiling
 
 logger = get_logger(__name__)
 

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.batches import Bucket, CachedDataset
-from dataset.buckets import Size
+from dataset.batching.batches import Bucket, CachedDataset
+from dataset.batching.buckets import Size
+from dataset.batching.epochs import count_batches, epoch_sizes
 from dataset.config import DatasetConfig
-from dataset.epochs import count_batches, epoch_sizes
 from dataset.items import Clip, Item
-from dataset.reading import MediaInfo, plan_words
+from dataset.reading.info import MediaInfo, plan_words
+from dataset.reading.unread import UnreadFile, find_unread
 from dataset.sources import Plan, name_some, used_frames
-from dataset.unread import UnreadFile, find_unread
 from wan_train.storage import replacing
 
 _VERSION = 1

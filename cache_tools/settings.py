@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from dataset.settings import DatasetSettings
-from wan_train.cli import InputError, Tool, option
+from wan_train.cli import Tool, option
+from wan_train.errors import InputError
 from wan_train.models.settings import ImageEncoderSettings, TextEncoderSettings, VaeSettings
 from wan_train.models.variants import VARIANTS, ImageInputs
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cache_tools.settings import CONSOLE_COLOURS, InspectSettings
-from dataset.buckets import describe_size
-from dataset.cache import latents_path
-from dataset.media import load_clips
+from dataset.batching.buckets import describe_size
+from dataset.caching.cache import latents_path
+from dataset.reading.media import load_clips
 from dataset.sources import Plan
 from wan_train.media_out import write_image, write_video
 

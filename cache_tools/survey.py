@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from dataset.caching.manifest import Manifest
+from dataset.caching.remains import remove_remains
+from dataset.caching.staleness import Kind, State, list_orphans
 from dataset.config import DatasetConfig
-from dataset.manifest import Manifest
-from dataset.remains import remove_remains
 from dataset.sources import name_some
-from dataset.staleness import Kind, State, list_orphans
 from wan_train.distributed import Place
 from wan_train.log import get_logger
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dataset.config_keys import IMAGE_KEYS, MEDIA_KEYS, SHARED_KEYS, SOURCE_KEYS, VIDEO_KEYS
-from dataset.frames import floor_frames
-from dataset.reading import WHITE, Colour
-from wan_train.cli import InputError, nearest
+from dataset.reading.frames import floor_frames
+from dataset.reading.info import WHITE, Colour
+from wan_train.cli import nearest
+from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import WAN21, ImageInputs, LatentSpace

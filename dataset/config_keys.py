@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import ImageColor
 
-from dataset.captions import VARIANTS
-from dataset.frames import EXTRACTIONS, floor_frames
-from dataset.reading import Colour
+from dataset.reading.captions import VARIANTS
+from dataset.reading.frames import EXTRACTIONS, floor_frames
+from dataset.reading.info import Colour
 from wan_train.cli import nearest
 from wan_train.models.variants import SIZE_STEP
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset.buckets import choose_bucket, describe_size
-from dataset.cache import latents_path, text_path
+from dataset.batching.buckets import choose_bucket, describe_size
+from dataset.caching.cache import latents_path, text_path
+from dataset.caching.manifest import Manifest
 from dataset.config import DatasetConfig
-from dataset.frames import clip_positions, kept_frames, timed_frames
 from dataset.items import Clip, Item
-from dataset.listings import find_entries
-from dataset.manifest import Manifest
-from dataset.partners import find_controls, find_masks
-from dataset.probes import recall_header
-from dataset.reading import MediaInfo, recipe_words
-from dataset.unread import find_unread
-from wan_train.cli import InputError
+from dataset.reading.frames import clip_positions, kept_frames, timed_frames
+from dataset.reading.info import MediaInfo, recipe_words
+from dataset.reading.listings import find_entries
+from dataset.reading.partners import find_controls, find_masks
+from dataset.reading.probes import recall_header
+from dataset.reading.unread import find_unread
+from wan_train.errors import InputError
 from wan_train.file_names import check_name, shortened
 from wan_train.log import get_logger
 

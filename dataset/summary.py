@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from dataset.batches import CachedDataset
-from dataset.buckets import describe_size
+from dataset.batching.batches import CachedDataset
+from dataset.batching.buckets import describe_size
+from dataset.batching.epochs import count_batches, epoch_sizes
 from dataset.config import DatasetConfig
-from dataset.epochs import count_batches, epoch_sizes
 
 
 def summarise(dataset: CachedDataset) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.frames import clip_positions
+from dataset.reading.frames import clip_positions
 
 PICTURE = Path(__file__).resolve().parent / "extraction.svg"
 FRAMES = 30

@@ -10,8 +10,9 @@ from generate.output import check_length, trimmed
 from generate.preflight import check_generation, fitted_jobs
 from generate.runs import InMemory, run_jobs
 from generate.settings import BatchSettings, GenerateSettings, OutputSettings
-from wan_train.cli import InputError, options
+from wan_train.cli import options
 from wan_train.config_file import from_values
+from wan_train.errors import InputError
 from wan_train.precision import default_device
 
 # Of what the command says about its output, this much makes sense for frames in memory.

@@ -9,7 +9,7 @@ from generate.models import Models
 from generate.output import check_length, check_names, stem_of
 from generate.preflight import fitted_jobs
 from generate.runs import Delivery, run_jobs
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.log import get_logger
 
 log = get_logger(__name__)

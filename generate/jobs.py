@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from generate.settings import GenerateSettings
-from wan_train.cli import InputError
-from wan_train.models.experts import read_boundary
+from wan_train.errors import InputError
+from wan_train.models.dit.experts import read_boundary
 from wan_train.models.one_frame import OneFrame, read_one_frame
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.grammar import GENERATOR, Grammar, check_text, parse_line, read_prompts

@@ -10,7 +10,7 @@ from generate.models import Models
 from generate.output import Product, check_length, check_names, check_place, is_file, named_stem, trimmed, write_outputs
 from generate.record import KEY, plain_name
 from generate.settings import OutputSettings
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
 from wan_train.storage import Header, read_header, read_tensors

@@ -14,10 +14,10 @@ from generate.preflight import check_generation, check_given_vae, fitted_jobs
 from generate.record import compare_hashes, input_hashes, model_hashes
 from generate.runs import OnDisk, run_jobs
 from generate.settings import GenerateSettings
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.memory.report import describe_peak
 from wan_train.models.variants import VARIANTS
+from wan_train.placement.report import describe_peak
 from wan_train.precision import default_device
 
 log = get_logger(__name__)

@@ -8,7 +8,7 @@ from generate.preflight import check_loras
 from generate.settings import GenerateSettings
 from networks.merge import merged
 from wan_train.assemble import WeightedLora
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.file_names import check_name
 from wan_train.log import get_logger
 from wan_train.models.loading import check_dit, linear_shapes, official_shapes

@@ -15,11 +15,11 @@ from networks.attached import attach_loras
 from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, finish_dit
 from wan_train.conditions import Conditions, ImageConditions
 from wan_train.log import get_logger
-from wan_train.memory.report import release_memory
-from wan_train.models.experts import HIGH
+from wan_train.models.dit.experts import HIGH
 from wan_train.models.loading import linear_shapes
 from wan_train.models.stored import storage_dtype
-from wan_train.models.vae import WanVAE
+from wan_train.models.vae.vae import WanVAE
+from wan_train.placement.report import release_memory
 from wan_train.precision import published_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import Sampling

@@ -12,7 +12,7 @@ from torch import Tensor
 from generate.jobs import Job
 from generate.record import KEY
 from generate.settings import OutputSettings
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.file_names import check_name
 from wan_train.media_out import write_image, write_images, write_video
 from wan_train.sampling.request import SampleRequest

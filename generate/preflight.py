@@ -11,14 +11,14 @@ from generate.models import Loras, model_settings
 from generate.settings import GenerateSettings, LoraSettings
 from generate.source import fit_to_source
 from networks.expert import warn_of_other_expert
-from networks.formats import check_lora
+from networks.formats.files import check_lora
 from wan_train.assemble import WeightedLora, check_model
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.experts import FLAGS, HIGH, experts_of
+from wan_train.models.dit.experts import FLAGS, HIGH, experts_of
+from wan_train.models.encoders.text import check_text_encoder
 from wan_train.models.loading import linear_shapes, num_blocks
-from wan_train.models.text_encoder import check_text_encoder
-from wan_train.models.vae import check_vae
+from wan_train.models.vae.vae import check_vae
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.encode import check_given_clip
 from wan_train.storage import check_writable

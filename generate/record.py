@@ -12,8 +12,8 @@ import av
 import wan_train
 from generate.jobs import request_options
 from generate.settings import GenerateSettings
-from wan_train.cli import InputError
 from wan_train.config_file import changed_options, named_file, words_of
+from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.media_out import read_comment
 from wan_train.models.fingerprint import file_hash, fingerprint

@@ -25,9 +25,9 @@ from generate.output import (
 from generate.record import make_record
 from generate.settings import GenerateSettings
 from generate.source import read_source
-from wan_train.cli import RunError
+from wan_train.errors import RunError
 from wan_train.log import get_logger
-from wan_train.models.experts import experts_of
+from wan_train.models.dit.experts import experts_of
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.denoise import Sampling
 from wan_train.storage import read_tensors

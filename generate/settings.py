@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from wan_train.cli import Tool, option
-from wan_train.memory.settings import ActivationSettings, CompileSettings, FastWeightSettings, StreamSettings
 from wan_train.models.settings import (
     DitSettings,
     ExpertSettings,
@@ -11,6 +10,8 @@ from wan_train.models.settings import (
     TextEncoderSettings,
     VaeSettings,
 )
+from wan_train.placement.settings import ActivationSettings, CompileSettings, StreamSettings
+from wan_train.quantization.settings import FastWeightSettings
 from wan_train.sampling.settings import PromptSettings, SamplingSettings
 
 LORA_MODES = ("merge", "attach")

@@ -8,11 +8,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dataset.buckets import resize_to_bucket
-from dataset.frames import floor_frames, timed_frames
-from dataset.media import is_video, probe, read_frames
-from dataset.stills import IMAGE_SUFFIXES, read_image
-from wan_train.cli import InputError
+from dataset.batching.buckets import resize_to_bucket
+from dataset.reading.frames import floor_frames, timed_frames
+from dataset.reading.media import is_video, probe, read_frames
+from dataset.reading.stills import IMAGE_SUFFIXES, read_image
+from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.sampling.request import SampleRequest
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from wan_train.cli import InputError
 from wan_train.conditions import Conditions
+from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.fingerprint import fingerprint
 from wan_train.models.settings import TextEncoderSettings

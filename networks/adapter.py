@@ -9,12 +9,13 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from networks.both import Both, check_both
-from networks.formats import check_lora
+from networks.formats.files import check_lora
+from networks.formats.keys import Shape
 from networks.full import Full, chosen_names
-from networks.keys import Shape
 from networks.norms import Norms
 from networks.settings import NetworkSettings
-from wan_train.cli import InputError, nearest
+from wan_train.cli import nearest
+from wan_train.errors import InputError
 from wan_train.packages import missing
 
 MODULES = ("networks.lora_wan", "networks.full")

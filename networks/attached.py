@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from networks.formats import LoraDelta, require_fit
-from networks.lora import Branch, attach_branch
-from wan_train.cli import InputError
+from networks.deltas.lora import Branch, attach_branch
+from networks.formats.files import LoraDelta, require_fit
+from wan_train.errors import InputError
 
 
 def attach_loras(

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from networks import lora_wan
+from networks.formats.keys import Shape
 from networks.full import Full
-from networks.keys import Shape
 from networks.lora_adapter import Lora
 from networks.norms import Norms
 from networks.settings import NetworkSettings
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 LORA = "lora"  # what is added to the name of its file
 KNOWN = "networks.lora_wan"

@@ -3,9 +3,9 @@
 A file that was trained on one expert fits the other by every name and shape; only what it says tells them apart.
 """
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.experts import ORDER
+from wan_train.models.dit.experts import ORDER
 from wan_train.storage import read_header
 
 log = get_logger(__name__)

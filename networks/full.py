@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from networks.norms import Norms
 from networks.settings import NetworkSettings, read_arguments
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 TRAINS_WEIGHTS = True  # of the model itself, which then cannot be in eight bits or elsewhere
 _OF_LORA = ("network_dim", "network_dropout", "network_weights", "dim_from_weights", "scale_weight_norms")

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.formats import LoraDelta, kohya_state, read_lora, require_fit
-from networks.lora import Branch, attach_branch, disabled, initial_down
+from networks.deltas.lora import Branch, attach_branch, disabled, initial_down
+from networks.formats.files import LoraDelta, kohya_state, read_lora, require_fit
 from networks.lora_arguments import lora_arguments
 from networks.norms import Norms, by_shape, delta_norms, limit_norms
 from networks.settings import NetworkSettings, read_arguments
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.storage import TensorSource
 
 SMALL_SCALE = 0.25  # below this the log says where a weak result may come from
@@ -99,7 +99,7 @@ class Lora:
             attach_branch(linear, branch)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """While it lasts the model computes as if it had no branches; see `networks.lora.disabled`."""
+        """While it lasts the model computes as if it had no branches; see `networks.deltas.lora.disabled`."""
         return disabled(self.branches.values())
 
     def norm(self) -> float:

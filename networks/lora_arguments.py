@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from networks.settings import NetworkSettings, read_arguments
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from networks.formats import LoraDelta, check_lora, read_lora
-from networks.keys import Shape
+from networks.formats.files import LoraDelta, check_lora, read_lora
+from networks.formats.keys import Shape
 from networks.lora_adapter import Lora, Size
 from networks.lora_arguments import LoraArguments, lora_arguments
 from networks.selection import compile_patterns, trained_modules, without_effect
 from networks.settings import NetworkSettings
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.log import get_logger
 
 log = get_logger(__name__)

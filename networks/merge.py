@@ -5,8 +5,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from networks.formats import LoraDelta, require_fit
-from wan_train.cli import InputError
+from networks.formats.files import LoraDelta, require_fit
+from wan_train.errors import InputError
 
 
 def merged(

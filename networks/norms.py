@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from networks.lora import Branch
+from networks.deltas.lora import Branch
 
 TOLERANCE = 1e-5  # of a norm in float32: what was just shrunk to the limit is not too long again
 

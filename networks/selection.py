@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 # What kohya's networks for Wan leave out whatever they are told; of a block's own Linears it names none.
 ALWAYS_EXCLUDED = r".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*"

@@ -5,7 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from wan_train.cli import InputError, Tool, nearest, option, positional
+from wan_train.cli import Tool, nearest, option, positional
+from wan_train.errors import InputError
 
 DEFAULT_DIM = 4
 
@@ -131,7 +132,7 @@ TOOL = Tool(
     "convert_lora.py",
     "Rename a LoRA for other tools, or their LoRA for this one, without changing what it does.",
     ConvertLoraSettings,
-    "networks.convert:main",
+    "networks.tools.convert:main",
 )
 
 
@@ -158,7 +159,7 @@ EXTRACT = Tool(
     "extract_lora.py",
     "Write as a LoRA what full fine-tuning changed, as well as a rank allows; the kept share of each block is printed.",
     ExtractLoraSettings,
-    "networks.extract:main",
+    "networks.tools.extract:main",
 )
 
 
@@ -197,5 +198,5 @@ AVERAGE = Tool(
     "lora_post_hoc_ema.py",
     "Average LoRA files that one run saved, the later ones counting most.",
     AverageLoraSettings,
-    "networks.average:main",
+    "networks.tools.average:main",
 )

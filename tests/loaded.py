@@ -10,8 +10,8 @@ from transformers import get_scheduler
 import cache_tools.cache_latents
 import cache_tools.cache_text_encoder_outputs
 import generate.main
-import networks.convert
-import wan_train.models.image_encoder
+import networks.tools.convert
+import wan_train.models.encoders.image
 import wan_train.training.main
 
 __all__ = ["DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"]

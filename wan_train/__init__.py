@@ -6,22 +6,22 @@ The public Python door. Names are imported when they are first used, so that `im
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from wan_train.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from generate.call import generate as generate
     from wan_train.flow.solvers import make_solver as make_solver
-    from wan_train.models.image_encoder import load_image_encoder as load_image_encoder
+    from wan_train.models.encoders.image import load_image_encoder as load_image_encoder
+    from wan_train.models.encoders.text import load_text_encoder as load_text_encoder
     from wan_train.models.loading import load_dit as load_dit
-    from wan_train.models.text_encoder import load_text_encoder as load_text_encoder
-    from wan_train.models.vae import load_vae as load_vae
+    from wan_train.models.vae.vae import load_vae as load_vae
 
 _DOORS = {
     "generate": "generate.call",
     "load_dit": "wan_train.models.loading",
-    "load_image_encoder": "wan_train.models.image_encoder",
-    "load_vae": "wan_train.models.vae",
-    "load_text_encoder": "wan_train.models.text_encoder",
+    "load_image_encoder": "wan_train.models.encoders.image",
+    "load_vae": "wan_train.models.vae.vae",
+    "load_text_encoder": "wan_train.models.encoders.text",
     "make_solver": "wan_train.flow.solvers",
 }
 

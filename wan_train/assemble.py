@@ -8,30 +8,15 @@ from dataclasses import dataclass, field
 import torch
 
 from networks.adapter import Adapter, create
-from networks.formats import LoraDelta, read_lora
+from networks.formats.files import LoraDelta, read_lora
 from networks.merge import merged
 from networks.selection import choose_modules
 from networks.settings import NetworkSettings
-from wan_train.cli import InputError
+from wan_train.compile import apply_compile, apply_device_flags, check_compile
+from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.memory.chunks import apply_chunks
-from wan_train.memory.compile import apply_compile, apply_device_flags, check_compile
-from wan_train.memory.lanes import Lane, make_lane
-from wan_train.memory.quantize import SCALE, check_fp8_product, quantised
-from wan_train.memory.recompute import apply_recompute
-from wan_train.memory.settings import (
-    ActivationSettings,
-    CompileSettings,
-    FastWeightSettings,
-    RecomputeSettings,
-    StreamSettings,
-    WeightSettings,
-    check_recompute,
-    check_stream,
-)
-from wan_train.memory.stream import Stream, apply_stream, streamed_blocks
-from wan_train.models.attention import check_attention
-from wan_train.models.dit import Dit
+from wan_train.models.dit.attention import check_attention
+from wan_train.models.dit.dit import Dit
 from wan_train.models.loading import (
     Placement,
     build_dit,
@@ -45,7 +30,21 @@ from wan_train.models.settings import DitSettings
 from wan_train.models.stored import check_storage, in_blocks, plan_storage, read_scales, storage_dtype, unscaled
 from wan_train.models.variants import Variant
 from wan_train.models.weights import dit_rename, renamed
+from wan_train.placement.chunks import apply_chunks
+from wan_train.placement.lanes import Lane, make_lane
+from wan_train.placement.recompute import apply_recompute
+from wan_train.placement.settings import (
+    ActivationSettings,
+    CompileSettings,
+    RecomputeSettings,
+    StreamSettings,
+    check_recompute,
+    check_stream,
+)
+from wan_train.placement.stream import Stream, apply_stream, streamed_blocks
 from wan_train.precision import compute_dtype
+from wan_train.quantization.schemes import SCALE, check_fp8_product, quantised
+from wan_train.quantization.settings import FastWeightSettings, WeightSettings
 from wan_train.storage import read_header, read_tensors
 
 log = get_logger(__name__)

@@ -16,24 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from wan_train.errors import InputError, RunError, Stopped
+
 Settings = TypeVar("Settings")
 _ARTICLES = {int: "a whole number", float: "a number"}
-
-
-class InputError(ValueError):
-    """What the user gave cannot work; the message is one line that names the thing and the way out."""
-
-
-class RunError(RuntimeError):
-    """A run that had begun cannot go on; the message is one line that says where it stopped and what is kept."""
-
-
-class Stopped(RuntimeError):
-    """A run ends in good order before its end, or has nothing to do; the message says how to go on."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code  # for the shell
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import toml
 
-from wan_train.cli import InputError, groups, is_single, nearest, options, parse, switches
+from wan_train.cli import groups, is_single, nearest, options, parse, switches
+from wan_train.errors import InputError
 
 Settings = TypeVar("Settings")
 

@@ -6,7 +6,7 @@ import platform
 import re
 from pathlib import Path
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 # Stands in the names of temporary files, so that those of dead processes can be told from those of living ones.
 HOST = re.sub(r"[^\w-]", "", platform.node())[:40] or "host"

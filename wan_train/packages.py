@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ("requirements-base.txt", "requirements.txt")

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from networks.adapter import Adapter
 from networks.settings import NetworkSettings
 from wan_train.assemble import ModelSettings, attach_adapter, equip
-from wan_train.cli import InputError
-from wan_train.memory.ledger import GRADIENTS, HOST, WORK, Ledger, OutlineLane
-from wan_train.memory.settings import CompileSettings
-from wan_train.memory.stream import Stream
-from wan_train.models.dit import Dit
+from wan_train.errors import InputError
+from wan_train.models.dit.dit import Dit
 from wan_train.models.loading import outline_dit
+from wan_train.placement.ledger import GRADIENTS, HOST, WORK, Ledger, OutlineLane
+from wan_train.placement.settings import CompileSettings
+from wan_train.placement.stream import Stream
 
 META = torch.device("meta")
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
-from wan_train.cli import InputError, choose
+from wan_train.cli import choose
+from wan_train.errors import InputError
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

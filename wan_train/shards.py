@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 INDEX = ".index.json"
 MARK = "wan_train_saving"  # in the metadata of each file of a set: the same for those of one saving

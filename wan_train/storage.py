@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.file_names import PROBE, hidden_prefix
 from wan_train.flushing import flush
 from wan_train.shards import expand
@@ -151,7 +151,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty folder to fill beside `path`; its files are flushed and it is renamed to `path` at the end.
 
     A folder that is already there gives way last, to `OLD` in the hidden folder, and is lost only once the new one is
-    in its place. A process that is killed in between leaves both: `dataset.remains.put_back` puts the new one in place.
+    in its place. A process that is killed in between leaves both: `caching.remains.put_back` puts the new one there.
     """
     target = Path(path)
     with _beside(target) as folder:
@@ -209,7 +209,7 @@ def _beside(target: Path) -> Iterator[Path]:
     except OSError as problem:
         raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None
     finally:
-        # What was moved away and could be neither replaced nor moved back stays: `dataset.remains.put_back` ends it.
+        # What was moved away and could be neither replaced nor moved back stays: `caching.remains.put_back` ends it.
         if folder is not None and (target.exists() or not (folder / OLD).exists()):
             shutil.rmtree(folder, ignore_errors=True)
 

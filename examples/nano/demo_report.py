@@ -16,9 +16,9 @@ from examples.nano.measure import shares
 from examples.nano.world import Scene
 from wan_train.media_out import write_video
 from wan_train.storage import replacing
-from wan_train.training.metrics import read_rows
-from wan_train.training.report_curves import draw_charts
-from wan_train.training.report_style import STYLE
+from wan_train.training.reporting.metrics import read_rows
+from wan_train.training.reporting.report_curves import draw_charts
+from wan_train.training.reporting.report_style import STYLE
 
 if TYPE_CHECKING:
     from examples.nano.demo import Done

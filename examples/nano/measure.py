@@ -26,7 +26,7 @@ from generate.preflight import weighted_loras
 from generate.settings import GenerateSettings
 from wan_train.cli import parse
 from wan_train.media_out import to_frames
-from wan_train.models.vae import WanVAE, load_vae
+from wan_train.models.vae.vae import WanVAE, load_vae
 from wan_train.sampling.request import SampleRequest
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from examples.nano.train_dit import DitSettings, Samples, pad_captions, train_di
 from examples.nano.train_text import train_text_encoder
 from examples.nano.train_vae import VaeSettings, normalise_latents, train_vae
 from examples.nano.world import draw, training_scenes
-from wan_train.models.text_encoder import TextEncoder, load_text_encoder
-from wan_train.models.vae import WanVAE, load_vae
+from wan_train.models.encoders.text import TextEncoder, load_text_encoder
+from wan_train.models.vae.vae import WanVAE, load_vae
 
 CLIPS_PER_SCENE = 16
 

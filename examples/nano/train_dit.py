@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from examples.nano.state import Trail, load_state, save_state
 from wan_train.flow.path import interpolate, velocity
 from wan_train.flow.timesteps import shift
-from wan_train.models.dit import Dit, DitConfig
+from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.models.variants import TEXT_LENGTH
 
 CONFIG = DitConfig(dim=192, ffn_dim=768, num_heads=4, num_layers=4, text_dim=64)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from examples.nano.state import Trail
 from examples.nano.words import known_words, make_tokenizer
 from examples.nano.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, training_scenes
-from wan_train.models.text_encoder import TextEncoder, load_text_encoder
+from wan_train.models.encoders.text import TextEncoder, load_text_encoder
 
 DIM, FFN, LAYERS, HEADS = 64, 128, 2, 4
 STEPS, BATCH, RATE = 600, 64, 2e-3

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from examples.nano.state import Trail, load_state, save_state
 from examples.nano.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, draw_clip
-from wan_train.models.vae import WanVAE
-from wan_train.models.vae21 import LATENT_MEAN, LATENT_STD
-from wan_train.models.vae_geometry import Geometry
-from wan_train.models.vae_layers import FeatureCache
+from wan_train.models.vae.geometry import Geometry
+from wan_train.models.vae.layers import FeatureCache
+from wan_train.models.vae.vae import WanVAE
+from wan_train.models.vae.wan21 import LATENT_MEAN, LATENT_STD
 
 GEOMETRY = Geometry(base=12, widths=(12, 24, 48, 48), num_blocks=1)
 CODES = GEOMETRY.latent_channels

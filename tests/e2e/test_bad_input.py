@@ -85,8 +85,8 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     """Run a job with changed words; the one line that it says on its way out with 2."""
     monkeypatch.setattr("wan_train.models.weights.fill", Forbidden)
     monkeypatch.setattr("wan_train.models.loading.fill", Forbidden)
-    monkeypatch.setattr("wan_train.models.vae.fill", Forbidden)
-    monkeypatch.setattr("wan_train.models.text_encoder_files.fill", Forbidden)
+    monkeypatch.setattr("wan_train.models.vae.vae.fill", Forbidden)
+    monkeypatch.setattr("wan_train.models.encoders.text_files.fill", Forbidden)
 
     def check(job: str, **changes: object) -> str:
         tool, words = JOBS[job]

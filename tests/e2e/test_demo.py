@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from examples.nano import demo
 from examples.nano.measure import generate_clips, open_models
-from wan_train.training.metrics import read_rows
+from wan_train.training.reporting.metrics import read_rows
 
 
 @pytest.fixture(scope="module")

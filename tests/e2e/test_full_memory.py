@@ -13,8 +13,8 @@ from tests.e2e.test_full import Desk, desk
 from tests.tiny.make import T5, VAE, dit_shapes
 from wan_train import load_dit
 from wan_train.cli import run
-from wan_train.training.objective import Losses, measure
-from wan_train.training.preview import Previewer
+from wan_train.training.objective.loss import Losses, measure
+from wan_train.training.reporting.preview import Previewer
 from wan_train.training.settings import TOOL as TRAIN
 
 __all__ = ["desk"]  # the fixture

@@ -17,11 +17,12 @@ from tests import processes
 from tests.e2e.test_full import Desk, desk
 from tests.tiny.make import DIT, dit_shapes
 from wan_train import load_dit
-from wan_train.cli import InputError, run
+from wan_train.cli import run
+from wan_train.errors import InputError
 from wan_train.shards import entry_of, files_of
 from wan_train.storage import read_header, read_tensors
 from wan_train.tensor_writer import write_set
-from wan_train.training import hub
+from wan_train.training.saving import hub
 from wan_train.training.settings import TOOL as TRAIN
 
 __all__ = ["desk"]  # the fixture
@@ -136,7 +137,7 @@ def test_no_room_for_a_set_ends_the_run_and_leaves_what_was_saved(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr("wan_train.training.checkpoints.write_set", full)
+    monkeypatch.setattr("wan_train.training.saving.checkpoints.write_set", full)
     out = desk.folder / "out"
     options = (*SHARDED, "--save_every_n_steps", 1, "--save_state")
     assert run(TRAIN, [str(word) for word in desk.training("tight", *options)]) == 1

@@ -15,7 +15,7 @@ from generate.settings import TOOL
 from tests.tiny.make import DIT, SIZE, T5, VAE
 from wan_train.cli import run
 from wan_train.storage import save_tensors
-from wan_train.training import preview
+from wan_train.training.reporting import preview
 
 Tool = Callable[..., None]
 PROMPT = "a blue square moves down"

@@ -20,7 +20,7 @@ SECONDS = 9  # that each preview is slowed down by
 # Training as `python wan_train_network.py`, with slow previews.
 SLOW = f"""
 import runpy, time
-from wan_train.training import preview
+from wan_train.training.reporting import preview
 
 def slow(*given, make=preview.sample_latents, **options):
     time.sleep({SECONDS})

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.tiny.make import DIT, T5, VAE
-from wan_train.cli import InputError, run
+from wan_train.cli import run
+from wan_train.errors import InputError
 from wan_train.file_names import HOST
 from wan_train.storage import save_parts, save_tensors
 from wan_train.training.accelerator import make_accelerator
@@ -309,7 +310,7 @@ def test_no_room_for_the_best_names_the_state_to_go_on_from(
             raise InputError(f"cannot write {path}: No space left on device")
         save_tensors(path, *others)
 
-    monkeypatch.setattr("wan_train.training.checkpoints.save_tensors", full)
+    monkeypatch.setattr("wan_train.training.saving.checkpoints.save_tensors", full)
     held_out = ("--validation_config", shop.folder / "data.toml", "--validate_every_n_steps", 3)
     shop.train("tight", *held_out, "--save_every_n_steps", 2, "--save_state", expect=1)
     said = capsys.readouterr().err
@@ -324,7 +325,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
             raise OSError(28, "No space left on device")
         save_parts(path, parts)
 
-    monkeypatch.setattr("wan_train.training.state.save_parts", full)
+    monkeypatch.setattr("wan_train.training.saving.state.save_parts", full)
     out = shop.folder / "out"
     (out / f".full-step.{HOST}~999999~abcdefgh").mkdir()  # of a run that was killed
     shop.train("full", "--save_every_n_steps", 2, "--save_state", expect=1)

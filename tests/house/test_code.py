@@ -18,7 +18,7 @@ FILES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (RO
 PACKAGED = [path for path in FILES if path.relative_to(ROOT).parts[0] in PACKAGES]
 
 # The model's inputs are promised to users as they are; an option has as many sides as argparse gives it.
-WIDE = {"wan_train/models/dit.py forward", "wan_train/cli.py option"}
+WIDE = {"wan_train/models/dit/dit.py forward", "wan_train/cli.py option"}
 
 
 def named(path: Path) -> str:

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tests.parity.golden import TOLERANCE, load_case, load_manifest, relative_error
-from wan_train.cli import InputError
-from wan_train.models.image_encoder import check_image_encoder, load_image_encoder
+from wan_train.errors import InputError
+from wan_train.models.encoders.image import check_image_encoder, load_image_encoder
 
 CASE = load_case("clip_vision")
 HEADS = {"num_heads": CASE.spec["config"]["num_heads"]}

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from cache_tools.settings import LATENTS_TOOL
-from dataset.batches import CachedDataset, collate
-from dataset.cache import save_text
+from dataset.batching.batches import CachedDataset, collate
+from dataset.caching.cache import save_text
 from dataset.config import read_config
-from dataset.media import read_frames
+from dataset.reading.media import read_frames
 from dataset.sources import list_items, plan_clips
 from generate.jobs import parse_job
 from generate.models import Models
@@ -26,7 +26,7 @@ from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, see_requests
 from wan_train.sampling.grammar import parse_line
 from wan_train.sampling.request import preview_defaults
-from wan_train.training.conditioning import conditions_of
+from wan_train.training.objective.conditioning import conditions_of
 
 CPU = torch.device("cpu")
 SOURCE, BUCKET = (120, 80), (96, 64)

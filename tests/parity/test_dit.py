@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from networks.adapter import create
-from networks.formats import LoraDelta, read_lora
+from networks.formats.files import LoraDelta, read_lora
 from networks.merge import merged
 from networks.settings import NetworkSettings
 from tests.parity.golden import TOLERANCE, Case, load_case, load_manifest, normal, relative_error
-from wan_train.cli import InputError
-from wan_train.models.dit import Dit
+from wan_train.errors import InputError
+from wan_train.models.dit.dit import Dit
 from wan_train.models.loading import check_dit, load_dit
 from wan_train.models.variants import VARIANTS
 from wan_train.models.weights import diffusers_name

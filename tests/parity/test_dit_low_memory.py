@@ -11,9 +11,10 @@ from tests.parity.golden import load_case, relative_error
 from tests.parity.test_dit import lora_file, run
 from tests.parity.test_dit_stored import CASES, CPU, file_of
 from wan_train.assemble import ModelSettings, assemble_dit, attach_adapter, finish_dit, streamed_names
-from wan_train.memory.settings import CompileSettings, RecomputeSettings, StreamSettings, WeightSettings
 from wan_train.models.loading import official_shapes
 from wan_train.models.settings import DitSettings
+from wan_train.placement.settings import CompileSettings, RecomputeSettings, StreamSettings
+from wan_train.quantization.settings import WeightSettings
 from wan_train.storage import read_header
 
 SWAP = StreamSettings(blocks_to_swap=1)

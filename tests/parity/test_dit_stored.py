@@ -13,15 +13,15 @@ from networks.settings import NetworkSettings
 from tests.parity.golden import Case, load_case, relative_error
 from tests.parity.test_dit import lora_file, run
 from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, check_model
-from wan_train.cli import InputError
-from wan_train.memory.quantize import Fp8Linear
-from wan_train.memory.settings import FastWeightSettings
-from wan_train.models.dit import Dit
+from wan_train.errors import InputError
+from wan_train.models.dit.dit import Dit
 from wan_train.models.loading import official_shapes
 from wan_train.models.settings import DitSettings
 from wan_train.models.stored import plan_storage
 from wan_train.models.variants import VARIANTS
 from wan_train.precision import Linear
+from wan_train.quantization.schemes import Fp8Linear
+from wan_train.quantization.settings import FastWeightSettings
 from wan_train.storage import read_header
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from tests.parity.golden import TOLERANCE, relative_error
 from tests.tiny import make
 from wan_train.config_file import from_values
 from wan_train.flow.solvers import make_solver
-from wan_train.models.text_encoder_files import t5_rename
+from wan_train.models.encoders.text_files import t5_rename
 from wan_train.models.variants import NEGATIVE_PROMPT
 
 CPU = torch.device("cpu")

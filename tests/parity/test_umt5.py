@@ -5,8 +5,8 @@ import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
 from tests.parity.golden import TOLERANCE, load_case, load_manifest, relative_error
-from wan_train.models.text_encoder import check_text_encoder, load_text_encoder
-from wan_train.models.text_encoder_files import t5_rename
+from wan_train.models.encoders.text import check_text_encoder, load_text_encoder
+from wan_train.models.encoders.text_files import t5_rename
 
 CASE = load_case("umt5")
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.parity.golden import TOLERANCE, load_case, load_manifest, relative_error
-from wan_train.models.vae import check_vae, load_vae
-from wan_train.models.vae22 import LATENT_MEAN, LATENT_STD
-from wan_train.models.vae_names import diffusers_name
+from wan_train.models.vae.names import diffusers_name
+from wan_train.models.vae.vae import check_vae, load_vae
+from wan_train.models.vae.wan22 import LATENT_MEAN, LATENT_STD
 
 CASE = load_case("wan22_vae")
 PUBLISHED = {

@@ -7,10 +7,10 @@ import torch
 
 from tests.unit.memory.blocks import CONFIG
 from wan_train.assemble import ModelSettings, equip
-from wan_train.memory.lanes import HostLane
-from wan_train.memory.settings import RecomputeSettings, StreamSettings
-from wan_train.models.dit import Dit
+from wan_train.models.dit.dit import Dit
 from wan_train.models.settings import DitSettings
+from wan_train.placement.lanes import HostLane
+from wan_train.placement.settings import RecomputeSettings, StreamSettings
 
 TINY = replace(CONFIG, in_dim=4, out_dim=4, text_dim=8, freq_dim=8)
 CPU = torch.device("cpu")

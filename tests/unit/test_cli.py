@@ -3,7 +3,8 @@ from dataclasses import dataclass
 import pytest
 
 from docs.make_options import describe
-from wan_train.cli import InputError, RunError, Tool, choose, option, parse, run
+from wan_train.cli import Tool, choose, option, parse, run
+from wan_train.errors import InputError, RunError
 
 
 @dataclass(frozen=True)

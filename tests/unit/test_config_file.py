@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from wan_train.cli import InputError, parse
+from wan_train.cli import parse
 from wan_train.config_file import configuration_text
+from wan_train.errors import InputError
 from wan_train.training.settings import TrainSettings
 
 FILE = """

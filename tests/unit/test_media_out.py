@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from generate.settings import CODEC_NAMES
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.media_out import CODECS, read_comment, write_image, write_images, write_video
 
 COMMENT = '{"prompt": "ein Kätzchen, 色调艳丽", "list": [1, 2]}'

@@ -9,13 +9,13 @@ import pytest
 from networks.adapter import check_module
 from networks.settings import NetworkSettings
 from wan_train import packages
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.flow.solvers import check_solver, make_solver
-from wan_train.models.attention import check_attention
-from wan_train.training.optimizers import check_optimizer
+from wan_train.models.dit.attention import check_attention
+from wan_train.training.optimizing.optimizers import check_optimizer
+from wan_train.training.reporting.settings import LogSettings
+from wan_train.training.reporting.trackers import check_trackers, uses_board
 from wan_train.training.settings import OptimizerSettings
-from wan_train.training.show_settings import LogSettings
-from wan_train.training.trackers import check_trackers, uses_board
 
 
 def block(monkeypatch: pytest.MonkeyPatch, module: str) -> None:

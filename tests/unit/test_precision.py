@@ -4,8 +4,8 @@ from torch import nn
 
 from tests.unit.memory.counting import Meter, nbytes
 from wan_train import precision
-from wan_train.cli import InputError
-from wan_train.models.dit import Dit, DitConfig
+from wan_train.errors import InputError
+from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.precision import Linear, compute_dtype, default_device, dtype_of, name_of
 
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dataset.remains import remove_remains
+from dataset.caching.remains import remove_remains
 from wan_train import storage
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.shards import divide, entry_of, expand, files_of
 from wan_train.storage import read_header, read_tensors
 from wan_train.tensor_writer import Row, write_set
-from wan_train.training.save_settings import SaveSettings
+from wan_train.training.saving.settings import SaveSettings
 
 
 def tensors_of(value: float) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wan_train import flushing
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.shards import expand
 from wan_train.storage import (
     check_writable,

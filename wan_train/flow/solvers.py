@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wan_train.cli import InputError, choose
+from wan_train.cli import choose
+from wan_train.errors import InputError
 from wan_train.flow.path import interpolate
 from wan_train.flow.timesteps import NUM_TIMESTEPS
 from wan_train.packages import load, require

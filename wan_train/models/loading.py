@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_train.cli import InputError
-from wan_train.models.attention import attention
-from wan_train.models.dit import Dit, DitConfig
-from wan_train.models.dit_kinds import refuse_foreign, require_task
+from wan_train.errors import InputError
+from wan_train.models.dit.attention import attention
+from wan_train.models.dit.dit import Dit, DitConfig
+from wan_train.models.dit.kinds import refuse_foreign, require_task
 from wan_train.models.stored import (
     NOTHING_QUANTISED,
     StoragePlan,

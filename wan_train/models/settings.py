@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from wan_train.cli import InputError, option
+from wan_train.cli import option
+from wan_train.errors import InputError
 from wan_train.models.variants import VARIANTS
 
 ATTENTION_MODES = ("torch", "sdpa", "xformers", "flash", "flash2", "flash3", "sageattn")

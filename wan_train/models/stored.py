@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from wan_train.cli import InputError
-from wan_train.memory.quantize import MULTIPLES, SCALE, SCHEMES, Scheme, install, scale_shape
-from wan_train.memory.settings import FastWeightSettings, WeightSettings
+from wan_train.errors import InputError
 from wan_train.models.weights import Rename
 from wan_train.precision import widened
+from wan_train.quantization.schemes import MULTIPLES, SCALE, SCHEMES, Scheme, install, scale_shape
+from wan_train.quantization.settings import FastWeightSettings, WeightSettings
 from wan_train.storage import Header, TensorSource, read_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
 Pairs = Iterable[tuple[str, Tensor]]

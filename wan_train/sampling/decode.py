@@ -6,10 +6,10 @@ from torch import Tensor
 
 from wan_train.log import get_logger
 from wan_train.media_out import to_frames
-from wan_train.memory.report import release_memory
 from wan_train.models.settings import VaeSettings
-from wan_train.models.vae import WanVAE, load_vae
-from wan_train.models.vae_tiling import Tiling
+from wan_train.models.vae.tiling import Tiling
+from wan_train.models.vae.vae import WanVAE, load_vae
+from wan_train.placement.report import release_memory
 from wan_train.precision import compute_dtype, dtype_of
 
 log = get_logger(__name__)

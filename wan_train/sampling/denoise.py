@@ -12,7 +12,7 @@ from tqdm import tqdm
 from wan_train.conditions import Conditions
 from wan_train.flow.path import interpolate
 from wan_train.flow.solvers import make_solver
-from wan_train.models.experts import expert_at
+from wan_train.models.dit.experts import expert_at
 from wan_train.sampling.guidance import StepPlan, guide, plan_steps
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.text_memory import remembering_texts

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wan_train.cli import InputError
 from wan_train.conditions import Conditions, ImageConditions, See, given_latents, one_frame_latents, seen_tokens
+from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.image_encoder import ImageEncoder, check_image_encoder, load_image_encoder
+from wan_train.models.encoders.image import ImageEncoder, check_image_encoder, load_image_encoder
+from wan_train.models.encoders.text import TextEncoder, load_text_encoder
 from wan_train.models.loading import image_width
 from wan_train.models.settings import ImageEncoderSettings, TextEncoderSettings
-from wan_train.models.text_encoder import TextEncoder, load_text_encoder
-from wan_train.models.vae import WanVAE
+from wan_train.models.vae.vae import WanVAE
 from wan_train.models.variants import Variant
 from wan_train.precision import published_dtype
 from wan_train.sampling.pictures import load_pictures

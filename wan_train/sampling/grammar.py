@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.one_frame import read_one_frame
 from wan_train.sampling.prompt_files import read_entries

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wan_train.cli import InputError, choose
+from wan_train.cli import choose
 from wan_train.conditions import Conditions
-from wan_train.models.dit import Dit
+from wan_train.errors import InputError
+from wan_train.models.dit.dit import Dit
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset.buckets import resize_to_bucket
-from dataset.stills import image_size, read_image
-from wan_train.cli import InputError
+from dataset.batching.buckets import resize_to_bucket
+from dataset.reading.stills import image_size, read_image
+from wan_train.errors import InputError
 from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import Variant
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.flow.solvers import check_solver, explicit_levels
 from wan_train.log import get_logger
-from wan_train.models.experts import HIGH, experts_of, read_boundary
+from wan_train.models.dit.experts import HIGH, experts_of, read_boundary
 from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
 from wan_train.sampling.guidance import Guidance, plan_steps

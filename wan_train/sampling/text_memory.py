@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wan_train.memory.compile import is_compiled
-from wan_train.models.dit import Dit
+from wan_train.compile import is_compiled
+from wan_train.models.dit.dit import Dit
 from wan_train.models.variants import TEXT_LENGTH
 
 MOST_TOKENS = 8 * TEXT_LENGTH  # of a video; beyond that less than a fiftieth of a pass would be saved

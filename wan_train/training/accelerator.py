@@ -22,7 +22,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.precision import default_device, dtype_of
 from wan_train.training.settings import LoopSettings, ProcessSettings
 

@@ -8,47 +8,47 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.batches import Batch, CachedDataset, collate
-from dataset.epochs import EpochBatches
+from dataset.batching.batches import Batch, CachedDataset, collate
+from dataset.batching.epochs import EpochBatches
 from dataset.summary import metadata, summarise
 from networks.adapter import Adapter
 from wan_train.assemble import WeightedLora, assemble_dit, attach_adapter, finish_dit
-from wan_train.cli import InputError
 from wan_train.conditions import Conditions
 from wan_train.distributed import first_machine_share
+from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.memory.lanes import lane_from_host
-from wan_train.memory.parking import Parking
-from wan_train.memory.stream import Stream
-from wan_train.models.dit import Dit
-from wan_train.models.experts import LOW, ORDER, pair_of
+from wan_train.models.dit.dit import Dit
+from wan_train.models.dit.experts import LOW, ORDER, pair_of
 from wan_train.models.variants import VARIANTS
+from wan_train.placement.lanes import lane_from_host
+from wan_train.placement.parking import Parking
+from wan_train.placement.stream import Stream
 from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
 from wan_train.training.accelerator import from_first, prepare_model
-from wan_train.training.conditioning import dropping_rate
-from wan_train.training.ema import Ema
-from wan_train.training.experts import ExpertPlan, only_expert, settings_of
-from wan_train.training.hub import open_hub
-from wan_train.training.identity import Identity
+from wan_train.training.evaluating.validation import Data, Validator
+from wan_train.training.experts.pair import PairAdapter, PairEma, PairModel, parts_of
+from wan_train.training.experts.plan import ExpertPlan, only_expert, settings_of
 from wan_train.training.loop import run_length
-from wan_train.training.metadata import RunFacts, training_metadata
-from wan_train.training.metrics import MetricsWriter, RunningMean
-from wan_train.training.optimizer_state import Portable
-from wan_train.training.pair import PairAdapter, PairEma, PairModel, parts_of
+from wan_train.training.objective.conditioning import dropping_rate
+from wan_train.training.objective.prior import Prior
+from wan_train.training.objective.strata import Strata
+from wan_train.training.optimizing.ema import Ema
+from wan_train.training.optimizing.optimizer_state import Portable
+from wan_train.training.optimizing.schedules import check_schedule, make_schedule, warmup_steps
+from wan_train.training.optimizing.stepping import Streams, make_stepping
 from wan_train.training.preflight import Plan, model_settings
-from wan_train.training.preview import Previewer
-from wan_train.training.prior import Prior
-from wan_train.training.resume import Trained, begin, go_on
+from wan_train.training.reporting.metrics import MetricsWriter, RunningMean
+from wan_train.training.reporting.preview import Previewer
 from wan_train.training.run import Length, Run, Skipped, Stateful
-from wan_train.training.schedules import check_schedule, make_schedule, warmup_steps
+from wan_train.training.saving.hub import open_hub
+from wan_train.training.saving.identity import Identity
+from wan_train.training.saving.metadata import RunFacts, training_metadata
+from wan_train.training.saving.resume import Trained, begin, go_on
+from wan_train.training.saving.state import State
 from wan_train.training.settings import LoopSettings, TrainSettings
-from wan_train.training.state import State
-from wan_train.training.stepping import Streams, make_stepping
 from wan_train.training.stopping import leave_signals_to_trainer
-from wan_train.training.strata import Strata
-from wan_train.training.validation import Data, Validator
 
 log = get_logger(__name__)
 

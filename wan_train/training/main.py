@@ -4,28 +4,28 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
-from dataset.remains import remove_remains
+from dataset.caching.remains import remove_remains
 from networks.adapter import trains_weights
 from wan_train.config_file import configuration_text
 from wan_train.flow.boundaries import describe_boundary
 from wan_train.log import get_logger
-from wan_train.models.experts import read_boundary
+from wan_train.models.dit.experts import read_boundary
 from wan_train.models.variants import VARIANTS
 from wan_train.storage import replacing
 from wan_train.training.accelerator import agree_on_seed, make_accelerator
-from wan_train.training.audit import audit
 from wan_train.training.build import build
-from wan_train.training.checkpoints import path_of
-from wan_train.training.experts import with_named_experts
-from wan_train.training.identity import write_identity
+from wan_train.training.experts.pair import saved_parts
+from wan_train.training.experts.plan import with_named_experts
 from wan_train.training.loop import train
 from wan_train.training.needs import check_needs
-from wan_train.training.pair import saved_parts
+from wan_train.training.objective.audit import audit
+from wan_train.training.objective.show_timesteps import show_timesteps
 from wan_train.training.preflight import open_data, preflight
-from wan_train.training.resume import chosen_seed
 from wan_train.training.run import final_path
+from wan_train.training.saving.checkpoints import path_of
+from wan_train.training.saving.identity import write_identity
+from wan_train.training.saving.resume import chosen_seed
 from wan_train.training.settings import TrainSettings
-from wan_train.training.show_timesteps import show_timesteps
 
 log = get_logger(__name__)
 

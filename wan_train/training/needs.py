@@ -10,20 +10,20 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from dataset.batches import Batch, Bucket, CachedDataset, collate
+from dataset.batching.batches import Batch, Bucket, CachedDataset, collate
 from wan_train.log import get_logger
-from wan_train.memory.ledger import WORK, Ledger
 from wan_train.models.variants import VARIANTS
+from wan_train.placement.ledger import WORK, Ledger
 from wan_train.plan import META, Bytes, Needs, Outline, check_fits, outlined, size
 from wan_train.training.accelerator import launched_device, launched_dtype
-from wan_train.training.conditioning import conditions_of
-from wan_train.training.experts import ExpertPlan, settings_of
-from wan_train.training.objective import Draws, measure
-from wan_train.training.optimizer_state import for_training
-from wan_train.training.optimizers import check_optimizer
+from wan_train.training.experts.plan import ExpertPlan, settings_of
+from wan_train.training.objective.conditioning import conditions_of
+from wan_train.training.objective.loss import Draws, measure
+from wan_train.training.optimizing.optimizer_state import for_training
+from wan_train.training.optimizing.optimizers import check_optimizer
+from wan_train.training.optimizing.stepping import parts_of
 from wan_train.training.preflight import model_settings
 from wan_train.training.settings import OptimizerSettings, TrainSettings
-from wan_train.training.stepping import parts_of
 
 log = get_logger(__name__)
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from wan_train.cli import InputError, option
+from wan_train.cli import option
+from wan_train.errors import InputError
 
 
 @dataclass(frozen=True)

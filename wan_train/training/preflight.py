@@ -6,40 +6,40 @@ from pathlib import Path
 
 import torch
 
-from dataset.batches import CachedDataset, open_cached, open_trusted
+from dataset.batching.batches import CachedDataset, open_cached, open_trusted
+from dataset.caching.extras import CONTROL, wanted_extras
 from dataset.config import DatasetConfig, read_config
-from dataset.extras import CONTROL, wanted_extras
 from networks.adapter import MODULES, check_network, trains_weights
 from networks.expert import warn_of_other_expert
 from networks.lora_arguments import lora_arguments
 from wan_train.assemble import ModelSettings, check_model
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.flow.timesteps import Span
 from wan_train.log import get_logger
-from wan_train.models.experts import FLAGS
+from wan_train.models.dit.experts import FLAGS
+from wan_train.models.encoders.text import check_text_encoder
 from wan_train.models.loading import linear_shapes, official_shapes
 from wan_train.models.stored import storage_dtype
-from wan_train.models.text_encoder import check_text_encoder
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.precision import name_of
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable, read_header
 from wan_train.training.accelerator import check_launcher, launched_device, launched_dtype
-from wan_train.training.audit import refuse_unused
-from wan_train.training.experts import ExpertPlan, plan_experts, settings_of
-from wan_train.training.hub import check_hub, fetch_state
-from wan_train.training.objective import check_timesteps
-from wan_train.training.optimizer_state import is_schedule_free
-from wan_train.training.optimizers import check_optimizer
-from wan_train.training.preview import check_previews
-from wan_train.training.prior import read_captions
-from wan_train.training.resume import find_state
-from wan_train.training.schedules import check_schedule
+from wan_train.training.evaluating.validation import Data, check_validation, hold_out
+from wan_train.training.experts.plan import ExpertPlan, plan_experts, settings_of
+from wan_train.training.objective.audit import refuse_unused
+from wan_train.training.objective.loss import check_timesteps
+from wan_train.training.objective.prior import read_captions
+from wan_train.training.optimizing.optimizer_state import is_schedule_free
+from wan_train.training.optimizing.optimizers import check_optimizer
+from wan_train.training.optimizing.schedules import check_schedule
+from wan_train.training.optimizing.stepping import check_stepping, needs_parts
+from wan_train.training.reporting.preview import check_previews
+from wan_train.training.reporting.trackers import check_trackers
+from wan_train.training.saving.hub import check_hub, fetch_state
+from wan_train.training.saving.resume import find_state
+from wan_train.training.saving.state import State
 from wan_train.training.settings import TrainSettings
-from wan_train.training.state import State
-from wan_train.training.stepping import check_stepping, needs_parts
-from wan_train.training.trackers import check_trackers
-from wan_train.training.validation import Data, check_validation, hold_out
 
 log = get_logger(__name__)
 

@@ -13,36 +13,36 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dataset.batches import Batch
-from dataset.contents import Contents
-from dataset.epochs import EpochBatches
+from dataset.batching.batches import Batch
+from dataset.batching.epochs import EpochBatches
+from dataset.caching.contents import Contents
 from networks.adapter import Adapter, trains_weights
 from networks.both import lora_settings
 from networks.full import Full
 from networks.moments import BEST, of_step
-from wan_train.cli import InputError, RunError
+from wan_train.errors import InputError, RunError
 from wan_train.log import get_logger
-from wan_train.models.dit import Dit
+from wan_train.models.dit.dit import Dit
 from wan_train.shards import entry_of
-from wan_train.training.checkpoints import EMA_FILE, FILE, STATE, outlived, path_of, save_adapter, save_weights
-from wan_train.training.choosing import newest_of
-from wan_train.training.earlier import End, is_of_run, keep_earlier_end
-from wan_train.training.ema import Ema, reading
-from wan_train.training.experts import ExpertPlan, only_expert
-from wan_train.training.hub import Hub
-from wan_train.training.identity import Identity
-from wan_train.training.metadata import expert_metadata, saved_metadata
-from wan_train.training.metrics import MetricsWriter, RunningMean
-from wan_train.training.optimizer_state import for_saving
-from wan_train.training.pair import PairEma, PairModel, saved_parts
-from wan_train.training.preview import Previewer
-from wan_train.training.prior import Prior
+from wan_train.training.evaluating.validation import Validator
+from wan_train.training.experts.pair import PairEma, PairModel, saved_parts
+from wan_train.training.experts.plan import ExpertPlan, only_expert
+from wan_train.training.objective.prior import Prior
+from wan_train.training.objective.strata import Strata
+from wan_train.training.optimizing.ema import Ema, reading
+from wan_train.training.optimizing.optimizer_state import for_saving
+from wan_train.training.optimizing.stepping import Stepping
+from wan_train.training.reporting.metrics import MetricsWriter, RunningMean
+from wan_train.training.reporting.preview import Previewer
+from wan_train.training.saving.checkpoints import EMA_FILE, FILE, STATE, outlived, path_of, save_adapter, save_weights
+from wan_train.training.saving.choosing import newest_of
+from wan_train.training.saving.earlier import End, is_of_run, keep_earlier_end
+from wan_train.training.saving.hub import Hub
+from wan_train.training.saving.identity import Identity
+from wan_train.training.saving.metadata import expert_metadata, saved_metadata
+from wan_train.training.saving.state import Position, remove, save_state
 from wan_train.training.settings import TrainSettings
-from wan_train.training.state import Position, remove, save_state
-from wan_train.training.stepping import Stepping
 from wan_train.training.stopping import StopRequest
-from wan_train.training.strata import Strata
-from wan_train.training.validation import Validator
 
 log = get_logger(__name__)
 

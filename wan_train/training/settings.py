@@ -4,18 +4,20 @@ from dataclasses import dataclass
 
 from dataset.settings import CacheReadSettings, DatasetSettings
 from networks.settings import NetworkSettings
-from wan_train.cli import InputError, Tool, option
-from wan_train.memory.settings import CompileSettings, RecomputeSettings, StreamSettings, WeightSettings
+from wan_train.cli import Tool, option
+from wan_train.errors import InputError
 from wan_train.models.settings import (
     DitSettings,
     ImageEncoderSettings,
     TextEncoderSettings,
     VaeSettings,
 )
-from wan_train.training.expert_settings import TrainExpertSettings
+from wan_train.placement.settings import CompileSettings, RecomputeSettings, StreamSettings
+from wan_train.quantization.settings import WeightSettings
+from wan_train.training.experts.settings import TrainExpertSettings
 from wan_train.training.old_settings import OldSettings
-from wan_train.training.save_settings import SaveSettings
-from wan_train.training.show_settings import HubSettings, LogSettings, PreviewSettings
+from wan_train.training.reporting.settings import HubSettings, LogSettings, PreviewSettings
+from wan_train.training.saving.settings import SaveSettings
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 TIMESTEP_SAMPLINGS = ("uniform", "sigmoid", "shift", "sigma", "flux_shift", "logsnr", "qinglong_flux")

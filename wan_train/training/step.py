@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dataset.batches import Batch
-from wan_train.cli import RunError
+from dataset.batching.batches import Batch
+from wan_train.errors import RunError
 from wan_train.log import get_logger
 from wan_train.models.variants import VARIANTS
-from wan_train.training.conditioning import conditions_of, drop_pictures, dropping_rate
-from wan_train.training.metrics import StepMetrics, loss_by_stratum, num_tokens, peak_memory_mib
-from wan_train.training.objective import Draws, Losses, draw, measure
-from wan_train.training.optimizer_state import learning_rates
-from wan_train.training.pair import PairAdapter, PairModel
-from wan_train.training.prior import prior_loss
+from wan_train.training.experts.pair import PairAdapter, PairModel
+from wan_train.training.objective.conditioning import conditions_of, drop_pictures, dropping_rate
+from wan_train.training.objective.loss import Draws, Losses, draw, measure
+from wan_train.training.objective.prior import prior_loss
+from wan_train.training.optimizing.optimizer_state import learning_rates
+from wan_train.training.reporting.metrics import StepMetrics, loss_by_stratum, num_tokens, peak_memory_mib
 from wan_train.training.run import Run
-from wan_train.training.state import Position
+from wan_train.training.saving.state import Position
 
 log = get_logger(__name__)
 

@@ -8,16 +8,16 @@ import torch
 import wan_train
 from cache_tools.cache_latents import to_pixels
 from cache_tools.settings import LATENTS_TOOL
-from dataset.batches import open_cached
-from dataset.cache import latents_path, read_latents
+from dataset.batching.batches import open_cached
+from dataset.caching.cache import latents_path, read_latents
 from dataset.config import read_config
-from dataset.media import load_clips
+from dataset.reading.media import load_clips
 from dataset.sources import list_items, plan_clips
 from tests.unit.dataset.drawing import draw_image, draw_video, make_clips, write_toml
 from tests.unit.dataset.lookup import has_latents
 from wan_train.cli import run
-from wan_train.models.vae import Geometry, WanVAE
-from wan_train.models.vae_tiling import Tiling
+from wan_train.models.vae.tiling import Tiling
+from wan_train.models.vae.vae import Geometry, WanVAE
 from wan_train.storage import read_header, save_tensors
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -7,13 +7,14 @@ import torch
 import wan_train
 from cache_tools import cache_text_encoder_outputs
 from cache_tools.settings import TEXT_TOOL
-from dataset.cache import read_text, text_path
+from dataset.caching.cache import read_text, text_path
 from dataset.config import read_config
 from dataset.items import Item
 from dataset.sources import list_items
 from tests.unit.dataset.drawing import draw_image, write_toml
 from tests.unit.dataset.lookup import has_text
-from wan_train.cli import InputError, run
+from wan_train.cli import run
+from wan_train.errors import InputError
 from wan_train.storage import read_header
 
 TOML = """

@@ -10,16 +10,16 @@ from PIL import Image
 from cache_tools.cache_latents import to_pixels
 from cache_tools.extras import average_cells
 from cache_tools.settings import LATENTS_TOOL
-from dataset.batches import CachedDataset, collate
-from dataset.cache import latents_path, read_extra, read_latents, save_text
+from dataset.batching.batches import CachedDataset, collate
+from dataset.batching.order import Pick
+from dataset.caching.cache import latents_path, read_extra, read_latents, save_text
+from dataset.caching.extras import CONTROL, CONTROL_FLIPPED, FLIPPED, MASK
 from dataset.config import read_config
-from dataset.extras import CONTROL, CONTROL_FLIPPED, FLIPPED, MASK
-from dataset.media import load_clips
-from dataset.order import Pick
+from dataset.reading.media import load_clips
 from dataset.sources import list_items, plan_clips
 from tests.unit.dataset.drawing import draw_frame, draw_video, make_clips, write_toml
 from wan_train.cli import run
-from wan_train.models.vae import Geometry, WanVAE
+from wan_train.models.vae.vae import Geometry, WanVAE
 from wan_train.storage import read_header, read_tensors, save_tensors
 
 SIZE = (64, 48)

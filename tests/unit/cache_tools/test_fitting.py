@@ -5,8 +5,9 @@ import wan_train
 from cache_tools.fitting import encode_fitting
 from cache_tools.settings import LATENTS_TOOL
 from tests.unit.dataset.drawing import make_clips, write_toml
-from wan_train.cli import RunError, run
-from wan_train.models.vae_tiling import Tiling
+from wan_train.cli import run
+from wan_train.errors import RunError
+from wan_train.models.vae.tiling import Tiling
 
 
 class SmallDevice:

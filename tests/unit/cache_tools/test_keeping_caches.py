@@ -9,17 +9,18 @@ import time
 import pytest
 import torch
 
-import dataset.probes
+import dataset.reading.probes
 import wan_train
 from cache_tools.settings import LATENTS_TOOL
-from dataset.batches import open_cached
-from dataset.cache import save_text
+from dataset.batching.batches import open_cached
+from dataset.caching.cache import save_text
 from dataset.config import read_config
 from dataset.sources import list_items
 from tests.unit.dataset.drawing import make_clips, write_toml
-from wan_train.cli import InputError, run
+from wan_train.cli import run
+from wan_train.errors import InputError
 from wan_train.file_names import HOST
-from wan_train.models.vae import Geometry, WanVAE
+from wan_train.models.vae.vae import Geometry, WanVAE
 from wan_train.storage import read_tensors, save_tensors
 
 TOML = """
@@ -80,10 +81,14 @@ def change(path):
 
 def test_a_second_run_decodes_hashes_and_probes_nothing(folder, capsys, monkeypatch):
     assert cache() == 0  # reads the headers of the new files
-    for name in ("dataset.recipe._hash", "cache_tools.cache_latents.load_clips", "dataset.staleness.read_header"):
+    for name in (
+        "dataset.caching.recipe._hash",
+        "cache_tools.cache_latents.load_clips",
+        "dataset.caching.staleness.read_header",
+    ):
         monkeypatch.setattr(name, None)
     monkeypatch.setattr(wan_train, "load_vae", None, raising=False)
-    monkeypatch.setattr(dataset.probes, "probe", None)
+    monkeypatch.setattr(dataset.reading.probes, "probe", None)
     assert cache() == 0
     assert summary_of(capsys).endswith("latents: 0 encoded, 6 kept")
 

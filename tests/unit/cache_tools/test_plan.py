@@ -8,7 +8,7 @@ from PIL import Image
 from cache_tools.plan import describe_plans, format_table, total
 from cache_tools.settings import LATENTS_TOOL
 from dataset.config import read_config
-from dataset.media import load_clips
+from dataset.reading.media import load_clips
 from dataset.sources import list_items, plan_clips
 from tests.unit.dataset.drawing import cut_at_key, draw_image, draw_video, make_clips, write_toml
 from wan_train.cli import run

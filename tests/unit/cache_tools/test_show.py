@@ -6,7 +6,7 @@ from PIL import Image
 
 from cache_tools.settings import CONSOLE_COLOURS, LATENTS_TOOL
 from cache_tools.show import draw_blocks, make_sheet
-from dataset.media import read_frames
+from dataset.reading.media import read_frames
 from tests.unit.dataset.drawing import make_clips, read_number, write_toml
 from wan_train.cli import run
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
+from dataset.caching.manifest import Manifest
+from dataset.caching.staleness import latents_state, text_state
 from dataset.items import Clip, Item
-from dataset.manifest import Manifest
-from dataset.staleness import latents_state, text_state
 
 
 def has_latents(clip: Clip, dtype: torch.dtype | None = None) -> bool:

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from dataset.ahead import read_ahead
+from dataset.batching.ahead import read_ahead
 
 
 def test_everything_comes_in_order() -> None:

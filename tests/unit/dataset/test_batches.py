@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.batches import CachedDataset, collate, open_cached
-from dataset.cache import latents_path, save_latents, save_text, text_path
+from dataset.batching.batches import CachedDataset, collate, open_cached
+from dataset.batching.epochs import EpochBatches
+from dataset.batching.order import SampleKey
+from dataset.caching.cache import latents_path, save_latents, save_text, text_path
 from dataset.config import read_config
-from dataset.epochs import EpochBatches
-from dataset.order import SampleKey
 from dataset.sources import list_items, plan_clips
 from dataset.summary import metadata, summarise
 from tests.unit.dataset.drawing import draw_image, draw_video, make_clips, write_toml
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 TOML = """
 [general]

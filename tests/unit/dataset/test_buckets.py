@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.buckets import bucket_sizes, choose_bucket, describe_size, resize_to_bucket
+from dataset.batching.buckets import bucket_sizes, choose_bucket, describe_size, resize_to_bucket
 
 
 def choose(size, resolution, enable_bucket=True, no_upscale=False):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.cache import (
+from dataset.caching.cache import (
     latents_path,
     read_latents,
     read_text,
@@ -15,7 +15,7 @@ from dataset.cache import (
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
 from tests.unit.dataset.lookup import has_latents, has_text
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.storage import read_header, save_tensors
 
 

@@ -5,7 +5,7 @@ import pytest
 from dataset.config import read_config
 from dataset.sources import list_items
 from tests.unit.dataset.drawing import draw_image, write_toml
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 
 @pytest.fixture

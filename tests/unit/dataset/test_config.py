@@ -2,7 +2,7 @@ import pytest
 
 from dataset.config import read_config
 from tests.unit.dataset.drawing import write_toml
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 
 @pytest.fixture

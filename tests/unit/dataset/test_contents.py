@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.batches import CachedDataset
-from dataset.cache import save_latents, save_text
+from dataset.batching.batches import CachedDataset
+from dataset.caching.cache import save_latents, save_text
+from dataset.caching.contents import Content, changes, read_contents
+from dataset.caching.recipe import Fingerprint, Recipe
 from dataset.config import DatasetConfig
-from dataset.contents import Content, changes, read_contents
 from dataset.items import Clip, Item
-from dataset.recipe import Fingerprint, Recipe
 from dataset.sources import Plan
 
 NAME = "cache/dog_0064x0064_wan"

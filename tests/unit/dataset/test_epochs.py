@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.batches import collate, open_cached
-from dataset.cache import read_text, save_latents, save_text
+from dataset.batching.batches import collate, open_cached
+from dataset.batching.epochs import EpochBatches, epoch_sizes
+from dataset.caching.cache import read_text, save_latents, save_text
 from dataset.config import read_config
-from dataset.epochs import EpochBatches, epoch_sizes
 from dataset.sources import list_items, plan_clips
 from dataset.summary import metadata, summarise
 from tests.unit.dataset.drawing import draw_image, write_toml
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 TOML = """
 [general]

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from dataset.config import read_config
-from dataset.frames import EXTRACTIONS, timed_frames
-from dataset.media import load_clips, probe
+from dataset.reading.frames import EXTRACTIONS, timed_frames
+from dataset.reading.media import load_clips, probe
 from dataset.sources import list_items, plan_clips
 from tests.unit.dataset.drawing import cut_video, draw_frame, draw_image, draw_video, read_number, write_toml
 

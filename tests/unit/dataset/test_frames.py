@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.frames import EXTRACTIONS, clip_positions, floor_frames, kept_frames, timed_frames
+from dataset.reading.frames import EXTRACTIONS, clip_positions, floor_frames, kept_frames, timed_frames
 
 
 def test_lengths_are_floored_to_4k_plus_1():

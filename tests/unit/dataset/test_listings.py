@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from dataset.config import read_config
-from dataset.listings import find_entries
+from dataset.reading.listings import find_entries
 from dataset.sources import list_items, plan_clips
 from tests.unit.dataset.drawing import draw_image, make_clips, write_toml
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 
-from dataset.manifest import MANIFEST, Manifest
+from dataset.caching.manifest import MANIFEST, Manifest
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.media import probe, read_frames, read_image
+from dataset.reading.media import probe, read_frames, read_image
 from tests.unit.dataset.drawing import cut_video, draw_frame, draw_image, draw_noise, draw_video, read_number
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 
 def numbers(path, wanted):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.order import SampleKey, draw_variant, share_out, take_share
+from dataset.batching.order import SampleKey, draw_variant, share_out, take_share
 
 
 def test_an_epoch_of_everything_takes_everything_once_in_an_order_of_its_own():

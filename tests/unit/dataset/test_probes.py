@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from dataset import probes
-from dataset.manifest import Manifest
-from dataset.probes import recall_header
-from dataset.reading import MediaInfo
+from dataset.caching.manifest import Manifest
+from dataset.reading import probes
+from dataset.reading.info import MediaInfo
+from dataset.reading.probes import recall_header
 from tests.unit.dataset.drawing import draw_image
 
 

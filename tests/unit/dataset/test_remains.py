@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dataset.remains import put_back, remove_remains
+from dataset.caching.remains import put_back, remove_remains
 from wan_train import storage
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.storage import replacing_folder
 
 

@@ -1,10 +1,10 @@
 import pytest
 
 from dataset.config import read_config
-from dataset.media import load_clips
+from dataset.reading.media import load_clips
 from dataset.sources import list_items, name_some, plan_clips, warn_too_short
 from tests.unit.dataset.drawing import draw_image, draw_video, make_clips, read_number, write_toml
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 
 def configure(tmp_path, lines, kind="video"):

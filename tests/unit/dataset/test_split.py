@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from dataset.batches import CachedDataset
+from dataset.batching.batches import CachedDataset
+from dataset.batching.split import choose_names, find_shared, name_files, split_off
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
 from dataset.sources import Plan
-from dataset.split import choose_names, find_shared, name_files, split_off
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 
 def plan(number: int, names: list[str], *, repeats: int = 1, folder: str = "clips", clips: int = 2) -> Plan:

@@ -4,12 +4,12 @@ import os
 import pytest
 import torch
 
-from dataset.cache import latents_path, save_latents, save_text, text_path
+from dataset.caching.cache import latents_path, save_latents, save_text, text_path
+from dataset.caching.manifest import Manifest
+from dataset.caching.recipe import RECIPE_KEY, Fingerprint, Recipe, is_same, read_recipe, take_fingerprint, write_recipe
+from dataset.caching.staleness import Kind, latents_state, list_orphans, text_state
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
-from dataset.manifest import Manifest
-from dataset.recipe import RECIPE_KEY, Fingerprint, Recipe, is_same, read_recipe, take_fingerprint, write_recipe
-from dataset.staleness import Kind, latents_state, list_orphans, text_state
 from wan_train.storage import read_header, read_tensors, save_tensors
 
 
@@ -131,14 +131,14 @@ def test_copies_with_another_time_are_the_same_and_hashed_once(clip, vae, tmp_pa
     for _ in range(2):
         with Manifest(tmp_path / "cache") as manifest:
             assert latents_state(clip, manifest, model=vae).kind is Kind.UP_TO_DATE
-        monkeypatch.setattr("dataset.recipe._hash", None)
+        monkeypatch.setattr("dataset.caching.recipe._hash", None)
 
 
 def test_nothing_is_hashed_or_opened_that_is_known(clip, vae, tmp_path, monkeypatch):
     with Manifest(tmp_path / "cache") as manifest:
         latents_state(clip, manifest, model=vae)
-    monkeypatch.setattr("dataset.recipe._hash", None)
-    monkeypatch.setattr("dataset.staleness.read_header", None)
+    monkeypatch.setattr("dataset.caching.recipe._hash", None)
+    monkeypatch.setattr("dataset.caching.staleness.read_header", None)
     assert latents_state(clip, Manifest(tmp_path / "cache"), model=vae).kind is Kind.UP_TO_DATE
 
 

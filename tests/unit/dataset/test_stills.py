@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from dataset.media import probe, read_frames
-from dataset.stills import read_image
+from dataset.reading.media import probe, read_frames
+from dataset.reading.stills import read_image
 from tests.unit.dataset.drawing import draw_image, make_profile
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 RED = (255, 0, 0)
 # Of Display P3 and of sRGB, adapted to D50, as their published profiles have them.

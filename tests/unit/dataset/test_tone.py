@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dataset.tone import roll_off, to_sdr
+from dataset.reading.tone import roll_off, to_sdr
 
 PQ, HLG, BT709, BT2020 = 16, 18, 1, 9
 

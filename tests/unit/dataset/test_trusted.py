@@ -3,14 +3,14 @@ import shutil
 import pytest
 import torch
 
-from dataset.batches import open_cached, open_trusted
-from dataset.cache import latents_path, save_latents, save_text, text_path
+from dataset.batching.batches import open_cached, open_trusted
+from dataset.caching.cache import latents_path, save_latents, save_text, text_path
+from dataset.caching.manifest import Manifest
+from dataset.caching.recipe import Recipe, take_fingerprint
 from dataset.config import read_config
-from dataset.manifest import Manifest
-from dataset.recipe import Recipe, take_fingerprint
 from dataset.sources import list_items, plan_clips
 from tests.unit.dataset.drawing import draw_image, make_clips, write_toml
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.storage import read_tensors, save_tensors
 
 TOML = """

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from dataset.config import read_config
-from dataset.media import probe
+from dataset.reading.media import probe
+from dataset.reading.unread import find_unread
 from dataset.sources import list_items
-from dataset.unread import find_unread
 from tests.unit.dataset.drawing import draw_image, draw_video, write_toml
 
 

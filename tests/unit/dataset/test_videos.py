@@ -6,9 +6,9 @@ import av
 import numpy as np
 import pytest
 
-from dataset import videos
-from dataset.media import probe, read_frames
-from dataset.tone import to_sdr
+from dataset.reading import videos
+from dataset.reading.media import probe, read_frames
+from dataset.reading.tone import to_sdr
 from tests.unit.dataset.drawing import cut_at_key, cut_video, draw_image, draw_video, read_number
 
 OPEN_GROUPS = {"x264-params": "open-gop=1:scenecut=0:keyint=12:min-keyint=12:b-adapt=0:bframes=3"}

@@ -11,8 +11,8 @@ from examples.nano.judge import judge
 from examples.nano.measure import choose_held_out, generate_clips, open_models, shares, vae_psnr
 from examples.nano.names import CONFIG, DIT, T5, TOKENIZER, VAE
 from examples.nano.world import UNUSED_WORDS, all_scenes
-from wan_train.models.tokenizer import read_tokenizer
-from wan_train.models.vae import load_vae
+from wan_train.models.encoders.tokenizer import read_tokenizer
+from wan_train.models.vae.vae import load_vae
 
 NANO = Path(__file__).resolve().parents[3] / "examples" / "nano"
 SCENES = choose_held_out(8)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.flow.path import interpolate, velocity
 from wan_train.flow.solvers import SOLVERS, make_solver
 from wan_train.flow.timesteps import shift

@@ -8,8 +8,8 @@ import pytest
 from generate.jobs import make_jobs, parse_job, request_options
 from generate.settings import GenerateSettings
 from tests.unit.generate.conftest import Given
-from wan_train.cli import InputError
 from wan_train.config_file import from_values
+from wan_train.errors import InputError
 
 EVERYTHING = (
     *("--prompt", "a cat", "--negative_prompt", "dark", "--seed", 5, "--guidance_scale", 4, "--flow_shift", 3),

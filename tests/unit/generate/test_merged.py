@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from generate.merged import check_merged, save_merged_model
 from tests.tiny.make import DIT
 from tests.unit.generate.conftest import Given
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.models.loading import load_dit
 
 

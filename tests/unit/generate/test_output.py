@@ -12,7 +12,7 @@ from generate.jobs import Job, make_jobs
 from generate.output import Product, check_output, latent_metadata, stem_of, trimmed, write_outputs
 from generate.settings import GenerateSettings
 from tests.unit.generate.conftest import Given
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
 

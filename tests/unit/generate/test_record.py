@@ -13,7 +13,8 @@ from generate.output import check_output, latent_metadata, save_latents
 from generate.record import compare_hashes, input_hashes, make_record, model_hashes, read_record
 from generate.settings import GenerateSettings
 from tests.unit.generate.conftest import Given
-from wan_train.cli import InputError, parse
+from wan_train.cli import parse
+from wan_train.errors import InputError
 from wan_train.media_out import write_image, write_images, write_video
 from wan_train.sampling.request import STRENGTH
 

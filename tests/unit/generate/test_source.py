@@ -11,7 +11,7 @@ from PIL import Image
 from generate.jobs import make_jobs
 from generate.source import fit_to_source, read_source
 from tests.unit.generate.conftest import Given
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.media_out import write_image, write_images, write_video
 from wan_train.sampling.request import SampleRequest
 

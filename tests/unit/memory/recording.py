@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from networks.lora import Branch, attach_branch
-from wan_train.memory.lanes import Lane
-from wan_train.memory.settings import StreamSettings
-from wan_train.memory.stream import Stream, apply_stream
+from networks.deltas.lora import Branch, attach_branch
+from wan_train.placement.lanes import Lane
+from wan_train.placement.settings import StreamSettings
+from wan_train.placement.stream import Stream, apply_stream
 from wan_train.precision import Linear
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import torch
 
 from tests.unit.memory.blocks import CONFIG, Stack, step, tokens
 from tests.unit.memory.counting import Meter, close, nbytes, same
-from wan_train.memory.chunks import apply_chunks
-from wan_train.memory.recompute import apply_recompute
-from wan_train.memory.settings import RecomputeSettings
+from wan_train.placement.chunks import apply_chunks
+from wan_train.placement.recompute import apply_recompute
+from wan_train.placement.settings import RecomputeSettings
 
 ONE = replace(CONFIG, num_layers=1)
 HIDDEN = nbytes(tokens()) * CONFIG.ffn_dim // CONFIG.dim

@@ -5,11 +5,11 @@ import torch
 
 from tests.unit.memory.blocks import CONFIG, Stack, step, tokens
 from tests.unit.memory.counting import Meter, close, same
-from wan_train.memory.chunks import apply_chunks
-from wan_train.memory.lanes import make_lane
-from wan_train.memory.recompute import apply_recompute
-from wan_train.memory.settings import RecomputeSettings, StreamSettings
-from wan_train.memory.stream import apply_stream
+from wan_train.placement.chunks import apply_chunks
+from wan_train.placement.lanes import make_lane
+from wan_train.placement.recompute import apply_recompute
+from wan_train.placement.settings import RecomputeSettings, StreamSettings
+from wan_train.placement.stream import apply_stream
 
 CPU = torch.device("cpu")
 

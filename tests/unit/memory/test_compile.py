@@ -17,16 +17,16 @@ from networks.adapter import create
 from networks.settings import NetworkSettings
 from tests.parity.golden import TOLERANCE, load_case, relative_error
 from tests.parity.test_dit import load, lora_file, run
-from wan_train.cli import InputError
-from wan_train.memory.chunks import apply_chunks
-from wan_train.memory.compile import apply_compile, apply_device_flags, check_compile
-from wan_train.memory.lanes import HostLane
-from wan_train.memory.quantize import SCHEMES, Scheme
-from wan_train.memory.recompute import apply_recompute
-from wan_train.memory.settings import COMPILE_MODES, CompileSettings, RecomputeSettings, StreamSettings
-from wan_train.memory.stream import apply_stream
-from wan_train.models.dit import Dit, DitConfig
+from wan_train.compile import apply_compile, apply_device_flags, check_compile
+from wan_train.errors import InputError
+from wan_train.models.dit.dit import Dit, DitConfig
+from wan_train.placement.chunks import apply_chunks
+from wan_train.placement.lanes import HostLane
+from wan_train.placement.recompute import apply_recompute
+from wan_train.placement.settings import COMPILE_MODES, CompileSettings, RecomputeSettings, StreamSettings
+from wan_train.placement.stream import apply_stream
 from wan_train.precision import Linear
+from wan_train.quantization.schemes import SCHEMES, Scheme
 
 # aot_eager traces the backward pass too, eager the forward pass alone, which is enough to count graphs.
 TRACED = CompileSettings(compile=True, compile_backend="aot_eager", compile_fullgraph=True)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wan_train.memory import lanes
-from wan_train.memory.lanes import AcceleratorLane, HostLane, make_lane
+from wan_train.placement import lanes
+from wan_train.placement.lanes import AcceleratorLane, HostLane, make_lane
 
 CUDA = torch.device("cuda")
 

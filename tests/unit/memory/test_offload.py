@@ -10,9 +10,9 @@ from torch import Tensor, UntypedStorage
 
 from tests.unit.memory.blocks import CONFIG, Stack, step, take_gradients, tokens
 from tests.unit.memory.counting import Meter, close, nbytes, same
-from wan_train.memory import recompute
-from wan_train.memory.offload import Call, Offload, Store
-from wan_train.memory.settings import RecomputeSettings
+from wan_train.placement import recompute
+from wan_train.placement.offload import Call, Offload, Store
+from wan_train.placement.settings import RecomputeSettings
 
 CPU = torch.device("cpu")
 MODES = ("full", "keep_attention")

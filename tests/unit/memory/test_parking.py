@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from tests.unit.memory.recording import Toy
 from tests.unit.memory.test_states import Lane
-from wan_train.memory.parking import Parking
-from wan_train.models.experts import HIGH, LOW, pair_of
-from wan_train.training.pair import PairModel
+from wan_train.models.dit.experts import HIGH, LOW, pair_of
+from wan_train.placement.parking import Parking
+from wan_train.training.experts.pair import PairModel
 
 
 def untrained(model: nn.Module) -> list[Tensor]:

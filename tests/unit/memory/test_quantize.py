@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wan_train.memory.quantize import (
+from wan_train.precision import Linear, widened
+from wan_train.quantization.schemes import (
     FP8,
     SCHEMES,
     Fp8Linear,
@@ -20,7 +21,6 @@ from wan_train.memory.quantize import (
     quantised,
     scale_shape,
 )
-from wan_train.precision import Linear, widened
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.unit.memory.blocks import CONFIG, Stack, step, take_gradients, tokens
 from tests.unit.memory.counting import Meter, close, nbytes, same
-from wan_train.cli import InputError
-from wan_train.memory import recompute
-from wan_train.memory.recompute import apply_recompute
-from wan_train.memory.settings import CompileSettings, RecomputeSettings, check_recompute
+from wan_train.errors import InputError
+from wan_train.placement import recompute
+from wan_train.placement.recompute import apply_recompute
+from wan_train.placement.settings import CompileSettings, RecomputeSettings, check_recompute
 
 CPU = torch.device("cpu")
 ONE = replace(CONFIG, num_layers=1)

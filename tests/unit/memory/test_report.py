@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
-from wan_train.memory import report
-from wan_train.memory.report import describe_peak, peak_host_bytes
-from wan_train.training.metrics import peak_memory_mib
+from wan_train.placement import report
+from wan_train.placement.report import describe_peak, peak_host_bytes
+from wan_train.training.reporting.metrics import peak_memory_mib
 
 CPU = torch.device("cpu")
 

@@ -7,11 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks.adapter import create
 from networks.settings import NetworkSettings
-from wan_train.memory.quantize import SCHEMES
-from wan_train.memory.recompute import apply_recompute
-from wan_train.memory.settings import RecomputeSettings
-from wan_train.memory.spare import _NoProducts, is_spare
-from wan_train.models.dit import Dit, DitConfig
+from wan_train.models.dit.dit import Dit, DitConfig
+from wan_train.placement.recompute import apply_recompute
+from wan_train.placement.settings import RecomputeSettings
+from wan_train.placement.spare import _NoProducts, is_spare
+from wan_train.quantization.schemes import SCHEMES
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.memory.test_offload import LazyLane
-from wan_train.memory.states import HostStates
+from wan_train.placement.states import HostStates
 from wan_train.storage import read_parts, save_parts
 
 

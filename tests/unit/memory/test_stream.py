@@ -24,8 +24,8 @@ from tests.unit.memory.recording import (
     train_step,
     untouched,
 )
-from wan_train.memory.settings import StreamSettings
-from wan_train.memory.stream import apply_stream, streamed_blocks
+from wan_train.placement.settings import StreamSettings
+from wan_train.placement.stream import apply_stream, streamed_blocks
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.unit.memory.recording import RecordingLane, Toy, Watch, preview, stream_toy
-from wan_train.memory.stream import Stream
+from wan_train.placement.stream import Stream
 
 
 def trainable(num_blocks: int, some: int) -> Toy:

@@ -21,10 +21,10 @@ from tests.unit.memory.recording import (
     train_step,
     untouched,
 )
-from wan_train.memory.lanes import make_lane
-from wan_train.memory.settings import StreamSettings
-from wan_train.memory.stream import apply_stream
-from wan_train.models.dit import Dit, DitConfig
+from wan_train.models.dit.dit import Dit, DitConfig
+from wan_train.placement.lanes import make_lane
+from wan_train.placement.settings import StreamSettings
+from wan_train.placement.stream import apply_stream
 
 
 def make_dit(**changes: Any) -> Dit:

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from tests.unit.models.test_dit import CONFIG, inputs, state
-from wan_train.cli import InputError, parse
-from wan_train.models import attention as backends
-from wan_train.models.attention import BACKENDS, attend_torch, attention, check_attention
-from wan_train.models.dit import Dit
-from wan_train.models.kernels import prefer_cudnn
+from wan_train.cli import parse
+from wan_train.errors import InputError
+from wan_train.models.dit import attention as backends
+from wan_train.models.dit.attention import BACKENDS, attend_torch, attention, check_attention
+from wan_train.models.dit.dit import Dit
+from wan_train.models.dit.kernels import prefer_cudnn
 from wan_train.models.loading import load_dit, set_attention
 from wan_train.models.settings import ATTENTION_MODES
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import wan_train
-from wan_train.cli import InputError
-from wan_train.models.dit import Dit, DitConfig, modulate, sinusoid
+from wan_train.errors import InputError
+from wan_train.models.dit.dit import Dit, DitConfig, modulate, sinusoid
+from wan_train.models.dit.rope import axis_widths, rotate, rotations
 from wan_train.models.loading import check_dit, load_dit
-from wan_train.models.rope import axis_widths, rotate, rotations
 from wan_train.models.variants import VARIANTS
 from wan_train.models.weights import diffusers_name, official_name
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.parity.golden import DATA, load_manifest
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.models.loading import check_dit, load_dit
 from wan_train.models.variants import VARIANTS
 from wan_train.models.weights import diffusers_name

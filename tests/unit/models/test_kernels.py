@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from wan_train.models import kernels
-from wan_train.models.attention import attention
-from wan_train.models.kernels import KERNELS, Attend, attend_by, attend_torch, fault_of, leave_out_faulty
+from wan_train.models.dit import kernels
+from wan_train.models.dit.attention import attention
+from wan_train.models.dit.kernels import KERNELS, Attend, attend_by, attend_torch, fault_of, leave_out_faulty
 
 CPU = torch.device("cpu")
 (FLASH,) = KERNELS["cpu"]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import wan_train.assemble
 from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit
-from wan_train.memory.settings import StreamSettings, WeightSettings
-from wan_train.models.dit import Dit, DitConfig
+from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.models.settings import DitSettings
+from wan_train.placement.settings import StreamSettings
+from wan_train.quantization.settings import WeightSettings
 
 LOAD = """
 import pathlib, sys, threading, torch

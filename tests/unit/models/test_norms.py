@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_train.models.norms import LayerNorm, RMSNorm
-from wan_train.models.rope import rotations
+from wan_train.models.dit.norms import LayerNorm, RMSNorm
+from wan_train.models.dit.rope import rotations
 
 
 def plain(x: Tensor, norm: RMSNorm, turns: Tensor | None) -> Tensor:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.unit.models.test_dit import inputs, state
-from wan_train.memory.ledger import Ledger
-from wan_train.models import rope
+from wan_train.models.dit import rope
+from wan_train.models.dit.rope import MAX_TABLES, axis_widths, rotations
 from wan_train.models.loading import load_dit
-from wan_train.models.rope import MAX_TABLES, axis_widths, rotations
+from wan_train.placement.ledger import Ledger
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.parity.golden import DATA, load_case, load_manifest, relative_error
-from wan_train.cli import InputError
-from wan_train.models.text_encoder import TextEncoder, check_text_encoder, load_text_encoder
-from wan_train.models.text_encoder_files import t5_rename
+from wan_train.errors import InputError
+from wan_train.models.encoders.text import TextEncoder, check_text_encoder, load_text_encoder
+from wan_train.models.encoders.text_files import t5_rename
 
 WEIGHTS = load_case("umt5").state_dict()  # official names, 300 tokens, dim 64
 TOKENIZER = DATA / "tokenizer"
@@ -191,7 +191,7 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path) -> None:
 
 LOAD = """
 import pathlib, sys, threading, torch
-from wan_train.models.text_encoder import load_text_encoder
+from wan_train.models.encoders.text import load_text_encoder
 
 def resident():
     status = pathlib.Path("/proc/self/status").read_text()

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.parity.golden import DATA, load_case, relative_error, state_dict
-from wan_train.cli import InputError
-from wan_train.models.text_encoder import TextEncoder, check_text_encoder, load_text_encoder
-from wan_train.models.text_encoder_files import t5_rename
+from wan_train.errors import InputError
+from wan_train.models.encoders.text import TextEncoder, check_text_encoder, load_text_encoder
+from wan_train.models.encoders.text_files import t5_rename
 from wan_train.precision import widened
 
 FP8 = torch.float8_e4m3fn

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from tests.parity.golden import DATA
-from wan_train.cli import InputError
-from wan_train.models import tokenizer as module
-from wan_train.models.tokenizer import clean, find_tokenizer, read_tokenizer, tokenizer_of_sentencepiece
+from wan_train.errors import InputError
+from wan_train.models.encoders import tokenizer as module
+from wan_train.models.encoders.tokenizer import clean, find_tokenizer, read_tokenizer, tokenizer_of_sentencepiece
 
 # A unigram model of 134 pieces whose normaliser splits the fi ligature and maps full-width letters and spaces.
 MODEL = DATA / "tokenizer" / "spiece.model"

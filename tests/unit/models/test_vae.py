@@ -6,10 +6,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.parity.golden import load_case, load_manifest, relative_error
-from wan_train.cli import InputError
-from wan_train.models.vae import WanVAE, check_vae, denormalise, load_vae, normalise
-from wan_train.models.vae_layers import FeatureCache
-from wan_train.models.vae_names import diffusers_name
+from wan_train.errors import InputError
+from wan_train.models.vae.layers import FeatureCache
+from wan_train.models.vae.names import diffusers_name
+from wan_train.models.vae.vae import WanVAE, check_vae, denormalise, load_vae, normalise
 
 WEIGHTS = load_case("wan21_vae").state_dict()  # eight channels wide
 

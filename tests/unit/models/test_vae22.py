@@ -12,14 +12,14 @@ from torch import Tensor
 from tests.parity.golden import load_case, load_manifest, relative_error
 from tests.tiny.make import draw_weight, save, vae_shapes
 from tests.tiny.vae22 import VAE22, vae22_shapes
-from wan_train.cli import InputError
-from wan_train.models.vae import WanVAE, check_vae, load_vae
-from wan_train.models.vae22 import add_repeated, average_neighbours
-from wan_train.models.vae_coders import fold_patches, unfold_patches
-from wan_train.models.vae_geometry import GEOMETRIES, KIND22
-from wan_train.models.vae_layers import FeatureCache
-from wan_train.models.vae_names import diffusers_name
-from wan_train.models.vae_tiling import Tiling
+from wan_train.errors import InputError
+from wan_train.models.vae.coders import fold_patches, unfold_patches
+from wan_train.models.vae.geometry import GEOMETRIES, KIND22
+from wan_train.models.vae.layers import FeatureCache
+from wan_train.models.vae.names import diffusers_name
+from wan_train.models.vae.tiling import Tiling
+from wan_train.models.vae.vae import WanVAE, check_vae, load_vae
+from wan_train.models.vae.wan22 import add_repeated, average_neighbours
 
 WEIGHTS = {name: draw_weight(name, shape) for name, shape in vae22_shapes().items()}
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_train.models.vae_layers import (
+from wan_train.models.vae.layers import (
     AttentionBlock,
     CausalConv3d,
     Downsample,

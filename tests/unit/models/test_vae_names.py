@@ -1,7 +1,7 @@
 import pytest
 
 from tests.parity.golden import load_manifest
-from wan_train.models.vae_names import diffusers_name, official_name, vae_rename
+from wan_train.models.vae.names import diffusers_name, official_name, vae_rename
 
 NAMES = list(load_manifest("wan2.1-vae"))
 NAMES22 = list(load_manifest("wan2.2-vae"))

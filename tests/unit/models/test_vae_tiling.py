@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tests.parity.golden import load_case, relative_error
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.models.settings import VaeSettings
-from wan_train.models.vae import WanVAE, load_vae
-from wan_train.models.vae_tiling import Tiling, blend_tiles, tile_starts, tile_weights
+from wan_train.models.vae.tiling import Tiling, blend_tiles, tile_starts, tile_weights
+from wan_train.models.vae.vae import WanVAE, load_vae
 from wan_train.sampling.decode import set_up
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from networks.adapter import check_module, create
-from networks.formats import kohya_state, peft_state
+from networks.formats.files import kohya_state, peft_state
 from networks.settings import NetworkSettings, read_arguments
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 
 def randomise(adapter) -> None:

@@ -5,10 +5,10 @@ import torch
 
 from networks.adapter import create
 from networks.attached import attach_loras
-from networks.formats import read_lora
+from networks.formats.files import read_lora
 from networks.merge import merged
 from networks.settings import NetworkSettings
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.storage import save_tensors
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from networks.average import gamma, shares
-from networks.formats import kohya_state
+from networks.formats.files import kohya_state
 from networks.settings import AVERAGE, AverageSettings
+from networks.tools.average import gamma, shares
 from wan_train.cli import run
 from wan_train.storage import read_header, read_tensors, save_tensors
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from networks.formats import kohya_state, read_lora
-from networks.hashes import add_hashes
-from networks.keys import possible_modules
+from networks.formats.files import kohya_state, read_lora
+from networks.formats.hashes import add_hashes
+from networks.formats.keys import possible_modules
 from networks.settings import TOOL
 from wan_train.cli import run
 from wan_train.models.weights import diffusers_name

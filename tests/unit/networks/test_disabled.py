@@ -8,8 +8,8 @@ from torch._dynamo.utils import counters
 
 from networks.adapter import create
 from networks.settings import NetworkSettings
-from wan_train.memory.compile import apply_compile
-from wan_train.memory.settings import CompileSettings
+from wan_train.compile import apply_compile
+from wan_train.placement.settings import CompileSettings
 
 
 @pytest.fixture

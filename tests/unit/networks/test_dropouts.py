@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from networks.adapter import create
-from networks.lora import Branch, Dropouts, attach_branch, drop
+from networks.deltas.lora import Branch, Dropouts, attach_branch, drop
 from networks.settings import NetworkSettings
 from wan_train.precision import Linear
 

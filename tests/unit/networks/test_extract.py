@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from networks.extract import truncate
-from networks.formats import read_lora
+from networks.formats.files import read_lora
 from networks.merge import merged
 from networks.settings import EXTRACT
+from networks.tools.extract import truncate
 from tests.tiny.make import dit_shapes, draw_weight
 from wan_train.cli import run
 from wan_train.models.weights import diffusers_name

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from networks.formats import check_lora, kohya_state, peft_state, read_lora
-from networks.keys import match_keys
-from wan_train.cli import InputError
+from networks.formats.files import check_lora, kohya_state, peft_state, read_lora
+from networks.formats.keys import match_keys
+from wan_train.errors import InputError
 from wan_train.models.weights import diffusers_name
 from wan_train.storage import save_tensors
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from networks.hashes import add_hashes
+from networks.formats.hashes import add_hashes
 
 
 @pytest.mark.parametrize("width", [4, 600_000])  # ends before the part that the legacy hash looks at, and behind it

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.lora import Branch, attach_branch, initial_down
+from networks.deltas.lora import Branch, attach_branch, initial_down
 from networks.lora_wan import attach, targets
 from networks.settings import NetworkSettings
-from wan_train.models.dit import Dit, DitConfig
+from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.precision import Linear
 
 

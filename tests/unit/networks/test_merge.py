@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from networks.adapter import create
-from networks.formats import LoraDelta, kohya_state
+from networks.formats.files import LoraDelta, kohya_state
 from networks.merge import merged
 from networks.settings import NetworkSettings
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 
 def test_merged_and_attached_compute_the_same(make_model, make_deltas, batch) -> None:

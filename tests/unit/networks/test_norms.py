@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from networks.adapter import create
-from networks.lora import Branch
+from networks.deltas.lora import Branch
 from networks.norms import by_shape, delta_norms, limit_norms
 from networks.settings import NetworkSettings
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 
 
 def branches() -> list[Branch]:

@@ -5,11 +5,11 @@ import logging
 import pytest
 
 from networks.adapter import check_module, check_network, create
-from networks.formats import check_lora, kohya_state, peft_state
+from networks.formats.files import check_lora, kohya_state, peft_state
 from networks.selection import choose_modules
 from networks.settings import NetworkSettings
 from wan_train.assemble import WeightedLora
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.storage import save_tensors
 
 

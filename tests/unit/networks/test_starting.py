@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from networks.adapter import check_network, create
-from networks.formats import kohya_state, peft_state
+from networks.formats.files import kohya_state, peft_state
 from networks.settings import NetworkSettings
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.storage import save_tensors
 
 

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import wan_train.models.vae
+import wan_train.models.vae.vae
 from generate.models import Models
 from generate.settings import TOOL as GENERATE_TOOL
 from tests.parity.golden import load_case
 from wan_train.cli import parse
 from wan_train.models.settings import VaeSettings
-from wan_train.models.vae import WanVAE
-from wan_train.models.vae_layers import FeatureCache
+from wan_train.models.vae.layers import FeatureCache
+from wan_train.models.vae.vae import WanVAE
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling import decode
 from wan_train.sampling.decode import decode_frames, open_vae
@@ -53,7 +53,7 @@ def test_the_precision_is_the_one_that_is_asked_for_but_float32_on_a_cpu(
 def seen(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Whether each frame cache lay in main memory, and how large each tile was."""
     seen = SimpleNamespace(on_cpu=[], tiles=[])
-    build, blend = FeatureCache.__init__, wan_train.models.vae.blend_tiles
+    build, blend = FeatureCache.__init__, wan_train.models.vae.vae.blend_tiles
 
     def init(self: FeatureCache, *, on_cpu: bool = False) -> None:
         seen.on_cpu.append(on_cpu)
@@ -63,7 +63,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return blend(lambda tile: seen.tiles.append(tile.shape[-2:]) or function(tile), x, *given, **options)
 
     monkeypatch.setattr(FeatureCache, "__init__", init)
-    monkeypatch.setattr(wan_train.models.vae, "blend_tiles", spy)
+    monkeypatch.setattr(wan_train.models.vae.vae, "blend_tiles", spy)
     return seen
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wan_train.cli import InputError
 from wan_train.conditions import Conditions
+from wan_train.errors import InputError
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling import denoise
 from wan_train.sampling.denoise import initial_noise, sample_latents, seeded

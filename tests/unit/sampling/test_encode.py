@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.parity.golden import DATA, load_case, relative_error
+from wan_train.models.encoders.text import load_text_encoder
 from wan_train.models.settings import TextEncoderSettings
-from wan_train.models.text_encoder import load_text_encoder
 from wan_train.sampling import encode
 from wan_train.sampling.encode import encode_texts
 

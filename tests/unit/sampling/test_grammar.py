@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from generate.jobs import default_request
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.grammar import GENERATOR, parse_line, parse_table
 from wan_train.sampling.settings import SamplingSettings

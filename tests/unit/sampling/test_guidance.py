@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_train.conditions import Conditions
-from wan_train.models.dit import Dit, DitConfig
+from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.sampling import text_memory
 from wan_train.sampling.denoise import sample_latents
 from wan_train.sampling.guidance import Guidance, StepPlan, guide, plan_steps, without_blocks

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.buckets import resize_to_bucket
+from dataset.batching.buckets import resize_to_bucket
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.grammar import parse_line, parse_table
 from wan_train.sampling.pictures import load_pictures, size_like

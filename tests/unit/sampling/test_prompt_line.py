@@ -7,7 +7,8 @@ import pytest
 
 from generate.jobs import make_jobs
 from generate.settings import GenerateSettings
-from wan_train.cli import InputError, parse
+from wan_train.cli import parse
+from wan_train.errors import InputError
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.grammar import GENERATOR, PREVIEW, Grammar, parse_line, read_prompts
 from wan_train.sampling.request import preview_defaults

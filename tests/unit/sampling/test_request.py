@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.grammar import parse_line, read_prompts
 from wan_train.sampling.request import checked, fitted, preview_defaults

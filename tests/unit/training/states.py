@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dataset.contents import Contents
+from dataset.caching.contents import Contents
 from wan_train.cli import parse
-from wan_train.training.identity import Identity
-from wan_train.training.save_settings import SaveSettings
+from wan_train.training.saving.identity import Identity
+from wan_train.training.saving.settings import SaveSettings
+from wan_train.training.saving.state import Position, save_state
 from wan_train.training.settings import TrainSettings
-from wan_train.training.state import Position, save_state
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.precision import dtype_of
 from wan_train.training import accelerator as accelerators
 from wan_train.training.accelerator import (

@@ -8,9 +8,9 @@ from bitsandbytes.functional import create_dynamic_map
 from bitsandbytes.optim import AdamW8bit
 from torch import Tensor, nn
 
-from wan_train.training.adamw8bit import AdamW8bitSR, code_table, decode, encode
-from wan_train.training.optimizer_state import load_portable_state, portable_state
-from wan_train.training.optimizers import make_optimizer
+from wan_train.training.optimizing.adamw8bit import AdamW8bitSR, code_table, decode, encode
+from wan_train.training.optimizing.optimizer_state import load_portable_state, portable_state
+from wan_train.training.optimizing.optimizers import make_optimizer
 from wan_train.training.settings import OptimizerSettings
 
 
@@ -75,7 +75,7 @@ def test_a_state_takes_a_byte_for_each_number_and_four_for_256() -> None:
 def test_pieces_of_a_long_weight_step_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, pieces = some(), some()
     descend(AdamW8bitSR(whole), whole, range(3))
-    monkeypatch.setattr("wan_train.training.adamw8bit._AT_ONCE", 512)
+    monkeypatch.setattr("wan_train.training.optimizing.adamw8bit._AT_ONCE", 512)
     descend(AdamW8bitSR(pieces), pieces, range(3))
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
 

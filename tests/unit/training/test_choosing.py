@@ -9,12 +9,12 @@ import pytest
 
 from networks.moments import of_epoch
 from tests.unit.training.states import RUN, anonymous, save, saving, settings_of
-from wan_train.cli import InputError
-from wan_train.training.choosing import choose, identity_of, newest_of, whole_states
-from wan_train.training.earlier import warn_of_others
-from wan_train.training.identity import Identity, read_identity, write_identity
-from wan_train.training.resume import find_state
-from wan_train.training.state import open_state
+from wan_train.errors import InputError
+from wan_train.training.saving.choosing import choose, identity_of, newest_of, whole_states
+from wan_train.training.saving.earlier import warn_of_others
+from wan_train.training.saving.identity import Identity, read_identity, write_identity
+from wan_train.training.saving.resume import find_state
+from wan_train.training.saving.state import open_state
 
 
 def chosen(folder: Path, name: str = "name") -> str | None:

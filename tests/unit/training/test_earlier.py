@@ -11,11 +11,11 @@ from tests.unit.training.states import RUN, anonymous, save, saving
 from wan_train.shards import files_of
 from wan_train.storage import read_header, save_tensors
 from wan_train.tensor_writer import Row, write_set
-from wan_train.training.checkpoints import outlived
-from wan_train.training.earlier import End, is_of_run, keep_earlier_end, warn_of_others
-from wan_train.training.identity import Identity
-from wan_train.training.save_settings import SaveSettings
-from wan_train.training.state import Position, open_state
+from wan_train.training.saving.checkpoints import outlived
+from wan_train.training.saving.earlier import End, is_of_run, keep_earlier_end, warn_of_others
+from wan_train.training.saving.identity import Identity
+from wan_train.training.saving.settings import SaveSettings
+from wan_train.training.saving.state import Position, open_state
 
 OTHER = Identity(2, 200.0)
 END = End(RUN, seed=7, position=Position(40, 5, 0), epoch_steps=10)
@@ -85,7 +85,7 @@ def test_shards_are_kept_with_an_index_of_their_own(
         def refused(*_: object) -> None:
             raise PermissionError(1, "Operation not permitted")
 
-        monkeypatch.setattr("wan_train.training.earlier.os.link", refused)
+        monkeypatch.setattr("wan_train.training.saving.earlier.os.link", refused)
     shards = {f"name-000002-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
     assert kept(tmp_path) == {*shards, "name-000002.safetensors.index.json", "name-000002-state"}
     write(path, 40, limit=500)

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from tests.unit.memory.counting import Meter
 from tests.unit.memory.test_states import Lane
-from wan_train.memory.lanes import HostLane, make_lane
-from wan_train.models.experts import pair_of
-from wan_train.training.ema import Ema, reading
-from wan_train.training.pair import PairEma
+from wan_train.models.dit.experts import pair_of
+from wan_train.placement.lanes import HostLane, make_lane
+from wan_train.training.experts.pair import PairEma
+from wan_train.training.optimizing.ema import Ema, reading
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from wan_train.training.evaluation import History, Losses, draw_files, find_interval, student
+from wan_train.training.evaluating.statistics import History, Losses, draw_files, find_interval, student
 
 CLIPS, STRATA = 12, 4
 FILES = [f"clip{number}" for number in range(CLIPS)]

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_train.training.fused import FusedBackward
-from wan_train.training.one_by_one import Part
-from wan_train.training.optimizer_state import load_portable_state, portable_state
-from wan_train.training.optimizers import make_optimizer
-from wan_train.training.rounding import rounded
+from wan_train.training.optimizing.fused import FusedBackward
+from wan_train.training.optimizing.one_by_one import Part
+from wan_train.training.optimizing.optimizer_state import load_portable_state, portable_state
+from wan_train.training.optimizing.optimizers import make_optimizer
+from wan_train.training.optimizing.rounding import rounded
+from wan_train.training.optimizing.stepping import parts_of
 from wan_train.training.settings import OptimizerSettings
-from wan_train.training.stepping import parts_of
 
 
 class Model(nn.Module):

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from wan_train.cli import InputError
-from wan_train.training import hub
-from wan_train.training.hub import Place, check_hub, fetch_state, open_hub, read_place
-from wan_train.training.show_settings import HubSettings
+from wan_train.errors import InputError
+from wan_train.training.reporting.settings import HubSettings
+from wan_train.training.saving import hub
+from wan_train.training.saving.hub import Place, check_hub, fetch_state, open_hub, read_place
 
 
 class LocalHub:
@@ -178,7 +178,7 @@ def test_a_hub_that_refuses_is_told_before_training(local: LocalHub) -> None:
 def test_nothing_is_asked_of_the_hub_unless_an_option_says_so(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.setattr(hub, "make_client", lambda token: pytest.fail("asked for"))
     assert open_hub(HubSettings()) is None
-    script = "import sys, wan_train.training.hub; assert 'huggingface_hub' not in sys.modules"
+    script = "import sys, wan_train.training.saving.hub; assert 'huggingface_hub' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", script], cwd=root).returncode == 0
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from wan_train.training.ema import Ema
 from wan_train.training.loop import is_due, make_previews, run_length, windows
+from wan_train.training.optimizing.ema import Ema
+from wan_train.training.reporting.settings import PreviewSettings
 from wan_train.training.settings import LoopSettings
-from wan_train.training.show_settings import PreviewSettings
 
 
 class Settings:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import wan_train
 from wan_train.cli import parse
 from wan_train.models.fingerprint import fingerprint
-from wan_train.training.metadata import MINIMAL, RunFacts, saved_metadata, training_metadata
+from wan_train.training.saving.metadata import MINIMAL, RunFacts, saved_metadata, training_metadata
 from wan_train.training.settings import TOOL
 
 FACTS = RunFacts(3, 10, 5, 2, 10, 1, "bf16", '[{"num_train_items": 10}]', 1.5, 99)

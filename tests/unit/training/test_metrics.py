@@ -11,12 +11,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from wan_train.cli import InputError, RunError
+from wan_train.errors import InputError, RunError
 from wan_train.media_out import write_image, write_video
-from wan_train.training.metrics import MetricsWriter, StepMetrics, loss_by_stratum, num_tokens, read_rows
-from wan_train.training.save_settings import SaveSettings
-from wan_train.training.show_settings import LogSettings
-from wan_train.training.trackers import check_trackers
+from wan_train.training.reporting.metrics import MetricsWriter, StepMetrics, loss_by_stratum, num_tokens, read_rows
+from wan_train.training.reporting.settings import LogSettings
+from wan_train.training.reporting.trackers import check_trackers
+from wan_train.training.saving.settings import SaveSettings
 
 ROW = StepMetrics(1, 1, 0.5, 0.5, 1e-4, 2.0, 0.1, 100)
 SILENT = LogSettings(log_with="none")
@@ -169,9 +169,9 @@ def test_wandb_offline_keeps_curves_and_videos_but_no_key(tmp_path: Path, root: 
     script = f"""
 import sys
 from pathlib import Path
-from wan_train.training.metrics import MetricsWriter, StepMetrics
-from wan_train.training.save_settings import SaveSettings
-from wan_train.training.show_settings import LogSettings
+from wan_train.training.reporting.metrics import MetricsWriter, StepMetrics
+from wan_train.training.saving.settings import SaveSettings
+from wan_train.training.reporting.settings import LogSettings
 folder = Path({str(tmp_path)!r})
 named = dict(wandb_run_name="mine", log_tracker_name="projekt", wandb_api_key=sys.argv[2])
 logs = LogSettings(log_with="all", log_config=True, **named)

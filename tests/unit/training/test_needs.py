@@ -7,25 +7,26 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dataset.batches import Batch
-from dataset.order import SampleKey
+from dataset.batching.batches import Batch
+from dataset.batching.order import SampleKey
 from networks.full import Full
 from tests.tiny.make import DIT, dit_shapes, draw_weight
 from wan_train.assemble import assemble_dit, attach_adapter, equip
-from wan_train.cli import InputError, parse
-from wan_train.memory.lanes import HostLane
-from wan_train.memory.ledger import HOST, WORK, Ledger, OutlineLane
-from wan_train.memory.states import HostStates
-from wan_train.models.dit import Dit, DitConfig
+from wan_train.cli import parse
+from wan_train.errors import InputError
+from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.models.loading import outline_dit
+from wan_train.placement.lanes import HostLane
+from wan_train.placement.ledger import HOST, WORK, Ledger, OutlineLane
+from wan_train.placement.states import HostStates
 from wan_train.plan import META, Bytes, Needs, attend_like_a_kernel, check_fits, outlined, size
-from wan_train.training.ema import Ema
 from wan_train.training.needs import loss_of, needs_of, states_of, tensors_in, ways_out
-from wan_train.training.optimizers import make_optimizer
+from wan_train.training.optimizing.ema import Ema
+from wan_train.training.optimizing.optimizers import make_optimizer
+from wan_train.training.optimizing.rounding import rounded
+from wan_train.training.optimizing.stepping import states_at_hand
 from wan_train.training.preflight import model_settings
-from wan_train.training.rounding import rounded
 from wan_train.training.settings import TOOL, OptimizerSettings, TrainSettings
-from wan_train.training.stepping import states_at_hand
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from wan_train.training.optimizer_state import (
+from wan_train.training.optimizing.optimizer_state import (
     Portable,
     for_saving,
     for_training,
@@ -13,8 +13,8 @@ from wan_train.training.optimizer_state import (
     load_portable_state,
     portable_state,
 )
-from wan_train.training.optimizers import make_optimizer
-from wan_train.training.schedules import make_schedule
+from wan_train.training.optimizing.optimizers import make_optimizer
+from wan_train.training.optimizing.schedules import make_schedule
 from wan_train.training.settings import SCHEDULES, OptimizerSettings
 
 TOTAL = 12

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.packages import listed_in
-from wan_train.training.optimizers import OURS, SOURCES, check_optimizer, find_optimizer, make_optimizer
+from wan_train.training.optimizing.optimizers import OURS, SOURCES, check_optimizer, find_optimizer, make_optimizer
 from wan_train.training.settings import OptimizerSettings
 
 # A learning rate that suits each on the LoRA below.

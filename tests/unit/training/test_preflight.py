@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.cache import save_latents, save_text
+from dataset.caching.cache import save_latents, save_text
+from dataset.caching.extras import CONTROL
 from dataset.config import read_config
-from dataset.extras import CONTROL
 from dataset.sources import list_items, plan_clips
 from tests.unit.dataset.drawing import draw_image, write_toml
 from wan_train.cli import parse

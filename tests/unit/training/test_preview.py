@@ -14,20 +14,21 @@ from torch import Tensor, nn
 from networks.lora_wan import attach
 from networks.settings import NetworkSettings
 from tests.parity.golden import load_case
-from wan_train.cli import InputError, parse
+from wan_train.cli import parse
 from wan_train.conditions import Conditions
-from wan_train.memory.lanes import make_lane
-from wan_train.memory.recompute import apply_recompute
-from wan_train.memory.settings import RecomputeSettings, StreamSettings
-from wan_train.memory.stream import apply_stream
-from wan_train.models.dit import Dit, DitConfig
+from wan_train.errors import InputError
+from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.models.settings import VaeSettings
-from wan_train.models.vae import WanVAE
+from wan_train.models.vae.vae import WanVAE
 from wan_train.models.variants import VARIANTS
+from wan_train.placement.lanes import make_lane
+from wan_train.placement.recompute import apply_recompute
+from wan_train.placement.settings import RecomputeSettings, StreamSettings
+from wan_train.placement.stream import apply_stream
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.request import SampleRequest, preview_defaults
-from wan_train.training.preview import Previewer, check_previews
-from wan_train.training.save_settings import SaveSettings
+from wan_train.training.reporting.preview import Previewer, check_previews
+from wan_train.training.saving.settings import SaveSettings
 from wan_train.training.settings import TOOL
 
 CPU = torch.device("cpu")
@@ -165,7 +166,7 @@ def test_the_log_says_what_each_preview_is_made_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for check in ("check_vae", "check_given_clip", "check_text_encoder"):
-        monkeypatch.setattr(f"wan_train.training.preview.{check}", lambda *_, **__: None)
+        monkeypatch.setattr(f"wan_train.training.reporting.preview.{check}", lambda *_, **__: None)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog --w 64 --h 32 --f 5 --s 4 --l 1 --fs 3 --d 7\n")
     check_previews(settings("--sample_prompts", str(prompts), "--vae", "v", "--t5", "t"), VARIANTS["t2v-A14B"])
@@ -180,7 +181,7 @@ def test_the_log_says_what_each_preview_is_made_with(
 
 def test_a_name_that_previews_cannot_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for check in ("check_vae", "check_given_clip", "check_text_encoder"):
-        monkeypatch.setattr(f"wan_train.training.preview.{check}", lambda *_, **__: None)
+        monkeypatch.setattr(f"wan_train.training.reporting.preview.{check}", lambda *_, **__: None)
     (tmp_path / "prompts.txt").write_text("a cat --d 7\n")
     words = ("--sample_prompts", str(tmp_path / "prompts.txt"), "--vae", "v", "--t5", "t")
     words = (*words, "--output_dir", str(tmp_path / "new"))

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.order import SampleKey
+from dataset.batching.order import SampleKey
 from networks.adapter import create
 from networks.settings import NetworkSettings
-from wan_train.cli import InputError
 from wan_train.conditions import Conditions
-from wan_train.models.dit import Dit, DitConfig
-from wan_train.training.objective import Draws
-from wan_train.training.prior import Prior, prior_loss, read_captions
+from wan_train.errors import InputError
+from wan_train.models.dit.dit import Dit, DitConfig
+from wan_train.training.objective.loss import Draws
+from wan_train.training.objective.prior import Prior, prior_loss, read_captions
 
 
 def text(seed: int) -> torch.Tensor:

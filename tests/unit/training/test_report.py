@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from wan_train.media_out import write_image, write_video
-from wan_train.training.charts import MOST_POINTS, Series, draw_chart, nice_ticks, number, smoothed
-from wan_train.training.report import find_previews, make_page, start, thin_out
+from wan_train.training.reporting.charts import MOST_POINTS, Series, draw_chart, nice_ticks, number, smoothed
+from wan_train.training.reporting.report import find_previews, make_page, start, thin_out
 
 EMPTY = {"meta", "img", "br"}
 
@@ -138,7 +138,7 @@ def test_only_the_runs_own_previews(folder: Path) -> None:
 
 
 def test_as_a_command(folder: Path, root: Path) -> None:
-    command = [sys.executable, "-m", "wan_train.training.report"]
+    command = [sys.executable, "-m", "wan_train.training.reporting.report"]
     done = subprocess.run([*command, str(folder)], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and "report.html" in done.stderr, done.stderr
     (folder / "empty").mkdir()

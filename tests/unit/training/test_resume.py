@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from dataset.batching.order import SampleKey
+from dataset.caching.contents import Content
 from dataset.config import DatasetConfig
-from dataset.contents import Content
-from dataset.order import SampleKey
 from tests.unit.training.states import anonymous, save, settings_of
-from wan_train.cli import InputError
-from wan_train.training.resume import Trained, chosen_seed, configuration, require_same
-from wan_train.training.state import open_state
+from wan_train.errors import InputError
+from wan_train.training.saving.resume import Trained, chosen_seed, configuration, require_same
+from wan_train.training.saving.state import open_state
 
 
 def test_which_differences_count(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from wan_train.cli import InputError
-from wan_train.training.optimizer_state import load_portable_state, portable_state
-from wan_train.training.optimizers import check_optimizer, make_optimizer
-from wan_train.training.rounding import round_at_random, rounded
+from wan_train.errors import InputError
+from wan_train.training.optimizing.optimizer_state import load_portable_state, portable_state
+from wan_train.training.optimizing.optimizers import check_optimizer, make_optimizer
+from wan_train.training.optimizing.rounding import round_at_random, rounded
 from wan_train.training.settings import OptimizerSettings
 
 ONES = {"AdamW": (), "SGD": ("momentum=0.9",), "Adafactor": (), "CAME": (), "AdamW8bitSR": ()}

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 import torch
 
-from wan_train.cli import InputError
-from wan_train.training.optimizers import make_optimizer
-from wan_train.training.schedules import KINDS, check_schedule, make_schedule, rex_factor, warmup_steps
+from wan_train.errors import InputError
+from wan_train.training.optimizing.optimizers import make_optimizer
+from wan_train.training.optimizing.schedules import KINDS, check_schedule, make_schedule, rex_factor, warmup_steps
 from wan_train.training.settings import SCHEDULES, OptimizerSettings
 
 TOTAL = 100

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from wan_train.cli import parse
+from wan_train.training.objective.show_timesteps import NUM_BINS, show_timesteps
 from wan_train.training.settings import TrainSettings
-from wan_train.training.show_timesteps import NUM_BINS, show_timesteps
 
 
 def settings(folder: Path, *words: str) -> TrainSettings:

@@ -10,12 +10,12 @@ from torch import nn
 
 from networks.moments import of_epoch, of_step
 from tests.unit.training.states import parameters, save
-from wan_train.cli import InputError
+from wan_train.errors import InputError
 from wan_train.storage import save_tensors
-from wan_train.training.checkpoints import FILE, STATE, outlived, path_of
-from wan_train.training.ema import Ema
-from wan_train.training.save_settings import SaveSettings
-from wan_train.training.state import Position, load_state, open_state
+from wan_train.training.optimizing.ema import Ema
+from wan_train.training.saving.checkpoints import FILE, STATE, outlived, path_of
+from wan_train.training.saving.settings import SaveSettings
+from wan_train.training.saving.state import Position, load_state, open_state
 
 
 def test_a_state_comes_back_to_the_bit(tmp_path: Path) -> None:

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.batches import CachedDataset, open_cached
-from dataset.cache import save_latents, save_text
+from dataset.batching.batches import CachedDataset, open_cached
+from dataset.batching.epochs import EpochBatches
+from dataset.batching.order import SampleKey
+from dataset.caching.cache import save_latents, save_text
 from dataset.config import read_config
-from dataset.epochs import EpochBatches
-from dataset.order import SampleKey
 from dataset.sources import list_items, plan_clips
 from tests.unit.dataset.drawing import draw_image, write_toml
-from wan_train.training.objective import draw
+from wan_train.training.objective.loss import draw
+from wan_train.training.objective.strata import Strata, assign
 from wan_train.training.settings import TimestepSettings
-from wan_train.training.strata import Strata, assign
 
 TOML = """
 [general]

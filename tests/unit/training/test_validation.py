@@ -17,15 +17,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dataset.batches import CachedDataset, Sample
+from dataset.batching.batches import CachedDataset, Sample
+from dataset.batching.order import Pick, SampleKey
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
-from dataset.order import Pick, SampleKey
 from dataset.sources import Plan
-from wan_train.cli import InputError
-from wan_train.training import validation
+from wan_train.errors import InputError
+from wan_train.training.evaluating import validation
+from wan_train.training.evaluating.validation import (
+    Data,
+    Validator,
+    check_validation,
+    draw_stratum,
+    evaluating,
+    hold_out,
+)
 from wan_train.training.settings import LossSettings, TimestepSettings, ValidationSettings
-from wan_train.training.validation import Data, Validator, check_validation, draw_stratum, evaluating, hold_out
 
 ALONE = cast(
     Accelerator, SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))

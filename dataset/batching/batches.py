@@ -1,0 +1,233 @@
+"""Cached clips as a torch dataset, and how they are stacked."""
+
+import itertools
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset.batching.order import Pick, SampleKey, draw_flip, draw_variant
+from dataset.caching.cache import latents_path, read_extra, read_latents, read_text
+from dataset.caching.extras import CLIP, CLIP_FLIPPED, FLIPPED, IMAGE, IMAGE_FLIPPED, MASK, POSITIONS
+from dataset.caching.trusted import plan_from_caches
+from dataset.config import DatasetConfig
+from dataset.items import Clip
+from dataset.reading.opening import check_caches
+from dataset.sources import Plan, list_items, plan_clips, warn_too_short
+from wan_train.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One cached clip: normalised latents (C, F, H, W) and text (L, dim), in the dtypes of their files.
+
+    `weights` (F, H, W), in float32 and 1 in the mean, say how much each latent cell counts; without them all the same.
+    `loss_weight` and `is_reg` are the dataset's. Models that are given pictures have `image_latents` (4+C, F, H, W),
+    `clip_features` (I, width) and `frame_positions` (F,), where the frames are in time if not one after the other.
+    """
+
+    key: SampleKey
+    latents: Tensor
+    context: Tensor
+    weights: Tensor | None = None
+    loss_weight: float = 1.0
+    is_reg: bool = False
+    image_latents: Tensor | None = None
+    clip_features: Tensor | None = None
+    frame_positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one bucket: latents (B, C, F, H, W) and for each its text (L_i, dim).
+
+    `weights` (B, 1, F, H, W) are there where one of the samples has some; those of the others are 1. The loss counts
+    `loss_weight` times; `is_reg`: what the model knows already and shall keep. `image_latents` (B, 4+C, F, H, W) and
+    `clip_features` (B, I, width) as of samples, `frame_positions` (F,) the same for all.
+    """
+
+    keys: tuple[SampleKey, ...]
+    latents: Tensor
+    context: list[Tensor]
+    weights: Tensor | None = None
+    loss_weight: float = 1.0
+    is_reg: bool = False
+    image_latents: Tensor | None = None
+    clip_features: Tensor | None = None
+    frame_positions: Tensor | None = None
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory; a DataLoader with `pin_memory` calls this."""
+        context = [text.pin_memory() for text in self.context]
+        pinned: dict[str, Any] = {n: value.pin_memory() for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, context=context, **pinned)
+
+
+class Bucket(NamedTuple):
+    """What samples share that can be stacked: the dataset's number, (width, height) and frames, in pixels."""
+
+    dataset: int
+    size: tuple[int, int]
+    num_frames: int
+
+
+class CachedDataset(Dataset[Sample]):
+    """The cached clips of all datasets, each as often as its `num_repeats` says; read when asked for.
+
+    Indexed by position, by `SampleKey` or by `Pick`, which alone says which caption and whether mirrored; the others
+    take the first and not.
+    `buckets` holds the positions of each bucket's samples, in order, and `configs` each dataset's settings by number.
+    """
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self.plans = tuple(plans)
+        self.configs = {plan.config.number: plan.config for plan in plans}
+        self.keys: list[SampleKey] = []
+        self.buckets: dict[Bucket, list[int]] = {}
+        self._clips: list[Clip] = []
+        folders = _short_names([plan.config.cache_directory.resolve() for plan in plans])
+        for folder, plan in zip(folders, plans, strict=True):
+            for clip, repeat in itertools.product(plan.clips, range(plan.config.num_repeats)):
+                bucket = Bucket(plan.config.number, clip.size, clip.num_frames)
+                self.buckets.setdefault(bucket, []).append(len(self.keys))
+                self.keys.append(SampleKey(f"{folder}/{latents_path(clip).stem}", repeat))
+                self._clips.append(clip)
+        self._positions = {key: position for position, key in enumerate(self.keys)}
+        assert len(self._positions) == len(self.keys), "two clips of one name"
+
+    @property
+    def num_items(self) -> int:
+        """Samples of an epoch, repeats counted."""
+        return len(self.keys)
+
+    @property
+    def clips(self) -> dict[str, Clip]:
+        """The clip of each sample, by `SampleKey.item`."""
+        return {key.item: clip for key, clip in zip(self.keys, self._clips, strict=True)}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int | SampleKey | Pick) -> Sample:
+        position = self._positions[index] if isinstance(index, SampleKey) else index
+        pick = position if isinstance(position, Pick) else Pick(position)
+        clip = self._clips[pick.position]
+        latents = read_extra(clip, FLIPPED) if pick.flipped else read_latents(clip)
+        text = read_text(clip.item, pick.variant)
+        weights, config = _read_weights(clip, flipped=pick.flipped), clip.item.config
+        images = _read_images(clip, flipped=pick.flipped)
+        return Sample(self.key_of(pick), latents, text, weights, config.loss_weight, config.is_reg, *images)
+
+    def key_of(self, pick: Pick) -> SampleKey:
+        """What a picked sample is called; when one is taken again in an epoch its repeats are counted on."""
+        key, config = self.keys[pick.position], self._clips[pick.position].item.config
+        return SampleKey(key.item, key.repeat + pick.turn * config.num_repeats)
+
+    def pick(self, position: int, turn: int, *, seed: int, epoch: int) -> Pick:
+        """A sample as an epoch takes it, with the caption and the side that are drawn for it."""
+        item = self._clips[position].item
+        key = self.key_of(Pick(position, turn=turn))
+        variant = draw_variant(
+            key,
+            seed=seed,
+            epoch=epoch,
+            num_captions=len(item.captions),
+            dropout_rate=item.config.caption_dropout_rate,
+        )
+        return Pick(position, variant, turn, item.config.flip_augment and draw_flip(key, seed=seed, epoch=epoch))
+
+
+def open_cached(
+    configs: Sequence[DatasetConfig], *, allow_missing_captions: bool, skip_broken: bool = False
+) -> CachedDataset:
+    """The samples that the TOML describes now, all of them cached; no frame is decoded.
+
+    Raises InputError, with the command to run, where a cache is missing, unreadable, or was made of something else; and
+    whatever `list_items` and `plan_clips` raise.
+    """
+    plans = [
+        plan_clips(config, list_items(config, allow_missing_captions=allow_missing_captions), skip_broken=skip_broken)
+        for config in configs
+    ]
+    warn_too_short(plans)
+    options = f"--dataset_config {shlex.quote(str(configs[0].source))}"
+    options += " --allow_missing_captions" * allow_missing_captions + " --skip_broken" * skip_broken
+    check_caches(plans, options)
+    return CachedDataset(plans)
+
+
+def open_trusted(configs: Sequence[DatasetConfig]) -> CachedDataset:
+    """The samples that the cache folders hold; the sources are not looked at. Raises what `plan_from_caches` raises."""
+    return CachedDataset([plan_from_caches(config) for config in configs])
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples of one bucket."""
+    latents = torch.stack([sample.latents for sample in samples])
+    context, weights = [sample.context for sample in samples], _stack_weights(samples)
+    first = samples[0]
+    images, clip = ([getattr(s, name) for s in samples] for name in ("image_latents", "clip_features"))
+    return Batch(
+        keys=tuple(sample.key for sample in samples),
+        latents=latents,
+        context=context,
+        weights=weights,
+        loss_weight=first.loss_weight,
+        is_reg=first.is_reg,
+        image_latents=None if first.image_latents is None else torch.stack(images),
+        clip_features=None if first.clip_features is None else torch.stack(clip),
+        frame_positions=first.frame_positions,
+    )
+
+
+def _stack_weights(samples: Sequence[Sample]) -> Tensor | None:
+    if all(sample.weights is None for sample in samples):
+        return None
+    even = torch.ones(samples[0].latents.shape[1:])
+    return torch.stack([even if sample.weights is None else sample.weights for sample in samples]).unsqueeze(1)
+
+
+def _read_weights(clip: Clip, *, flipped: bool) -> Tensor | None:
+    """A clip's loss mask, scaled so that its mean is 1 and a masked clip counts as much as another."""
+    if clip.item.mask is None:
+        return None
+    mask = read_extra(clip, MASK).float()
+    weights = mask / mask.mean()
+    return weights.flip(-1) if flipped else weights
+
+
+def _read_images(clip: Clip, *, flipped: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A clip's `image_latents`, `clip_features` and `frame_positions`; tokens of several pictures follow one another.
+
+    Raises InputError where the frames are elsewhere in time than the TOML says.
+    """
+    config = clip.item.config
+    if config.images is None or config.images.fused:
+        return None, None, None
+    latents = read_extra(clip, IMAGE_FLIPPED if flipped else IMAGE)
+    if not config.images.clip:
+        return latents, None, None
+    tokens = read_extra(clip, CLIP_FLIPPED if flipped else CLIP).flatten(0, -2)
+    if config.one_frame is None:
+        return latents, tokens, None
+    positions = read_extra(clip, POSITIONS)
+    if tuple(positions.tolist()) != config.one_frame.positions:
+        raise InputError(
+            f"{latents_path(clip)} has frames at {positions.tolist()} in time, {config} says"
+            f" {list(config.one_frame.positions)}: cache it again"
+        )
+    return latents, tokens, positions
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """The fewest last parts of each path that tell all of them apart, which are the same on every machine."""
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -1,0 +1,167 @@
+"""The cache files: names, keys and metadata, with one writer and one reader; the format is musubi-tuner's."""
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dataset.caching.extras import extra_dtype, extra_key, extra_pattern
+from dataset.caching.recipe import RECIPE_KEY, Recipe, write_recipe
+from dataset.items import Clip, Item
+from wan_train.errors import InputError
+from wan_train.precision import name_of
+from wan_train.storage import read_tensors, save_tensors
+
+ARCHITECTURE = "wan"
+_FORMAT_VERSION = "1.0.1"
+# File systems limit names to so many bytes; what follows the stem in names of latents takes these, in most cases.
+_LONGEST_NAME = 255
+_BEHIND_VIDEO, _BEHIND_IMAGE = "_00000-000_0000x0000_wan.safetensors", "_0000x0000_wan.safetensors"
+_SHORT_STEM = 160
+LATENTS_KEY = re.compile(r"latents_\d+x\d+x\d+_\w+")
+
+
+def latents_path(clip: Clip) -> Path:
+    """Where a clip's latents are kept; an image's name tells its own size, a video's the size of its bucket."""
+    config, stem = clip.item.config, _stem(clip.item)
+    width, height = clip.size if config.is_video else clip.source_size
+    span = f"{clip.start:05d}-{clip.num_frames:03d}_" if config.is_video else ""
+    return config.cache_directory / f"{stem}_{span}{width:04d}x{height:04d}_{ARCHITECTURE}.safetensors"
+
+
+def text_path(item: Item) -> Path:
+    """Where an item's text embedding is kept; its clips share it."""
+    return item.config.cache_directory / f"{_stem(item)}_{ARCHITECTURE}_te.safetensors"
+
+
+def _stem(item: Item) -> str:
+    """What the names of an item's caches begin with: its stem, or where those would be too long for a file system, the
+    stem's beginning with a hash of the whole."""
+    stem = os.fsencode(item.path.stem)
+    behind = _BEHIND_VIDEO if item.config.is_video else _BEHIND_IMAGE
+    if len(stem) + len(behind) <= _LONGEST_NAME:
+        return item.path.stem
+    return f"{stem[:_SHORT_STEM].decode(errors='ignore')}~{hashlib.sha256(stem).hexdigest()[:12]}"
+
+
+def find_text_misfit(item: Item, names: Collection[str], metadata: Mapping[str, str]) -> str:
+    """Why a file with these tensors and this metadata is not the item's text, in words; nothing where it is.
+
+    What it holds beyond that does not matter.
+    """
+    if any(metadata.get(f"caption{number}") != caption for number, caption in enumerate(item.captions, 1)):
+        return "another caption"
+    lacking = [text for name, text in text_names(item).items() if not find_key(_text_key(name), names)]
+    return ("no embedding in it" if any(lacking) else "no embedding of empty text in it") if lacking else ""
+
+
+def text_names(item: Item) -> dict[str, str]:
+    """Every text that training may take for an item, under the name of its tensor without the dtype.
+
+    The first is named as musubi-tuner names its only one; empty text is among them where captions are dropped.
+    """
+    texts = {_text_name(variant): caption for variant, caption in enumerate(item.captions)}
+    return texts | ({_text_name(None): ""} if item.config.caption_dropout_rate else {})
+
+
+def save_latents(
+    clip: Clip,
+    latents: Tensor,
+    dtype: torch.dtype,
+    recipe: Recipe | None = None,
+    *,
+    extras: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a clip's normalised latents (C, F, H, W) and, by kind, what `dataset.caching.extras` names beside them.
+
+    Raises InputError where they are not finite numbers.
+    """
+    assert latents.shape == clip.latent_shape
+    tensors = {_latents_key(clip, dtype): latents.to(dtype)}
+    for kind, tensor in (extras or {}).items():
+        tensors[extra_key(kind, clip, dtype)] = tensor.to(extra_dtype(kind, dtype))
+    if not all(map(_is_finite, tensors.values())):
+        raise InputError(
+            f"{clip.item.path}, from frame {clip.start}: its latents are not finite in {name_of(dtype)}:"
+            " take --vae_dtype fp32, or the file out of its folder"
+        )
+    width, height = clip.size if clip.item.config.is_video else clip.source_size
+    metadata = {
+        "architecture": ARCHITECTURE,
+        "width": str(width),
+        "height": str(height),
+        "format_version": _FORMAT_VERSION,
+    }
+    if clip.item.config.is_video:
+        metadata["frame_count"] = str(clip.num_frames)
+    if recipe:
+        metadata[RECIPE_KEY] = write_recipe(recipe)
+    save_tensors(latents_path(clip), tensors, metadata)
+
+
+def save_text(item: Item, embeddings: Mapping[str, Tensor], recipe: Recipe | None = None) -> None:
+    """Write the embeddings (L, dim) of an item's texts in bfloat16, out of those of `embeddings`, which go by text.
+
+    Raises InputError where they are not finite numbers.
+    """
+    dtype = torch.bfloat16
+    stored = {f"{name}_{name_of(dtype)}": embeddings[text].to(dtype) for name, text in text_names(item).items()}
+    if not all(map(_is_finite, stored.values())):
+        raise InputError(f"{item.path}: the embedding of its caption is not finite: check --t5 and the caption")
+    metadata = {"architecture": ARCHITECTURE, "format_version": _FORMAT_VERSION}
+    metadata |= {f"caption{number}": caption for number, caption in enumerate(item.captions, 1)}
+    if recipe:
+        metadata[RECIPE_KEY] = write_recipe(recipe)
+    save_tensors(text_path(item), stored, metadata)
+
+
+def read_latents(clip: Clip) -> Tensor:
+    """A clip's normalised latents (C, F, H, W), in the dtype of the file."""
+    return _read(latents_path(clip), LATENTS_KEY)
+
+
+def read_extra(clip: Clip, kind: str) -> Tensor:
+    """What a clip's file holds of a kind that `extras.wanted_extras` names for it, in the dtype of the file."""
+    return _read(latents_path(clip), extra_pattern(kind))
+
+
+def read_text(item: Item, variant: int | None = 0) -> Tensor:
+    """The embedding (L, dim) of one of an item's captions, or with None of empty text, in the dtype of the file."""
+    return _read(text_path(item), _text_key(_text_name(variant)))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The extremes carry every NaN and infinity, and are found twenty times as fast as isfinite looks at each number.
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def find_key(pattern: re.Pattern[str], names: Iterable[str]) -> str | None:
+    """The first of a file's tensors whose name is of this kind."""
+    return next(filter(pattern.fullmatch, names), None)
+
+
+def _text_name(variant: int | None) -> str:
+    if variant is None:
+        return "varlen_t5_empty"
+    return f"varlen_t5_v{variant + 1}" if variant else "varlen_t5"
+
+
+def _text_key(name: str) -> re.Pattern[str]:
+    """Matches this text's tensor in any dtype, and none of the others."""
+    return re.compile(rf"{name}_(?!v\d+_|empty_)\w+")
+
+
+def _latents_key(clip: Clip, dtype: torch.dtype) -> str:
+    return f"latents_{'x'.join(map(str, clip.latent_shape[1:]))}_{name_of(dtype)}"
+
+
+def _read(path: Path, key: re.Pattern[str]) -> Tensor:
+    for name, tensor in read_tensors(path):
+        if key.fullmatch(name):
+            return tensor
+    raise InputError(f"{path} no longer holds what training read in it at the start: make the cache again")

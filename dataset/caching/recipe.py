@@ -1,0 +1,132 @@
+"""What a cache was made from: written into its metadata, and compared with what there is now.
+
+Size and time of change tell that a file is the same; its content is read only where they differ.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.caching.manifest import Manifest
+from dataset.config import DatasetConfig
+from wan_train.shards import INDEX, expand
+
+RECIPE_KEY = "wan_train_recipe"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Which file it was: of a folder or a set of shards the sum of sizes, the latest change and a hash over all.
+
+    `reading` is what is done to a media file's pixels beyond decoding; caches that are older than it have none.
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    sha256: str
+    reading: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a cache was made from and how; a caption's has no source, frames and size.
+
+    `frames` are indices of decoded frames, `size` the bucket (width, height) in pixels, `extras` what else went into
+    the file, by what it is for; `positions` where in time the pictures of a one-frame sample are, its own last;
+    `last` whether the clip's last frame is given beside the first.
+    """
+
+    model: Fingerprint
+    dtype: str
+    source: Fingerprint | None = None
+    start: int = 0
+    frames: tuple[int, ...] = ()
+    size: tuple[int, int] = (0, 0)
+    extras: Mapping[str, Fingerprint] = dataclasses.field(default_factory=dict)
+    positions: tuple[int, ...] = ()
+    last: bool = False
+
+
+def places_in_time(config: DatasetConfig) -> tuple[int, ...]:
+    """`Recipe.positions` of a dataset's samples."""
+    one_frame = config.one_frame
+    return () if one_frame is None else (*one_frame.controls, one_frame.target)
+
+
+def gives_last(config: DatasetConfig) -> bool:
+    """`Recipe.last` of a dataset's samples."""
+    return config.images is not None and config.images.last
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """The recipe as one value of a file's metadata."""
+    return json.dumps({"version": _VERSION, **dataclasses.asdict(recipe)}, separators=(",", ":"))
+
+
+def read_recipe(text: str) -> Recipe | None:
+    """The recipe in a file's metadata, or None where it is of another version."""
+    try:
+        values = json.loads(text)
+        if values.pop("version") != _VERSION:
+            return None
+        model, source = Fingerprint(**values.pop("model")), values.pop("source")
+        source = Fingerprint(**source) if source else None
+        frames, size = tuple(values.pop("frames")), tuple(values.pop("size"))
+        positions = tuple(values.pop("positions", ()))
+        extras = {kind: Fingerprint(**extra) for kind, extra in values.pop("extras").items()}
+        return Recipe(
+            model=model, source=source, frames=frames, size=size, extras=extras, positions=positions, **values
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def take_fingerprint(path: Path, manifest: Manifest, reading: str = "") -> Fingerprint:
+    """The fingerprint of a file, of a set of shards or of a folder's files; a hash that is known is not taken again.
+
+    Raises OSError or InputError where it is not there.
+    """
+    size, mtime_ns = _state(path)
+    return Fingerprint(path.name, size, mtime_ns, _digest(path, manifest), reading)
+
+
+def is_same(known: Fingerprint, path: Path, manifest: Manifest) -> bool:
+    """Whether a path still holds what it held; one that is gone does not."""
+    try:
+        size, mtime_ns = _state(path)
+        if size != known.size:
+            return False
+        return mtime_ns == known.mtime_ns or _digest(path, manifest) == known.sha256
+    except OSError:
+        return False
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of change in nanoseconds."""
+    found = [file.stat() for file in _files_of(path)]
+    return sum(status.st_size for status in found), max((status.st_mtime_ns for status in found), default=0)
+
+
+def _digest(path: Path, manifest: Manifest) -> str:
+    files = _files_of(path)
+    digests = [manifest.recall("sha256", file, _hash) for file in files]
+    if files == [path]:
+        return str(digests[0])
+    named = "\n".join(f"{digest} {file.name}" for file, digest in zip(files, digests, strict=True))
+    return hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    return expand(path) if path.name.endswith((".safetensors", INDEX)) else [path]
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

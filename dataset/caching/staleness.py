@@ -1,0 +1,185 @@
+"""Whether a cache file is what would be written now, and if not, in words, why not. Nothing is decoded."""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dataset.caching.cache import ARCHITECTURE, LATENTS_KEY, find_key, find_text_misfit, latents_path, text_path
+from dataset.caching.extras import CLIP, extra_sources, find_extras_misfit
+from dataset.caching.manifest import Manifest
+from dataset.caching.recipe import RECIPE_KEY, Recipe, gives_last, is_same, places_in_time, read_recipe
+from dataset.items import Clip, Item
+from dataset.reading.probes import extra_reading
+from wan_train.errors import InputError
+from wan_train.precision import name_of
+from wan_train.storage import read_header
+
+LATENTS_NAME = re.compile(
+    rf"(?P<stem>.+?)_((?P<start>\d{{5,}})-(?P<length>\d{{3,}})_)?(?P<width>\d{{4,}})x(?P<height>\d{{4,}})_{ARCHITECTURE}"
+)
+_TEXT_NAME = re.compile(rf".+_{ARCHITECTURE}_te")
+
+
+class Kind(Enum):
+    """What a cache file is to a clip or caption; `FOREIGN` fits and has no recipe, as musubi-tuner's have none."""
+
+    UP_TO_DATE = "up to date"
+    FOREIGN = "adopted"
+    MISSING = "missing"
+    STALE = "stale"
+    TRUNCATED = "truncated"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a cache file is, and why."""
+
+    path: Path
+    kind: Kind
+    reason: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether training may read it."""
+        return self.kind in (Kind.UP_TO_DATE, Kind.FOREIGN)
+
+    def __str__(self) -> str:
+        return f"{self.path.name}: {self.reason or self.kind.value}"
+
+
+class Facts(NamedTuple):
+    """What a cache file says of itself: the shapes of its tensors, and its metadata."""
+
+    shapes: dict[str, list[int]]
+    metadata: dict[str, str]
+
+
+def read_facts(path: Path, manifest: Manifest) -> Facts | None:
+    """A cache file's header, read once for each state of the file; None where it is cut off or no such file at all."""
+    found = manifest.recall("header", path, _read_header)
+    return Facts(*found) if found else None
+
+
+def latents_state(
+    clip: Clip,
+    manifest: Manifest,
+    *,
+    dtype: torch.dtype | None = None,
+    model: Path | None = None,
+    image_model: Path | None = None,
+) -> State:
+    """The state of a clip's latents, compared with `dtype` and the files of VAE and CLIP where they are given."""
+    path = latents_path(clip)
+    try:
+        facts = read_facts(path, manifest)
+    except OSError:
+        return State(path, Kind.MISSING)
+    if facts is None:
+        return State(path, Kind.TRUNCATED)
+    reason = _compare_contents(clip, facts, dtype)
+    recipe, is_ours = _recipe_of(facts)
+    if not is_ours:
+        return State(path, Kind.STALE, reason) if reason else State(path, Kind.FOREIGN)
+    reason = reason or (_compare_recipe(clip, recipe, manifest, model, image_model) if recipe else "of another version")
+    return State(path, Kind.STALE, reason) if reason else State(path, Kind.UP_TO_DATE)
+
+
+def text_state(item: Item, manifest: Manifest, *, model: Path | None = None) -> State:
+    """The state of a caption's embedding, compared with the text encoder's file where it is given."""
+    path = text_path(item)
+    try:
+        facts = read_facts(path, manifest)
+    except OSError:
+        return State(path, Kind.MISSING)
+    if facts is None:
+        return State(path, Kind.TRUNCATED)
+    recipe, is_ours = _recipe_of(facts)
+    if reason := find_text_misfit(item, facts.shapes, facts.metadata):
+        return State(path, Kind.STALE, reason)
+    if not is_ours:
+        return State(path, Kind.FOREIGN)
+    if recipe is None:
+        return State(path, Kind.STALE, "of another version")
+    if model and not is_same(recipe.model, model, manifest):
+        return State(path, Kind.STALE, f"of another text encoder ({recipe.model.name})")
+    return State(path, Kind.UP_TO_DATE)
+
+
+def list_orphans(folder: Path, planned: Collection[Path], *, is_text: bool) -> list[Path]:
+    """The files in a folder that are named like caches of one kind and belong to none of the planned."""
+    names, pattern = {path.name for path in planned}, _TEXT_NAME if is_text else LATENTS_NAME
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    return sorted(path for path in found if path.name not in names and pattern.fullmatch(path.stem))
+
+
+def _compare_contents(clip: Clip, facts: Facts, dtype: torch.dtype | None) -> str:
+    """Why the tensors and the names that every tool writes do not fit the clip; nothing where they do."""
+    key = find_key(LATENTS_KEY, facts.shapes)
+    if key is None:
+        return "no latents in it"
+    if facts.shapes[key][0] != clip.latent_shape[0]:
+        return f"of another VAE, with {facts.shapes[key][0]} channels"
+    if tuple(facts.shapes[key]) != clip.latent_shape:
+        return "other frames or another size"
+    if dtype is not None and not key.endswith(f"_{name_of(dtype)}"):
+        return f"in {re.sub(r'.*_', '', key)}, not in {name_of(dtype)}"
+    known = facts.metadata.get("architecture", ARCHITECTURE)
+    if known != ARCHITECTURE:
+        return f"of another model family ({known})"
+    if clip.item.config.is_video and facts.metadata.get("frame_count", str(clip.num_frames)) != str(clip.num_frames):
+        return "other frames"
+    return find_extras_misfit(clip, facts.shapes, dtype)
+
+
+def _compare_recipe(
+    clip: Clip, recipe: Recipe, manifest: Manifest, model: Path | None, image_model: Path | None
+) -> str:
+    if recipe.size != clip.size:
+        return "another size"
+    if recipe.frames != clip.frames:
+        return "other frames"
+    if recipe.positions != places_in_time(clip.item.config):
+        return "other places in time"
+    if clip.item.config.images is not None and recipe.last != gives_last(clip.item.config):
+        return "of other pictures"
+    if recipe.source and not is_same(recipe.source, clip.item.path, manifest):
+        return "source changed"
+    if recipe.source and recipe.source.reading != clip.reading:
+        return _compare_reading("source", recipe.source.reading, clip.reading)
+    for kind, extra in extra_sources(clip.item).items():
+        if kind not in recipe.extras or not is_same(recipe.extras[kind], extra, manifest):
+            return f"{kind} changed"
+        known, now = recipe.extras[kind].reading, extra_reading(clip.item, kind, extra, manifest)
+        if known != now:
+            return _compare_reading(kind, known, now)
+    if model and not is_same(recipe.model, model, manifest):
+        return f"another VAE ({recipe.model.name})"
+    seen = recipe.extras.get(CLIP)
+    if image_model and seen and not is_same(seen, image_model, manifest):
+        return f"another CLIP ({seen.name})"
+    return ""
+
+
+def _compare_reading(kind: str, known: str, now: str) -> str:
+    return f"{kind} read in another way (then {known or 'as decoded'}, now {now or 'as decoded'})"
+
+
+def _recipe_of(facts: Facts) -> tuple[Recipe | None, bool]:
+    """The recipe, if it can be read, and whether there is one at all."""
+    text = facts.metadata.get(RECIPE_KEY)
+    return (read_recipe(text) if text else None), text is not None
+
+
+def _read_header(path: Path) -> list[dict[str, object]] | None:
+    try:
+        header = read_header(path)
+    except InputError:
+        return None
+    return [{key: list(shape) for key, shape in header.shapes.items()}, dict(header.metadata)]

@@ -1,0 +1,96 @@
+"""Training without the sources: the clips and captions that a cache folder holds, taken as they are."""
+
+import re
+from collections.abc import Mapping
+
+from dataset.caching.cache import LATENTS_KEY, find_key, find_text_misfit, latents_path, text_path
+from dataset.caching.extras import CONTROL, MASK, extra_pattern, find_extras_misfit
+from dataset.caching.manifest import Manifest
+from dataset.caching.recipe import RECIPE_KEY, gives_last, read_recipe
+from dataset.caching.staleness import LATENTS_NAME, Facts, list_orphans, read_facts
+from dataset.config import DatasetConfig
+from dataset.items import Clip, Item
+from dataset.sources import Plan, name_some
+from wan_train.errors import InputError
+from wan_train.models.variants import FRAME_STEP
+
+
+def plan_from_caches(config: DatasetConfig) -> Plan:
+    """What a dataset's cache folder holds, sorted by name; nothing else is read, and nothing compared with the sources.
+
+    Raises InputError where the folder holds no latents, for files that are cut off or lack what the TOML asks of them,
+    and for latents without a text.
+    """
+    folder = config.cache_directory
+    clips: dict[Item, list[Clip]] = {}
+    items: dict[str, Item] = {}
+    problems: list[str] = []
+    with Manifest(folder) as manifest:
+        for path in list_orphans(folder, (), is_text=False):
+            named, facts = LATENTS_NAME.fullmatch(path.stem), read_facts(path, manifest)
+            if not named or bool(named["start"]) != config.is_video:
+                continue
+            if facts is None:
+                problems.append(f"{path.name}: truncated")
+                continue
+            item = items.get(named["stem"]) or _read_item(config, named["stem"], facts, manifest)
+            clip = _read_clip(item, named, facts) if isinstance(item, Item) else item
+            if isinstance(item, Item) and isinstance(clip, Clip):
+                items[named["stem"]] = item
+                clips.setdefault(item, []).append(clip)
+            else:
+                problems.append(f"{path.name}: {clip}")
+    if problems:
+        raise InputError(f"{config}: {len(problems)} caches cannot be trusted: {name_some(problems)}")
+    if not clips:
+        kind = "videos" if config.is_video else "images"
+        raise InputError(f"{config}: no latents of {kind} in {folder}: cache them first, or copy their folder here")
+    found = tuple(clip for of_item in clips.values() for clip in of_item)
+    return Plan(config, tuple(clips), found, ())
+
+
+def _read_item(config: DatasetConfig, stem: str, latents: Facts, manifest: Manifest) -> Item | str:
+    """The item that latents and text of this stem are of, or what is amiss."""
+    # Its suffix is not known and not needed: caches are named by the stem.
+    path = config.directory / f"{stem}.{'mp4' if config.is_video else 'png'}"
+    has = {kind: bool(find_key(extra_pattern(kind), latents.shapes)) for kind in (CONTROL, MASK)}
+    bare = Item(config, path, ("",), controls=(path,) * has[CONTROL], mask=path if has[MASK] else None)
+    try:
+        facts = read_facts(text_path(bare), manifest)
+    except OSError:
+        return f"no {text_path(bare).name} beside it"
+    if facts is None:
+        return f"{text_path(bare).name} is truncated"
+    item = Item(config, path, _read_captions(facts.metadata), bare.controls, bare.mask)
+    return find_text_misfit(item, facts.shapes, facts.metadata) or item
+
+
+def _read_captions(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    captions: list[str] = []
+    while (key := f"caption{len(captions) + 1}") in metadata:
+        captions.append(metadata[key])
+    return tuple(captions) or ("",)
+
+
+def _read_clip(item: Item, named: re.Match[str], facts: Facts) -> Clip | str:
+    """The clip that latents are of, or what is amiss; where no recipe tells its frames, they follow each other."""
+    key = find_key(LATENTS_KEY, facts.shapes)
+    if key is None:
+        return "no latents in it"
+    channels, num_latents, height, width = facts.shapes[key]
+    if channels != item.config.space.channels:
+        return f"of another VAE, with {channels} channels"
+    stride = item.config.space.stride
+    size = (width * stride, height * stride)
+    start, length = int(named["start"] or 0), int(named["length"] or 1)
+    one_frame = item.config.one_frame
+    if num_latents != (len(one_frame.positions) if one_frame else (length - 1) // FRAME_STEP + 1):
+        return "other frames than its name says"
+    recipe = read_recipe(facts.metadata.get(RECIPE_KEY, ""))
+    frames = recipe.frames if recipe else tuple(range(start, start + length))
+    clip = Clip(item, start, frames, size, (int(named["width"]), int(named["height"])))
+    if latents_path(clip).stem != named[0]:
+        return "another size than its name says"
+    if recipe and item.config.images is not None and recipe.last != gives_last(item.config):
+        return "of other pictures"
+    return find_extras_misfit(clip, facts.shapes) or clip

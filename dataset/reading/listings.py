@@ -1,0 +1,162 @@
+"""The media files of a dataset with their captions, out of a folder, a JSONL file or a CSV file. No media is opened."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataset.config import DatasetConfig
+from dataset.reading.captions import find_caption_files, read_captions, split_variants
+from dataset.reading.media import VIDEO_SUFFIXES, is_video
+from dataset.reading.stills import IMAGE_SUFFIXES
+from wan_train.errors import InputError
+from wan_train.log import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A media file with its captions, none where none is given, and the controls that a listing names for it."""
+
+    path: Path
+    captions: tuple[str, ...]
+    controls: tuple[Path, ...] = ()
+
+
+def find_entries(config: DatasetConfig) -> list[Entry]:
+    """What a dataset consists of: its folder's files sorted by path, or its listing's in their order.
+
+    Raises InputError for a folder or listing that cannot be read, lines that are not what they should be (with their
+    number) and files that are not there.
+    """
+    if config.listing is None:
+        found = [Entry(path, captions) for path, captions in _in_folder(config)]
+    else:
+        read = _read_csv if config.listing.suffix.lower() == ".csv" else _read_jsonl
+        found = [_read_row(config, *row) for row in read(config, config.listing)]
+    if not found:
+        kind, suffixes = ("videos", VIDEO_SUFFIXES) if config.is_video else ("images", IMAGE_SUFFIXES)
+        where = "folder" if config.listing is None else "file"
+        hint = "" if config.listing or config.recursive else "; sub-folders are read with recursive = true"
+        raise InputError(f"{config}: no {kind} in the {where}; read are {', '.join(suffixes)}{hint}")
+    return found
+
+
+def _in_folder(config: DatasetConfig) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    try:
+        is_media = is_video if config.is_video else _is_image
+        paths = sorted(path for path in walk_folder(config) if is_media(path) and not path.name.startswith("."))
+    except OSError as problem:
+        raise InputError(f"{config}: cannot read the folder: {problem.strerror}") from None
+    captions = find_caption_files(paths, config.caption_extension, config.caption_variants)
+    for path in paths:
+        yield path, read_captions(captions[path], config.caption_variants)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
+def walk_folder(config: DatasetConfig) -> Iterator[Path]:
+    """Files and folders of a dataset's folder, and with `recursive` below it, each real folder entered once.
+
+    Folders of controls and of masks are passed over, hidden ones too; a folder of frames is one video.
+    """
+    folders = (config.directory, config.control_directory, config.mask_directory)
+    apart = {folder.resolve() for folder in folders if folder}
+    waiting = [config.directory]
+    while waiting:
+        for path in waiting.pop().iterdir():
+            if not path.is_dir():
+                yield path
+            elif not path.name.startswith(".") and (real := path.resolve()) not in apart:
+                apart.add(real)
+                if config.is_video and is_video(path):
+                    yield path
+                elif config.recursive:
+                    waiting.append(path)
+
+
+# The line's number, and the path, the captions and the controls' paths in it, as they stand there.
+Row = tuple[int, Any, tuple[Any, ...], tuple[Any, ...]]
+_CONTROL = re.compile(r"control_path(_\d+)?")
+
+
+def _read_jsonl(config: DatasetConfig, listing: Path) -> Iterator[Row]:
+    key, unread = "video_path" if config.is_video else "image_path", set[str]()
+    for number, line in enumerate(_read_lines(listing), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as problem:
+            raise InputError(f"{listing} line {number} is not JSON: {problem.msg} at column {problem.colno}") from None
+        if not isinstance(row, dict) or key not in row:
+            raise InputError(f'{listing} line {number}: takes {{"{key}": ..., "caption": ...}}')
+        controls = sorted(filter(_CONTROL.fullmatch, row), key=lambda name: (len(name), name))
+        unread |= row.keys() - {key, "caption", *controls}
+        caption = row.get("caption")
+        captions = tuple(caption) if isinstance(caption, list) else () if caption is None else (caption,)
+        yield number, row[key], captions, tuple(row[name] for name in controls if row[name] is not None)
+    _warn_unread(config, unread)
+
+
+def _read_csv(config: DatasetConfig, listing: Path) -> Iterator[Row]:
+    key = "video" if config.is_video else "image"
+    reader = csv.DictReader(_read_lines(listing), strict=True)
+    try:
+        columns = set(reader.fieldnames or ())
+        if missing := [name for name in (key, "prompt") if name not in columns]:
+            raise InputError(f"{listing} has no column {missing[0]}: its first line names the columns, {key},prompt")
+        for row in reader:
+            if row[key] is None or row["prompt"] is None or None in row:
+                raise InputError(f"{listing} line {reader.line_num}: takes one cell for each column of the first line")
+            path = row[key].strip()
+            yield reader.line_num, str(listing.parent / path) if path else "", (row["prompt"],), ()
+    except csv.Error as problem:
+        raise InputError(f"{listing} line {reader.line_num + 1} is not CSV: {problem}") from None
+    _warn_unread(config, columns - {key, "prompt"})
+
+
+def _read_row(
+    config: DatasetConfig, number: int, given: Any, captions: tuple[Any, ...], controls: tuple[Any, ...]
+) -> Entry:
+    place = f"{config.listing} line {number}"
+    if not isinstance(given, str) or not given:
+        raise InputError(f"{place}: the path of the {'video' if config.is_video else 'image'} is no text")
+    if not all(isinstance(caption, str) for caption in captions):
+        raise InputError(f"{place}: the caption is no text, nor a list of texts")
+    path = Path(given).expanduser()
+    if not path.is_file() and not (config.is_video and path.is_dir()):
+        start = "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
+        raise InputError(f"{place}: no such file: {path}{start}")
+    if not config.is_video and path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise InputError(f"{place}: {path.name} is no image that can be read: read are {', '.join(IMAGE_SUFFIXES)}")
+    found = tuple(_read_control(control, place) for control in controls)
+    return Entry(path, split_variants(captions, config.caption_variants), found)
+
+
+def _read_control(given: Any, place: str) -> Path:
+    path = Path(given).expanduser() if isinstance(given, str) and given else None
+    if path is None or not path.exists():
+        raise InputError(f"{place}: control_path {given!r}: no such file (relative paths start at {Path.cwd()})")
+    return path
+
+
+def _read_lines(listing: Path) -> list[str]:
+    try:
+        with listing.open(encoding="utf-8-sig", newline="") as file:
+            return list(file)
+    except OSError as problem:
+        raise InputError(f"cannot read {listing}: {problem.strerror or problem}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{listing} is not text in UTF-8: save it as UTF-8") from None
+
+
+def _warn_unread(config: DatasetConfig, names: set[str]) -> None:
+    if names:
+        logger.warning("%s: not read from it: %s", config, ", ".join(sorted(names)))

@@ -1,0 +1,100 @@
+"""Images and videos from disk: what a file announces, and the pictures of a clip, (height, width, 3) uint8 each."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset.batching.buckets import resize_to_bucket
+from dataset.items import Clip
+from dataset.reading.info import WHITE, Colour, MediaInfo
+from dataset.reading.stills import (
+    IMAGE_SUFFIXES,
+    animation_times,
+    folder_times,
+    frame_files,
+    is_animation,
+    read_animation,
+    read_folder,
+    read_header,
+    read_image,
+    read_still,
+)
+from dataset.reading.videos import decode_frames, probe_video
+from wan_train.errors import InputError
+
+VIDEO_SUFFIXES = (
+    *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".gif"),
+    *(".mts", ".m2ts", ".ts", ".3gp", ".3g2", ".ogv", ".vob", ".m2v", ".mxf", ".asf", ".f4v"),
+)
+
+
+def is_frame_folder(path: Path) -> bool:
+    """Whether this is a folder with pictures directly in it and no video, which is taken for a video."""
+    if not path.is_dir() or not frame_files(path):
+        return False
+    return not any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.iterdir())
+
+
+def is_video(path: Path) -> bool:
+    """Whether a path is taken for a video: by its suffix, a WebP animation, or a folder of pictures."""
+    if path.is_dir():
+        return is_frame_folder(path)
+    return (path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()) or is_animation(path)
+
+
+def probe(path: Path, *, with_times: bool = False) -> MediaInfo:
+    """Read what a file says of itself, in most cases from its header; see `probe_video` for videos.
+
+    Raises InputError with the file's name where it cannot be read, holds no picture, or is a video that has no times
+    when they are asked for. An image has none.
+    """
+    if path.is_dir():
+        if not frame_files(path):
+            raise InputError(f"{path} holds no pictures; a folder of frames takes {', '.join(IMAGE_SUFFIXES)}")
+        return _timed(read_header(frame_files(path)[0], alone=False), folder_times(path), with_times=with_times)
+    if is_animation(path):
+        return _timed(read_header(path, alone=False), animation_times(path), with_times=with_times)
+    if _is_still(path):
+        return read_header(path)
+    return probe_video(path, with_times=with_times)
+
+
+def read_frames(
+    path: Path, wanted: Collection[int], background: Colour | None = WHITE
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """(index, picture) of the wanted frames of a video, in order; nothing after the last of them is decoded. An image
+    is a video of one frame.
+
+    Pictures are as they are shown: with square pixels, turned as the file says, in 8-bit sRGB, and composed on
+    `background` where they are transparent; with None they are their alpha, in all three channels.
+    """
+    if path.is_dir():
+        yield from read_folder(path, wanted, background)
+    elif is_animation(path):
+        yield from read_animation(path, wanted, background)
+    else:
+        yield from (read_still if _is_still(path) else decode_frames)(path, wanted, background)
+
+
+def load_clips(clips: Sequence[Clip]) -> list[NDArray[np.uint8]]:
+    """The pictures (F, H, W, 3) of clips of one item, resized and cropped to their bucket; one decode for all."""
+    (item,) = {clip.item for clip in clips}
+    (size,) = {clip.size for clip in clips}
+    background = item.config.alpha_background
+    if not item.config.is_video:
+        return [resize_to_bucket(read_image(item.path, background), size)[None] for _ in clips]
+    wanted = {index for clip in clips for index in clip.frames}
+    pictures = {index: resize_to_bucket(picture, size) for index, picture in read_frames(item.path, wanted, background)}
+    return [np.stack([pictures[index] for index in clip.frames]) for clip in clips]
+
+
+def _is_still(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _timed(header: MediaInfo, times: tuple[float, ...], *, with_times: bool) -> MediaInfo:
+    rate = (len(times) - 1) / times[-1] if times[-1] else None
+    return replace(header, num_frames=len(times) - 1, fps=rate, times=times if with_times else ())

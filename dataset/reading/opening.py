@@ -1,0 +1,73 @@
+"""Before training reads caches: are they all there, and of what the data is now?"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+from dataset.caching.manifest import Manifest
+from dataset.caching.staleness import State, latents_state, text_state
+from dataset.items import Clip, Item
+from dataset.sources import Plan, name_some
+from wan_train.errors import InputError
+from wan_train.log import get_logger
+from wan_train.models.variants import VARIANTS
+
+logger = get_logger(__name__)
+
+Wanted = TypeVar("Wanted", Clip, Item)
+
+
+class _Tool(NamedTuple):
+    """The command that makes one kind of cache, and what it needs."""
+
+    kind: str
+    program: str
+    model: str
+
+
+_LATENTS = _Tool("latent", "wan_cache_latents.py", "--vae")
+_TEXT = _Tool("text", "wan_cache_text_encoder_outputs.py", "--t5")
+
+
+def check_caches(plans: Sequence[Plan], options: str) -> None:
+    """Raise InputError, with the command to run (its data `options` given), where a cache cannot be trained on.
+
+    Missing and cut off are such, and whatever was made of another source, for another size, of other frames or for
+    another caption. No source is read whose size and time of change are known.
+    """
+    problems = []
+    for tool, states in (
+        (_LATENTS, _look_up(plans, lambda plan: plan.clips, latents_state)),
+        (_TEXT, _look_up(plans, lambda plan: tuple(dict.fromkeys(clip.item for clip in plan.clips)), text_state)),
+    ):
+        if bad := [state for state in states if not state.usable]:
+            problems.append(
+                f"{len(bad)} of {len(states)} {tool.kind} caches are missing or not for what the TOML describes now"
+                f" ({name_some(map(str, bad))}): run `python {tool.program} {options} {tool.model} ..."
+                f"{_pictures(plans, tool)}`"
+            )
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def _pictures(plans: Sequence[Plan], tool: _Tool) -> str:
+    """What the command for latents says of pictures."""
+    config = plans[0].config
+    images = config.images
+    if tool is not _LATENTS or images is None:
+        return ""
+    # The first of those that such caches are for.
+    task = next(v.name for v in VARIANTS.values() if (v.images, v.space) == (images, config.space))
+    one_frame = config.one_frame is not None
+    return f" --task {task}" + " --clip ..." * images.clip + " --one_frame" * one_frame
+
+
+def _look_up(
+    plans: Sequence[Plan],
+    select: Callable[[Plan], Sequence[Wanted]],
+    look: Callable[[Wanted, Manifest], State],
+) -> list[State]:
+    states = []
+    for plan in plans:
+        with Manifest(plan.config.cache_directory) as manifest:
+            states += [look(one, manifest) for one in select(plan)]
+    return states

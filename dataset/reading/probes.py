@@ -1,0 +1,65 @@
+"""What media files say of themselves, read once for each state of a file; and which were found broken."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dataset.caching.manifest import Manifest
+from dataset.items import Item
+from dataset.reading.info import BLACK, Colour, MediaInfo, recipe_words
+from dataset.reading.media import probe
+from wan_train.errors import InputError
+
+_READERS = 2  # raised whenever the readers tell something else of files that did not change
+# Facts of other readers, or of a `MediaInfo` with other fields, are not read as these.
+_PROBED = f"media {_READERS} {' '.join(field.name for field in dataclasses.fields(MediaInfo))}"
+_BROKEN = "broken"
+
+
+def recall_header(
+    path: Path, manifest: Manifest, *, with_times: bool = False, skip_broken: bool = False
+) -> MediaInfo | None:
+    """What `probe` says of a file.
+
+    Raises InputError where it cannot be read; with `skip_broken` that is None, and so is a file noted as broken.
+    """
+    try:
+        if skip_broken and manifest.noted(_BROKEN, path):
+            return None
+        kind = f"{_PROBED} timed" if with_times else _PROBED
+        found = manifest.recall(kind, path, lambda file: dataclasses.asdict(probe(file, with_times=with_times)))
+        return MediaInfo(**{name: _frozen(value) for name, value in found.items()})
+    except InputError as problem:
+        if not skip_broken:
+            raise
+        note_broken(manifest, path, problem)
+        return None
+    except OSError as problem:
+        raise InputError(
+            f"{path} cannot be read ({problem.strerror}): replace it or take it out of its folder"
+        ) from None
+
+
+def extra_reading(item: Item, kind: str, path: Path, manifest: Manifest) -> str:
+    """How a file beside an item's own is read, in a recipe's words; nothing for one that cannot be."""
+    try:
+        header = recall_header(path, manifest)
+    except InputError:
+        return ""
+    if kind == "mask":
+        return recipe_words(header.reading if header else (), mask_background(item), is_video=False)
+    return recipe_words(header.reading if header else (), item.config.alpha_background, is_video=item.config.is_video)
+
+
+def mask_background(item: Item) -> Colour | None:
+    """On what an item's mask is composed: what is transparent does not count. None where its alpha is the mask."""
+    return None if item.mask == item.path else BLACK
+
+
+def note_broken(manifest: Manifest, path: Path, problem: InputError) -> None:
+    """Remember that a file cannot be decoded, until it changes."""
+    manifest.note(_BROKEN, path, str(problem))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -1,0 +1,161 @@
+"""The keys of LoRA files: which module of the model each belongs to, and which part of its pair it is.
+
+Known are kohya's underscore names (`lora_unet_`, one underscore or two), dotted names with or without the prefix of a
+wrapper (`diffusion_model.`, `transformer.`, `base_model.model.`), official or diffusers module names, and pairs called
+lora_down and lora_up or lora_A and lora_B.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from wan_train.errors import InputError
+from wan_train.models.weights import diffusers_name, identify, official_name, strip_prefix
+
+Shape = tuple[int, ...]
+Choose = Callable[[Iterable[str]], Iterable[str]]  # of the official names of a file's modules those that are used
+
+_FACTOR = re.compile(
+    r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?(?:\.weight)?|lora(?:_linear_layer)?\.(down|up)\.weight)"
+)
+_PARTS = {"A": "down", "B": "up", "down": "down", "up": "up"}
+_UNDERSCORED = re.compile(r"lora_(?:unet__?|prior_unet_)(.+)")
+_WRAPPERS = ("base_model.model.", "pipe.dit.")
+
+# The Linears of every published Wan model: outside its blocks, and in each block.
+_OUTER = (
+    *("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1"),
+    *("img_emb.proj.1", "img_emb.proj.3", "head.head"),
+)
+_INNER = (
+    *(f"{part}.{leaf}" for part in ("self_attn", "cross_attn") for leaf in "qkvo"),
+    *("cross_attn.k_img", "cross_attn.v_img", "ffn.0", "ffn.2", "before_proj", "after_proj"),
+)
+_BLOCK = re.compile(r"(?:^|[._])((?:vace_)?blocks)[._](\d{1,4})[._]")
+
+# Keys that tell of a file which must be read in another way.
+_FOREIGN = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"\.hada_\w+$", "LoHa"),
+        (r"\.lokr_\w+$", "LoKr"),
+        (r"\.(dora_scale$|lora_magnitude_vector\b)", "DoRA"),
+        (r"\.(diff|diff_b|diff_m|set_weight|reshape_weight|w_norm|b_norm)$", "full differences (diff)"),
+        (r"\.lora_mid\.", "LoRA of convolutions"),
+        (r"\.lora_(B|up)(\.default)?\.bias$", "LoRA with biases"),
+        (r"\.[ab][12]\.weight$", "GLoRA"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class PairKeys:
+    """Where a file keeps the parts of one module's pair."""
+
+    down: str
+    up: str
+    alpha: str | None
+
+
+@dataclass(frozen=True)
+class Match:
+    """The pairs of a file by official module name, and the keys that no module answers to."""
+
+    pairs: dict[str, PairKeys]
+    unmatched: list[str]
+
+    def only(self, choose: Choose) -> "Match":
+        """What is chosen of the file by its modules' names, those of modules that the model lacks among them."""
+        lacked = {key: _split(key)[0] for key in self.unmatched}
+        table = _module_table(possible_modules(self.unmatched))
+        official = {key: table.get(_bare(written), _bare(written)) for key, written in lacked.items()}
+        chosen = set(choose([*self.pairs, *dict.fromkeys(official.values())]))
+        pairs = {module: keys for module, keys in self.pairs.items() if module in chosen}
+        return Match(pairs, [key for key in self.unmatched if official[key] in chosen])
+
+    def require_all(self, what: str) -> None:
+        """InputError if a key was left over."""
+        if self.unmatched:
+            more = f" and {len(self.unmatched) - 10} more" if len(self.unmatched) > 10 else ""
+            raise InputError(
+                f"{what} does not fit the model: {len(self.pairs)} modules match, but nothing answers to "
+                f"{len(self.unmatched)} keys: {', '.join(self.unmatched[:10])}{more}; give a LoRA of this model"
+            )
+
+
+def possible_modules(names: Iterable[str]) -> list[str]:
+    """The official names of all Linears that a Wan model with the blocks named in these keys may have."""
+    blocks = sorted({(match[1], int(match[2])) for name in names if (match := _BLOCK.search(name))})
+    return [*_OUTER, *(f"{stem}.{index}.{leaf}" for stem, index in blocks for leaf in _INNER)]
+
+
+def match_keys(shapes: Mapping[str, Shape], module_names: Iterable[str], what: str) -> Match:
+    """Find the pairs of a file. InputError when it is no LoRA, of a kind that is not supported, or lacks half a pair.
+
+    `module_names` are the model's, dotted: underscore names cannot be taken apart without them.
+    """
+    _refuse_foreign(shapes, what)
+    split = {key: _split(key) for key in shapes}
+    if not any(part in ("down", "up") for _, part in split.values()):
+        kind = identify(shapes)
+        raise InputError(f"{what} is {'no LoRA' if kind == 'unknown' else f'a {kind}, not a LoRA'}: give a LoRA file")
+    table = _module_table(module_names)
+    found: dict[str, dict[str, str]] = {}
+    unmatched = []
+    for key, (written, part) in split.items():
+        module = table.get(_bare(written)) if part else None
+        if module is None:
+            unmatched.append(key)
+        elif part in found.setdefault(module, {}):
+            raise InputError(f"{what} has two tensors for {module}: {found[module][part]} and {key}; keep one of them")
+        else:
+            found[module][part] = key
+    return Match({module: _pair(module, parts, what) for module, parts in found.items()}, unmatched)
+
+
+def is_pair(key: str) -> bool:
+    """Whether a tensor of this name is one half of a LoRA pair."""
+    return _split(key)[1] in ("down", "up")
+
+
+def _pair(module: str, parts: Mapping[str, str], what: str) -> PairKeys:
+    if "down" not in parts or "up" not in parts:
+        raise InputError(
+            f"{what} has for {module} only {', '.join(parts.values())}: the file is not whole, get it again"
+        )
+    return PairKeys(parts["down"], parts["up"], parts.get("alpha"))
+
+
+def _split(key: str) -> tuple[str, str]:
+    """A key's module as written, and what the tensor is: down, up, alpha, or "" for none of these."""
+    if factor := _FACTOR.fullmatch(key):
+        return factor[1], _PARTS[factor[2] or factor[3]]
+    return (key.removesuffix(".alpha"), "alpha") if key.endswith(".alpha") else (key, "")
+
+
+def _bare(written: str) -> str:
+    """A module's name as written, without prefixes and, where it is dotted, in official naming."""
+    if underscored := _UNDERSCORED.fullmatch(written):
+        return underscored[1]
+    while True:
+        shorter = strip_prefix(written)
+        for wrapper in _WRAPPERS:
+            shorter = shorter.removeprefix(wrapper)
+        if shorter == written:
+            return official_name(written)
+        written = shorter
+
+
+def _module_table(names: Iterable[str]) -> dict[str, str]:
+    """The official names by themselves, and by the underscore forms of their official and diffusers names."""
+    table: dict[str, str] = {}
+    for name in names:
+        table |= dict.fromkeys((name, name.replace(".", "_"), diffusers_name(name).replace(".", "_")), name)
+    return table
+
+
+def _refuse_foreign(keys: Iterable[str], what: str) -> None:
+    for key in keys:
+        for pattern, kind in _FOREIGN:
+            if pattern.search(key):
+                raise InputError(f"{what} is of a format that is not supported, {kind} ({key}): give a plain LoRA")

@@ -1,0 +1,118 @@
+"""Which of the files that a run saved are averaged, and in which order: by what they say of themselves."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from networks.expert import KEY as EXPERT_KEY
+from networks.moments import BEST, EMA, MOMENT, is_saved_as
+from networks.settings import AverageSettings
+from wan_train.errors import InputError
+from wan_train.log import get_logger
+from wan_train.storage import Header, read_header
+
+log = get_logger(__name__)
+
+SUFFIX = ".safetensors"
+# What follows the moment in a name, the kind that is averaged first of those that are there: a file with -best is one
+# of the others again, one with -ema is an average already.
+KINDS = ("", EMA, BEST, BEST + EMA)
+_NAME = re.compile(rf"(?P<base>.+?)(?P<moment>{MOMENT})?(?P<kind>{'|'.join(KINDS[::-1])})")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved file and its header."""
+
+    path: Path
+    header: Header
+
+    @cached_property
+    def parts(self) -> tuple[str, str, str]:
+        """Of its name: that of the run (with that of an expert, where there are two), the moment, the kind."""
+        stem, run = self.path.stem, self.header.metadata.get("ss_output_name")
+        if run is not None and stem.startswith(run):
+            # The run's own name may look like a moment or a kind.
+            match = _NAME.fullmatch("_" + stem.removeprefix(run))
+            if match:
+                return run + match["base"][1:], match["moment"] or "", match["kind"]
+        match = _NAME.fullmatch(stem)
+        assert match is not None
+        return match["base"], match["moment"] or "", match["kind"]
+
+    @property
+    def step(self) -> int | None:
+        """The step after which it was saved, if it says so."""
+        said = self.header.metadata.get("ss_steps", "")
+        return int(said) if said.isdecimal() else None
+
+    @property
+    def session(self) -> str | None:
+        """The run that it is of, if it says so."""
+        return self.header.metadata.get("ss_session_id")
+
+
+def files_to_average(settings: AverageSettings) -> list[Saved]:
+    """The files to average, in their order. InputError where fewer than two are left, or some are of another expert."""
+    given = [Saved(Path(path), read_header(path)) for path in dict.fromkeys(settings.path)]
+    kept = _of_one_kind(given)
+    if not settings.no_sort:
+        kept = _in_order([*kept, *_final(kept, Path(settings.output_file))])
+    if len(kept) < 2:
+        raise InputError(f"{kept[0].path} is left alone, and one file is its own average: give two or more")
+    experts = {saved.header.metadata.get(EXPERT_KEY): saved.path for saved in kept}
+    if len(experts) > 1:
+        raise InputError(f"{' and '.join(map(str, experts.values()))} are of two experts: average each by itself")
+    sessions = {saved.session: saved.path for saved in kept}
+    if len(sessions) > 1:
+        log.warning("these may not be of one run, their ss_session_id differ: %s", _listed(sessions.values()))
+    return kept
+
+
+def _of_one_kind(given: Sequence[Saved]) -> list[Saved]:
+    kind = min((saved.parts[2] for saved in given), key=KINDS.index)
+    others = [saved.path for saved in given if saved.parts[2] != kind]
+    if others:
+        log.warning("left out, since they are of another kind than the rest: %s", _listed(others))
+    return [saved for saved in given if saved.parts[2] == kind]
+
+
+def _final(kept: Sequence[Saved], output: Path) -> list[Saved]:
+    """The file of the run's end, which no pattern like NAME-*.safetensors finds, where all that the run saved on its
+    way there is to be averaged."""
+    first, names = kept[0], {saved.path.name for saved in kept}
+    base, _, kind = first.parts
+    folder, path = first.path.parent, first.path.with_name(base + kind + SUFFIX)
+    alike = all((s.path.parent, s.parts[0], s.session) == (folder, base, first.session) for s in kept)
+    if not alike or first.session is None or path.name in names or not path.is_file() or _is_same(path, output):
+        return []
+    saved = (Saved(each, read_header(each)) for each in folder.iterdir() if is_saved_as(each.name, base, kind + SUFFIX))
+    of_run = {each.path.name: each for each in saved if each.session == first.session}
+    if path.name not in of_run or of_run.keys() - names != {path.name}:
+        return []
+    log.info("%s is averaged too: it is the end of the run that the others are of", path)
+    return [of_run[path.name]]
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return other.exists() and path.samefile(other)
+
+
+def _in_order(files: Sequence[Saved]) -> list[Saved]:
+    """By step, each once; by time of change where a file does not say its step."""
+    silent = [saved.path for saved in files if saved.step is None]
+    if silent:
+        log.warning("ordered by time of change, since these do not say their step: %s", _listed(silent))
+        return sorted(files, key=lambda saved: saved.path.stat().st_mtime_ns)
+    kept: dict[tuple[str | None, int | None], Saved] = {}
+    for saved in sorted(files, key=lambda saved: saved.step or 0):
+        there = kept.setdefault((saved.session, saved.step), saved)
+        if there is not saved:
+            log.warning("%s is left out: it is of the same step as %s", saved.path, there.path)
+    return list(kept.values())
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(map(str, paths))

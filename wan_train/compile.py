@@ -1,0 +1,142 @@
+"""torch.compile of a model's blocks: one graph serves them all, and all numbers of tokens.
+
+The blocks are of one class, so torch keeps what it compiles for one of them by its code and finds it again for the
+others: parameters and buffers are inputs of the graph. A further graph is made where the first does not hold: without
+gradients (previews), for the first block of a model that trains through an adapter (nothing before it learns, so its
+input needs no gradient), for a batch of one beside larger ones, and twice at most for other sizes of a batch.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wan_train.errors import InputError
+from wan_train.log import get_logger
+from wan_train.placement.settings import CompileSettings
+
+TOKENS = ((0, 1), (3, 1))  # of a block's arguments, x (B, L, d) and turns (2, L, 1, D): which, and its dimension of L
+DYNAMIC = {"true": True, "false": False, "auto": None}
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record and replay them
+
+log = get_logger(__name__)
+
+
+def apply_compile(
+    blocks: Iterable[nn.Module], settings: CompileSettings, *, tokens: Sequence[tuple[int, int]] = TOKENS
+) -> None:
+    """Compile the forward pass of each block as it is now: to be applied before whatever else wraps it.
+
+    `tokens` are (argument, dimension) pairs that vary from batch to batch; with `compile_dynamic` auto the first graph
+    is made for any of their sizes. Nothing is compiled before the first call.
+    """
+    if not settings.compile:
+        return
+    _configure(settings.compile_cache_size_limit)
+    vary = tokens if settings.compile_dynamic == "auto" else ()
+    replays = settings.compile_mode in CUDA_GRAPHS
+    for block in blocks:
+        block.forward = _called(_compiled(block.forward, settings), vary, replays=replays)
+        block.compiled = True  # type: ignore[assignment]
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether `apply_compile` has had this block."""
+    return getattr(block, "compiled", False)
+
+
+def check_compile(settings: CompileSettings, *, device: torch.device | str, blocks_to_swap: int = 0) -> None:
+    """Compile a trivial function for `device` as the settings say. InputError for what is unknown, does not work, or
+    does not go with the swapping that is to act on the blocks."""
+    if not settings.compile:
+        _tell_of_idle_options(settings)
+        return
+    _check_companions(settings, blocks_to_swap)
+    known = torch._dynamo.list_backends()
+    if settings.compile_backend not in torch._dynamo.list_backends(exclude_tags=()):
+        raise InputError(f"unknown --compile_backend {settings.compile_backend!r}: known are {', '.join(known)}")
+    try:
+        _compiled(_double, settings)(torch.zeros(2, device=device))
+    except Exception as problem:  # a compiler, a driver, a package: each fails in its own way
+        raise InputError(
+            f"--compile does not work on {device} with --compile_backend {settings.compile_backend}"
+            f" ({_line(problem)}): leave out --compile, or install what is missing"
+        ) from None
+
+
+def _tell_of_idle_options(settings: CompileSettings) -> None:
+    names = [
+        f.name for f in fields(settings) if f.name.startswith("compile_") and getattr(settings, f.name) != f.default
+    ]
+    if names:
+        log.warning("--%s does nothing without --compile", names[0])
+
+
+def _check_companions(settings: CompileSettings, blocks_to_swap: int) -> None:
+    if settings.compile_mode != "default" and settings.compile_backend != "inductor":
+        raise InputError(
+            f"--compile_mode {settings.compile_mode} is a mode of inductor, not of --compile_backend"
+            f" {settings.compile_backend}: leave out one of them"
+        )
+    if blocks_to_swap and settings.compile_mode in CUDA_GRAPHS:
+        raise InputError(
+            f"--compile_mode {settings.compile_mode} records the places of weights, --blocks_to_swap {blocks_to_swap}"
+            " moves them: use --compile_mode default or max-autotune-no-cudagraphs"
+        )
+
+
+def apply_device_flags(settings: CompileSettings) -> None:
+    """Set the switches of torch that hold for the whole process."""
+    if settings.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if settings.cuda_cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+
+
+def _configure(limit: int | None) -> None:
+    """How torch shall compile; for the process, since it takes that from nowhere else."""
+    config: Any = torch._dynamo.config
+    # Under DDP it would cut graphs where gradients are sent, and fails over autograd functions. A block is cut enough.
+    config.optimize_ddp = False
+    # Else the backward pass would get what products read, a stored matrix that was widened among it, kept by the
+    # forward pass: that is memory for the whole model in its wide form.
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    if limit is not None:
+        config.recompile_limit = limit
+        config.accumulated_recompile_limit = max(limit, config.accumulated_recompile_limit)
+
+
+def _compiled(function: Callable[..., Any], settings: CompileSettings) -> Callable[..., Any]:
+    return torch.compile(
+        function,
+        backend=settings.compile_backend,
+        mode=settings.compile_mode,
+        dynamic=DYNAMIC[settings.compile_dynamic],
+        fullgraph=settings.compile_fullgraph,
+    )
+
+
+def _called(forward: Callable[..., Any], tokens: Sequence[tuple[int, int]], *, replays: bool) -> Callable[..., Any]:
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for argument, dimension in tokens:
+            torch._dynamo.maybe_mark_dynamic(args[argument], dimension)
+        out = forward(*args, **kwargs)
+        # What a CUDA graph returns lies where its next run, the next block's, writes again.
+        return out.clone() if replays and isinstance(out, Tensor) else out
+
+    return call
+
+
+def _double(x: Tensor) -> Tensor:
+    return x + x
+
+
+def _line(problem: Exception) -> str:
+    """What an error of torch.compile says, without its advice: one line that names the cause."""
+    lines = str(problem).strip().splitlines() or [type(problem).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith("raised:") else 1])[:200].rstrip(".")

@@ -1,0 +1,123 @@
+"""The parts of a DiT's block that know of pictures, and what they share with the others.
+
+Legend: B batch, S L tokens, I image tokens, N heads, D head width, d = N*D the width of a token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from wan_train.models.dit.attention import Attend, attend_torch
+from wan_train.models.dit.norms import LayerNorm, RMSNorm
+from wan_train.models.variants import TEXT_LENGTH
+from wan_train.precision import Linear
+
+
+@dataclass(frozen=True)
+class DitConfig:
+    """Geometry of a DiT; everything but `num_heads` can be read off its tensors.
+
+    `image_dim` is the width of CLIP's tokens, 0 for a model that reads none; `image_positions` how many of them have a
+    learnt position, 0 where none has.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    image_dim: int = 0
+    image_positions: int = 0
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+
+class Attention(nn.Module):
+    """Attention of tokens to themselves or to the text (padding included: the model was trained so)."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.attend: Attend = attend_torch
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
+        self.norm_q = RMSNorm(dim, config.eps)
+        self.norm_k = RMSNorm(dim, config.eps)
+
+    def forward(self, x: Tensor, source: Tensor, turns: Tensor | None = None) -> Tensor:
+        """x (B, L, d) attends to source (B, S, d), both turned by `turns` (2, L, 1, D) if given -> (B, L, d)."""
+        query = self.norm_q(self.q(x), self.num_heads, turns)
+        key, value = self.read(source) if turns is None else self.read(source, turns)
+        return self.o(rearrange(self.attend(query, key, value), "B L N D -> B L (N D)"))
+
+    def read(self, source: Tensor, turns: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Keys and values (B, S, N, D) of source (B, S, d)."""
+        key = self.norm_k(self.k(source), self.num_heads, turns)
+        return key, rearrange(self.v(source), "B S (N D) -> B S N D", N=self.num_heads)
+
+
+class ImageAttention(Attention):
+    """Attention to the text and, with keys and values of its own, to the tokens of images in front of it."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__(config)
+        self.k_img, self.v_img = (Linear(config.dim, config.dim) for _ in range(2))
+        self.norm_k_img = RMSNorm(config.dim, config.eps)
+
+    def forward(self, x: Tensor, source: Tensor, turns: Tensor | None = None) -> Tensor:
+        """x (B, L, d) attends to source (B, I+512, d), whose last 512 tokens are the text -> (B, L, d)."""
+        query = self.norm_q(self.q(x), self.num_heads, turns)
+        key, value, image_key, image_value = self.read(source)
+        seen = self.attend(query, key, value) + self.attend(query, image_key, image_value)
+        return self.o(rearrange(seen, "B L N D -> B L (N D)"))
+
+    def read(self, source: Tensor, turns: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Keys and values (B, 512, N, D) of the text in source (B, I+512, d), then those (B, I, N, D) of the images."""
+        images, text = source[:, :-TEXT_LENGTH], source[:, -TEXT_LENGTH:]
+        image_key = self.norm_k_img(self.k_img(images), self.num_heads)
+        return *super().read(text), image_key, rearrange(self.v_img(images), "B S (N D) -> B S N D", N=self.num_heads)
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP's tokens at the width of the model; those of a first and a last image have learnt positions."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        width = config.image_dim
+        if config.image_positions:
+            self.emb_pos = nn.Parameter(torch.zeros(1, config.image_positions, width))
+        self.proj = nn.Sequential(
+            LayerNorm(width),
+            Linear(width, width),
+            nn.GELU(),
+            Linear(width, config.dim),
+            LayerNorm(config.dim),
+        )
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """tokens (B, I, image_dim) -> (B, I, d), products and the result in `dtype`. ValueError for another I than the
+        model has positions for."""
+        positions = getattr(self, "emb_pos", None)
+        if positions is not None:
+            if tokens.shape[1] != positions.shape[1]:
+                raise ValueError(
+                    f"the model has positions for {positions.shape[1]} image tokens, not {tokens.shape[1]}"
+                )
+            tokens = tokens.float() + positions.float()
+        norm_in, first, gelu, second, norm_out = self.proj
+        return norm_out(second(gelu(first(norm_in(tokens).to(dtype))))).to(dtype)
+
+
+class GELU(nn.Module):
+    """GELU in its tanh form (Hendrycks and Gimpel 2016), in the memory of its input where no gradient needs that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu_(x, approximate="tanh")

@@ -1,0 +1,66 @@
+"""Normalisations, with statistics in float32.
+
+RMS norm and rotation are written as one step with a backward of its own: as separate operations they read and write the
+queries and keys a dozen times, which beside the products is the largest part of a block.
+
+Legend: B batch, L tokens, N heads, D head width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from wan_train.models.dit.rope import rotate
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in float32, returned in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the whole width (Zhang and Sennrich 2019), returned in the input's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, num_heads: int, turns: Tensor | None = None) -> Tensor:
+        """x (B, L, N*D) -> (B, L, N, D), each token turned by `turns` (2, L, 1, D) if given."""
+        heads: Tensor = _NormTurn.apply(x, self.weight, turns, self.eps, num_heads)  # type: ignore[no-untyped-call]
+        return heads
+
+
+class _NormTurn(torch.autograd.Function):
+    """RMS norm over the width, then the rotation of heads; the norm's factor is folded into the rotation's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, turns: Tensor | None, eps: float, num_heads: int) -> Tensor:
+        wide = x.float()
+        inverse = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_() / x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, turns, inverse)
+        heads = (wide * weight.float()).unflatten(-1, (num_heads, -1))
+        factor = inverse.unsqueeze(-1)
+        if turns is None:
+            return heads.mul_(factor).to(x.dtype)
+        return rotate(heads, turns[0] * factor, turns[1] * factor).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, weight, turns, inverse = ctx.saved_tensors
+        grad = grad.float()
+        grad = (rotate(grad, turns[0], -turns[1]) if turns is not None else grad).flatten(-2)
+        normed = x.float() * inverse
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad = grad * weight.float()
+        share = (grad * normed).mean(dim=-1, keepdim=True)
+        return (grad - normed * share).mul_(inverse).to(x.dtype), grad_weight, None, None, None

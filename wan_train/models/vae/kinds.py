@@ -1,0 +1,61 @@
+"""The kinds of Wan VAE, as rows of a table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from wan_train.models.vae import wan21 as vae21
+from wan_train.models.vae import wan22 as vae22
+from wan_train.models.vae.geometry import KIND21, KIND22, Geometry
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What tells a kind of VAE from the other: its published file, layers, patch and statistics of the latents.
+
+    `patch` is the side of the squares of pixels that become channels before the first layer.
+    """
+
+    name: str
+    file: str
+    patch: int
+    make_down_layers: Callable[[Geometry], nn.ModuleList]
+    make_up_layers: Callable[[Geometry], nn.ModuleList]
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+
+    @property
+    def latent_channels(self) -> int:
+        """How many channels the latents have."""
+        return len(self.latent_mean)
+
+
+KINDS: dict[str, Kind] = {
+    row.name: row
+    for row in (
+        Kind(
+            name=KIND21,
+            file="Wan2.1_VAE.pth",
+            patch=1,
+            make_down_layers=vae21.make_down_layers,
+            make_up_layers=vae21.make_up_layers,
+            latent_mean=vae21.LATENT_MEAN,
+            latent_std=vae21.LATENT_STD,
+        ),
+        Kind(
+            name=KIND22,
+            file="Wan2.2_VAE.pth",
+            patch=2,
+            make_down_layers=vae22.make_down_layers,
+            make_up_layers=vae22.make_up_layers,
+            latent_mean=vae22.LATENT_MEAN,
+            latent_std=vae22.LATENT_STD,
+        ),
+    )
+}
+
+
+def kind_of(latent_channels: int) -> Kind:
+    """The kind whose latents have so many channels."""
+    return next(kind for kind in KINDS.values() if kind.latent_channels == latent_channels)

@@ -1,0 +1,212 @@
+"""The Wan VAEs: video to latents and back, as a stream of one frame and then four at a time.
+
+B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent positions. T = 1 + (F - 1) / 4; h = H / 8,
+w = W / 8 and 16 latent channels in Wan2.1, h = H / 16, w = W / 16 and 48 channels in Wan2.2. Pixels are in [-1, 1];
+latents are normalised. Module and parameter names are those of the official files.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from wan_train.errors import InputError
+from wan_train.models.vae.coders import Decoder, Encoder
+from wan_train.models.vae.geometry import KIND21, KIND22, Geometry, read_geometry
+from wan_train.models.vae.kinds import KINDS, kind_of
+from wan_train.models.vae.layers import CausalConv3d, FeatureCache
+from wan_train.models.vae.names import vae_rename
+from wan_train.models.vae.tiling import Tiling, blend_tiles
+from wan_train.models.variants import LATENT_CHANNELS
+from wan_train.models.weights import Shapes, check_names, fill, renamed, require_kind
+from wan_train.storage import TensorSource, read_header, read_tensors
+
+Layers = Callable[[Tensor, FeatureCache], Tensor]
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
+
+
+class WanVAE(nn.Module):
+    """A Wan2.1 or Wan2.2 video VAE; make one with `load_vae`.
+
+    A latent position stands for `stride` x `stride` pixels and, after the first, for `frame_stride` frames. The model
+    works on latents of `latent_channels` channels, normalised with `latent_mean` and `latent_std`, one number each.
+
+    Memory beyond input and output does not grow with the number of frames. `cache_on_cpu` (settable) keeps what the
+    layers remember between chunks in main memory.
+
+    With `tiling` (settable) the layers above the latents' own size work in tiles, and their memory does not grow with
+    the picture either; the features between them and the layers that see the whole picture are then held for all
+    frames.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.cache_on_cpu = False
+        self.tiling: Tiling | None = None
+        kind = KINDS[geometry.kind]
+        self.latent_channels = geometry.latent_channels
+        self.latent_mean, self.latent_std = kind.latent_mean, kind.latent_std
+        self.stride = kind.patch * 2 ** len(geometry.temporal)
+        self.frame_stride = 2 ** sum(geometry.temporal)
+        self.encoder = Encoder(geometry, kind.make_down_layers(geometry), patch=kind.patch)
+        self.decoder = Decoder(geometry, kind.make_up_layers(geometry), patch=kind.patch)
+        self.conv1 = CausalConv3d(2 * geometry.latent_channels, 2 * geometry.latent_channels, (1, 1, 1))
+        self.conv2 = CausalConv3d(geometry.latent_channels, geometry.latent_channels, (1, 1, 1))
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, F, H, W) in [-1, 1] -> normalised latents (B, C, T, h, w), float32, on their device.
+
+        The latents are the posterior's mean, not a sample. Without gradient. Raises ValueError unless F is 4n + 1 and
+        H and W are multiples of `stride`.
+        """
+        self._check_pixels(pixels.shape)
+        num_frames = 1 + (pixels.shape[2] - 1) // self.frame_stride
+
+        def narrow(tile: Tensor) -> Tensor:
+            return self._stream(self.encoder.narrow, tile, step=self.frame_stride, num_frames=num_frames)
+
+        def finish(x: Tensor, cache: FeatureCache) -> Tensor:
+            return self.conv1(self.encoder.finish(x, cache), cache).chunk(2, dim=1)[0]
+
+        if self.tiling and self.tiling.divides(pixels.shape[-2] // self.stride, pixels.shape[-1] // self.stride):
+            features = blend_tiles(narrow, pixels, self.tiling, cell=self.stride, out_cell=1)
+            return self._normalise(self._stream(finish, features, step=1, num_frames=num_frames))
+        whole = self._stream(
+            lambda x, cache: finish(self.encoder.narrow(x, cache), cache),
+            pixels,
+            step=self.frame_stride,
+            num_frames=num_frames,
+        )
+        return self._normalise(whole)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents (B, C, T, h, w) -> pixels (B, 3, F, H, W) in [-1, 1], float32, on the latents' device.
+
+        Without gradient. Raises ValueError for another number of axes or channels.
+        """
+        if latents.ndim != 5 or latents.shape[1] != self.latent_channels or 0 in latents.shape:
+            raise ValueError(f"latents are (B, {self.latent_channels}, T, h, w), not {tuple(latents.shape)}")
+        num_latents = latents.shape[2]
+        num_frames = 1 + (num_latents - 1) * self.frame_stride
+
+        def begin(x: Tensor, cache: FeatureCache) -> Tensor:
+            return self.decoder.begin(self.conv2(x, cache), cache)
+
+        def widen(tile: Tensor) -> Tensor:
+            return self._stream(self.decoder.widen, tile, step=1, num_frames=num_frames).clamp_(-1, 1)
+
+        x = denormalise(latents.float(), self.latent_mean, self.latent_std)
+        if self.tiling and self.tiling.divides(*latents.shape[-2:]):
+            features = self._stream(begin, x, step=1, num_frames=num_latents)
+            return blend_tiles(widen, features, self.tiling, cell=1, out_cell=self.stride)
+        whole = self._stream(
+            lambda x, cache: self.decoder.widen(begin(x, cache), cache), x, step=1, num_frames=num_frames
+        )
+        return whole.clamp_(-1, 1)
+
+    def _stream(self, layers: Layers, x: Tensor, *, step: int, num_frames: int) -> Tensor:
+        """What the layers give for each chunk of `x`, float32, on its device."""
+        cache = FeatureCache(on_cpu=self.cache_on_cpu)
+        whole, done = torch.empty(0), 0
+        for chunk in _chunks(x, step):
+            part = layers(self._place(chunk), cache)
+            if not done:
+                whole = x.new_empty((*part.shape[:2], num_frames, *part.shape[3:]), dtype=torch.float32)
+            whole[:, :, done : done + part.shape[2]] = part
+            done += part.shape[2]
+        return whole
+
+    def _normalise(self, means: Tensor) -> Tensor:
+        return normalise(means, self.latent_mean, self.latent_std)
+
+    def _place(self, chunk: Tensor) -> Tensor:
+        weight = self.conv2.weight
+        return chunk.to(weight.device, weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+
+    def _check_pixels(self, shape: Sequence[int]) -> None:
+        if len(shape) != 5 or shape[1] != 3 or 0 in shape:
+            raise ValueError(f"pixels are (B, 3, F, H, W), not {tuple(shape)}")
+        _, _, f, h, w = shape
+        if (f - 1) % self.frame_stride:
+            raise ValueError(f"a clip has {self.frame_stride}n + 1 frames, not {f}")
+        if h % self.stride or w % self.stride:
+            raise ValueError(f"width and height are multiples of {self.stride}, not {w}x{h}")
+
+
+def _chunks(x: Tensor, size: int) -> Iterator[Tensor]:
+    """The first frame, then `size` frames at a time."""
+    yield x[:, :, :1]
+    yield from x[:, :, 1:].split(size, dim=2) if x.shape[2] > 1 else ()
+
+
+def normalise(means: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The VAE's own latents (B, C, ...) -> latents of about zero mean and unit variance.
+
+    `mean` and `std`: the statistics of the C channels.
+    """
+    return (means - _per_channel(mean, means)) / _per_channel(std, means)
+
+
+def denormalise(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The inverse of `normalise`."""
+    return latents * _per_channel(std, latents) + _per_channel(mean, latents)
+
+
+def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, *[1] * (like.ndim - 2))
+
+
+def load_vae(source: TensorSource, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> WanVAE:
+    """Load a Wan2.1 or Wan2.2 VAE, frozen; which of them, its names tell.
+
+    `source`: a .pth or safetensors file, or a state dict, under official or diffusers names. The weights are `dtype`
+    (None: as stored) and compute in it; on a CPU they are float32 in any case. Raises InputError when the file cannot
+    be read, is something else, or has missing, unexpected or misshapen tensors.
+    """
+    what = "the VAE state dict" if isinstance(source, Mapping) else os.fspath(source)
+    shapes = read_header(source).shapes
+    model = _make_empty(shapes, what)
+    on_cpu = torch.device(device).type == "cpu"
+    tensors = renamed(read_tensors(source), vae_rename(shapes))
+    fill(model, tensors, device=device, dtype=torch.float32 if on_cpu else dtype, what=what)
+    for parameter in model.parameters():
+        if parameter.ndim in _CHANNELS_LAST:
+            parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.ndim])
+    return model.eval()
+
+
+def check_vae(source: TensorSource, flag: str = "--vae", *, latent_channels: int = LATENT_CHANNELS) -> None:
+    """Raise InputError, naming `flag` and the file, unless `load_vae` would take it; reads the header only.
+
+    `latent_channels`: those of the model that the VAE is for; the VAE of another kind of model is refused.
+    """
+    what = flag if isinstance(source, Mapping) else f"{flag} {os.fspath(source)}"
+    _make_empty(read_header(source).shapes, what, latent_channels=latent_channels)
+
+
+def _make_empty(shapes: Shapes, what: str, *, latent_channels: int | None = None) -> WanVAE:
+    """The model on `meta` that these tensors fill exactly, or an InputError.
+
+    `latent_channels`: those that it has to have; None takes either kind.
+    """
+    require_kind(shapes, "VAE", what)
+    rename = vae_rename(shapes)
+    official = {rename(name): shape for name, shape in shapes.items()}
+    geometry = read_geometry(official)
+    kind = KINDS[geometry.kind]
+    wanted = kind if latent_channels is None else kind_of(latent_channels)
+    if kind is not wanted or geometry.latent_channels != kind.latent_channels:
+        other = ", or --task ti2v-5B" if kind.name == KIND22 and wanted.name == KIND21 else ""
+        named = f"a {kind.name} VAE" if geometry.latent_channels == kind.latent_channels else "another VAE"
+        raise InputError(
+            f"{what} is {named} with {geometry.latent_channels} latent channels, the model has "
+            f"{wanted.latent_channels}: give {wanted.file}{other}"
+        )
+    with torch.device("meta"):
+        model = WanVAE(geometry)
+    check_names(official, model, what)
+    return model

@@ -1,0 +1,268 @@
+"""The loss on clips that are not trained on, measured the same way each time, so that differences are the model's.
+
+Every clip meets the same noise, at the same noise levels, at every evaluation: keyed by `--validation_seed`, its name
+and the stratum. The levels are one from each of K equally likely parts of the distribution that training draws from,
+so that their mean estimates the training objective.
+"""
+
+import hashlib
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset.batching.ahead import read_ahead
+from dataset.batching.batches import Batch, CachedDataset, collate
+from dataset.batching.order import SampleKey
+from dataset.batching.split import find_shared, name_files, split_off
+from dataset.sources import name_some
+from wan_train.errors import InputError
+from wan_train.flow.timesteps import Span
+from wan_train.flow.weighting import importance
+from wan_train.log import get_logger
+from wan_train.training.evaluating.statistics import Evaluation, History, Losses
+from wan_train.training.experts.pair import PairModel
+from wan_train.training.experts.plan import ExpertPlan
+from wan_train.training.objective.conditioning import conditions_of, drop_pictures
+from wan_train.training.objective.loss import Draws, draw_levels, measure
+from wan_train.training.settings import LossSettings, TimestepSettings, ValidationSettings
+
+log = get_logger(__name__)
+
+FEW = 5  # the interval over four files is 1.9 times as wide as what the bootstrap alone makes of them
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and, where something is held out, what the loss is measured on."""
+
+    training: CachedDataset
+    held_out: CachedDataset | None
+
+
+def check_validation(settings: ValidationSettings) -> None:
+    """InputError for options that make no sense together."""
+    if settings.validation_config is not None and settings.validation_split is not None:
+        raise InputError(
+            f"--validation_config {settings.validation_config} and --validation_split {settings.validation_split:g}"
+            " both say what is held out: leave out one"
+        )
+    every = settings.validate_every_n_steps or settings.validate_every_n_epochs
+    if settings.early_stop is not None and not every:
+        raise InputError(
+            f"--early_stop {settings.early_stop} needs evaluations to count: give --validate_every_n_steps or _epochs"
+        )
+    if every and settings.validation_config is None and settings.validation_split is None:
+        raise InputError(
+            "--validate_every_n_steps and _epochs need held-out clips: give --validation_config or --validation_split"
+        )
+
+
+def hold_out(dataset: CachedDataset, settings: ValidationSettings, read: Callable[[str], CachedDataset]) -> Data:
+    """Training and held-out clips as the settings say; `read` opens the caches that a TOML file describes.
+
+    Raises InputError where too few files are held out for what is asked.
+    """
+    if settings.validation_split is not None:
+        split = split_off(dataset, settings.validation_split, seed=settings.validation_seed)
+        data = Data(split.training, split.held_out)
+    elif settings.validation_config is not None:
+        data = Data(dataset, read(settings.validation_config))
+    else:
+        return Data(dataset, None)
+    assert data.held_out is not None
+    if shared := find_shared(data.training, data.held_out):
+        log.warning("%d held-out files are trained on too (%s)", len(shared), name_some(shared))
+    num_files = len(set(name_files(data.held_out)))
+    if settings.early_stop is not None and num_files < 2:
+        raise InputError("--early_stop needs an interval, and one held-out file gives none: hold out two or more")
+    num_clips = sum(len(plan.clips) for plan in data.held_out.plans)
+    wide = "" if num_files >= FEW else ", so few that intervals are wide"
+    log.info("held out: %d clips of %d files%s", num_clips, num_files, wide)
+    return data
+
+
+class Validator:
+    """Measures the loss on held-out clips, and judges each measurement against those before it.
+
+    Each clip counts once, whatever its `num_repeats`, with its first caption and as it is; batches are of its
+    dataset's `batch_size`, and the last of a bucket is taken too. `without_pictures` is the share of clips, always the
+    same, that a model which is text and picture to video in one is measured on as text to video.
+    """
+
+    def __init__(
+        self,
+        dataset: CachedDataset,
+        settings: ValidationSettings,
+        timesteps: TimestepSettings,
+        loss: LossSettings,
+        experts: ExpertPlan | None = None,
+        *,
+        without_pictures: float | None = None,
+    ) -> None:
+        experts = experts or ExpertPlan()
+        self._without = without_pictures
+        self._dataset, self._settings, self._timesteps, self._loss = dataset, settings, timesteps, loss
+        # From data to noise, as the strata of one model are.
+        trained: list[str | None] = [*reversed(experts.trained)] or [None]
+        self._parts = [(expert, experts.limits(expert, timesteps)) for expert in trained]
+        self._batches = cut_batches(dataset)
+        order = [position for batch in self._batches for position in batch]
+        self._rows = {position: row for row, position in enumerate(order)}
+        self._names = [dataset.keys[position].item for position in order]
+        files = name_files(dataset)
+        self.history = History([files[position] for position in order], seed=settings.validation_seed)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether `--early_stop` evaluations in a row were no sure improvement."""
+        limit = self._settings.early_stop
+        return limit is not None and self.history.since >= limit
+
+    def has_evaluated(self, step: int) -> bool:
+        """Whether the last evaluation was at this step, so that there is nothing to measure anew."""
+        return bool(self.history.means) and self.history.means[-1][0] == step
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator, *, step: int) -> Evaluation:
+        """Measure the model as it is at a step and judge it; all processes call this together and learn the same."""
+        names = [expert for expert, _ in self._parts if expert and len(self._parts) > 1]
+        evaluation = self.history.add(step, self.measure(model, accelerator), experts=names)
+        if accelerator.is_main_process:
+            alarming = evaluation.verdict in ("worse", "not finite")
+            log.log(logging.WARNING if alarming else logging.INFO, evaluation.describe())
+        return evaluation
+
+    def measure(self, model: nn.Module, accelerator: Accelerator) -> Losses:
+        """Losses (N, K) of every held-out clip in every stratum, the same on all processes.
+
+        The model is read, nothing else: not its gradients, not its mode, and no generator that others draw from.
+        """
+        shares = math.ceil(len(self._batches) / accelerator.num_processes)
+        # A sharded model is gathered by all processes together, so each runs as many batches; doubles fall away below.
+        padded = itertools.islice(itertools.cycle(self._batches), shares * accelerator.num_processes)
+        mine = list(itertools.islice(padded, accelerator.process_index, None, accelerator.num_processes))
+        num_strata = self._settings.validation_timesteps
+        table = np.zeros((len(self._rows), len(self._parts) * num_strata), np.float32)
+        with evaluating(model):
+            # One expert after the other: the one that rests may have to be moved.
+            for part, (expert, limits) in enumerate(self._parts):
+                if isinstance(model, PairModel):
+                    model.of(str(expert))
+                for position, values in gather_object(self._measure_part(model, mine, limits, accelerator)):
+                    table[self._rows[position], part * num_strata : (part + 1) * num_strata] = values
+        return table
+
+    def _measure_part(
+        self, model: nn.Module, mine: Sequence[list[int]], limits: Span | None, accelerator: Accelerator
+    ) -> list[tuple[int, list[float]]]:
+        """Losses of these batches' clips, by position, at the noise levels within `limits`."""
+        reading = read_ahead(collate([self._dataset[position] for position in batch]) for batch in mine)
+        shown = tqdm(
+            zip(mine, reading, strict=True),
+            desc="held-out loss",
+            total=len(mine),
+            delay=2,
+            leave=False,
+            disable=not accelerator.is_main_process,
+        )
+        measured: list[tuple[int, list[float]]] = []
+        for positions, batch in shown:
+            losses = self._measure_batch(model, batch, limits, accelerator.device)
+            measured += zip(positions, losses.tolist(), strict=True)
+        return measured
+
+    def _measure_batch(self, model: nn.Module, batch: Batch, limits: Span | None, device: torch.device) -> Tensor:
+        """Losses (B, K) of a batch, on the CPU."""
+        latents, seed = batch.latents.to(device), self._settings.validation_seed
+        rate = self._without
+        dropped = [] if rate is None else drop_pictures(batch.keys, rate, seed=seed, epoch=0)
+        conditions = conditions_of(batch, device, without_pictures=dropped, fused=rate is not None)
+        weights = None if batch.weights is None else batch.weights.to(device)
+        losses = []
+        for stratum in range(self._settings.validation_timesteps):
+            draws = draw_stratum(
+                batch.keys,
+                latents.shape[1:],
+                self._timesteps,
+                stratum=stratum,
+                num_strata=self._settings.validation_timesteps,
+                seed=seed,
+                limits=limits,
+            ).to(device)
+            measured = measure(model, latents, conditions, draws, weights=weights, settings=self._loss)
+            losses.append(measured.samples)
+        return torch.stack(losses, dim=1).cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later judgements depend on, and what was measured."""
+        return {"clips": self._names, "measure": self._measure(), "history": self.history.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; anew, with a warning, where other clips or noise levels were measured."""
+        if state["clips"] != self._names or state["measure"] != self._measure():
+            log.warning("other clips or noise levels are held out than before: the held-out loss is compared anew")
+            return
+        self.history.load_state_dict(state["history"])
+
+    def _measure(self) -> str:
+        settings = self._settings
+        parts = "" if self._parts[0][0] is None else f"{self._parts} "
+        parts += "" if self._without is None else f"{self._without} "
+        return parts + f"{settings.validation_timesteps} {settings.validation_seed} {self._timesteps} {self._loss}"
+
+
+def cut_batches(dataset: CachedDataset) -> list[list[int]]:
+    """The positions of all clips, once each, in batches of one bucket and of its dataset's size."""
+    batches = []
+    for bucket, positions in sorted(dataset.buckets.items()):
+        size = dataset.configs[bucket.dataset].batch_size
+        first = [position for position in positions if dataset.keys[position].repeat == 0]
+        batches += [first[start : start + size] for start in range(0, len(first), size)]
+    return batches
+
+
+def draw_stratum(
+    keys: Sequence[SampleKey],
+    shape: Sequence[int],
+    timesteps: TimestepSettings,
+    *,
+    stratum: int,
+    num_strata: int,
+    seed: int,
+    limits: Span | None = None,
+) -> Draws:
+    """Noise of latents of a `shape`, and t in this stratum, of each sample: keyed by seed, name and stratum alone.
+
+    Strata are of the settings' distribution, or of what it has within `limits`.
+    """
+    uniforms, noises = [], []
+    for key in keys:
+        digest = hashlib.blake2b(f"held out/{seed}/{stratum}/{key.item}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        uniforms.append((stratum + float(torch.rand((), generator=generator))) / num_strata)
+        noises.append(torch.randn(*shape, generator=generator))
+    t = draw_levels(uniforms, (shape[-2], shape[-1]), timesteps, limits)
+    return Draws(t, torch.stack(noises), importance(timesteps.weighting_scheme, t))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout and gradients; afterwards each of its parts is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,150 @@
+"""Which experts a run trains, when, and at which noise levels."""
+
+from dataclasses import dataclass, replace
+
+from wan_train.errors import InputError
+from wan_train.flow.timesteps import NUM_TIMESTEPS, Span
+from wan_train.log import get_logger
+from wan_train.models.dit.experts import HIGH, LOW, ORDER, read_boundary, span_of
+from wan_train.models.variants import VARIANTS, Variant
+from wan_train.training.settings import TimestepSettings, TrainSettings
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """The experts that are trained, none for a task of one model, and the boundary between them, t in [0, 1].
+
+    Two take turns of `steps` optimizer steps, the one for high noise first.
+    """
+
+    trained: tuple[str, ...] = ()
+    boundary: float = 0.0
+    steps: int = 1
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether both are trained."""
+        return len(self.trained) > 1
+
+    def at(self, step: int) -> str | None:
+        """The expert of an optimizer step, counted from 1; None where there is but one model."""
+        return self.trained[(step - 1) // self.steps % len(self.trained)] if self.trained else None
+
+    def limits(self, expert: str | None, settings: TimestepSettings) -> Span | None:
+        """The noise levels of an expert: its part of the distribution, within what the settings allow. None: all that
+        they allow. A single expert is trained where --min_timestep and --max_timestep say, if they say so."""
+        own_range = (settings.min_timestep, settings.max_timestep) != (0, NUM_TIMESTEPS)
+        if expert is None or (own_range and not self.is_pair):
+            return None
+        low, high = span_of(expert, self.boundary)
+        low, high = max(low, settings.min_timestep / NUM_TIMESTEPS), min(high, settings.max_timestep / NUM_TIMESTEPS)
+        if low >= high:
+            raise InputError(
+                f"--min_timestep {settings.min_timestep} and --max_timestep {settings.max_timestep} leave nothing to"
+                f" the expert for {expert.replace('_', ' ')}: the boundary is {NUM_TIMESTEPS * self.boundary:g}"
+            )
+        return Span(low, high, keep_shape=True)
+
+
+def with_named_experts(settings: TrainSettings) -> TrainSettings:
+    """The settings with a single `--dit` as `--dit_high_noise` if it is to be trained mostly above the boundary: other
+    trainers have one option for both files, and let the range of noise levels say which it is."""
+    variant, timesteps, experts = VARIANTS[settings.dit.task], settings.timesteps, settings.experts
+    if variant.experts is None or not settings.dit.dit or experts.dit_high_noise:
+        return settings
+    boundary = read_boundary(experts.timestep_boundary, variant)
+    if not is_above(boundary, timesteps.min_timestep, timesteps.max_timestep):
+        return settings
+    log.info(
+        "--min_timestep %d --max_timestep %d is the range of the expert for high noise, which begins at %g: --dit %s is"
+        " trained as that, as with --dit_high_noise",
+        *(timesteps.min_timestep, timesteps.max_timestep, NUM_TIMESTEPS * boundary, settings.dit.dit),
+    )
+    named = replace(experts, dit_high_noise=settings.dit.dit)
+    return replace(settings, dit=replace(settings.dit, dit=""), experts=named)
+
+
+def is_above(boundary: float, low: int, high: int) -> bool:
+    """Whether a range of timesteps, of 1000, is for its larger part above the boundary, a t in [0, 1]."""
+    return low + high > 2 * NUM_TIMESTEPS * boundary
+
+
+def plan_experts(settings: TrainSettings) -> ExpertPlan:
+    """What the options say of experts. InputError for what does not go together."""
+    variant, experts = VARIANTS[settings.dit.task], settings.experts
+    if variant.experts is None:
+        _refuse_for_one_model(settings, variant)
+        return ExpertPlan()
+    given = {HIGH: experts.dit_high_noise, LOW: settings.dit.dit}
+    trained = tuple(expert for expert in ORDER if given[expert])
+    if not trained:
+        raise InputError(
+            f"--task {variant.name} has two models: give --dit (low noise), --dit_high_noise, or both to train both"
+        )
+    if len(trained) == 1:
+        _refuse_without_pair(settings)
+    else:
+        _check_pair(settings)
+    plan = ExpertPlan(trained, read_boundary(experts.timestep_boundary, variant), experts.expert_steps)
+    for expert in trained:
+        plan.limits(expert, settings.timesteps)
+    return plan
+
+
+def _check_pair(settings: TrainSettings) -> None:
+    experts = settings.experts
+    if experts.offload_inactive_dit and settings.stream.blocks_to_swap:
+        raise InputError(
+            f"--offload_inactive_dit and --blocks_to_swap {settings.stream.blocks_to_swap} both keep weights in main"
+            " memory: give one of them"
+        )
+    if experts.shared_lora and experts.network_weights_high_noise:
+        raise InputError("--network_weights_high_noise: a --shared_lora starts from --network_weights: leave it out")
+    if settings.network.base_weights:
+        raise InputError(
+            "--base_weights would go into both experts: merge it into its own with --save_merged_model, and train that"
+        )
+
+
+def _refuse_without_pair(settings: TrainSettings) -> None:
+    experts = settings.experts
+    given = {
+        "--shared_lora": experts.shared_lora,
+        "--offload_inactive_dit": experts.offload_inactive_dit,
+        "--network_weights_high_noise": experts.network_weights_high_noise,
+    }
+    for flag, there in given.items():
+        if there:
+            raise InputError(f"{flag} is for training both experts: give --dit and --dit_high_noise, or leave it out")
+
+
+def _refuse_for_one_model(settings: TrainSettings, variant: Variant) -> None:
+    experts = settings.experts
+    if experts.timestep_boundary is not None:
+        read_boundary(experts.timestep_boundary, variant)
+    given = {
+        "--dit_high_noise": experts.dit_high_noise,
+        "--shared_lora": experts.shared_lora,
+        "--offload_inactive_dit": experts.offload_inactive_dit,
+        "--network_weights_high_noise": experts.network_weights_high_noise,
+    }
+    for flag, there in given.items():
+        if there:
+            raise InputError(f"{flag}: --task {variant.name} has one model: take an A14B task, or leave it out")
+
+
+def settings_of(settings: TrainSettings, expert: str | None) -> TrainSettings:
+    """The settings with `--dit` that of an expert, and `--network_weights` its own: alone it has the only ones."""
+    if expert != HIGH:
+        return settings
+    alone = not settings.dit.dit
+    weights = settings.network.network_weights if alone else settings.experts.network_weights_high_noise
+    network = replace(settings.network, network_weights=weights)
+    return replace(settings, dit=replace(settings.dit, dit=settings.experts.dit_high_noise), network=network)
+
+
+def only_expert(plan: ExpertPlan) -> str | None:
+    """The expert that a file is of which stands alone: of a LoRA that both share it is neither."""
+    return plan.trained[0] if len(plan.trained) == 1 else None

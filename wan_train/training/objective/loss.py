@@ -1,0 +1,197 @@
+"""What is learnt: the velocity at a keyed point between data and noise."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataset.batching.order import SampleKey
+from wan_train.cli import choose
+from wan_train.conditions import Conditions
+from wan_train.errors import InputError
+from wan_train.flow.path import interpolate, velocity
+from wan_train.flow.timesteps import NUM_TIMESTEPS, SAMPLERS, Distribution, Parameters, Span, level, shares_below
+from wan_train.flow.weighting import WEIGHTINGS, importance
+from wan_train.training.objective.strata import Strata
+from wan_train.training.settings import LossSettings, TimestepSettings
+
+LEAST_SHARE = 1e-6  # less of a distribution than this is a mistake, and too thin to draw from well
+DEFAULT_LOSS = LossSettings()
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The randomness of a batch: `t` (B,) in [0, 1] and `noise` of the latents' shape, float32 on the CPU.
+
+    `importance` (B,) is what the weighting scheme makes each sample's loss count; without it all count alike.
+    """
+
+    t: Tensor
+    noise: Tensor
+    importance: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same on another device."""
+        counts = None if self.importance is None else self.importance.to(device)
+        return Draws(self.t.to(device), self.noise.to(device), counts)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of a batch: `mean` (), with its gradient, and that of each sample, `samples` (B,), without; float32."""
+
+    mean: Tensor
+    samples: Tensor
+
+
+def keyed_generator(seed: int, epoch: int, key: SampleKey) -> torch.Generator:
+    """A generator that depends on the run's seed, the epoch and the sample alone: not on rank, worker or batch."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key.repeat}/{key.item}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def distribution(settings: TimestepSettings, size: tuple[int, int]) -> Distribution:
+    """The distribution of t for latents of this (height, width), before --min_timestep and --max_timestep."""
+    make = choose("timestep sampling", settings.timestep_sampling, SAMPLERS)
+    return make(
+        Parameters(
+            size=size,
+            shift=settings.discrete_flow_shift,
+            sigmoid_scale=settings.sigmoid_scale,
+            density=settings.weighting_scheme,
+            logit_mean=settings.logit_mean,
+            logit_std=settings.logit_std,
+            mode_scale=settings.mode_scale,
+        )
+    )
+
+
+def span(settings: TimestepSettings) -> Span:
+    """The range of t."""
+    low, high = settings.min_timestep / NUM_TIMESTEPS, settings.max_timestep / NUM_TIMESTEPS
+    return Span(low, high, settings.preserve_distribution_shape)
+
+
+def check_timesteps(
+    settings: TimestepSettings,
+    sizes: Iterable[tuple[int, int]] = ((128, 128),),
+    limits: Sequence[Span | None] = (None,),
+) -> None:
+    """InputError for settings that contradict each other, or leave next to nothing to draw for one of the latent
+    sizes (height, width) within one of the `limits`, those of experts."""
+    low, high = settings.min_timestep, settings.max_timestep
+    if low >= high:
+        raise InputError(f"--min_timestep {low} must be below --max_timestep {high}")
+    scheme, sampling = settings.weighting_scheme, settings.timestep_sampling
+    if scheme not in ("none", *WEIGHTINGS) and sampling != "sigma":
+        raise InputError(
+            f"--weighting_scheme {scheme} says how --timestep_sampling sigma draws; with {sampling} it does nothing: "
+            "leave out one of the two"
+        )
+    spans = [each or span(settings) for each in limits]
+    for size, part in itertools.product(sizes, [each for each in spans if each.keep_shape]):
+        below = shares_below(distribution(settings, size), part)
+        if below[1] - below[0] < LEAST_SHARE:
+            way = "leave out --preserve_distribution_shape" if limits == (None,) else "draw otherwise"
+            raise InputError(
+                f"--timestep_sampling {sampling} draws next to nothing from {NUM_TIMESTEPS * part.low:g} to"
+                f" {NUM_TIMESTEPS * part.high:g}: widen --min_timestep and --max_timestep, or {way}"
+            )
+
+
+def draw_levels(
+    uniform: Sequence[float], size: tuple[int, int], settings: TimestepSettings, limits: Span | None = None
+) -> Tensor:
+    """t (B,) in float32, as the settings distribute it, of uniform numbers in [0, 1); `size` as above. `limits` stand
+    over those of the settings."""
+    made, limits = distribution(settings, size), limits or span(settings)
+    return torch.tensor([level(number, made, limits) for number in uniform], dtype=torch.float32)
+
+
+def draw(
+    keys: Sequence[SampleKey],
+    shape: Sequence[int],
+    settings: TimestepSettings,
+    *,
+    seed: int,
+    epoch: int,
+    strata: Strata | None = None,
+    limits: Span | None = None,
+) -> Draws:
+    """Noise level and noise of every sample of a batch; `shape` is that of one sample's latents, `limits` as above.
+
+    `strata` are there exactly if --num_timestep_buckets is.
+    """
+    assert (strata is None) == (settings.num_timestep_buckets is None)
+    uniforms, noises = [], []
+    for key in keys:
+        generator = keyed_generator(seed, epoch, key)
+        uniforms.append(float(torch.rand((), generator=generator)))
+        noises.append(torch.randn(*shape, generator=generator))
+    if strata is not None:
+        places = strata.place(keys, epoch)
+        uniforms = [(place + u) / strata.num_strata for place, u in zip(places, uniforms, strict=True)]
+    t = draw_levels(uniforms, (shape[-2], shape[-1]), settings, limits)
+    return Draws(t, torch.stack(noises), importance(settings.weighting_scheme, t))
+
+
+def _squared(predicted: Tensor, target: Tensor, settings: LossSettings, reduction: str) -> Tensor:
+    return F.mse_loss(predicted, target, reduction=reduction)
+
+
+def _huber(predicted: Tensor, target: Tensor, settings: LossSettings, reduction: str) -> Tensor:
+    """Half the square up to `huber_c`, beyond it the line that goes on from there (Huber 1964)."""
+    return F.huber_loss(predicted, target, reduction=reduction, delta=settings.huber_c)
+
+
+ERRORS: dict[str, Callable[[Tensor, Tensor, LossSettings, str], Tensor]] = {"mse": _squared, "huber": _huber}
+
+
+def measure(
+    model: nn.Module,
+    latents: Tensor,
+    conditions: Conditions,
+    draws: Draws,
+    *,
+    weights: Tensor | None = None,
+    settings: LossSettings = DEFAULT_LOSS,
+) -> Losses:
+    """The error of the predicted velocity, in float32, from one pass of the model; all tensors on its device.
+
+    `weights`, of a shape that broadcasts to the latents', say how much each error counts; their mean is 1.
+    """
+    data = latents.float()
+    target = velocity(data, draws.noise)
+    noisy, timestep = conditions.fuse(interpolate(data, draws.noise, draws.t), draws.t * NUM_TIMESTEPS)
+    predicted = model(noisy, timestep, **conditions.inputs()).float()
+    error = choose("loss", settings.loss_type, ERRORS)
+    counts = _without_given(_counts(draws, weights, data.ndim), conditions, data)
+    if counts is None:
+        with torch.no_grad():
+            samples = error(predicted, target, settings, "none").flatten(1).mean(1)
+        return Losses(error(predicted, target, settings, "mean"), samples)
+    errors = error(predicted, target, settings, "none") * counts
+    return Losses(errors.mean(), errors.detach().flatten(1).mean(1))
+
+
+def _without_given(counts: Tensor | None, conditions: Conditions, data: Tensor) -> Tensor | None:
+    """The counts with the first frames that are given out of the loss, whose mean is then over the others."""
+    if conditions.has_first is None:
+        return counts
+    frames = data.shape[2]
+    kept = torch.ones(len(data), 1, frames, 1, 1, device=data.device)
+    kept[:, 0, 0, 0, 0] = torch.where(conditions.has_first, 0.0, 1.0)
+    kept = kept * (frames / kept.sum(2, keepdim=True))
+    return kept if counts is None else counts * kept
+
+
+def _counts(draws: Draws, weights: Tensor | None, ndim: int) -> Tensor | None:
+    """What each error is multiplied by."""
+    if draws.importance is None:
+        return weights
+    counts = draws.importance.view(-1, *[1] * (ndim - 1))
+    return counts if weights is None else counts * weights

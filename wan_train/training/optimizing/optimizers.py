@@ -1,0 +1,216 @@
+"""Optimizers by the names that users know."""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wan_train.cli import nearest
+from wan_train.errors import InputError
+from wan_train.log import get_logger
+from wan_train.packages import load
+from wan_train.training.optimizing.adamw8bit import AdamW8bitSR
+from wan_train.training.optimizing.one_by_one import Turn, check_apart, one_by_one
+from wan_train.training.optimizing.optimizer_state import comes_from, for_training, is_schedule_free, sets_own_rate
+from wan_train.training.optimizing.rounding import check_rounding
+from wan_train.training.settings import OptimizerSettings
+
+log = get_logger(__name__)
+
+OptimizerClass = Callable[..., torch.optim.Optimizer]
+
+WORDS = {"true": True, "false": False, "none": None}
+LOW_FOR_PRODIGY = 0.1  # it multiplies the rate that it finds; its paper and its authors take 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a class lives, and the package to install for it."""
+
+    module: str
+    name: str
+    package: str
+
+
+SOURCES = {
+    "AdamW8bit": Source("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
+    "PagedAdamW8bit": Source("bitsandbytes.optim", "PagedAdamW8bit", "bitsandbytes"),
+    "Lion": Source("bitsandbytes.optim", "Lion", "bitsandbytes"),
+    "Lion8bit": Source("bitsandbytes.optim", "Lion8bit", "bitsandbytes"),
+    "Adafactor": Source("transformers.optimization", "Adafactor", "transformers"),
+    "Prodigy": Source("prodigyopt", "Prodigy", "prodigyopt"),
+    "CAME": Source("came_pytorch", "CAME", "came-pytorch"),
+    "AdamWScheduleFree": Source("schedulefree", "AdamWScheduleFree", "schedulefree"),
+}
+OURS = {"AdamW8bitSR": AdamW8bitSR}
+UNUSABLE = ("LBFGS", "SparseAdam")  # of torch: one needs a closure, the other sparse gradients
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], settings: OptimizerSettings, *, warmup: int = 0, turns: Sequence[Turn] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over the adapter's parameter groups, ready for its first step.
+
+    `warmup` is for a schedule-free optimizer, which warms up by itself; with `turns` it steps one weight at a time,
+    each inside of them. See `check_optimizer` for what is refused.
+    """
+    several = len({group.get("lr", settings.learning_rate) for group in groups}) > 1
+    kind, arguments = check_optimizer(settings, several_rates=several)
+    if warmup and is_schedule_free(kind):
+        arguments["warmup_steps"] = warmup
+    _explain(kind, arguments, settings.learning_rate)
+    optimizer = kind(groups, **arguments) if turns is None else one_by_one(kind)(groups, turns=turns, **arguments)
+    for_training(optimizer)
+    return optimizer
+
+
+def check_optimizer(
+    settings: OptimizerSettings, *, several_rates: bool = False, rounded: bool = False, apart: str | None = None
+) -> tuple[OptimizerClass, dict[str, Any]]:
+    """The class and the arguments, `lr` among them, behind the settings.
+
+    Raises InputError for an unknown name, a package that is not there, an argument that the class does not take, and
+    where it could not do what is asked for: keep `several_rates` of parameter groups (LoRA+) apart, let weights be
+    `rounded` at random, or step them one by one as the option `apart` asks.
+    """
+    kind = find_optimizer(settings.optimizer_type)
+    if rounded:
+        check_rounding(kind, settings.optimizer_type)
+    if apart is not None:
+        check_apart(kind, settings.optimizer_type, apart)
+    given = read_arguments("--optimizer_args", settings.optimizer_args)
+    if "lr" in given:
+        raise InputError("--optimizer_args has lr: give it as --learning_rate")
+    refuse_unknown("--optimizer_args", given, kind, own=("params", "lr"))
+    _check_warmup(kind, given, settings)
+    arguments = _defaults(kind, given) | {"lr": settings.learning_rate} | given
+    if sets_own_rate(kind, arguments):
+        arguments["lr"] = None  # it will not have both
+    if several_rates and (comes_from(kind, "prodigyopt", "Prodigy") or sets_own_rate(kind, arguments)):
+        raise InputError(
+            f"{settings.optimizer_type} keeps one learning rate for all parameters, and loraplus_lr_ratio asks for two:"
+            " leave the ratio out, or take another --optimizer_type"
+        )
+    try:  # its own checks of ranges, on a parameter that is thrown away
+        kind([torch.nn.Parameter(torch.zeros(2, 2))], **arguments)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as problem:
+        reason = str(problem) or "it does not take this learning rate, or one of these values"
+        raise InputError(
+            f"--optimizer_type {settings.optimizer_type} with --learning_rate {settings.learning_rate:g} and "
+            f"--optimizer_args {' '.join(settings.optimizer_args) or '(none)'}: {reason}"
+        ) from None
+    return kind, arguments
+
+
+def find_optimizer(name: str) -> OptimizerClass:
+    """The class behind `--optimizer_type`: a known name in any case, one of torch.optim, or package.Class."""
+    if "." in name:
+        return _by_full_name(name)
+    known: dict[str, Source] = {
+        found: Source("torch.optim", found, "torch")
+        for found, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and found not in ("Optimizer", *UNUSABLE)
+    } | SOURCES
+    sources = {found.lower(): source for found, source in known.items()}
+    ours: dict[str, OptimizerClass] = {found.lower(): kind for found, kind in OURS.items()}
+    if name.lower() in ours:
+        return ours[name.lower()]
+    if name.lower() not in sources:
+        names = [*SOURCES, *OURS, *sorted(known.keys() - SOURCES.keys())]
+        raise InputError(
+            f"unknown --optimizer_type {name!r}{nearest(name, names)}; known are {', '.join(names)} and any "
+            "package.Class"
+        )
+    source = sources[name.lower()]
+    kind: OptimizerClass = load(
+        source.module,
+        source.name,
+        f"--optimizer_type {source.name}",
+        package=source.package,
+        instead="use --optimizer_type AdamW",
+    )
+    return kind
+
+
+def import_class(flag: str, name: str, base: type) -> Any:
+    """The class `package.Class`, a kind of `base`. InputError says what is missing."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), attribute, None)
+    except (ImportError, OSError, RuntimeError, ValueError) as problem:
+        raise InputError(
+            f"{flag} {name}: the module {module!r} does not import ({problem}): install its package"
+        ) from None
+    if not (inspect.isclass(kind) and issubclass(kind, base)):
+        raise InputError(f"{flag} {name}: {module} has no {base.__name__} of the name {attribute}")
+    return kind
+
+
+def read_arguments(flag: str, texts: Sequence[str]) -> dict[str, Any]:
+    """name=value pairs, each value read as a Python literal; true, false and none in any case; else text."""
+    arguments: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = (part.strip() for part in text.partition("="))
+        if not sign or not name:
+            raise InputError(f"{flag} takes name=value, not {text!r}")
+        if name in arguments:
+            raise InputError(f"{flag} has {name} twice: give it once")
+        try:
+            arguments[name] = WORDS[value.lower()] if value.lower() in WORDS else ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            arguments[name] = value
+    return arguments
+
+
+def refuse_unknown(flag: str, given: dict[str, Any], kind: Callable[..., Any], *, own: Sequence[str]) -> None:
+    """InputError for an argument that `kind` does not take, or that is our `own` to give."""
+    parameters = inspect.signature(kind).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters if parameter.name not in own]
+    for name in given:
+        if name not in known:
+            raise InputError(
+                f"{flag}: {getattr(kind, '__name__', kind)} takes no {name}{nearest(name, known)}; "
+                f"known are {', '.join(known)}"
+            )
+
+
+def _check_warmup(kind: OptimizerClass, given: dict[str, Any], settings: OptimizerSettings) -> None:
+    if not is_schedule_free(kind) or settings.lr_warmup_steps.strip(" %") in ("0", "0.0"):
+        return
+    if "warmup_steps" in given:
+        raise InputError("--optimizer_args warmup_steps and --lr_warmup_steps say the same thing: give one of them")
+    if "warmup_steps" not in inspect.signature(kind).parameters:
+        raise InputError(f"{settings.optimizer_type} has no warm-up: leave out --lr_warmup_steps")
+
+
+def _defaults(kind: OptimizerClass, given: dict[str, Any]) -> dict[str, Any]:
+    """Where ours are not the package's: Adafactor steps by --learning_rate, as it is, unless it is asked otherwise."""
+    relative = bool(given.get("relative_step"))
+    adafactor = comes_from(kind, "transformers", "Adafactor")
+    return {"relative_step": relative, "scale_parameter": relative} if adafactor else {}
+
+
+def _explain(kind: OptimizerClass, arguments: dict[str, Any], learning_rate: float) -> None:
+    if sets_own_rate(kind, arguments):
+        log.warning("Adafactor with relative_step sets its own learning rate: --learning_rate is not used")
+    elif comes_from(kind, "transformers", "Adafactor") and arguments["scale_parameter"]:
+        log.warning("Adafactor with scale_parameter multiplies --learning_rate by each weight's own size")
+    elif comes_from(kind, "prodigyopt", "Prodigy") and learning_rate < LOW_FOR_PRODIGY:
+        log.warning(
+            "Prodigy multiplies the learning rate that it finds by --learning_rate %g: 1 is usual", learning_rate
+        )
+
+
+def _by_full_name(name: str) -> OptimizerClass:
+    found = import_class("--optimizer_type", name, torch.optim.Optimizer)
+    kind: OptimizerClass = found
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if found.__name__ in UNUSABLE or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise InputError(f"--optimizer_type {name} needs a closure or sparse gradients, which training has not")
+    return kind

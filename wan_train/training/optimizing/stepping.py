@@ -1,0 +1,141 @@
+"""How what is trained is stepped: all at once after the backward pass, or in parts, as memory options ask for."""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from networks.adapter import Adapter, trains_weights
+from wan_train.errors import InputError
+from wan_train.placement.lanes import make_lane
+from wan_train.placement.states import HostStates
+from wan_train.placement.stream import Stream
+from wan_train.training.accelerator import launched_dtype
+from wan_train.training.optimizing.fused import FusedBackward
+from wan_train.training.optimizing.one_by_one import Part, Turn, steps_apart
+from wan_train.training.optimizing.optimizers import find_optimizer, make_optimizer
+from wan_train.training.optimizing.rounding import rounded
+from wan_train.training.settings import TrainSettings
+
+_PART = re.compile(r"(?:(high_noise|low_noise)\.)?(blocks\.(\d+)|[^.]+)")
+
+Streams = Mapping[str | None, Stream]  # by expert
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """The optimizer, what steps during the backward pass, if that is asked for, and the waiting for main memory:
+    after `settle` all that lives there is whole, after `forget` nothing of it is on the device besides."""
+
+    optimizer: torch.optim.Optimizer
+    fused: FusedBackward | None
+    settle: Callable[[], None]
+    forget: Callable[[], None]
+
+
+def needs_parts(settings: TrainSettings) -> str | None:
+    """The option for which weights have to be stepped one by one, if there is one."""
+    swaps = settings.stream.blocks_to_swap > 0 and trains_weights(settings.network)
+    given = {
+        "--fused_backward_pass": settings.optimizer.fused_backward_pass,
+        "--optimizer_cpu_offload": settings.optimizer.optimizer_cpu_offload,
+        "--blocks_to_swap": swaps,
+    }
+    return next((flag for flag, there in given.items() if there), None)
+
+
+def check_stepping(settings: TrainSettings) -> None:
+    """InputError for what does not go with stepping during the backward pass, or with trained blocks that stream."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not settings.optimizer.fused_backward_pass:
+        if needs_parts(settings) == "--blocks_to_swap" and several:
+            raise InputError(
+                "--blocks_to_swap with trained weights and several processes needs --fused_backward_pass: give that too"
+            )
+        return
+    given = {
+        f"--gradient_accumulation_steps {settings.loop.gradient_accumulation_steps}": (
+            settings.loop.gradient_accumulation_steps > 1
+        ),
+        "--prior_captions": settings.prior.prior_captions is not None,
+        "fp16, whose gradients are scaled,": launched_dtype(settings.loop) == torch.float16,
+    }
+    for what, there in given.items():
+        if there:
+            raise InputError(f"--fused_backward_pass steps in every backward pass, and {what} does not go with that")
+
+
+def make_stepping(
+    adapter: Adapter,
+    streams: Streams,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    *,
+    warmup: int,
+    seed: int,
+) -> Stepping:
+    """The optimizer of what is trained, and all that goes with it."""
+    groups = adapter.parameter_groups(settings.optimizer.learning_rate)
+    if not trains_weights(settings.network):
+        streams = {}  # what is in main memory stays as it is
+    turns, settled = [], [stream.settle for stream in streams.values()]
+    if settings.optimizer.optimizer_cpu_offload:
+        states = HostStates(make_lane(accelerator.device))
+        turns.append(states_at_hand(states))
+        settled.append(states.settle)
+    if settings.network.full_bf16:
+        turns.append(rounded(seed))
+    # All at once takes as much again as what is stepped: little for a LoRA.
+    whole = trains_weights(settings.network) and steps_apart(find_optimizer(settings.optimizer.optimizer_type))
+    apart = turns or whole or needs_parts(settings)
+    optimizer = make_optimizer(groups, settings.optimizer, warmup=warmup, turns=turns if apart else None)
+    fused = None
+    if apart:
+        parts = parts_of(dict(adapter.named_parameters()), streams)
+        optimizer.parts = parts  # type: ignore[attr-defined]
+        away = settings.optimizer.optimizer_cpu_offload
+        optimizer.home = None if away else accelerator.device  # type: ignore[attr-defined]
+        if settings.optimizer.fused_backward_pass:
+            reduce = partial(accelerator.reduce, reduction="mean") if accelerator.num_processes > 1 else None
+            limit = settings.loop.max_grad_norm or float("inf")
+            fused = FusedBackward(optimizer, parts, limit=limit, reduce=reduce)
+    forgotten = [stream.forget for stream in streams.values()]
+    return Stepping(optimizer, fused, partial(_call, settled), partial(_call, forgotten + settled))
+
+
+def parts_of(trained: Mapping[str, nn.Parameter], streams: Streams) -> tuple[Part, ...]:
+    """What is trained in parts: each block, and what has the first word of its name in common; of two experts apart."""
+    members: dict[tuple[str, ...], list[nn.Parameter]] = {}
+    held: dict[tuple[str, ...], Callable[[], AbstractContextManager[None]]] = {}
+    for name, parameter in trained.items():
+        match = _PART.match(name)
+        assert match is not None
+        expert, part, block = match.groups()
+        key = (expert or "", part)
+        members.setdefault(key, []).append(parameter)
+        stream = streams.get(expert)
+        held[key] = partial(stream.held, int(block)) if stream is not None and block is not None else nullcontext
+    return tuple(Part(".".join(filter(None, key)), tuple(own), held[key]) for key, own in members.items())
+
+
+def states_at_hand(states: HostStates) -> Turn:
+    """Brings the states of the weight whose turn it is."""
+
+    @contextmanager
+    def turn(optimizer: Any, parameter: nn.Parameter, key: str) -> Iterator[nn.Parameter]:
+        with states.at_hand(parameter, optimizer.state[parameter]):
+            yield parameter
+
+    return turn
+
+
+def _call(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()

@@ -1,0 +1,119 @@
+"""Previews: the generator's own sampling on the model in training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from wan_train.conditions import Conditions, ImageConditions
+from wan_train.errors import InputError
+from wan_train.file_names import check_name
+from wan_train.log import get_logger
+from wan_train.media_out import write_image, write_video
+from wan_train.models.encoders.text import check_text_encoder
+from wan_train.models.vae.vae import WanVAE, check_vae
+from wan_train.models.variants import Variant
+from wan_train.placement.report import release_memory
+from wan_train.sampling.decode import decode_frames
+from wan_train.sampling.denoise import sample_latents
+from wan_train.sampling.encode import check_given_clip
+from wan_train.sampling.grammar import PREVIEW, read_prompts
+from wan_train.sampling.request import SampleRequest, preview_defaults
+from wan_train.sampling.settings import MAX_SEED
+from wan_train.training.saving.settings import SaveSettings
+from wan_train.training.settings import TrainSettings
+
+log = get_logger(__name__)
+
+
+def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequest]:
+    """The previews' requests, once all that they need is there. Raises InputError before a model is loaded."""
+    preview = settings.preview
+    if preview.sample_with_ema and settings.loop.ema_decay is None:
+        raise InputError("--sample_with_ema needs an average to sample with: give --ema_decay, 0.999 for instance")
+    if preview.sample_prompts is None:
+        if preview.sample_every_n_epochs or preview.sample_every_n_steps or preview.sample_at_first:
+            raise InputError("previews need --sample_prompts: give a file of prompts")
+        return []
+    grammar = replace(PREVIEW, strict=preview.strict_prompts)
+    requests = read_prompts(preview.sample_prompts, preview_defaults(variant), grammar)
+    for flag, value in (("--vae", settings.vae.vae), ("--t5", settings.text.t5)):
+        if not value:
+            raise InputError(f"previews need {flag}: give it, or leave out --sample_prompts")
+    check_vae(settings.vae.vae, latent_channels=variant.space.channels)
+    check_given_clip(settings.image, variant, settings.dit.dit)
+    check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
+    for index, request in enumerate(requests):
+        seed = f"the run's seed + {index}" if request.seed is None else f"seed {request.seed}"
+        last = replace(request, seed=MAX_SEED if request.seed is None else request.seed)
+        check_name(
+            preview_path(settings.save, "e000000", index, last, ".mp4"), "give a shorter --output_name or --output_dir"
+        )
+        log.info('preview %d ("%s", %s): %s', index, request.shown_words, seed, request.shown_settings)
+    return requests
+
+
+def preview_path(save: SaveSettings, moment: str, index: int, request: SampleRequest, suffix: str) -> Path:
+    """OUTPUT_DIR/sample/NAME_MOMENT_INDEX_TIME_SEED and a suffix."""
+    stamp = datetime.now().strftime("%Y%m%d%H%M%S")
+    name = f"{save.output_name}_{moment}_{index:02d}_{stamp}_{request.seed}"
+    return Path(save.output_dir) / "sample" / f"{name}{suffix}"
+
+
+@dataclass(frozen=True)
+class Previewer:
+    """Everything that this process's previews need but the model: `requests` and their `images` by the index of the
+    prompt, `conditions` by text, the VAE parked on the CPU."""
+
+    requests: Mapping[int, SampleRequest]
+    conditions: Mapping[str, Conditions]
+    images: Mapping[int, ImageConditions | None]
+    vae: WanVAE
+    device: torch.device
+    save: SaveSettings
+    fps: int
+    seed: int
+
+    def make(self, model: nn.Module, moment: str) -> dict[int, Path]:
+        """Sample every prompt and write OUTPUT_DIR/sample/NAME_MOMENT_INDEX_TIME_SEED.mp4 (.png for one frame).
+
+        A preview that fails, for want of memory or whatever else, costs one warning and nothing more; the paths, by
+        index, are those of the others.
+        """
+        training = model.training
+        model.eval()
+        try:
+            made = {index: self._try_one(model, moment, index, request) for index, request in self.requests.items()}
+        finally:
+            model.train(training)
+        return {index: path for index, path in made.items() if path is not None}
+
+    def _try_one(self, model: nn.Module, moment: str, index: int, request: SampleRequest) -> Path | None:
+        try:
+            return self._make_one(model, moment, index, request)
+        except Exception as problem:  # a run of days is worth more than a picture of it
+            reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
+        # Here the exception is gone, and with it what its frames held.
+        self.vae.to("cpu")
+        release_memory()
+        log.warning("preview %d at %s failed, training goes on: %s", index, moment, reason)
+        return None
+
+    def _make_one(self, model: nn.Module, moment: str, index: int, request: SampleRequest) -> Path:
+        seeded = request if request.seed is not None else replace(request, seed=self.seed + index)
+        texts = (self.conditions[text] for text in (request.prompt, request.negative_prompt))
+        positive, negative = (text.with_images(self.images[index]) for text in texts)
+        latents = sample_latents(model, seeded, positive, negative, device=self.device)
+        self.vae.to(self.device)
+        frames = decode_frames(self.vae, latents, self.device)
+        self.vae.to("cpu")
+        path = preview_path(self.save, moment, index, seeded, ".mp4" if len(frames) > 1 else ".png")
+        if len(frames) > 1:
+            write_video(path, frames, fps=self.fps)
+        else:
+            write_image(path, frames[0])
+        log.info("preview %s", path)
+        return path

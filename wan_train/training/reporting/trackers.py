@@ -1,0 +1,233 @@
+"""Where curves and previews go beside the run's own files: TensorBoard and Weights & Biases."""
+
+import io
+import netrc
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import av
+import numpy as np
+from PIL import Image
+
+from wan_train.errors import InputError
+from wan_train.log import get_logger
+from wan_train.packages import is_installed, missing, require
+from wan_train.training.reporting.settings import LogSettings
+from wan_train.training.saving.settings import SaveSettings
+
+log = get_logger(__name__)
+
+TABLES = ("wandb", "tensorboard")
+
+
+class Tracker(Protocol):
+    """Takes in numbers and media by name and step."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Record finite numbers."""
+        ...
+
+    def media(self, paths: Mapping[str, Path], step: int, *, fps: int) -> None:
+        """Record videos (.mp4) and pictures (.png)."""
+        ...
+
+    def close(self) -> None:
+        """Finish what is under way."""
+        ...
+
+
+class TensorBoard:
+    """TensorBoard's event files in a folder; a resumed run takes back what it recorded after `keep_until`."""
+
+    def __init__(self, folder: Path, keep_until: int | None, arguments: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if keep_until is None else keep_until + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge, **arguments)
+
+    def describe(self, config: Mapping[str, str]) -> None:
+        """A table of settings, as text."""
+        rows = "\n".join(f"|{name}|{value}|" for name, value in config.items())
+        self._writer.add_text("settings", f"|setting|value|\n|-|-|\n{rows}")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One curve for each name."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def media(self, paths: Mapping[str, Path], step: int, *, fps: int) -> None:
+        """Pictures; a video becomes one that moves."""
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        for name, path in paths.items():
+            frames = read_frames(path)
+            picture = Summary.Image(
+                height=frames.shape[1],
+                width=frames.shape[2],
+                colorspace=3,
+                encoded_image_string=encode_gif(frames, fps),
+            )
+            summary = Summary(value=[Summary.Value(tag=name, image=picture)])
+            self._writer._get_file_writer().add_summary(summary, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases; WANDB_MODE=offline keeps it in a folder."""
+
+    def __init__(self, logs: LogSettings, save: SaveSettings, config: Mapping[str, str], run_id: str | None) -> None:
+        import wandb
+
+        arguments = {
+            "project": logs.log_tracker_name,
+            "name": logs.wandb_run_name or save.output_name,
+            "dir": str(_log_folder(logs, save)),
+            "config": dict(config),
+        } | read_tracker_config(logs).get("wandb", {})
+        # Its description of the process holds the command line, in which there may be keys.
+        quiet = wandb.Settings(api_key=logs.wandb_api_key, x_disable_meta=True, console="off", silent=True)
+        if run_id is not None:
+            arguments |= {"id": run_id, "resume": "allow"}
+        Path(arguments["dir"]).mkdir(parents=True, exist_ok=True)
+        try:
+            self._run: Any = wandb.init(**arguments, settings=quiet)
+        except (wandb.errors.Error, TypeError) as problem:
+            raise InputError(f"W&B does not start: {problem}; or train with --log_with tensorboard") from None
+        self.run_id: str = self._run.id
+        # Its own count only goes up: what a resumed run takes again would be lost.
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One row."""
+        self._run.log({"step": step, **values})
+
+    def media(self, paths: Mapping[str, Path], step: int, *, fps: int) -> None:
+        """Videos and pictures as they are."""
+        import wandb
+
+        made = {
+            name: wandb.Video(str(path)) if path.suffix == ".mp4" else wandb.Image(str(path))
+            for name, path in paths.items()
+        }
+        self._run.log({"step": step, **made})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish(quiet=True)
+
+
+def check_trackers(logs: LogSettings) -> None:
+    """InputError for a tracker that is not installed, its configuration, or a key that is missing."""
+    read_tracker_config(logs)
+    asking = f"--log_with {logs.log_with}"
+    if logs.log_with in ("tensorboard", "all"):
+        require("tensorboard", asking, instead="use --log_with auto")
+    if logs.log_with not in ("wandb", "all"):
+        return
+    require("wandb", asking, instead="use --log_with auto")
+    if not (_needs_no_key() or logs.wandb_api_key or os.environ.get("WANDB_API_KEY") or _logged_in()):
+        raise InputError(
+            "W&B needs a key: set WANDB_API_KEY, give --wandb_api_key, run wandb login, or set WANDB_MODE=offline"
+        )
+
+
+def read_tracker_config(logs: LogSettings) -> dict[str, dict[str, Any]]:
+    """The tables of `--log_tracker_config`."""
+    path = logs.log_tracker_config
+    if path is None:
+        return {}
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise InputError(f"cannot read --log_tracker_config {path}: {problem}") from None
+    odd = [name for name, table in tables.items() if name not in TABLES or not isinstance(table, dict)]
+    if odd:
+        raise InputError(f"--log_tracker_config {path} has {', '.join(odd)}: it takes tables [wandb] and [tensorboard]")
+    return tables
+
+
+def uses_board(logs: LogSettings) -> bool:
+    """Whether curves go to TensorBoard."""
+    if logs.log_with == "auto" and not is_installed("tensorboard"):
+        log.info("curves go to NAME.metrics.jsonl; %s", missing("TensorBoard", "tensorboard"))
+        return False
+    return logs.log_with in ("auto", "tensorboard", "all")
+
+
+def open_board(logs: LogSettings, save: SaveSettings, keep_until: int | None) -> TensorBoard:
+    """TensorBoard. InputError where it does not start."""
+    folder = _log_folder(logs, save) / f"{logs.log_prefix or ''}{save.output_name}"
+    try:
+        return TensorBoard(folder, keep_until, read_tracker_config(logs).get("tensorboard", {}))
+    except (OSError, TypeError) as problem:
+        raise InputError(f"TensorBoard does not start in {folder}: {problem}") from None
+
+
+def read_frames(path: Path) -> np.ndarray:
+    """Frames (F, H, W, 3) uint8 of a video, one of a picture."""
+    if path.suffix == ".png":
+        return np.asarray(Image.open(path).convert("RGB"))[None]
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def encode_gif(frames: np.ndarray, fps: int) -> bytes:
+    """Frames (F, H, W, 3) uint8 as an endless GIF; a single one as PNG."""
+    pictures, buffer = [Image.fromarray(frame) for frame in frames], io.BytesIO()
+    if len(pictures) == 1:
+        pictures[0].save(buffer, format="PNG")
+    else:
+        pictures[0].save(
+            buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+        )
+    return buffer.getvalue()
+
+
+class Guarded:
+    """A tracker that is given up, with one warning, once it fails: a run is worth more than its curves."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker: Tracker | None = tracker
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """As the tracker does."""
+        self._try(lambda tracker: tracker.scalars(values, step))
+
+    def media(self, paths: Mapping[str, Path], step: int, *, fps: int) -> None:
+        """As the tracker does."""
+        self._try(lambda tracker: tracker.media(paths, step, fps=fps))
+
+    def close(self) -> None:
+        """As the tracker does."""
+        self._try(lambda tracker: tracker.close())
+
+    def _try(self, call: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            call(self._tracker)
+        except Exception as problem:  # whatever a foreign package raises
+            log.warning("%s fails and gets no more: %s", type(self._tracker).__name__, problem)
+            self._tracker = None
+
+
+def _log_folder(logs: LogSettings, save: SaveSettings) -> Path:
+    return Path(logs.logging_dir or Path(save.output_dir) / "logs")
+
+
+def _needs_no_key() -> bool:
+    """Nothing is sent, or to a server of the user's own."""
+    return os.environ.get("WANDB_MODE", "") in ("offline", "disabled", "dryrun") or "WANDB_BASE_URL" in os.environ
+
+
+def _logged_in() -> bool:
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,90 @@
+"""Names of what a run saves, the saving of an adapter, and which files newer ones replace."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from networks.formats.hashes import add_hashes
+from networks.moments import EMA, EPOCH, STEP
+from wan_train.precision import dtype_of
+from wan_train.shards import names_of
+from wan_train.storage import save_tensors
+from wan_train.tensor_writer import Row, write_set
+from wan_train.training.saving.settings import SaveSettings
+
+FILE, EMA_FILE, STATE = ".safetensors", f"{EMA}.safetensors", "-state"  # what follows NAME and the moment
+
+
+def path_of(save: SaveSettings, moment: str, ending: str, part: str | None = None) -> Path:
+    """OUTPUT_DIR/NAME, behind it what tells one of several parts (an expert, a LoRA), the moment ("" at the end of the
+    run), and FILE, EMA_FILE or STATE."""
+    return Path(save.output_dir) / f"{_name(save, part)}{moment}{ending}"
+
+
+def _name(save: SaveSettings, part: str | None) -> str:
+    return f"{save.output_name}_{part}" if part else save.output_name
+
+
+def save_adapter(
+    path: Path, exported: Mapping[str, Tensor], save: SaveSettings, metadata: Mapping[str, str]
+) -> list[Path]:
+    """Write an adapter's tensors in `--save_precision`, with metadata and its hashes; the file."""
+    dtype = dtype_of(save.save_precision)
+    # Single numbers (alpha) stay whole: bf16 would turn 1.3 into 1.297.
+    tensors = {name: tensor.detach().to("cpu", dtype if tensor.ndim else None) for name, tensor in exported.items()}
+    # The hashes are those by which LoRA files are known, and take a copy of the file in memory.
+    save_tensors(path, tensors, add_hashes(tensors, metadata))
+    return [path]
+
+
+def save_weights(
+    path: Path, exported: Mapping[str, Tensor], save: SaveSettings, metadata: Mapping[str, str]
+) -> list[Path]:
+    """Write a model's tensors in `--save_precision`, one at a time, in shards of `--max_shard_size`; the files."""
+    dtype = dtype_of(save.save_precision)
+    rows = {name: Row(tuple(tensor.shape), dtype) for name, tensor in exported.items()}
+    return write_set(path, rows, exported, metadata, save.shard_bytes)
+
+
+def outlived(
+    save: SaveSettings,
+    *,
+    epoch: int,
+    step: int,
+    parts: Sequence[str | None] = (None,),
+    is_own: Callable[[Path], bool] = lambda path: True,
+) -> list[Path]:
+    """What `--save_last_n_...` no longer keeps once all of this epoch and step is saved, of each part's files.
+
+    Of epochs the last N saved ones stay, of steps those of the last N steps. States go with their files unless they
+    have a number of their own. What is not `is_own`, of another run of this name, neither counts nor gives way.
+    """
+    epochs, steps = save.save_last_n_epochs, save.save_last_n_steps
+    epoch_states = save.save_last_n_epochs_state or epochs
+    step_states = save.save_last_n_steps_state or steps
+    gone: list[Path] = []
+    files = [(_name(save, part), ending, epochs, steps) for part in parts for ending in (FILE, EMA_FILE)]
+    for name, ending, last_epochs, last_steps in (*files, (save.output_name, STATE, epoch_states, step_states)):
+        saved = _numbered(save, name, EPOCH, ending, is_own) if last_epochs else []
+        gone += [path for number, path in saved if last_epochs and number not in _last(saved, last_epochs, epoch)]
+        by_step = _numbered(save, name, STEP, ending, is_own) if last_steps else []
+        gone += [path for number, path in by_step if last_steps and number <= step - last_steps]
+    return gone
+
+
+def _last(saved: list[tuple[int, Path]], count: int, newest: int) -> set[int]:
+    """The last `count` of the numbers up to the newest; what is beyond it belongs to an earlier run and stays."""
+    numbers = sorted({number for number, _ in saved})  # each shard has its checkpoint's
+    return {n for n in numbers if n > newest} | set([n for n in numbers if n <= newest][-count:])
+
+
+def _numbered(
+    save: SaveSettings, name: str, moment: str, ending: str, is_own: Callable[[Path], bool]
+) -> list[tuple[int, Path]]:
+    """What is there under names of this kind of moment, with the numbers in them."""
+    stem = rf"{re.escape(name)}{moment}{re.escape(ending.removesuffix(FILE))}"
+    pattern = re.compile(names_of(stem, FILE) if ending.endswith(FILE) else stem)
+    matches = ((pattern.fullmatch(path.name), path) for path in Path(save.output_dir).iterdir())
+    return [(int(match[1]), path) for match, path in matches if match and is_own(path)]

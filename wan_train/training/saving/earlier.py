@@ -1,0 +1,205 @@
+"""What is there already under the names that a run will save: files of other runs, and its own earlier end."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from dataset.sources import name_some
+from networks.moments import BEST, EMA, MOMENT, is_saved_as, of_epoch, of_step
+from wan_train.errors import InputError
+from wan_train.log import get_logger
+from wan_train.models.dit.experts import ORDER
+from wan_train.shards import INDEX, expand, files_of, names_of
+from wan_train.storage import replacing, replacing_folder
+from wan_train.training.saving.checkpoints import EMA_FILE, FILE, STATE, path_of
+from wan_train.training.saving.choosing import farthest, whole_states
+from wan_train.training.saving.identity import Identity
+from wan_train.training.saving.settings import SaveSettings
+from wan_train.training.saving.state import Position, State, open_state
+
+log = get_logger(__name__)
+
+
+def warn_of_others(save: SaveSettings, identity: Identity, state: State | None) -> None:
+    """A warning that names what other runs left under this one's names, before any of it is replaced; none for a run
+    that is resumed as itself."""
+    if state is not None and state.session in (None, identity.session):
+        return
+    found = sorted(_of_name(save))
+    if not found:
+        return
+    last = farthest(whole_states(save))
+    way = f"; to resume an earlier run stop this one and give --resume {last.folder}" if last and state is None else ""
+    log.warning(
+        "%s holds what an earlier run of --output_name %s saved (%s): whatever this run saves under the same name"
+        " replaces it; to keep it give another --output_name%s",
+        *(save.output_dir, save.output_name, name_some(path.name for path in found), way),
+    )
+
+
+def _of_name(save: SaveSettings) -> Iterator[Path]:
+    expert = f"(?:_(?:{'|'.join(ORDER)}))?(?:_lora)?"
+    stem = rf"{re.escape(save.output_name)}{expert}(?:{MOMENT}|{BEST})?(?:{EMA})?"
+    pattern = re.compile(names_of(stem, FILE))
+    for path in Path(save.output_dir).iterdir():
+        if pattern.fullmatch(path.name) or (path.is_dir() and is_saved_as(path.name, save.output_name, STATE)):
+            yield path
+
+
+def is_of_run(path: Path, session: int) -> bool:
+    """Whether a saved file or state is of a run, as far as it says of which: one that does not say is."""
+    if path.is_dir():
+        try:
+            return open_state(path).session in (None, session)
+        except InputError:
+            return True
+    return _metadata(path).get("ss_session_id", str(session)) == str(session)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file, of an index that of its first shard; nothing where it cannot be read."""
+    try:
+        with safe_open(expand(path)[0] if path.name.endswith(INDEX) else path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, InputError):
+        return {}
+
+
+@dataclass(frozen=True)
+class End:
+    """Where a run ends now: its identity, seed and position, and how many steps it takes in an epoch."""
+
+    identity: Identity
+    seed: int
+    position: Position
+    epoch_steps: int
+
+    def moments(self, step: int) -> tuple[str, ...]:
+        """How names tell that something was saved after this step, the best way first."""
+        epoch, rest = divmod(step, self.epoch_steps)
+        return (of_step(step),) if rest else (of_epoch(epoch), of_step(step))
+
+
+def keep_earlier_end(save: SaveSettings, end: End, parts: Sequence[str | None], *, with_state: bool) -> list[Path]:
+    """Give what this run saved at an earlier end, before it was resumed to go further, the name of its epoch or step,
+    since the new end replaces it; what is kept. What cannot be kept costs a warning."""
+    folder = path_of(save, "", STATE)
+    state = _earlier_state(folder, end)
+    kept: list[Path] = []
+    for part in parts:
+        for ending in (FILE, EMA_FILE):
+            path = path_of(save, "", ending, part)
+            step = _step_of(path, end, state)
+            target = None if step is None else _free(path, save, ending, part, end.moments(step))
+            if target is not None:
+                with _warning_of(path):
+                    kept += _keep_files(path, target)
+    if with_state and state is not None:
+        target = _free(folder, save, STATE, None, end.moments(state.position.step))
+        if target is not None:
+            with _warning_of(folder):
+                kept.append(_keep_folder(folder, target))
+    if kept:
+        log.info("kept the earlier end of the run as %s", name_some(path.name for path in kept))
+    return kept
+
+
+def _earlier_state(folder: Path, end: End) -> State | None:
+    """The state of this run's earlier end; states of before runs had an identity are its if they have its seed."""
+    try:
+        state = open_state(folder)
+    except InputError:
+        return None
+    is_own = state.session == end.identity.session or (state.session is None and state.seed == end.seed)
+    return state if is_own and state.position.step < end.position.step else None
+
+
+def _step_of(path: Path, end: End, state: State | None) -> int | None:
+    """The step after which a file was saved at an earlier end of this run; None for a file that is not of such."""
+    files = [file for file in files_of(path) if file.name.endswith(FILE)]
+    if not files:
+        return None
+    said = _metadata(files[0])
+    at_state = None if state is None else state.position.step
+    try:
+        step = int(said["ss_steps"])
+    except (KeyError, ValueError):
+        return at_state  # saved without metadata
+    is_own = said.get("ss_session_id") == str(end.identity.session) or step == at_state
+    return step if is_own and step < end.position.step else None
+
+
+def _free(path: Path, save: SaveSettings, ending: str, part: str | None, moments: Sequence[str]) -> Path | None:
+    """The first of the names of these moments that nothing has yet; None if one of them has what is to be kept, as it
+    has once a run was killed in its end, or if all are taken."""
+    for moment in moments:
+        target = path_of(save, moment, ending, part)
+        there, wanted = ([each] if each.is_dir() else files_of(each) for each in (target, path))
+        if not there:
+            return target
+        if _said(there[0]) == _said(wanted[0]):
+            return None if len(there) == len(wanted) else target
+    return None
+
+
+def _said(path: Path) -> tuple[object, ...]:
+    """What tells a saved file or state from others; of a file that says nothing of itself, which file it is."""
+    if path.is_dir():
+        try:
+            state = open_state(path)
+        except InputError:
+            return (path,)
+        return state.session, state.seed, state.position
+    said = _metadata(path)
+    known = said.get("ss_session_id"), said.get("ss_steps")
+    return known if None not in known else (path.stat().st_dev, path.stat().st_ino)
+
+
+def _keep_files(path: Path, target: Path) -> list[Path]:
+    """A checkpoint under another name too: its file, or its shards and, last, an index of them."""
+    files, kept = files_of(path), []
+    renamed = {file.name: target.stem + file.name.removeprefix(path.stem) for file in files}
+    for file in files:
+        place = target.with_name(renamed[file.name])
+        if file.name.endswith(INDEX):
+            index = json.loads(file.read_text(encoding="utf-8"))
+            index["weight_map"] = {name: renamed[shard] for name, shard in index["weight_map"].items()}
+            with replacing(place) as temporary:
+                temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+        else:
+            _link(file, place)
+        kept.append(place)
+    return kept
+
+
+def _keep_folder(folder: Path, target: Path) -> Path:
+    try:
+        with replacing_folder(target) as temporary:
+            for file in folder.iterdir():
+                os.link(file, temporary / file.name)
+    except InputError:
+        folder.rename(target)
+    return target
+
+
+def _link(file: Path, target: Path) -> None:
+    """The same file by another name: both stay until the first is replaced. Where there are no links it is renamed."""
+    try:
+        os.link(file, target)
+    except OSError:
+        file.rename(target)
+
+
+@contextlib.contextmanager
+def _warning_of(path: Path) -> Iterator[None]:
+    """A run that has come to its end is not lost for a second name of what it had before."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, InputError) as problem:
+        log.warning("%s is replaced, it could not be kept under another name: %s", path, problem)

@@ -1,0 +1,168 @@
+"""Copies of what a run saves on the Hugging Face Hub. Its client is imported only where an option asks for it."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from wan_train.errors import InputError
+from wan_train.log import get_logger
+from wan_train.training.reporting.settings import HUB_REPOSITORIES, HubSettings
+
+log = get_logger(__name__)
+
+
+class Client(Protocol):
+    """What is used of `huggingface_hub.HfApi`."""
+
+    def create_repo(self, repo_id: str, *, repo_type: str, private: bool, exist_ok: bool) -> Any:
+        """Make a repository unless it is there."""
+        ...
+
+    def upload_file(self, *, path_or_fileobj: str, path_in_repo: str, repo_id: str, repo_type: str) -> Any:
+        """Upload one file."""
+        ...
+
+    def upload_folder(self, *, folder_path: str, path_in_repo: str, repo_id: str, repo_type: str) -> Any:
+        """Upload all files of a folder."""
+        ...
+
+    def snapshot_download(self, repo_id: str, *, repo_type: str, revision: str, allow_patterns: str) -> str:
+        """Download the files of a revision that match; the local folder that stands for the repository."""
+        ...
+
+
+class Hub:
+    """The repository that gets the copies. A copy that fails costs a warning; the run and its own files go on."""
+
+    def __init__(self, settings: HubSettings, client: Client, *, background: bool = False) -> None:
+        assert settings.huggingface_repo_id is not None
+        self._settings, self._client, self._repo = settings, client, settings.huggingface_repo_id
+        # One at a time: the hub refuses commits that overlap.
+        self._queue = ThreadPoolExecutor(max_workers=1) if background or settings.async_upload else None
+
+    def upload(self, path: Path) -> None:
+        """Copy a saved file, or a state folder if `--save_state_to_huggingface`; in the background if asked for."""
+        if path.is_dir() and not self._settings.save_state_to_huggingface:
+            return
+        if self._queue is None:
+            self._upload(path)
+        else:
+            self._queue.submit(self._upload, path)
+
+    def finish(self) -> None:
+        """Wait for all copies that are under way."""
+        if self._queue is not None:
+            self._queue.shutdown(wait=True)
+
+    def _upload(self, path: Path) -> None:
+        if not path.exists():  # copies are slower than --save_last_n_... keeps files
+            log.warning("%s was removed before its upload to %s had begun", path, self._repo)
+            return
+        place = {
+            "path_in_repo": "/".join(
+                part for part in (self._settings.huggingface_path_in_repo.strip("/"), path.name) if part
+            ),
+            "repo_id": self._repo,
+            "repo_type": self._settings.huggingface_repo_type,
+        }
+        try:
+            if path.is_dir():
+                self._client.upload_folder(folder_path=str(path), **place)
+            else:
+                self._client.upload_file(path_or_fileobj=str(path), **place)
+        except Exception as problem:  # whatever the client, the network or the hub raise
+            log.warning("%s was not uploaded to %s, it is still here: %s", path, self._repo, _first_line(problem))
+            return
+        log.info("uploaded %s to %s", path.name, self._repo)
+
+
+def open_hub(settings: HubSettings, *, background: bool = False) -> Hub | None:
+    """The repository, made if it is not there; None where none is asked for. InputError if the hub refuses.
+
+    With `background`, and with `--async_upload`, nobody waits for a copy before `Hub.finish`.
+    """
+    if settings.huggingface_repo_id is None:
+        return None
+    client = make_client(settings.huggingface_token)
+    try:
+        client.create_repo(
+            settings.huggingface_repo_id,
+            repo_type=settings.huggingface_repo_type,
+            private=settings.huggingface_repo_visibility == "private",
+            exist_ok=True,
+        )
+    except Exception as problem:
+        raise InputError(
+            f"--huggingface_repo_id {settings.huggingface_repo_id} cannot be used: {_first_line(problem)}; "
+            "look at the name and the token, or leave it out and upload later"
+        ) from None
+    return Hub(settings, client, background=background)
+
+
+def check_hub(settings: HubSettings, resume: str | None) -> None:
+    """InputError for options that make no sense together, without asking the hub."""
+    repository = settings.huggingface_repo_id
+    if repository is None:
+        for flag in ("save_state_to_huggingface", "async_upload"):
+            if getattr(settings, flag):
+                raise InputError(f"--{flag} needs --huggingface_repo_id OWNER/NAME")
+    elif len(repository.split("/")) != 2 or not all(repository.split("/")):
+        raise InputError(f"--huggingface_repo_id {repository!r} is not OWNER/NAME")
+    if settings.resume_from_huggingface:
+        if resume is None:
+            raise InputError("--resume_from_huggingface needs --resume REPO_ID/PATH_IN_REPO:REVISION:REPO_TYPE")
+        read_place(resume)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder in a repository on the hub."""
+
+    repo_id: str
+    folder: str
+    revision: str
+    repo_type: str
+
+
+def read_place(text: str) -> Place:
+    """`OWNER/NAME/FOLDER:REVISION:TYPE`; without the last two it is main of a model. InputError for anything else."""
+    path, _, rest = text.partition(":")
+    revision, _, kind = rest.partition(":")
+    parts = path.strip("/").split("/")
+    if len(parts) < 3 or not all(parts) or (kind or "model") not in HUB_REPOSITORIES:
+        raise InputError(
+            f"--resume {text!r} is no place on the hub: write OWNER/NAME/FOLDER:REVISION:TYPE, the type one of "
+            f"{', '.join(HUB_REPOSITORIES)}"
+        )
+    return Place("/".join(parts[:2]), "/".join(parts[2:]), revision or "main", kind or "model")
+
+
+def fetch_state(place: str, token: str | None) -> Path:
+    """Download the state folder at a place on the hub, and where it is now. InputError if that fails."""
+    wanted = read_place(place)
+    try:
+        copy = make_client(token).snapshot_download(
+            wanted.repo_id,
+            repo_type=wanted.repo_type,
+            revision=wanted.revision,
+            allow_patterns=f"{wanted.folder}/*",
+        )
+    except Exception as problem:
+        raise InputError(f"--resume {place} cannot be downloaded: {_first_line(problem)}") from None
+    folder = Path(copy) / wanted.folder
+    if not folder.is_dir():
+        raise InputError(f"--resume {place}: {wanted.repo_id} has no folder {wanted.folder} at {wanted.revision}")
+    return folder
+
+
+def make_client(token: str | None) -> Client:
+    """The real client."""
+    from huggingface_hub import HfApi
+
+    client: Client = HfApi(token=token)
+    return client
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0] or type(problem).__name__

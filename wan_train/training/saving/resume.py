@@ -1,0 +1,249 @@
+"""Resuming from a state: which one, and whether it is of this configuration."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from accelerate import Accelerator
+from torch import nn
+
+from dataset.batching.batches import CachedDataset
+from dataset.batching.order import SampleKey
+from dataset.caching.contents import Contents, changes, read_contents
+from dataset.caching.remains import put_back
+from dataset.config import DatasetConfig
+from wan_train.errors import InputError, Stopped
+from wan_train.log import get_logger
+from wan_train.models.dit.experts import read_boundary
+from wan_train.models.variants import VARIANTS
+from wan_train.training.experts.plan import is_above
+from wan_train.training.optimizing.schedules import warmup_steps
+from wan_train.training.run import Length, Stateful
+from wan_train.training.saving.choosing import choose, identity_of
+from wan_train.training.saving.earlier import warn_of_others
+from wan_train.training.saving.identity import Identity
+from wan_train.training.saving.state import Position, State, differences, load_state, open_state, read_samples
+from wan_train.training.settings import TrainSettings
+
+log = get_logger(__name__)
+
+AUTO = "auto"
+# What decides the numbers of a run: groups of its settings, and the fields that do not, or are told apart below.
+GROUPS = ("weights", "network", "loop", "optimizer", "timesteps", "loss", "pictures", "prior")
+INDIFFERENT = {
+    "lr_warmup_steps",
+    "mixed_precision",
+    "prior_captions",
+    "max_train_steps",
+    "max_train_epochs",
+    "gradient_accumulation_steps",
+    "max_data_loader_n_workers",
+    "ema_cpu",
+    "optimizer_cpu_offload",
+    "persistent_data_loader_workers",
+    "seed",
+    "skip_nonfinite",
+    "show_timesteps",
+}
+# The keys of a dataset that decide how its samples are batched, captioned and weighed.
+OF_DATASETS = (
+    *("batch_size", "num_repeats", "weight", "drop_last", "is_reg", "loss_weight"),
+    *("caption_variants", "caption_dropout_rate", "flip_augment"),
+)
+SAMPLES = "samples of the dataset"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run trains on and for how long: its datasets, its samples, the captions of `--prior_captions`, optimizer
+    steps, and the precision that accelerate settled on."""
+
+    configs: Sequence[DatasetConfig]
+    keys: Iterable[SampleKey]
+    prior_captions: Sequence[str]
+    steps: int
+    mixed_precision: str
+
+
+def find_state(settings: TrainSettings) -> State | None:
+    """The state that `--resume` names; None for a fresh start. InputError for one that is not there or not whole."""
+    wanted = settings.save.resume
+    if wanted is None:
+        return None
+    if wanted != AUTO:
+        put_back(Path(wanted).absolute().parent)
+        return open_state(Path(wanted))
+    put_back(Path(settings.save.output_dir))
+    options = _options(settings)
+    state = choose(settings.save, lambda state: not _differences(state.configuration, options, only=options))
+    if state is None:
+        log.info(
+            "--resume auto: no state of %s in %s, a fresh start", settings.save.output_name, settings.save.output_dir
+        )
+    return state
+
+
+def _options(settings: TrainSettings) -> dict[str, str]:
+    """What decides the numbers of a run as far as options alone say it: option to value."""
+    known: dict[str, Any] = {"--task": settings.dit.task, "--dit": Path(settings.dit.dit).name}
+    if VARIANTS[settings.dit.task].experts is not None:
+        experts = settings.experts
+        known |= {
+            "--dit_high_noise": Path(experts.dit_high_noise).name,
+            "--timestep_boundary": read_boundary(experts.timestep_boundary, VARIANTS[settings.dit.task]),
+            "--expert_steps": experts.expert_steps,
+            "--shared_lora": experts.shared_lora,
+        }
+    pictured = VARIANTS[settings.dit.task].images is not None
+    for group in (group for group in GROUPS if group != "pictures" or pictured):
+        values = getattr(settings, group)
+        fields = dataclasses.fields(values)
+        known |= {f"--{f.name}": getattr(values, f.name) for f in fields if f.name not in INDIFFERENT}
+    return {name: str(value) for name, value in known.items()}
+
+
+def configuration(settings: TrainSettings, trained: Trained, *, num_processes: int) -> dict[str, str]:
+    """What must be the same for a resumed run to go on as the unbroken one would have: option to value.
+
+    The batches of a step count, not how many processes share them; the length of the run counts where the learning rate
+    depends on it.
+    """
+    known: dict[str, Any] = dict(_options(settings))
+    known["--mixed_precision"] = trained.mixed_precision
+    known["--lr_warmup_steps"] = warmup_steps(settings.optimizer.lr_warmup_steps, trained.steps)
+    known["batches in a step"] = num_processes * settings.loop.gradient_accumulation_steps
+    for config in trained.configs:
+        known |= {f"{name} of dataset {config.number}": getattr(config, name) for name in OF_DATASETS}
+    known[SAMPLES] = _digest(f"{key.item} {key.repeat}" for key in trained.keys)
+    known["captions of --prior_captions"] = _digest(trained.prior_captions)
+    if settings.optimizer.lr_scheduler not in ("constant", "constant_with_warmup"):
+        known["steps of the run"] = trained.steps
+    return {name: str(value) for name, value in known.items()}
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+def require_same(state: State, current: dict[str, str], samples: Contents, *, anyway: bool) -> None:
+    """InputError that lists what is not as it was, or only a warning if the user wants to go on anyway. Samples are
+    compared by what they were made of, where the state knows it."""
+    different = _differences(state.configuration, current)
+    before = read_samples(state)
+    if before is not None and (changed := changes(before, samples)):
+        # Names say more than the digest over all of them.
+        different = [text for text in different if not text.startswith(f"{SAMPLES} was")]
+        different += [f"the dataset has {text}" for text in changed]
+    if not different:
+        return
+    listed = "; ".join(different)
+    if not anyway:
+        raise InputError(
+            f"--resume {state.folder} is of another configuration: {listed}. Give the options and the dataset that the"
+            " run began with, or --resume_anyway"
+        )
+    log.warning("resuming from %s although %s", state.folder, listed)
+
+
+def _differences(saved: dict[str, str], current: dict[str, str], *, only: Iterable[str] | None = None) -> list[str]:
+    """What is not as it was, among the names of `only` if they are given."""
+    if only is not None:
+        names = set(only)
+        saved = {name: value for name, value in saved.items() if name in names}
+    saved = _with_named_experts(saved)
+    return differences(saved, current, _defaults([*saved, *current]))
+
+
+def _with_named_experts(saved: dict[str, str]) -> dict[str, str]:
+    """A saved configuration as `training.experts.with_named_experts` would have it: once a single `--dit` was taken for
+    the expert for low noise at whatever noise levels it was trained."""
+    try:
+        single = bool(saved["--dit"]) and not saved["--dit_high_noise"]
+        levels = int(saved["--min_timestep"]), int(saved["--max_timestep"])
+        if single and is_above(float(saved["--timestep_boundary"]), *levels):
+            return saved | {"--dit": "", "--dit_high_noise": saved["--dit"]}
+    except (KeyError, ValueError):
+        pass  # of a task of one model
+    return saved
+
+
+def _defaults(names: Iterable[str]) -> dict[str, str]:
+    """What each of these names of a configuration is where nobody gave it, as far as that is known."""
+    groups = [kind for kind in get_type_hints(TrainSettings).values() if dataclasses.is_dataclass(kind)]
+    fields = {f"--{f.name}": f.default for group in groups for f in dataclasses.fields(group)}
+    of_dataset = {f.name: f.default for f in dataclasses.fields(DatasetConfig)}
+    defaults: dict[str, str] = {}
+    for name in names:
+        of = re.fullmatch(r"(\w+) of dataset \d+", name)
+        default = of_dataset.get(of[1], dataclasses.MISSING) if of else fields.get(name, dataclasses.MISSING)
+        if default is not dataclasses.MISSING:
+            defaults[name] = str(default)
+    return defaults
+
+
+def chosen_seed(given: int | None, state: State | None) -> int | None:
+    """The seed to run with: the state's, which a given one must equal; None where nobody says."""
+    if state is None:
+        return given
+    if given is not None and given != state.seed:
+        raise InputError(f"--seed {given} is not the {state.seed} that {state.folder} began with: leave it out")
+    return state.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """Where a run begins, which run it is, its configuration, and what each of its samples is made of."""
+
+    position: Position
+    identity: Identity
+    configuration: dict[str, str]
+    samples: Contents
+
+
+def begin(
+    settings: TrainSettings,
+    state: State | None,
+    trained: Trained,
+    dataset: CachedDataset,
+    length: Length,
+    accelerator: Accelerator,
+) -> Beginning:
+    """How a run begins, afresh or from a state. Raises what `_position_of` raises; the first process warns of files
+    that will be replaced."""
+    same = configuration(settings, trained, num_processes=accelerator.num_processes)
+    # Without a state to compare with or to write they are not needed.
+    samples = read_contents(dataset) if accelerator.is_main_process or state is not None else {}
+    position = _position_of(state, same, samples, length, settings)
+    identity = identity_of(state, settings.save)
+    if accelerator.is_main_process:
+        warn_of_others(settings.save, identity, state)
+    return Beginning(position, identity, same, samples)
+
+
+def _position_of(
+    state: State | None, same: dict[str, str], samples: Contents, length: Length, settings: TrainSettings
+) -> Position:
+    """Where the run begins. InputError for a state of another configuration, or of a run that is at its end; with
+    `--resume auto`, which scripts repeat until all is done, such an end is Stopped without an error."""
+    if state is None:
+        return Position()
+    require_same(state, same, samples, anyway=settings.save.resume_anyway)
+    if state.position.step >= length.steps:
+        told = (
+            f"--resume {state.folder} is at step {state.position.step} of {length.steps}: nothing is left to train; "
+            "raise --max_train_steps or --max_train_epochs to go on"
+        )
+        raise Stopped(told, 0) if settings.save.resume == AUTO else InputError(told)
+    log.info("resuming from %s: step %d, epoch %d", state.folder, state.position.step, state.position.epoch)
+    return state.position
+
+
+def go_on(state: State, trained: dict[str, nn.Parameter], carried: dict[str, Stateful | None]) -> None:
+    """Give everything that is carried from step to step what the state holds of it."""
+    parts = load_state(state, trained)
+    for name, part in carried.items():
+        if part is not None and name in parts:
+            part.load_state_dict(parts[name])

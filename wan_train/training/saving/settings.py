@@ -1,0 +1,72 @@
+"""Settings of what a run saves and of what it is resumed from."""
+
+import re
+from dataclasses import dataclass
+
+from wan_train.cli import option
+from wan_train.errors import InputError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class SaveSettings:
+    """Saving."""
+
+    output_dir: str = option("", "Folder for everything that the run writes.", required=True)
+    output_name: str = option(
+        "", "Name of the saved LoRA or checkpoint, and first part of the names of the run's other files.", required=True
+    )
+    save_every_n_epochs: int | None = option(None, "Save after every N epochs.", minimum=1)
+    save_every_n_steps: int | None = option(None, "Save after every N optimizer steps.", minimum=1)
+    save_last_n_epochs: int | None = option(None, "Keep the files of the last N saved epochs only.", minimum=1)
+    save_last_n_steps: int | None = option(None, "Keep the files of the last N steps only.", minimum=1)
+    save_state: bool = option(False, "Save, with each file, all that it takes to resume from there.")
+    save_state_on_train_end: bool = option(False, "Save a state at the end.")
+    save_last_n_epochs_state: int | None = option(
+        None, "Keep the states of the last N saved epochs only; without it as many as files.", minimum=1
+    )
+    save_last_n_steps_state: int | None = option(
+        None, "Keep the states of the last N steps only; without it as many as files.", minimum=1
+    )
+    resume: str | None = option(
+        None, "State folder to resume from; auto: the newest of the last run of this name, if there is one."
+    )
+    resume_anyway: bool = option(
+        False, "Resume from a state of another configuration, or of a dataset that has changed."
+    )
+    save_precision: str = option("float", "Precision of the saved LoRA or checkpoint.", choices=SAVE_PRECISIONS)
+    max_shard_size: str | None = option(
+        None,
+        "With networks.full, cut a checkpoint into files of at most this size, as 10GB or 500MB, and an index; without"
+        " it all is in one file.",
+    )
+    no_metadata: bool = option(False, "Save only the metadata that loading needs.")
+    training_comment: str | None = option(None, "A remark for the metadata.")
+    metadata_title: str | None = option(None, "Title for the metadata; without it the output name.")
+    metadata_author: str | None = option(None, "Author for the metadata.")
+    metadata_description: str | None = option(None, "Description for the metadata.")
+    metadata_license: str | None = option(None, "Licence for the metadata.")
+    metadata_tags: str | None = option(None, "Tags for the metadata, between commas.")
+    metadata_reso: str | None = option(
+        None, "Resolution for the metadata; without it the task's.", metavar="WIDTHxHEIGHT"
+    )
+    metadata_arch: str | None = option(
+        None, "Architecture for the metadata; without it wan2.1 or wan2.2 by the task, with /lora for a LoRA."
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_shard_size is not None and not self.shard_bytes:
+            raise InputError(f"--max_shard_size {self.max_shard_size!r} is no size: give one like 10GB or 500MB")
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """`--max_shard_size` in bytes: GB are thousands of thousands of thousands, GiB are powers of 1024."""
+        if self.max_shard_size is None:
+            return None
+        match = _SIZE.fullmatch(self.max_shard_size.strip())
+        if match is None:
+            return 0
+        number, letter, binary = match.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(letter.lower() or " "))
