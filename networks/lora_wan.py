@@ -12,6 +12,7 @@ from networks.selection import compile_patterns, trained_modules, without_effect
 from networks.settings import NetworkSettings
 from wan_train.errors import InputError
 from wan_train.log import get_logger
+from wan_train.models.stacks import read_block_name
 
 log = get_logger(__name__)
 
@@ -83,7 +84,7 @@ def targets(model: nn.Module) -> dict[str, nn.Linear]:
 
 def in_blocks(names: Iterable[str]) -> list[str]:
     """The names of what is inside `blocks`."""
-    return [name for name in names if name.startswith("blocks.")]
+    return [name for name in names if read_block_name(name) is not None]
 
 
 def _chosen(linears: Iterable[str], arguments: LoraArguments) -> list[str]:

@@ -27,6 +27,7 @@ from wan_train.models.loading import (
     set_attention,
 )
 from wan_train.models.settings import DitSettings
+from wan_train.models.stacks import all_blocks, block_names
 from wan_train.models.stored import check_storage, in_blocks, plan_storage, read_scales, storage_dtype, unscaled
 from wan_train.models.variants import Variant
 from wan_train.models.weights import dit_rename, renamed
@@ -152,8 +153,8 @@ def assemble_dit(
 
 def streamed_names(stream: StreamSettings, shapes: dict[str, tuple[int, ...]]) -> Callable[[str], bool]:
     """Which tensors stay in main memory because their block is brought to the device when it is its turn."""
-    count = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")), default=0)
-    prefixes = tuple(f"blocks.{index}." for index in streamed_blocks(count, stream.blocks_to_swap))
+    blocks = block_names(shapes)
+    prefixes = tuple(f"{blocks[index]}." for index in streamed_blocks(len(blocks), stream.blocks_to_swap))
 
     def is_streamed(name: str) -> bool:
         weight = name.replace(f".{SCALE}", ".weight")
@@ -184,7 +185,7 @@ def attach_adapter(
 def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Stream:
     """Let the blocks use less memory or time as the settings say; the result tells what streams."""
     apply_device_flags(settings.compile)
-    blocks, stream = list(model.blocks), equip(model, settings, make_lane(device))
+    blocks, stream = all_blocks(model), equip(model, settings, make_lane(device))
     if 0 < settings.stream.blocks_to_swap <= settings.stream.block_swap_ring_size:
         log.warning(
             "--blocks_to_swap %d saves nothing: --block_swap_ring_size lets as many be on the device at once",
@@ -200,7 +201,7 @@ def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Str
 
 def equip(model: Dit, settings: ModelSettings, lane: Lane) -> Stream:
     """What `finish_dit` does to the blocks, over a lane."""
-    blocks = list(model.blocks)
+    blocks = all_blocks(model)
     apply_chunks(blocks, settings.activations.ffn_chunks)
     apply_compile(blocks, settings.compile)
     stream = apply_stream(blocks, settings.stream, lane)

@@ -4,7 +4,6 @@ The pair with the least error in the sum of squares is the truncated singular va
 1936). Both checkpoints are mapped files, and one matrix at a time is in memory.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from networks.formats.keys import possible_modules
 from networks.settings import ExtractLoraSettings, ExtractSettings
 from wan_train.errors import InputError
 from wan_train.log import get_logger
+from wan_train.models.stacks import read_block_name
 from wan_train.models.weights import dit_rename, require_kind
 from wan_train.precision import default_device, dtype_of
 from wan_train.shards import expand
@@ -28,7 +28,6 @@ log = get_logger(__name__)
 
 _FULL = 256  # up to so many rows or columns the whole decomposition is quick
 _OVERSAMPLING, _POWERS = 16, 4  # Halko, Martinsson and Tropp 2011 for the larger ones
-_BLOCK = re.compile(r"((?:vace_)?blocks\.\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,8 @@ def _report(kept: Mapping[str, Extracted], lost: list[str]) -> None:
     """The kept share of the squares of the change, by block and in all, and what no LoRA can hold."""
     parts: dict[str, list[Extracted]] = defaultdict(list)
     for module, result in kept.items():
-        match = _BLOCK.match(module)
-        parts[match[1] if match else "outside the blocks"].append(result)
+        name = read_block_name(module)
+        parts["outside the blocks" if name is None else name.block].append(result)
     for part, results in parts.items():
         log.info("%s: %.2f%% of the change kept in %d modules", part, 100 * kept_share(results), len(results))
     log.info("in all: %.2f%% of the change of %d matrices kept", 100 * kept_share(list(kept.values())), len(kept))

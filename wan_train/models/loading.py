@@ -14,6 +14,7 @@ from wan_train.errors import InputError
 from wan_train.models.dit.attention import attention
 from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.models.dit.kinds import refuse_foreign, require_task
+from wan_train.models.stacks import all_blocks, block_names
 from wan_train.models.stored import (
     NOTHING_QUANTISED,
     StoragePlan,
@@ -155,7 +156,7 @@ def set_attention(
     width = model.config.dim // model.config.num_heads
     dtype = model.compute_dtype
     attend = attention(name, device=device, dtype=dtype, training=training, split=split, head_width=width)
-    for block in model.blocks:
+    for block in all_blocks(model):
         block.self_attn.attend = block.cross_attn.attend = attend  # type: ignore[union-attr]
 
 
@@ -219,7 +220,7 @@ def _geometry(shapes: Shapes, extras: Mapping[str, Any], what: str) -> DitConfig
 
 
 def _count_blocks(shapes: Shapes) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    return sum(block.startswith("blocks.") for block in block_names(shapes))
 
 
 def _extras(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_train.errors import InputError
+from wan_train.models.stacks import read_block_name
 from wan_train.models.weights import Rename
 from wan_train.precision import widened
 from wan_train.quantization.schemes import MULTIPLES, SCALE, SCHEMES, Scheme, install, scale_shape
@@ -65,7 +66,7 @@ def is_beside(name: str) -> bool:
 
 def in_blocks(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor, under its official name, is a matrix that low-precision modes store in fewer bits."""
-    return name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2 and "norm" not in name
+    return read_block_name(name) is not None and name.endswith(".weight") and len(shape) == 2 and "norm" not in name
 
 
 def storage_dtype(header: Header) -> torch.dtype:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_train.errors import InputError
+from wan_train.models.stacks import read_block_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 Pairs = Iterable[tuple[str, Tensor]]
@@ -105,18 +106,18 @@ _INNER = {
 
 def official_name(name: str) -> str:
     """A diffusers name of a DiT tensor or module in official naming; other names come back as they are."""
-    parts = name.split(".")
-    if parts[0] in ("blocks", "vace_blocks") and len(parts) > 2:
-        return ".".join([*parts[:2], _replace_head(".".join(parts[2:]), _INNER)])
-    return _replace_head(name, _OUTER)
+    return _renamed_head(name, _INNER, _OUTER)
 
 
 def diffusers_name(name: str) -> str:
     """The inverse of `official_name`."""
-    parts = name.split(".")
-    if parts[0] in ("blocks", "vace_blocks") and len(parts) > 2:
-        return ".".join([*parts[:2], _replace_head(".".join(parts[2:]), {v: k for k, v in _INNER.items()})])
-    return _replace_head(name, {v: k for k, v in _OUTER.items()})
+    return _renamed_head(name, *({theirs: ours for ours, theirs in table.items()} for table in (_INNER, _OUTER)))
+
+
+def _renamed_head(name: str, inner: Mapping[str, str], outer: Mapping[str, str]) -> str:
+    """Rename within its block what is in one, by `inner`, and what is in none by `outer`."""
+    part = read_block_name(name)
+    return _replace_head(name, outer) if part is None else f"{part.block}.{_replace_head(part.rest, inner)}"
 
 
 def _replace_head(name: str, table: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wan_train.compile import is_compiled
 from wan_train.models.dit.dit import Dit
+from wan_train.models.stacks import all_blocks
 from wan_train.models.variants import TEXT_LENGTH
 
 MOST_TOKENS = 8 * TEXT_LENGTH  # of a video; beyond that less than a fiftieth of a pass would be saved
@@ -26,7 +27,7 @@ def remembering_texts(model: nn.Module, num_tokens: int) -> Iterator[None]:
     They know a text by its tensor: `Dit.embed_context` has to have made it once. `num_tokens` are those of the video;
     nothing is kept for long ones, nor by compiled blocks, which would be compiled anew.
     """
-    blocks: Iterable[Any] = model.blocks if isinstance(model, Dit) and num_tokens <= MOST_TOKENS else ()
+    blocks: Iterable[Any] = all_blocks(model) if isinstance(model, Dit) and num_tokens <= MOST_TOKENS else ()
     attentions = [block.cross_attn for block in blocks if not is_compiled(block)]
     for attention in attentions:
         attention.read = _remembered(attention.read)

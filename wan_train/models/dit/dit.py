@@ -8,7 +8,10 @@ embedding and the head in float32. Modulation is kept per sample or per latent f
 G = 1 or F.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +73,29 @@ class EmbeddedContext:
     tokens: Tensor
 
 
+@dataclass
+class Embedded:
+    """What `Dit.begin` made of the inputs, all that the blocks and the head need.
+
+    `tokens` (B, L, d) float32, which the blocks replace: they are large, and nothing else may hold them. `context`
+    (B, T, d), `time` (B, G, d) and `modulation` (B, G, 6, d) float32 for G groups of equally many tokens, `rope`
+    (2, L, 1, D), `grid` the numbers of patches (F, H, W).
+    """
+
+    tokens: Tensor
+    context: Tensor
+    time: Tensor
+    modulation: Tensor
+    rope: Tensor
+    grid: tuple[int, int, int]
+
+
 class Dit(nn.Module):
-    """The whole transformer; see `load_dit` for its call."""
+    """The whole transformer; see `load_dit` for its call.
+
+    A pass is `begin`, `run_blocks`, `finish`. What shortens a pass or shares it out wraps `run_blocks`, by
+    `wrap_run_blocks`; nothing else replaces a part of it.
+    """
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
@@ -117,18 +141,47 @@ class Dit(nn.Module):
             vace_context=vace_context,
             motion_bucket_id=motion_bucket_id,
         )
+        state = self.begin(
+            latents,
+            timestep,
+            context,
+            image_latents=image_latents,
+            clip_features=clip_features,
+            frame_positions=frame_positions,
+        )
+        self.run_blocks(state)
+        return self.finish(state)
+
+    def begin(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: list[Tensor] | Tensor | EmbeddedContext,
+        *,
+        image_latents: Tensor | None = None,
+        clip_features: Tensor | None = None,
+        frame_positions: Tensor | None = None,
+    ) -> Embedded:
+        """Embed the inputs of `forward`."""
         if image_latents is not None:
             latents = torch.cat([latents, image_latents.to(latents)], dim=1)
         grid = self._grid(latents)
-        x = self._embed(latents)
+        tokens = self._embed(latents)
         time, modulation = self._embed_time(timestep)
         if not isinstance(context, EmbeddedContext):
             context = self.embed_context(context, clip_features, device=latents.device)
         head_width = self.config.dim // self.config.num_heads
-        turns = rotations(grid, head_width, device=latents.device, frames=frame_positions)
+        rope = rotations(grid, head_width, device=latents.device, frames=frame_positions)
+        return Embedded(tokens, context.tokens, time, modulation, rope, grid)
+
+    def run_blocks(self, state: Embedded) -> None:
+        """Send the tokens of a pass through all blocks."""
         for block in self.blocks:
-            x = block(x, context.tokens, modulation, turns)
-        return self._unpatchify(self.head(x, time), grid)
+            state.tokens = block(state.tokens, state.context, state.modulation, state.rope)
+
+    def finish(self, state: Embedded) -> Tensor:
+        """The velocity (B, C, F, H, W) in float32 of the tokens of a pass."""
+        return self._unpatchify(self.head(state.tokens, state.time), state.grid)
 
     def embed_context(
         self, context: list[Tensor] | Tensor, clip_features: Tensor | None = None, *, device: torch.device
@@ -184,6 +237,23 @@ class Dit(nn.Module):
             h=ph,
             w=pw,
         )
+
+
+RunBlocks = Callable[[Embedded], None]
+
+
+@contextmanager
+def wrap_run_blocks(model: Dit, wrap: Callable[[RunBlocks], RunBlocks]) -> Iterator[None]:
+    """While it lasts, let `wrap(run_blocks)` stand in for what the model has as `run_blocks`; wraps nest."""
+    before: Any = vars(model).get("run_blocks")
+    vars(model)["run_blocks"] = wrap(model.run_blocks)
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(model)["run_blocks"]
+        else:
+            vars(model)["run_blocks"] = before
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
