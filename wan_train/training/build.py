@@ -27,6 +27,7 @@ from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
 from wan_train.training.accelerator import from_first, prepare_model
+from wan_train.training.carried import Length, Skipped, Stateful
 from wan_train.training.evaluating.validation import Data, Validator
 from wan_train.training.experts.pair import PairAdapter, PairEma, PairModel, parts_of
 from wan_train.training.experts.plan import ExpertPlan, only_expert, settings_of
@@ -41,7 +42,7 @@ from wan_train.training.optimizing.stepping import Streams, make_stepping
 from wan_train.training.preflight import Plan, model_settings
 from wan_train.training.reporting.metrics import MetricsWriter, RunningMean
 from wan_train.training.reporting.preview import Previewer
-from wan_train.training.run import Length, Run, Skipped, Stateful
+from wan_train.training.run import Run
 from wan_train.training.saving.hub import open_hub
 from wan_train.training.saving.identity import Identity
 from wan_train.training.saving.metadata import RunFacts, training_metadata

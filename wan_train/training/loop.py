@@ -13,9 +13,10 @@ from networks.moments import of_epoch, of_step
 from wan_train.errors import Stopped
 from wan_train.log import get_logger
 from wan_train.training.accelerator import from_all
+from wan_train.training.carried import Length
 from wan_train.training.optimizing.optimizer_state import for_saving
 from wan_train.training.reporting.metrics import StepMetrics
-from wan_train.training.run import Length, Run, save, save_best, save_stopped
+from wan_train.training.run import Run, save, save_best, save_stopped
 from wan_train.training.saving.state import Position
 from wan_train.training.settings import TrainSettings
 from wan_train.training.step import take_step, with_draws

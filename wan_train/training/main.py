@@ -18,9 +18,9 @@ from wan_train.training.experts.pair import saved_parts
 from wan_train.training.experts.plan import with_named_experts
 from wan_train.training.loop import train
 from wan_train.training.needs import check_needs
-from wan_train.training.objective.audit import audit
 from wan_train.training.objective.show_timesteps import show_timesteps
 from wan_train.training.preflight import open_data, preflight
+from wan_train.training.reporting.audit import audit
 from wan_train.training.run import final_path
 from wan_train.training.saving.checkpoints import path_of
 from wan_train.training.saving.identity import write_identity

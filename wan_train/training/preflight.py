@@ -27,13 +27,13 @@ from wan_train.storage import check_writable, read_header
 from wan_train.training.accelerator import check_launcher, launched_device, launched_dtype
 from wan_train.training.evaluating.validation import Data, check_validation, hold_out
 from wan_train.training.experts.plan import ExpertPlan, plan_experts, settings_of
-from wan_train.training.objective.audit import refuse_unused
 from wan_train.training.objective.loss import check_timesteps
 from wan_train.training.objective.prior import read_captions
 from wan_train.training.optimizing.optimizer_state import is_schedule_free
 from wan_train.training.optimizing.optimizers import check_optimizer
 from wan_train.training.optimizing.schedules import check_schedule
 from wan_train.training.optimizing.stepping import check_stepping, needs_parts
+from wan_train.training.reporting.audit import refuse_unused
 from wan_train.training.reporting.preview import check_previews
 from wan_train.training.reporting.trackers import check_trackers
 from wan_train.training.saving.hub import check_hub, fetch_state

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from wan_train.errors import InputError, RunError
 from wan_train.log import get_logger
 from wan_train.models.dit.dit import Dit
 from wan_train.shards import entry_of
+from wan_train.training.carried import Length, Skipped, Stateful
 from wan_train.training.evaluating.validation import Validator
 from wan_train.training.experts.pair import PairEma, PairModel, saved_parts
 from wan_train.training.experts.plan import ExpertPlan, only_expert
@@ -45,41 +46,6 @@ from wan_train.training.settings import TrainSettings
 from wan_train.training.stopping import StopRequest
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a run is: optimizer steps and epochs, the last one perhaps in part."""
-
-    steps: int
-    epochs: int
-
-
-class Stateful(Protocol):
-    """What carries something from one step to the next."""
-
-    def state_dict(self) -> Any:
-        """Tensors, numbers and text in dicts and lists."""
-        ...
-
-    def load_state_dict(self, state: Any, /) -> Any:
-        """Go on from there."""
-        ...
-
-
-@dataclass
-class Skipped:
-    """How many steps were left out because their loss or gradient was no number."""
-
-    count: int = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """The count."""
-        return {"count": self.count}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on counting."""
-        self.count = state["count"]
 
 
 @dataclass(frozen=True)

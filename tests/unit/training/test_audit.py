@@ -5,7 +5,7 @@ import pytest
 from wan_train.cli import parse
 from wan_train.errors import InputError
 from wan_train.training.experts.plan import plan_experts, with_named_experts
-from wan_train.training.objective.audit import audit, measure, refuse_unused
+from wan_train.training.reporting.audit import audit, measure, refuse_unused
 from wan_train.training.settings import TrainSettings
 
 NEEDED = ("--dataset_config", "d.toml", "--output_dir", "o", "--output_name", "n", "--task", "t2v-A14B")

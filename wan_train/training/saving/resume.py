@@ -19,9 +19,9 @@ from wan_train.errors import InputError, Stopped
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import read_boundary
 from wan_train.models.variants import VARIANTS
+from wan_train.training.carried import Length, Stateful
 from wan_train.training.experts.plan import is_above
 from wan_train.training.optimizing.schedules import warmup_steps
-from wan_train.training.run import Length, Stateful
 from wan_train.training.saving.choosing import choose, identity_of
 from wan_train.training.saving.earlier import warn_of_others
 from wan_train.training.saving.identity import Identity
