@@ -222,6 +222,7 @@ def test_tokens_are_patches_of_two_by_two() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_is_not_that_of_whoever_started_the_process(root: Path) -> None:
     heavy = b"\1" * 2**30
-    script = "import torch; from wan_train.training import metrics as m; print(m.peak_memory_mib(torch.device('cpu')))"
+    script = "import torch; from wan_train.training.reporting.metrics import peak_memory_mib as peak"
+    script += "; print(peak(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert 50 < int(done.stdout) < len(heavy) // 2**20

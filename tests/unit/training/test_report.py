@@ -138,8 +138,8 @@ def test_only_the_runs_own_previews(folder: Path) -> None:
 
 
 def test_as_a_command(folder: Path, root: Path) -> None:
-    command = [sys.executable, "-m", "wan_train.training.reporting.report"]
-    done = subprocess.run([*command, str(folder)], cwd=root, capture_output=True, text=True)
+    earlier, command = ([sys.executable, "-m", f"wan_train.training.{name}"] for name in ("report", "reporting.report"))
+    done = subprocess.run([*earlier, str(folder)], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and "report.html" in done.stderr, done.stderr
     (folder / "empty").mkdir()
     done = subprocess.run([*command, str(folder / "empty")], cwd=root, capture_output=True, text=True)
