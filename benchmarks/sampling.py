@@ -28,7 +28,7 @@ from memory import random_weights
 from step import DIM, FFN, HEADS, LATENTS, LAYERS, TEXT, Step, measure
 from torch import Tensor
 
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.models.variants import TEXT_LENGTH
 from wan_train.sampling.denoise import sample_latents

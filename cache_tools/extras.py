@@ -31,7 +31,7 @@ from dataset.items import Clip
 from dataset.reading.media import is_video, probe, read_frames
 from dataset.reading.probes import extra_reading, mask_background
 from dataset.reading.stills import read_image
-from wan_train.conditions import Encode, See, given_latents, one_frame_latents, seen_tokens
+from wan_train.conditions.images import Encode, See, given_latents, one_frame_latents, seen_tokens
 from wan_train.errors import InputError
 from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VAE_STRIDE

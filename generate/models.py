@@ -13,7 +13,7 @@ from generate.settings import GenerateSettings
 from generate.text_cache import TextCache
 from networks.attached import attach_loras
 from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, finish_dit
-from wan_train.conditions import Conditions, ImageConditions
+from wan_train.conditions.conditions import Conditions, ImageConditions
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import HIGH
 from wan_train.models.loading import linear_shapes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.fingerprint import fingerprint

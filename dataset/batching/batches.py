@@ -2,8 +2,8 @@
 
 import itertools
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +13,13 @@ from torch.utils.data import Dataset
 
 from dataset.batching.order import Pick, SampleKey, draw_flip, draw_variant
 from dataset.caching.cache import latents_path, read_extra, read_latents, read_text
-from dataset.caching.extras import CLIP, CLIP_FLIPPED, FLIPPED, IMAGE, IMAGE_FLIPPED, MASK, POSITIONS
+from dataset.caching.extras import FLIPPED, MASK, wanted_conditions
 from dataset.caching.trusted import plan_from_caches
 from dataset.config import DatasetConfig
 from dataset.items import Clip
 from dataset.reading.opening import check_caches
 from dataset.sources import Plan, list_items, plan_clips, warn_too_short
+from wan_train.conditions.kinds import FRAME_POSITIONS, KINDS
 from wan_train.errors import InputError
 
 
@@ -27,8 +28,7 @@ class Sample:
     """One cached clip: normalised latents (C, F, H, W) and text (L, dim), in the dtypes of their files.
 
     `weights` (F, H, W), in float32 and 1 in the mean, say how much each latent cell counts; without them all the same.
-    `loss_weight` and `is_reg` are the dataset's. Models that are given pictures have `image_latents` (4+C, F, H, W),
-    `clip_features` (I, width) and `frame_positions` (F,), where the frames are in time if not one after the other.
+    `loss_weight` and `is_reg` are the dataset's. `extras` are what else the model reads, by name of `KINDS`.
     """
 
     key: SampleKey
@@ -37,9 +37,7 @@ class Sample:
     weights: Tensor | None = None
     loss_weight: float = 1.0
     is_reg: bool = False
-    image_latents: Tensor | None = None
-    clip_features: Tensor | None = None
-    frame_positions: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,8 @@ class Batch:
     """Samples of one bucket: latents (B, C, F, H, W) and for each its text (L_i, dim).
 
     `weights` (B, 1, F, H, W) are there where one of the samples has some; those of the others are 1. The loss counts
-    `loss_weight` times; `is_reg`: what the model knows already and shall keep. `image_latents` (B, 4+C, F, H, W) and
-    `clip_features` (B, I, width) as of samples, `frame_positions` (F,) the same for all.
+    `loss_weight` times; `is_reg`: what the model knows already and shall keep. `extras` as of samples, stacked unless
+    they are shared.
     """
 
     keys: tuple[SampleKey, ...]
@@ -57,15 +55,14 @@ class Batch:
     weights: Tensor | None = None
     loss_weight: float = 1.0
     is_reg: bool = False
-    image_latents: Tensor | None = None
-    clip_features: Tensor | None = None
-    frame_positions: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory; a DataLoader with `pin_memory` calls this."""
         context = [text.pin_memory() for text in self.context]
         pinned: dict[str, Any] = {n: value.pin_memory() for n, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, context=context, **pinned)
+        extras = {name: value.pin_memory() for name, value in self.extras.items()}
+        return replace(self, context=context, extras=extras, **pinned)
 
 
 class Bucket(NamedTuple):
@@ -120,8 +117,8 @@ class CachedDataset(Dataset[Sample]):
         latents = read_extra(clip, FLIPPED) if pick.flipped else read_latents(clip)
         text = read_text(clip.item, pick.variant)
         weights, config = _read_weights(clip, flipped=pick.flipped), clip.item.config
-        images = _read_images(clip, flipped=pick.flipped)
-        return Sample(self.key_of(pick), latents, text, weights, config.loss_weight, config.is_reg, *images)
+        extras = _read_conditions(clip, flipped=pick.flipped)
+        return Sample(self.key_of(pick), latents, text, weights, config.loss_weight, config.is_reg, extras)
 
     def key_of(self, pick: Pick) -> SampleKey:
         """What a picked sample is called; when one is taken again in an epoch its repeats are counted on."""
@@ -171,7 +168,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
     latents = torch.stack([sample.latents for sample in samples])
     context, weights = [sample.context for sample in samples], _stack_weights(samples)
     first = samples[0]
-    images, clip = ([getattr(s, name) for s in samples] for name in ("image_latents", "clip_features"))
+    extras = {
+        name: value if KINDS[name].is_shared else torch.stack([sample.extras[name] for sample in samples])
+        for name, value in first.extras.items()
+    }
     return Batch(
         keys=tuple(sample.key for sample in samples),
         latents=latents,
@@ -179,9 +179,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         weights=weights,
         loss_weight=first.loss_weight,
         is_reg=first.is_reg,
-        image_latents=None if first.image_latents is None else torch.stack(images),
-        clip_features=None if first.clip_features is None else torch.stack(clip),
-        frame_positions=first.frame_positions,
+        extras=extras,
     )
 
 
@@ -201,27 +199,26 @@ def _read_weights(clip: Clip, *, flipped: bool) -> Tensor | None:
     return weights.flip(-1) if flipped else weights
 
 
-def _read_images(clip: Clip, *, flipped: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """A clip's `image_latents`, `clip_features` and `frame_positions`; tokens of several pictures follow one another.
+def _read_conditions(clip: Clip, *, flipped: bool) -> dict[str, Tensor]:
+    """What else the model reads of a clip, by name of `KINDS`.
 
     Raises InputError where the frames are elsewhere in time than the TOML says.
     """
-    config = clip.item.config
-    if config.images is None or config.images.fused:
-        return None, None, None
-    latents = read_extra(clip, IMAGE_FLIPPED if flipped else IMAGE)
-    if not config.images.clip:
-        return latents, None, None
-    tokens = read_extra(clip, CLIP_FLIPPED if flipped else CLIP).flatten(0, -2)
-    if config.one_frame is None:
-        return latents, tokens, None
-    positions = read_extra(clip, POSITIONS)
-    if tuple(positions.tolist()) != config.one_frame.positions:
+    extras = {}
+    for kind in wanted_conditions(clip.item):
+        value = read_extra(clip, kind.key_of(flipped=flipped))
+        extras[kind.name] = value.flatten(0, -2) if kind.is_joined else value
+    _check_positions(clip, extras.get(FRAME_POSITIONS))
+    return extras
+
+
+def _check_positions(clip: Clip, positions: Tensor | None) -> None:
+    one_frame = clip.item.config.one_frame
+    if positions is not None and one_frame is not None and tuple(positions.tolist()) != one_frame.positions:
         raise InputError(
-            f"{latents_path(clip)} has frames at {positions.tolist()} in time, {config} says"
-            f" {list(config.one_frame.positions)}: cache it again"
+            f"{latents_path(clip)} has frames at {positions.tolist()} in time, {clip.item.config} says"
+            f" {list(one_frame.positions)}: cache it again"
         )
-    return latents, tokens, positions
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

@@ -8,41 +8,46 @@ reads such names and uses what it knows.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from dataset.items import Clip, Item
+from wan_train.conditions.kinds import CLIP_FEATURES, FRAME_POSITIONS, IMAGE_LATENTS, KINDS, ConditionKind
 from wan_train.models.variants import FRAME_STEP
 from wan_train.precision import name_of
 
 FLIPPED, CONTROL, CONTROL_FLIPPED, MASK = "latents_flipped", "latents_control", "latents_control_flipped", "mask"
-IMAGE, IMAGE_FLIPPED, CLIP, CLIP_FLIPPED = "latents_image", "latents_image_flipped", "clip", "clip_flipped"
-POSITIONS = "f_indices"
+IMAGE, IMAGE_FLIPPED = KINDS[IMAGE_LATENTS].key, KINDS[IMAGE_LATENTS].mirrored_key
+CLIP, CLIP_FLIPPED = KINDS[CLIP_FEATURES].key, KINDS[CLIP_FEATURES].mirrored_key
+POSITIONS = KINDS[FRAME_POSITIONS].key
 MASK_DTYPE = torch.float16
 _OF_TOKENS = (CLIP, CLIP_FLIPPED)
 _OF_IMAGES = (IMAGE, IMAGE_FLIPPED)
 _WITHOUT_SIZE = (*_OF_TOKENS, POSITIONS)
 
 
+# Which items want a kind of condition.
+WANTED: dict[str, Callable[[Item], bool]] = {
+    IMAGE_LATENTS: lambda item: item.config.images is not None and not item.config.images.fused,
+    CLIP_FEATURES: lambda item: item.config.images is not None and item.config.images.clip,
+    FRAME_POSITIONS: lambda item: item.config.one_frame is not None,
+}
+
+
+def wanted_conditions(item: Item) -> list[ConditionKind]:
+    """The kinds of conditions that an item's files hold."""
+    return [kind for name, kind in KINDS.items() if WANTED[name](item)]
+
+
 def wanted_extras(item: Item) -> tuple[str, ...]:
-    """The kinds of tensors that an item's files hold beside the latents."""
-    flips, images, one_frame = item.config.flip_augment, item.config.images, item.config.one_frame
-    controlled = item.control is not None and one_frame is None  # as one frame of several it is among the latents
-    sees = images is not None and images.clip
-    reads = images is not None and not images.fused
-    kinds = {
-        FLIPPED: flips,
-        CONTROL: controlled,
-        CONTROL_FLIPPED: controlled and flips,
-        MASK: item.mask is not None,
-        IMAGE: reads,
-        IMAGE_FLIPPED: reads and flips,
-        CLIP: sees,
-        CLIP_FLIPPED: sees and flips,
-        POSITIONS: one_frame is not None,
-    }
+    """The kinds of tensors that an item's files hold beside the latents, by their keys."""
+    flips = item.config.flip_augment
+    controlled = item.control is not None and item.config.one_frame is None  # as one frame of several it is among them
+    kinds = {FLIPPED: flips, CONTROL: controlled, CONTROL_FLIPPED: controlled and flips, MASK: item.mask is not None}
+    for kind in wanted_conditions(item):
+        kinds |= {kind.key: True} | ({kind.mirrored_key: flips} if kind.mirrored_key else {})
     return tuple(kind for kind, wanted in kinds.items() if wanted)
 
 

@@ -19,7 +19,7 @@ from tests.tiny.make import SCENES, VAE, draw_clips, draw_frames, save
 from tests.tiny.pictures import CLIP, make_picture_models
 from tests.tiny.vae22 import VAE22, vae22_shapes
 from wan_train.cli import parse, run
-from wan_train.conditions import Conditions, ImageConditions
+from wan_train.conditions.conditions import Conditions, ImageConditions
 from wan_train.models.settings import ImageEncoderSettings, VaeSettings
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.decode import open_vae
@@ -94,14 +94,10 @@ def test_cache_preview_and_generator_agree(task: str, num_frames: int, models: P
     text = Conditions((torch.zeros(1, 8),))
     for built in (generated(line, task, files), previewed(line, task, files)):
         conditions = text.with_images(built)
-        assert conditions.image_latents is not None
-        assert conditions.clip_features is not None
-        assert trained.image_latents is not None
-        assert trained.clip_features is not None
-        assert torch.equal(conditions.image_latents[0], trained.image_latents[number])
-        assert torch.equal(conditions.clip_features[0], trained.clip_features[number])
-        assert not torch.equal(conditions.image_latents[0], trained.image_latents[0])
-        assert conditions.image_latents.shape[1:3] == (20, 1 + (num_frames - 1) // 4)
+        assert torch.equal(conditions.extras["image_latents"][0], trained.extras["image_latents"][number])
+        assert torch.equal(conditions.extras["clip_features"][0], trained.extras["clip_features"][number])
+        assert not torch.equal(conditions.extras["image_latents"][0], trained.extras["image_latents"][0])
+        assert conditions.extras["image_latents"].shape[1:3] == (20, 1 + (num_frames - 1) // 4)
 
 
 def generated(line: str, task: str, files: list[str]) -> ImageConditions | None:

@@ -4,14 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan_train.conditions import (
-    Conditions,
-    ImageConditions,
-    given_latents,
-    given_mask,
-    one_frame_latents,
-    seen_tokens,
-)
+from wan_train.conditions.conditions import Conditions, ImageConditions
+from wan_train.conditions.images import given_latents, given_mask, one_frame_latents, seen_tokens
 from wan_train.models.one_frame import OneFrame
 
 HEIGHT, WIDTH = 16, 32
@@ -90,9 +84,13 @@ def test_one_frame_has_each_picture_in_its_place() -> None:
     assert made[4:, :, 1, 1].tolist() == [[0.25, 0.0, 0.75]] * 16
 
 
+def images(latents: Tensor, clip: Tensor) -> ImageConditions:
+    return ImageConditions({"image_latents": latents, "clip_features": clip})
+
+
 def test_batches_of_conditions() -> None:
-    one = Conditions((torch.zeros(2, 4),)).with_images(ImageConditions(torch.ones(20, 1, 2, 2), torch.ones(3, 2)))
-    other = Conditions((torch.ones(5, 4),)).with_images(ImageConditions(torch.zeros(20, 1, 2, 2), torch.zeros(3, 2)))
+    one = Conditions((torch.zeros(2, 4),)).with_images(images(torch.ones(20, 1, 2, 2), torch.ones(3, 2)))
+    other = Conditions((torch.ones(5, 4),)).with_images(images(torch.zeros(20, 1, 2, 2), torch.zeros(3, 2)))
     inputs = one.joined(other).inputs()
     assert [len(rows) for rows in inputs["context"]] == [2, 5]
     assert isinstance(inputs["image_latents"], Tensor)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.flow.path import interpolate
 from wan_train.flow.solvers import make_solver
 from wan_train.models.dit.experts import expert_at

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wan_train.conditions import Conditions, ImageConditions, See, given_latents, one_frame_latents, seen_tokens
+from wan_train.conditions.conditions import Conditions, ImageConditions
+from wan_train.conditions.images import See, given_latents, one_frame_latents, seen_tokens
+from wan_train.conditions.kinds import CLIP_FEATURES, FRAME_POSITIONS, IMAGE_LATENTS
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.encoders.image import ImageEncoder, check_image_encoder, load_image_encoder
@@ -83,9 +85,11 @@ def encode_pictures(
     if request.variant.is_fused:
         return ImageConditions(first=encode(pictures[0][None, :, None])[0].cpu())
     if one_frame is None:
-        return ImageConditions(given_latents(pictures, request.frames, encode), tokens)
-    places = torch.tensor(one_frame.positions)
-    return ImageConditions(one_frame_latents(pictures, one_frame, encode), tokens, places)
+        extras = {IMAGE_LATENTS: given_latents(pictures, request.frames, encode)}
+    else:
+        extras = {IMAGE_LATENTS: one_frame_latents(pictures, one_frame, encode)}
+        extras[FRAME_POSITIONS] = torch.tensor(one_frame.positions)
+    return ImageConditions(extras if tokens is None else {**extras, CLIP_FEATURES: tokens})
 
 
 def _pictures(request: SampleRequest) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_train.cli import choose
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit
 

@@ -20,7 +20,7 @@ from generate.runs import InMemory, OnDisk, run_jobs
 from generate.settings import GenerateSettings
 from generate.text_cache import TextCache
 from tests.unit.generate.conftest import Given
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError, RunError
 from wan_train.media_out import write_video
 from wan_train.sampling.denoise import Sampling

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling import denoise

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.sampling import text_memory
 from wan_train.sampling.denoise import sample_latents

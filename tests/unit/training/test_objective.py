@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset.batching.order import SampleKey
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
 from wan_train.training.objective.loss import Draws, check_timesteps, draw, measure
 from wan_train.training.settings import TIMESTEP_SAMPLINGS, LossSettings, TimestepSettings

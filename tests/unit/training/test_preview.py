@@ -15,7 +15,7 @@ from networks.lora_wan import attach
 from networks.settings import NetworkSettings
 from tests.parity.golden import load_case
 from wan_train.cli import parse
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.models.settings import VaeSettings

@@ -8,7 +8,7 @@ import torch
 from dataset.batching.order import SampleKey
 from networks.adapter import create
 from networks.settings import NetworkSettings
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.training.objective.loss import Draws

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dataset.batching.batches import Batch
 from dataset.batching.order import SampleKey
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
+from wan_train.conditions.kinds import KINDS
 from wan_train.models.variants import Variant
 from wan_train.training.settings import PictureSettings
 
@@ -29,11 +30,11 @@ def conditions_of(
         has_first = torch.tensor(given) & (batch.latents.shape[2] > 1)
         first = batch.latents[:, :, :1].float()
         return Conditions(tuple(batch.context), first_frame=first, has_first=has_first).to(device)
-    images, clip = batch.image_latents, batch.clip_features
-    if images is not None and any(without_pictures):
+    extras = dict(batch.extras)
+    if any(without_pictures):
         kept = torch.tensor([not dropped for dropped in without_pictures])
-        images, clip = _where(kept, images), None if clip is None else _where(kept, clip)
-    return Conditions(tuple(batch.context), images, clip, batch.frame_positions).to(device)
+        extras |= {name: _where(kept, value) for name, value in extras.items() if KINDS[name].is_dropped}
+    return Conditions(tuple(batch.context), extras).to(device)
 
 
 def dropping_rate(settings: PictureSettings, variant: Variant) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dataset.batching.order import SampleKey
 from wan_train.cli import choose
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
 from wan_train.flow.path import interpolate, velocity
 from wan_train.flow.timesteps import NUM_TIMESTEPS, SAMPLERS, Distribution, Parameters, Span, level, shares_below

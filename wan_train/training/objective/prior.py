@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dataset.batching.order import SampleKey
 from networks.adapter import Adapter
-from wan_train.conditions import Conditions
+from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
 from wan_train.flow.path import interpolate
 from wan_train.flow.timesteps import NUM_TIMESTEPS

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from wan_train.conditions import Conditions, ImageConditions
+from wan_train.conditions.conditions import Conditions, ImageConditions
 from wan_train.errors import InputError
 from wan_train.file_names import check_name
 from wan_train.log import get_logger
