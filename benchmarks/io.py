@@ -26,7 +26,7 @@ from dataset.batching.epochs import EpochBatches
 from dataset.caching.cache import latents_path, save_latents, save_text
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
-from dataset.sources import Plan
+from dataset.sources import ClipPlan
 from wan_train.training.build import make_loader
 from wan_train.training.settings import LoopSettings
 
@@ -35,15 +35,15 @@ STEP = 0.1  # seconds
 ROUNDS = 5
 
 
-def make_plan(folder: Path, count: int) -> Plan:
+def make_plan(folder: Path, count: int) -> ClipPlan:
     """So many clips of one dataset, none of them cached yet."""
     config = DatasetConfig(folder / "data.toml", 1, is_video=True, directory=folder, cache_directory=folder / "cache")
     items = [Item(config, folder / f"clip{number:04d}.mp4", ("a caption",)) for number in range(count)]
     clips = [Clip(item, 0, tuple(range(FRAMES)), SIZE, SIZE) for item in items]
-    return Plan(config, tuple(items), tuple(clips), ())
+    return ClipPlan(config, tuple(items), tuple(clips), ())
 
 
-def measure_writes(plan: Plan) -> dict[str, float]:
+def measure_writes(plan: ClipPlan) -> dict[str, float]:
     """Latents written as the cache writes them, against their bytes written, flushed and renamed; in turns."""
     latents = torch.randn(plan.clips[0].latent_shape)
     embeddings = {"a caption": torch.randn(TOKENS, 4096)}

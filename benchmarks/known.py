@@ -25,7 +25,7 @@ from dataset.caching.cache import save_latents
 from dataset.caching.manifest import Manifest
 from dataset.caching.recipe import Recipe, take_fingerprint
 from dataset.config import DatasetConfig, read_config
-from dataset.sources import Plan, list_items, plan_clips
+from dataset.sources import ClipPlan, list_items, plan_clips
 from tests.tiny.make import VAE, draw_clips, make_models
 from wan_train.cli import run
 
@@ -52,7 +52,7 @@ def make_data(folder: Path, num_items: int) -> Path:
     return data
 
 
-def plan_all(config: DatasetConfig) -> Plan:
+def plan_all(config: DatasetConfig) -> ClipPlan:
     return plan_clips(config, list_items(config, allow_missing_captions=False))
 
 

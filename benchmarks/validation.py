@@ -35,7 +35,7 @@ from dataset.batching.batches import CachedDataset, Sample
 from dataset.batching.order import Pick, SampleKey
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
-from dataset.sources import Plan
+from dataset.sources import ClipPlan
 from wan_train.training.evaluating.statistics import Losses
 from wan_train.training.evaluating.validation import Validator
 from wan_train.training.settings import LossSettings, TimestepSettings, ValidationSettings
@@ -60,7 +60,7 @@ class DrawnClips(CachedDataset):
         config = DatasetConfig(folder, 1, is_video=False, directory=folder, cache_directory=folder, batch_size=64)
         items = [Item(config, folder / f"{number}.png", ("",)) for number in range(len(latents))]
         clips = tuple(Clip(item, 0, (0,), (16, 16), (16, 16)) for item in items)
-        super().__init__([Plan(config, tuple(items), clips, ())])
+        super().__init__([ClipPlan(config, tuple(items), clips, ())])
         self._latents = latents
 
     def __getitem__(self, index: int | SampleKey | Pick) -> Sample:

@@ -39,7 +39,7 @@ from dataset.items import Clip, Item
 from dataset.reading.media import load_clips
 from dataset.reading.probes import note_broken
 from dataset.settings import DatasetSettings
-from dataset.sources import Plan, list_items, plan_clips, warn_too_short
+from dataset.sources import ClipPlan, list_items, plan_clips, warn_too_short
 from wan_train.distributed import Place, find_place
 from wan_train.errors import InputError
 from wan_train.log import get_logger
@@ -66,7 +66,7 @@ class LoadedClip:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class LatentEncoder:
     """A VAE, the file that it is from, where it computes, and the dtype of what it leaves; for models that read
     pictures through CLIP that too."""
 
@@ -123,7 +123,7 @@ def main(settings: CacheLatentsSettings) -> None:
     )
 
 
-def make_plans(configs: Sequence[DatasetConfig], settings: DatasetSettings) -> list[Plan]:
+def make_plans(configs: Sequence[DatasetConfig], settings: DatasetSettings) -> list[ClipPlan]:
     """What each dataset yields, from the headers of its files."""
     allowed, skip_broken = settings.allow_missing_captions, settings.skip_broken
     return [
@@ -132,7 +132,7 @@ def make_plans(configs: Sequence[DatasetConfig], settings: DatasetSettings) -> l
     ]
 
 
-def survey_plan(plan: Plan, settings: CacheLatentsSettings, place: Place) -> Survey[Clip]:
+def survey_plan(plan: ClipPlan, settings: CacheLatentsSettings, place: Place) -> Survey[Clip]:
     """What there is for a dataset's clips, and which of them this process has to encode."""
     mine = set(place.share(plan.items))
     dtype, model = dtype_of(settings.vae.vae_dtype), Path(settings.vae.vae)
@@ -172,14 +172,14 @@ def _encode(surveys: Sequence[Survey[Clip]], settings: CacheLatentsSettings, pla
 
 def _open_encoder(
     config: DatasetConfig, settings: CacheLatentsSettings, device: torch.device, dtype: torch.dtype
-) -> Encoder:
+) -> LatentEncoder:
     sees = config.images is not None and config.images.clip
     with Manifest(config.cache_directory) as manifest:
         model = take_fingerprint(Path(settings.vae.vae), manifest)
         image_model = take_fingerprint(Path(settings.image.clip), manifest) if sees else None
     vae = set_up(wan_train.load_vae(settings.vae.vae, device=device, dtype=dtype), settings.vae)
     images = open_image_encoder(settings.image, device) if sees else None
-    return Encoder(vae, model, device, dtype, images, image_model)
+    return LatentEncoder(vae, model, device, dtype, images, image_model)
 
 
 def batch_clips(loaded: Iterable[LoadedClip], batch_size: int) -> Iterator[list[LoadedClip]]:
@@ -236,7 +236,7 @@ def _load(
 
 
 @torch.no_grad()
-def _encode_batch(encoder: Encoder, batch: Sequence[LoadedClip]) -> None:
+def _encode_batch(encoder: LatentEncoder, batch: Sequence[LoadedClip]) -> None:
     pictures = torch.from_numpy(np.stack([one.pictures for one in batch])).to(encoder.device)
     images = batch[0].clip.item.config.images
     # One at a time where a clip's own first frame is what it is given: bit for bit what previews encode of that.
@@ -264,7 +264,7 @@ def _name(one: LoadedClip) -> str:
     return f"{one.clip.item.path} from frame {one.clip.start}"
 
 
-def _make_recipe(one: LoadedClip, encoder: Encoder) -> Recipe:
+def _make_recipe(one: LoadedClip, encoder: LatentEncoder) -> Recipe:
     clip = one.clip
     return Recipe(
         model=encoder.model,

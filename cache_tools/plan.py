@@ -15,7 +15,7 @@ from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
 from dataset.reading.info import MediaInfo, plan_words
 from dataset.reading.unread import UnreadFile, find_unread
-from dataset.sources import Plan, name_some, used_frames
+from dataset.sources import ClipPlan, name_some, used_frames
 from wan_train.storage import replacing
 
 _VERSION = 1
@@ -78,13 +78,13 @@ class DatasetPlan:
     reading: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def describe_plans(plans: Sequence[Plan]) -> list[DatasetPlan]:
+def describe_plans(plans: Sequence[ClipPlan]) -> list[DatasetPlan]:
     """The facts of each dataset's plan; the samples of an epoch are those that training takes."""
     sizes = epoch_sizes(CachedDataset(plans))
     return [_describe_plan(plan, sizes) for plan in plans]
 
 
-def _describe_plan(plan: Plan, sizes: Mapping[Bucket, int]) -> DatasetPlan:
+def _describe_plan(plan: ClipPlan, sizes: Mapping[Bucket, int]) -> DatasetPlan:
     config = plan.config
     by_item: dict[Item, list[Clip]] = defaultdict(list)
     for clip in plan.clips:
@@ -111,7 +111,7 @@ def _describe_plan(plan: Plan, sizes: Mapping[Bucket, int]) -> DatasetPlan:
     )
 
 
-def _describe_reading(plan: Plan) -> dict[str, tuple[str, ...]]:
+def _describe_reading(plan: ClipPlan) -> dict[str, tuple[str, ...]]:
     """The names of the files to whose pixels something is done, by what it is in words."""
     found: dict[str, list[str]] = defaultdict(list)
     for item, info in plan.infos.items():
@@ -266,7 +266,7 @@ def _row(name: str, rates: str, frames: str, clips: str, size: str, *seconds: st
     return f"{short:<{_NAME_WIDTH}}{rates:>14}{frames:>7}{clips:>6}{size:>12}{seconds[0]:>8}{seconds[1]:>8}".rstrip()
 
 
-def show_plan(plans: Sequence[Plan], json_path: str) -> None:
+def show_plan(plans: Sequence[ClipPlan], json_path: str) -> None:
     """Print the table; with `json_path` write the facts there, or with "-" print them in place of the table."""
     datasets = describe_plans(plans)
     if json_path == "-":

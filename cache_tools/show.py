@@ -13,7 +13,7 @@ from cache_tools.settings import CONSOLE_COLOURS, InspectSettings
 from dataset.batching.buckets import describe_size
 from dataset.caching.cache import latents_path
 from dataset.reading.media import load_clips
-from dataset.sources import Plan
+from dataset.sources import ClipPlan
 from wan_train.media_out import write_image, write_video
 
 Picture = NDArray[np.uint8]
@@ -22,7 +22,7 @@ _SHEET_WIDTH = 2048
 _CELL_ASPECT = 2  # a character is about twice as high as wide, and shows two pixels above one another
 
 
-def show_clips(plans: Sequence[Plan], settings: InspectSettings) -> None:
+def show_clips(plans: Sequence[ClipPlan], settings: InspectSettings) -> None:
     """Show the clips of each dataset, each with its caption, the way that `debug_mode` names.
 
     "image" writes a sheet of each clip's frames and "video" an mp4, below `debug_dir`; "console" prints first frames.

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from dataset.caching.manifest import Manifest
 from dataset.caching.remains import remove_remains
-from dataset.caching.staleness import Kind, State, list_orphans
+from dataset.caching.staleness import CacheState, Staleness, list_orphans
 from dataset.config import DatasetConfig
 from dataset.sources import name_some
 from wan_train.distributed import Place
@@ -29,10 +29,10 @@ class Survey(Generic[Wanted]):
 
     config: DatasetConfig
     due: tuple[Wanted, ...]
-    states: tuple[State, ...]
+    states: tuple[CacheState, ...]
     orphans: tuple[Path, ...]
 
-    def named(self, *kinds: Kind) -> list[State]:
+    def named(self, *kinds: Staleness) -> list[CacheState]:
         """The states of these kinds."""
         return [state for state in self.states if state.kind in kinds]
 
@@ -40,7 +40,7 @@ class Survey(Generic[Wanted]):
 def survey_caches(
     config: DatasetConfig,
     wanted: Sequence[Wanted],
-    look: Callable[[Wanted, Manifest], State],
+    look: Callable[[Wanted, Manifest], CacheState],
     *,
     planned: Sequence[Path],
     place: Place,
@@ -66,9 +66,9 @@ def clear_remains(config: DatasetConfig) -> None:
 def report_findings(survey: Survey[Wanted]) -> None:
     """Name what is stale, cut off, adopted or orphaned."""
     config = survey.config
-    if bad := survey.named(Kind.STALE, Kind.TRUNCATED):
+    if bad := survey.named(Staleness.STALE, Staleness.TRUNCATED):
         logger.info("%s: %d caches are made again: %s", config, len(bad), name_some(map(str, bad)))
-    if adopted := survey.named(Kind.FOREIGN):
+    if adopted := survey.named(Staleness.FOREIGN):
         some = name_some(state.path.name for state in adopted)
         logger.info("%s: %d caches without a recipe fit and are adopted: %s", config, len(adopted), some)
     if survey.orphans:
@@ -80,7 +80,7 @@ def report_findings(survey: Survey[Wanted]) -> None:
 
 def prune_caches(survey: Survey[Wanted]) -> int:
     """Delete the orphaned and the stale caches of a folder; say which and how many."""
-    bad = [state.path for state in survey.named(Kind.STALE, Kind.TRUNCATED)]
+    bad = [state.path for state in survey.named(Staleness.STALE, Staleness.TRUNCATED)]
     for path in (*survey.orphans, *bad):
         path.unlink(missing_ok=True)
     if survey.orphans:

@@ -33,7 +33,7 @@ _RATE_TOLERANCE = 0.1  # frames per second; average rates of short files are not
 
 
 @dataclass(frozen=True)
-class Plan:
+class ClipPlan:
     """What a dataset yields: its items, their clips in order, the items too short for any clip and those left out.
 
     `infos` is what each file that could be read says of itself.
@@ -84,7 +84,7 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool) -> list[I
     ]
 
 
-def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: bool = False) -> Plan:
+def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: bool = False) -> ClipPlan:
     """The clips that a dataset's items yield, from the headers of the files alone; those known are not read again.
 
     Raises InputError when there is none, or for a file that cannot be read, which `skip_broken` leaves out.
@@ -113,10 +113,10 @@ def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: boo
             f"{_after_rate(config)} ({name_some(item.path.name for item in infos)}): lower target_frames"
         )
     _refuse_long_names(clips)
-    return Plan(config, tuple(items), found, too_short, broken, infos)
+    return ClipPlan(config, tuple(items), found, too_short, broken, infos)
 
 
-def warn_too_short(plans: Iterable[Plan]) -> None:
+def warn_too_short(plans: Iterable[ClipPlan]) -> None:
     """Say which items give no clip since they are shorter than every target."""
     for plan in plans:
         if plan.too_short:

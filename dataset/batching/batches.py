@@ -18,7 +18,7 @@ from dataset.caching.trusted import plan_from_caches
 from dataset.config import DatasetConfig
 from dataset.items import Clip
 from dataset.reading.opening import check_caches
-from dataset.sources import Plan, list_items, plan_clips, warn_too_short
+from dataset.sources import ClipPlan, list_items, plan_clips, warn_too_short
 from wan_train.conditions.kinds import FRAME_POSITIONS, KINDS
 from wan_train.errors import InputError
 
@@ -81,7 +81,7 @@ class CachedDataset(Dataset[Sample]):
     `buckets` holds the positions of each bucket's samples, in order, and `configs` each dataset's settings by number.
     """
 
-    def __init__(self, plans: Sequence[Plan]) -> None:
+    def __init__(self, plans: Sequence[ClipPlan]) -> None:
         self.plans = tuple(plans)
         self.configs = {plan.config.number: plan.config for plan in plans}
         self.keys: list[SampleKey] = []

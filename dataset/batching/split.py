@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from dataset.batching.batches import CachedDataset
-from dataset.sources import Plan
+from dataset.sources import ClipPlan
 from wan_train.errors import InputError
 
 
@@ -65,11 +65,11 @@ def name_files(dataset: CachedDataset) -> list[str]:
     return names
 
 
-def _names(plan: Plan) -> set[str]:
+def _names(plan: ClipPlan) -> set[str]:
     return {clip.item.path.stem for clip in plan.clips}
 
 
-def _keep(plan: Plan, names: Collection[str]) -> Plan:
+def _keep(plan: ClipPlan, names: Collection[str]) -> ClipPlan:
     """The plan with the clips of these names alone; a plan without clips stays, so that keys are as they were."""
     return replace(
         plan,

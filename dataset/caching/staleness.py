@@ -25,7 +25,7 @@ LATENTS_NAME = re.compile(
 _TEXT_NAME = re.compile(rf".+_{ARCHITECTURE}_te")
 
 
-class Kind(Enum):
+class Staleness(Enum):
     """What a cache file is to a clip or caption; `FOREIGN` fits and has no recipe, as musubi-tuner's have none."""
 
     UP_TO_DATE = "up to date"
@@ -36,17 +36,17 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
-class State:
+class CacheState:
     """What a cache file is, and why."""
 
     path: Path
-    kind: Kind
+    kind: Staleness
     reason: str = ""
 
     @property
     def usable(self) -> bool:
         """Whether training may read it."""
-        return self.kind in (Kind.UP_TO_DATE, Kind.FOREIGN)
+        return self.kind in (Staleness.UP_TO_DATE, Staleness.FOREIGN)
 
     def __str__(self) -> str:
         return f"{self.path.name}: {self.reason or self.kind.value}"
@@ -72,42 +72,42 @@ def latents_state(
     dtype: torch.dtype | None = None,
     model: Path | None = None,
     image_model: Path | None = None,
-) -> State:
+) -> CacheState:
     """The state of a clip's latents, compared with `dtype` and the files of VAE and CLIP where they are given."""
     path = latents_path(clip)
     try:
         facts = read_facts(path, manifest)
     except OSError:
-        return State(path, Kind.MISSING)
+        return CacheState(path, Staleness.MISSING)
     if facts is None:
-        return State(path, Kind.TRUNCATED)
+        return CacheState(path, Staleness.TRUNCATED)
     reason = _compare_contents(clip, facts, dtype)
     recipe, is_ours = _recipe_of(facts)
     if not is_ours:
-        return State(path, Kind.STALE, reason) if reason else State(path, Kind.FOREIGN)
+        return CacheState(path, Staleness.STALE, reason) if reason else CacheState(path, Staleness.FOREIGN)
     reason = reason or (_compare_recipe(clip, recipe, manifest, model, image_model) if recipe else "of another version")
-    return State(path, Kind.STALE, reason) if reason else State(path, Kind.UP_TO_DATE)
+    return CacheState(path, Staleness.STALE, reason) if reason else CacheState(path, Staleness.UP_TO_DATE)
 
 
-def text_state(item: Item, manifest: Manifest, *, model: Path | None = None) -> State:
+def text_state(item: Item, manifest: Manifest, *, model: Path | None = None) -> CacheState:
     """The state of a caption's embedding, compared with the text encoder's file where it is given."""
     path = text_path(item)
     try:
         facts = read_facts(path, manifest)
     except OSError:
-        return State(path, Kind.MISSING)
+        return CacheState(path, Staleness.MISSING)
     if facts is None:
-        return State(path, Kind.TRUNCATED)
+        return CacheState(path, Staleness.TRUNCATED)
     recipe, is_ours = _recipe_of(facts)
     if reason := find_text_misfit(item, facts.shapes, facts.metadata):
-        return State(path, Kind.STALE, reason)
+        return CacheState(path, Staleness.STALE, reason)
     if not is_ours:
-        return State(path, Kind.FOREIGN)
+        return CacheState(path, Staleness.FOREIGN)
     if recipe is None:
-        return State(path, Kind.STALE, "of another version")
+        return CacheState(path, Staleness.STALE, "of another version")
     if model and not is_same(recipe.model, model, manifest):
-        return State(path, Kind.STALE, f"of another text encoder ({recipe.model.name})")
-    return State(path, Kind.UP_TO_DATE)
+        return CacheState(path, Staleness.STALE, f"of another text encoder ({recipe.model.name})")
+    return CacheState(path, Staleness.UP_TO_DATE)
 
 
 def list_orphans(folder: Path, planned: Collection[Path], *, is_text: bool) -> list[Path]:

@@ -10,12 +10,12 @@ from dataset.caching.recipe import RECIPE_KEY, gives_last, read_recipe
 from dataset.caching.staleness import LATENTS_NAME, Facts, list_orphans, read_facts
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
-from dataset.sources import Plan, name_some
+from dataset.sources import ClipPlan, name_some
 from wan_train.errors import InputError
 from wan_train.models.variants import FRAME_STEP
 
 
-def plan_from_caches(config: DatasetConfig) -> Plan:
+def plan_from_caches(config: DatasetConfig) -> ClipPlan:
     """What a dataset's cache folder holds, sorted by name; nothing else is read, and nothing compared with the sources.
 
     Raises InputError where the folder holds no latents, for files that are cut off or lack what the TOML asks of them,
@@ -46,7 +46,7 @@ def plan_from_caches(config: DatasetConfig) -> Plan:
         kind = "videos" if config.is_video else "images"
         raise InputError(f"{config}: no latents of {kind} in {folder}: cache them first, or copy their folder here")
     found = tuple(clip for of_item in clips.values() for clip in of_item)
-    return Plan(config, tuple(clips), found, ())
+    return ClipPlan(config, tuple(clips), found, ())
 
 
 def _read_item(config: DatasetConfig, stem: str, latents: Facts, manifest: Manifest) -> Item | str:

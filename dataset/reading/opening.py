@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from dataset.caching.manifest import Manifest
-from dataset.caching.staleness import State, latents_state, text_state
+from dataset.caching.staleness import CacheState, latents_state, text_state
 from dataset.items import Clip, Item
-from dataset.sources import Plan, name_some
+from dataset.sources import ClipPlan, name_some
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.variants import VARIANTS
@@ -28,7 +28,7 @@ _LATENTS = _Tool("latent", "wan_cache_latents.py", "--vae")
 _TEXT = _Tool("text", "wan_cache_text_encoder_outputs.py", "--t5")
 
 
-def check_caches(plans: Sequence[Plan], options: str) -> None:
+def check_caches(plans: Sequence[ClipPlan], options: str) -> None:
     """Raise InputError, with the command to run (its data `options` given), where a cache cannot be trained on.
 
     Missing and cut off are such, and whatever was made of another source, for another size, of other frames or for
@@ -49,7 +49,7 @@ def check_caches(plans: Sequence[Plan], options: str) -> None:
         raise InputError("; ".join(problems))
 
 
-def _pictures(plans: Sequence[Plan], tool: _Tool) -> str:
+def _pictures(plans: Sequence[ClipPlan], tool: _Tool) -> str:
     """What the command for latents says of pictures."""
     config = plans[0].config
     images = config.images
@@ -62,10 +62,10 @@ def _pictures(plans: Sequence[Plan], tool: _Tool) -> str:
 
 
 def _look_up(
-    plans: Sequence[Plan],
-    select: Callable[[Plan], Sequence[Wanted]],
-    look: Callable[[Wanted, Manifest], State],
-) -> list[State]:
+    plans: Sequence[ClipPlan],
+    select: Callable[[ClipPlan], Sequence[Wanted]],
+    look: Callable[[Wanted, Manifest], CacheState],
+) -> list[CacheState]:
     states = []
     for plan in plans:
         with Manifest(plan.config.cache_directory) as manifest:

@@ -23,7 +23,7 @@ _AHEAD = 16  # packets after a key frame among which those are that are shown be
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _Rotation:
     """How a decoded picture becomes the one shown: mirrored left to right first, then quarter turns to the left."""
 
     mirrored: bool = False
@@ -135,7 +135,7 @@ def _transfer(stream: Any, frame: Any) -> int:
 
 def _shown_size(stream: Any, first: Any) -> tuple[int, int, tuple[str, ...]]:
     """Width, height and `MediaInfo.reading` of a video whose first frame this is."""
-    aspect, turn = _pixel_aspect(stream), _turn_of(first) if first is not None else _Turn()
+    aspect, turn = _pixel_aspect(stream), _turn_of(first) if first is not None else _Rotation()
     width, height = _square_width(stream.codec_context.width, aspect), stream.codec_context.height
     reading = [f"{PIXELS} {aspect.numerator}:{aspect.denominator}"] * (width != stream.codec_context.width)
     if first is not None and _has_alpha(first) and first.to_ndarray(format="rgba")[..., 3].min() < 255:
@@ -179,19 +179,19 @@ def _to_rgb(stream: Any, frame: Any, background: Colour | None) -> NDArray[np.ui
     return compose(frame.to_ndarray(format="rgba", **size)[..., :3], alpha, background)
 
 
-def _turn_of(frame: Any) -> _Turn:
+def _turn_of(frame: Any) -> _Rotation:
     try:
         matrices = [data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
     except ValueError:  # a kind of side data, EXIF for one, that PyAV has no name for
-        return _Turn()
+        return _Rotation()
     if not matrices:
-        return _Turn()
+        return _Rotation()
     # x' = ax + cy, y' = bx + dy, in steps of 1/65536 and with y downwards; seven more values follow.
     a, b, _, c, d = np.frombuffer(matrices[0], np.int32)[:5].astype(float)
     mirrored = a * d - b * c < 0
     if mirrored:
         a, b = -a, -b
-    return _Turn(mirrored, round(np.arctan2(-b, a) / (np.pi / 2)) % 4)
+    return _Rotation(mirrored, round(np.arctan2(-b, a) / (np.pi / 2)) % 4)
 
 
 def _is_shown(packet: Any) -> bool:

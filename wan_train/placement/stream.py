@@ -39,7 +39,7 @@ _ALIGNMENT = 256  # bytes, as the allocators of devices have it
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Span:
     """Where in a flat piece of memory a tensor lies."""
 
     offset: int
@@ -60,7 +60,7 @@ class _Cargo:
 
     block: int  # of the model
     tensors: list[Tensor]
-    layout: tuple[_Place, ...]
+    layout: tuple[_Span, ...]
     master: Tensor
     views: list[Tensor]  # of the master
 
@@ -80,7 +80,7 @@ class _Cargo:
 @dataclass
 class _Slot:
     memory: Tensor
-    views: dict[tuple[_Place, ...], list[Tensor]]
+    views: dict[tuple[_Span, ...], list[Tensor]]
     holds: int | None = None
     ready: Mark | None = None
 
@@ -242,15 +242,15 @@ def _pack(index: int, block: nn.Module, lane: Lane) -> _Cargo:
     return cargo
 
 
-def _views(layout: tuple[_Place, ...], memory: Tensor) -> list[Tensor]:
+def _views(layout: tuple[_Span, ...], memory: Tensor) -> list[Tensor]:
     return [place.view(memory) for place in layout]
 
 
-def _lay_out(tensors: list[Tensor]) -> tuple[_Place, ...]:
-    layout: list[_Place] = []
+def _lay_out(tensors: list[Tensor]) -> tuple[_Span, ...]:
+    layout: list[_Span] = []
     for tensor in tensors:
         offset = -(-layout[-1].end // _ALIGNMENT) * _ALIGNMENT if layout else 0
-        layout.append(_Place(offset, tensor.shape, tensor.dtype))
+        layout.append(_Span(offset, tensor.shape, tensor.dtype))
     return tuple(layout)
 
 

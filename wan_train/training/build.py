@@ -39,7 +39,7 @@ from wan_train.training.optimizing.ema import Ema
 from wan_train.training.optimizing.optimizer_state import Portable
 from wan_train.training.optimizing.schedules import check_schedule, make_schedule, warmup_steps
 from wan_train.training.optimizing.stepping import Streams, make_stepping
-from wan_train.training.preflight import Plan, model_settings
+from wan_train.training.preflight import RunPlan, model_settings
 from wan_train.training.reporting.metrics import MetricsWriter, RunningMean
 from wan_train.training.reporting.preview import Previewer
 from wan_train.training.run import Run
@@ -54,7 +54,7 @@ from wan_train.training.stopping import leave_signals_to_trainer
 log = get_logger(__name__)
 
 
-def build(settings: TrainSettings, plan: Plan, data: Data, accelerator: Accelerator, seed: int) -> Run:
+def build(settings: TrainSettings, plan: RunPlan, data: Data, accelerator: Accelerator, seed: int) -> Run:
     """Everything that the loop needs."""
     dataset, is_first = data.training, accelerator.is_main_process
     batches = EpochBatches(dataset, seed=seed, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
@@ -204,7 +204,7 @@ def make_strata(settings: TrainSettings, dataset: CachedDataset, seed: int) -> S
 
 
 def make_facts(
-    plan: Plan,
+    plan: RunPlan,
     dataset: CachedDataset,
     accelerator: Accelerator,
     length: Length,
@@ -250,7 +250,7 @@ def make_writer(settings: TrainSettings, state: State | None, rows: dict[str, st
     return MetricsWriter(settings.logs, settings.save, keep_until=keep_until, config=rows)
 
 
-def encode(settings: TrainSettings, plan: Plan, accelerator: Accelerator) -> dict[str, Conditions]:
+def encode(settings: TrainSettings, plan: RunPlan, accelerator: Accelerator) -> dict[str, Conditions]:
     """The texts of the prior and of previews, encoded by the first process for all, the text encoder gone again."""
     texts = list(plan.prior_captions)
     texts += [text for request in plan.requests for text in (request.prompt, request.negative_prompt)]
@@ -261,7 +261,7 @@ def encode(settings: TrainSettings, plan: Plan, accelerator: Accelerator) -> dic
 
 
 def make_previewer(
-    settings: TrainSettings, plan: Plan, texts: dict[str, Conditions], accelerator: Accelerator, seed: int
+    settings: TrainSettings, plan: RunPlan, texts: dict[str, Conditions], accelerator: Accelerator, seed: int
 ) -> Previewer | None:
     """What makes this process's share of the previews; None where it has none."""
     requests = dict(first_machine_share(list(enumerate(plan.requests))))
@@ -278,7 +278,7 @@ def make_previewer(
     return Previewer(requests, texts, images, vae, device, settings.save, plan.variant.fps, seed)
 
 
-def make_prior(settings: TrainSettings, plan: Plan, texts: dict[str, Conditions]) -> Prior | None:
+def make_prior(settings: TrainSettings, plan: RunPlan, texts: dict[str, Conditions]) -> Prior | None:
     """What is to be kept; None where nothing is."""
     if not plan.prior_captions:
         return None

@@ -45,7 +45,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What the preflight found out."""
 
     variant: Variant
@@ -56,7 +56,7 @@ class Plan:
     state: State | None
 
 
-def preflight(settings: TrainSettings) -> Plan:
+def preflight(settings: TrainSettings) -> RunPlan:
     """Refuse what cannot work, from options and headers alone."""
     variant = VARIANTS[settings.dit.task]
     experts = plan_experts(settings)
@@ -110,7 +110,7 @@ def preflight(settings: TrainSettings) -> Plan:
     if not settings.experts.allow_unused_timesteps:
         refuse_unused(experts, settings.timesteps)
     check_writable(settings.save.output_dir)
-    return Plan(variant, configs, requests, captions, experts, find_state(fetched(settings)))
+    return RunPlan(variant, configs, requests, captions, experts, find_state(fetched(settings)))
 
 
 def float32_warning(device: torch.device, path: str, computing: torch.dtype, flag: str) -> str | None:

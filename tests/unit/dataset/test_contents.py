@@ -11,7 +11,7 @@ from dataset.caching.contents import Content, changes, read_contents
 from dataset.caching.recipe import Fingerprint, Recipe
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
-from dataset.sources import Plan
+from dataset.sources import ClipPlan
 
 NAME = "cache/dog_0064x0064_wan"
 VAE = Fingerprint("vae.pth", 10, 1, "vae")
@@ -25,7 +25,7 @@ def contents(folder: Path, *, recipe: Recipe | None = DOG, text: Recipe | None =
     clip = Clip(Item(config, folder / "dog.png", (caption,)), 0, (0,), (64, 64), (64, 64))
     save_latents(clip, torch.zeros(clip.latent_shape), torch.float32, recipe)
     save_text(clip.item, {caption: torch.zeros(2, 4)}, text)
-    return read_contents(CachedDataset([Plan(config, (clip.item,), (clip,), ())]))[NAME]
+    return read_contents(CachedDataset([ClipPlan(config, (clip.item,), (clip,), ())]))[NAME]
 
 
 def test_contents_are_what_caches_were_made_of(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from dataset.batching.batches import CachedDataset
 from dataset.batching.split import choose_names, find_shared, name_files, split_off
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
-from dataset.sources import Plan
+from dataset.sources import ClipPlan
 from wan_train.errors import InputError
 
 
-def plan(number: int, names: list[str], *, repeats: int = 1, folder: str = "clips", clips: int = 2) -> Plan:
+def plan(number: int, names: list[str], *, repeats: int = 1, folder: str = "clips", clips: int = 2) -> ClipPlan:
     """Videos of so many clips each."""
     config = DatasetConfig(
         Path("data.toml"),
@@ -27,7 +27,7 @@ def plan(number: int, names: list[str], *, repeats: int = 1, folder: str = "clip
         for item in items
         for part in range(clips)
     )
-    return Plan(config, items, cut, ())
+    return ClipPlan(config, items, cut, ())
 
 
 def names(dataset: CachedDataset) -> set[str]:

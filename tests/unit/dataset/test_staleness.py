@@ -7,7 +7,7 @@ import torch
 from dataset.caching.cache import latents_path, save_latents, save_text, text_path
 from dataset.caching.manifest import Manifest
 from dataset.caching.recipe import RECIPE_KEY, Fingerprint, Recipe, is_same, read_recipe, take_fingerprint, write_recipe
-from dataset.caching.staleness import Kind, latents_state, list_orphans, text_state
+from dataset.caching.staleness import Staleness, latents_state, list_orphans, text_state
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
 from wan_train.storage import read_header, read_tensors, save_tensors
@@ -63,7 +63,7 @@ def test_our_files_carry_their_recipe_and_load_as_before(clip):
 
 
 def test_what_was_made_of_the_same_is_up_to_date(clip, manifest, vae):
-    assert latents_state(clip, manifest, dtype=torch.bfloat16, model=vae).kind is Kind.UP_TO_DATE
+    assert latents_state(clip, manifest, dtype=torch.bfloat16, model=vae).kind is Staleness.UP_TO_DATE
     assert latents_state(clip, manifest).usable
 
 
@@ -93,7 +93,7 @@ def change_vae(clip, vae):
 def test_what_was_made_of_something_else_is_stale_and_says_why(clip, manifest, vae, change, reason):
     clip = change(clip, vae) or clip
     state = latents_state(clip, manifest, dtype=torch.bfloat16, model=vae)
-    assert (state.kind, state.reason) == (Kind.STALE if reason else Kind.UP_TO_DATE, reason)
+    assert (state.kind, state.reason) == (Staleness.STALE if reason else Staleness.UP_TO_DATE, reason)
 
 
 def test_a_cache_is_stale_where_its_file_is_read_in_another_way_now(clip, manifest):
@@ -102,9 +102,9 @@ def test_a_cache_is_stale_where_its_file_is_read_in_another_way_now(clip, manife
     text = read_header(path).metadata[RECIPE_KEY].replace(',"reading":""', "")
     assert "reading" not in text
     save_tensors(path, dict(read_tensors(path)), read_header(path).metadata | {RECIPE_KEY: text})
-    assert latents_state(clip, manifest).kind is Kind.UP_TO_DATE
+    assert latents_state(clip, manifest).kind is Staleness.UP_TO_DATE
     state = latents_state(dataclasses.replace(clip, reading="pixels 64:45"), manifest)
-    assert state.kind is Kind.STALE
+    assert state.kind is Staleness.STALE
     assert state.reason == "source read in another way (then as decoded, now pixels 64:45)"
 
 
@@ -121,8 +121,8 @@ def test_an_image_in_another_bucket_is_stale(tmp_path, manifest, vae):
     image = Clip(Item(config, draw, ("",)), 0, (0,), (64, 48), (640, 480))
     save(image, vae, manifest)
     assert latents_state(image, manifest).usable
-    assert latents_state(dataclasses.replace(image, size=(32, 48)), manifest).kind is Kind.STALE
-    assert latents_state(dataclasses.replace(image, size=(48, 64)), manifest).kind is Kind.STALE
+    assert latents_state(dataclasses.replace(image, size=(32, 48)), manifest).kind is Staleness.STALE
+    assert latents_state(dataclasses.replace(image, size=(48, 64)), manifest).kind is Staleness.STALE
 
 
 def test_copies_with_another_time_are_the_same_and_hashed_once(clip, vae, tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_copies_with_another_time_are_the_same_and_hashed_once(clip, vae, tmp_pa
         os.utime(path, ns=(5, 5))
     for _ in range(2):
         with Manifest(tmp_path / "cache") as manifest:
-            assert latents_state(clip, manifest, model=vae).kind is Kind.UP_TO_DATE
+            assert latents_state(clip, manifest, model=vae).kind is Staleness.UP_TO_DATE
         monkeypatch.setattr("dataset.caching.recipe._hash", None)
 
 
@@ -139,25 +139,25 @@ def test_nothing_is_hashed_or_opened_that_is_known(clip, vae, tmp_path, monkeypa
         latents_state(clip, manifest, model=vae)
     monkeypatch.setattr("dataset.caching.recipe._hash", None)
     monkeypatch.setattr("dataset.caching.staleness.read_header", None)
-    assert latents_state(clip, Manifest(tmp_path / "cache"), model=vae).kind is Kind.UP_TO_DATE
+    assert latents_state(clip, Manifest(tmp_path / "cache"), model=vae).kind is Staleness.UP_TO_DATE
 
 
 def test_half_a_file_and_none(clip, manifest):
     path = latents_path(clip)
     path.write_bytes(path.read_bytes()[:100])
-    assert latents_state(clip, manifest).kind is Kind.TRUNCATED
+    assert latents_state(clip, manifest).kind is Staleness.TRUNCATED
     path.unlink()
-    assert latents_state(clip, manifest).kind is Kind.MISSING
+    assert latents_state(clip, manifest).kind is Staleness.MISSING
 
 
 @pytest.mark.parametrize(
     ("metadata", "kind"),
     [
-        ({"architecture": "wan", "width": "64", "height": "48", "frame_count": "5"}, Kind.FOREIGN),
-        ({}, Kind.FOREIGN),
-        ({"architecture": "hv"}, Kind.STALE),
-        ({"architecture": "wan", "frame_count": "9"}, Kind.STALE),
-        ({"architecture": "wan", RECIPE_KEY: '{"version": 99}'}, Kind.STALE),
+        ({"architecture": "wan", "width": "64", "height": "48", "frame_count": "5"}, Staleness.FOREIGN),
+        ({}, Staleness.FOREIGN),
+        ({"architecture": "hv"}, Staleness.STALE),
+        ({"architecture": "wan", "frame_count": "9"}, Staleness.STALE),
+        ({"architecture": "wan", RECIPE_KEY: '{"version": 99}'}, Staleness.STALE),
     ],
 )
 def test_files_without_a_recipe_are_adopted_where_they_fit(clip, manifest, metadata, kind):
@@ -166,21 +166,21 @@ def test_files_without_a_recipe_are_adopted_where_they_fit(clip, manifest, metad
     assert latents_state(clip, manifest, dtype=torch.bfloat16).kind is kind
     other = dataclasses.replace(clip, frames=(2, 3, 5, 6, 8, 9, 10, 11, 12))
     path.rename(latents_path(other))
-    assert latents_state(other, manifest).kind is Kind.STALE
+    assert latents_state(other, manifest).kind is Staleness.STALE
 
 
 def test_text_is_stale_for_another_caption_or_encoder(clip, manifest, vae):
     item = clip.item
     save_text(item, {"a press": torch.zeros(3, 8)}, Recipe(take_fingerprint(vae, manifest), "bfloat16"))
-    assert text_state(item, manifest, model=vae).kind is Kind.UP_TO_DATE
+    assert text_state(item, manifest, model=vae).kind is Staleness.UP_TO_DATE
     assert text_state(dataclasses.replace(item, captions=("a fox",)), manifest).reason == "another caption"
     vae.write_bytes(b"other weights")
     assert text_state(item, manifest, model=vae).reason == "of another text encoder (vae.pth)"
     assert text_state(item, manifest).usable
     save_text(item, {"a press": torch.zeros(3, 8)})
-    assert text_state(item, manifest, model=vae).kind is Kind.FOREIGN
+    assert text_state(item, manifest, model=vae).kind is Staleness.FOREIGN
     text_path(item).write_bytes(b"half")
-    assert text_state(item, manifest).kind is Kind.TRUNCATED
+    assert text_state(item, manifest).kind is Staleness.TRUNCATED
 
 
 def test_orphans_are_the_caches_of_one_kind_that_nothing_plans(clip, tmp_path):

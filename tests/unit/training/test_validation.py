@@ -21,7 +21,7 @@ from dataset.batching.batches import CachedDataset, Sample
 from dataset.batching.order import Pick, SampleKey
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
-from dataset.sources import Plan
+from dataset.sources import ClipPlan
 from wan_train.errors import InputError
 from wan_train.training.evaluating import validation
 from wan_train.training.evaluating.validation import (
@@ -56,7 +56,7 @@ class Held(CachedDataset):
         )
         items = [Item(config, folder / f"{number}.mp4", ("",)) for number in range(num_files)]
         clips = [Clip(item, start, (0,) * (start + 1), (16, 16), (16, 16)) for item in items for start in (0, 4)]
-        super().__init__([Plan(config, tuple(items), tuple(clips), ())])
+        super().__init__([ClipPlan(config, tuple(items), tuple(clips), ())])
         self._masked, self.asked = masked, list[int]()
 
     def __getitem__(self, index: int | SampleKey | Pick) -> Sample:

@@ -11,7 +11,7 @@ from wan_train.models.vae.geometry import KIND21, KIND22, Geometry
 
 
 @dataclass(frozen=True)
-class Kind:
+class VaeKind:
     """What tells a kind of VAE from the other: its published file, layers, patch and statistics of the latents.
 
     `patch` is the side of the squares of pixels that become channels before the first layer.
@@ -31,10 +31,10 @@ class Kind:
         return len(self.latent_mean)
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, VaeKind] = {
     row.name: row
     for row in (
-        Kind(
+        VaeKind(
             name=KIND21,
             file="Wan2.1_VAE.pth",
             patch=1,
@@ -43,7 +43,7 @@ KINDS: dict[str, Kind] = {
             latent_mean=vae21.LATENT_MEAN,
             latent_std=vae21.LATENT_STD,
         ),
-        Kind(
+        VaeKind(
             name=KIND22,
             file="Wan2.2_VAE.pth",
             patch=2,
@@ -56,6 +56,6 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def kind_of(latent_channels: int) -> Kind:
+def kind_of(latent_channels: int) -> VaeKind:
     """The kind whose latents have so many channels."""
     return next(kind for kind in KINDS.values() if kind.latent_channels == latent_channels)

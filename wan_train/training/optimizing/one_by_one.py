@@ -27,7 +27,7 @@ _APART = {
     "wan_train": ("AdamW8bitSR",),
 }
 
-Turn = Callable[[Any, nn.Parameter, str], AbstractContextManager[nn.Parameter]]
+StepContext = Callable[[Any, nn.Parameter, str], AbstractContextManager[nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def one_by_one(kind: Callable[..., torch.optim.Optimizer]) -> Any:
     class OneByOne(base):  # type: ignore[misc]
         param_groups: list[dict[str, Any]]
 
-        def __init__(self, params: Any, *, turns: Iterable[Turn], **arguments: Any) -> None:
+        def __init__(self, params: Any, *, turns: Iterable[StepContext], **arguments: Any) -> None:
             super().__init__(params, **arguments)
             self.turns = tuple(turns)
             self.param_groups[0][COUNT] = 0

@@ -14,7 +14,7 @@ from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.packages import load
 from wan_train.training.optimizing.adamw8bit import AdamW8bitSR
-from wan_train.training.optimizing.one_by_one import Turn, check_apart, one_by_one
+from wan_train.training.optimizing.one_by_one import StepContext, check_apart, one_by_one
 from wan_train.training.optimizing.optimizer_state import comes_from, for_training, is_schedule_free, sets_own_rate
 from wan_train.training.optimizing.rounding import check_rounding
 from wan_train.training.settings import OptimizerSettings
@@ -51,7 +51,11 @@ UNUSABLE = ("LBFGS", "SparseAdam")  # of torch: one needs a closure, the other s
 
 
 def make_optimizer(
-    groups: list[dict[str, Any]], settings: OptimizerSettings, *, warmup: int = 0, turns: Sequence[Turn] | None = None
+    groups: list[dict[str, Any]],
+    settings: OptimizerSettings,
+    *,
+    warmup: int = 0,
+    turns: Sequence[StepContext] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer over the adapter's parameter groups, ready for its first step.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_train.errors import InputError
-from wan_train.training.optimizing.one_by_one import Turn
+from wan_train.training.optimizing.one_by_one import StepContext
 
 # By package: those that treat each weight by itself, and take it in float32. bitsandbytes has not been seen to.
 _IN_FLOAT32 = {
@@ -41,7 +41,7 @@ def check_rounding(kind: Any, name: str) -> None:
         raise InputError(f"--full_bf16 rounds at random, which --optimizer_type {name} cannot: take one of {known}")
 
 
-def rounded(seed: int) -> Turn:
+def rounded(seed: int) -> StepContext:
     """Lets a float32 weight stand in for one in bfloat16, and rounds it back by draws that `seed` keys."""
 
     @contextmanager

@@ -33,7 +33,7 @@ def _waves(settings: OptimizerSettings) -> float:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ScheduleKind:
     """A schedule's own options and --lr_scheduler_args, and how they reach its function."""
 
     options: tuple[str, ...] = ()
@@ -42,28 +42,28 @@ class Kind:
     warms_up: bool = True
 
 
-KINDS: dict[str, Kind] = {
-    "constant": Kind(),
-    "constant_with_warmup": Kind(),
-    "linear": Kind(),
-    "cosine": Kind(),
-    "cosine_with_restarts": Kind(
+KINDS: dict[str, ScheduleKind] = {
+    "constant": ScheduleKind(),
+    "constant_with_warmup": ScheduleKind(),
+    "linear": ScheduleKind(),
+    "cosine": ScheduleKind(),
+    "cosine_with_restarts": ScheduleKind(
         ("lr_scheduler_num_cycles",), details=lambda settings, _: {"num_cycles": settings.lr_scheduler_num_cycles}
     ),
-    "polynomial": Kind(
+    "polynomial": ScheduleKind(
         ("lr_scheduler_power",), ("lr_end",), details=lambda settings, _: {"power": settings.lr_scheduler_power}
     ),
-    "inverse_sqrt": Kind(
+    "inverse_sqrt": ScheduleKind(
         ("lr_scheduler_timescale",), details=lambda settings, _: {"timescale": settings.lr_scheduler_timescale}
     ),
-    "cosine_with_min_lr": Kind(
+    "cosine_with_min_lr": ScheduleKind(
         ("lr_scheduler_num_cycles", "lr_scheduler_min_lr_ratio"),
         details=lambda settings, _: {
             "num_cycles": _waves(settings),
             "min_lr_rate": settings.lr_scheduler_min_lr_ratio,
         },
     ),
-    "warmup_stable_decay": Kind(
+    "warmup_stable_decay": ScheduleKind(
         ("lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_min_lr_ratio"),
         ("warmup_type", "decay_type"),
         details=lambda settings, decay: {
@@ -72,9 +72,9 @@ KINDS: dict[str, Kind] = {
             "min_lr_ratio": settings.lr_scheduler_min_lr_ratio or 0.0,
         },
     ),
-    "piecewise_constant": Kind(arguments=("step_rules",), warms_up=False),
-    "adafactor": Kind(warms_up=False),
-    "rex": Kind(
+    "piecewise_constant": ScheduleKind(arguments=("step_rules",), warms_up=False),
+    "adafactor": ScheduleKind(warms_up=False),
+    "rex": ScheduleKind(
         ("lr_scheduler_min_lr_ratio",),
         ("rex_alpha", "rex_beta"),
         details=lambda settings, _: {
@@ -184,7 +184,7 @@ def _check_own_pace(settings: OptimizerSettings, own: str) -> None:
 def _check_options(settings: OptimizerSettings) -> None:
     """Options that the schedule does not read are refused: they would be taken for settings that count."""
     flag, name = _described(settings).split(" ", 1)
-    kind = Kind(warms_up=False) if settings.lr_scheduler_type else KINDS[settings.lr_scheduler]
+    kind = ScheduleKind(warms_up=False) if settings.lr_scheduler_type else KINDS[settings.lr_scheduler]
     if settings.lr_scheduler_type and settings.lr_scheduler != "constant":
         raise InputError(f"--lr_scheduler {settings.lr_scheduler} and {flag} {name} exclude each other: give one")
     if not kind.warms_up and warmup_steps(settings.lr_warmup_steps, UNKNOWN_LENGTH):

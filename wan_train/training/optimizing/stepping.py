@@ -19,7 +19,7 @@ from wan_train.placement.states import HostStates
 from wan_train.placement.stream import Stream
 from wan_train.training.accelerator import launched_dtype
 from wan_train.training.optimizing.fused import FusedBackward
-from wan_train.training.optimizing.one_by_one import Part, Turn, steps_apart
+from wan_train.training.optimizing.one_by_one import Part, StepContext, steps_apart
 from wan_train.training.optimizing.optimizers import find_optimizer, make_optimizer
 from wan_train.training.optimizing.rounding import rounded
 from wan_train.training.settings import TrainSettings
@@ -125,7 +125,7 @@ def parts_of(trained: Mapping[str, nn.Parameter], streams: Streams) -> tuple[Par
     return tuple(Part(".".join(filter(None, key)), tuple(own), held[key]) for key, own in members.items())
 
 
-def states_at_hand(states: HostStates) -> Turn:
+def states_at_hand(states: HostStates) -> StepContext:
     """Brings the states of the weight whose turn it is."""
 
     @contextmanager

@@ -116,7 +116,7 @@ def check_hub(settings: HubSettings, resume: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class HubFolder:
     """A folder in a repository on the hub."""
 
     repo_id: str
@@ -125,7 +125,7 @@ class Place:
     repo_type: str
 
 
-def read_place(text: str) -> Place:
+def read_place(text: str) -> HubFolder:
     """`OWNER/NAME/FOLDER:REVISION:TYPE`; without the last two it is main of a model. InputError for anything else."""
     path, _, rest = text.partition(":")
     revision, _, kind = rest.partition(":")
@@ -135,7 +135,7 @@ def read_place(text: str) -> Place:
             f"--resume {text!r} is no place on the hub: write OWNER/NAME/FOLDER:REVISION:TYPE, the type one of "
             f"{', '.join(HUB_REPOSITORIES)}"
         )
-    return Place("/".join(parts[:2]), "/".join(parts[2:]), revision or "main", kind or "model")
+    return HubFolder("/".join(parts[:2]), "/".join(parts[2:]), revision or "main", kind or "model")
 
 
 def fetch_state(place: str, token: str | None) -> Path:
