@@ -224,7 +224,7 @@ def refused(desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
-    for module in ("loading", "vae", "text_encoder_files", "image_encoder"):
+    for module in ("loading", "vae.vae", "encoders.text_files", "encoders.image"):
         monkeypatch.setattr(f"wan_train.models.{module}.fill", forbidden)
 
     def check(tool: str, words: list[object]) -> str:
