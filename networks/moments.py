@@ -20,7 +20,7 @@ def of_step(step: int) -> str:
 
 
 def _number(digits: int) -> str:
-    """Matches what a number of at least so many digits is written as, and no other spelling of it."""
+    """A pattern for numbers padded with zeros to a number of digits, and for no other spelling of them."""
     return rf"(?:\d{{{digits}}}|[1-9]\d{{{digits},}})"
 
 

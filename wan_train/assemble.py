@@ -193,7 +193,7 @@ def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Str
         )
     elif settings.stream.blocks_to_swap:
         log.info(
-            "%d of %d blocks are brought to the device for their turn: %.2f GiB of main memory, %.2f GiB on the device",
+            "%d of %d blocks are streamed to the device on demand: %.2f GiB of CPU RAM, %.2f GiB on the device",
             *(settings.stream.blocks_to_swap, len(blocks), stream.host_bytes / 2**30, stream.device_bytes / 2**30),
         )
     return stream

@@ -6,11 +6,11 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that had begun cannot go on; the message is one line that says where it stopped and what is kept."""
+    """A run that had begun cannot continue; the message is one line that says where it stopped and what is kept."""
 
 
 class Stopped(RuntimeError):
-    """A run ends in good order before its end, or has nothing to do; the message says how to go on."""
+    """A run ends in good order before its end, or has nothing to do; the message says how to resume."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -19,7 +19,7 @@ from wan_train.storage import read_tensors, save_tensors
 
 ARCHITECTURE = "wan"
 _FORMAT_VERSION = "1.0.1"
-# File systems limit names to so many bytes; what follows the stem in names of latents takes these, in most cases.
+# File systems limit the number of bytes of a name; these follow the stem in names of latents, in most cases.
 _LONGEST_NAME = 255
 _BEHIND_VIDEO, _BEHIND_IMAGE = "_00000-000_0000x0000_wan.safetensors", "_0000x0000_wan.safetensors"
 _SHORT_STEM = 160

@@ -166,4 +166,4 @@ def test_latents_are_the_bytes_of_the_video(tiny: Path, tmp_path: Path, run_tool
         *("--latent_path", latent, "--vae", tiny / VAE, "--save_path", again, "--codec", "lossless"),
     )
     assert np.array_equal(frames_of(again / "x.mp4"), frames_of(both))
-    assert "GiB of main memory" in done.stderr
+    assert "GiB of CPU RAM" in done.stderr

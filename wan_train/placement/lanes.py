@@ -157,7 +157,7 @@ class _Locked(mmap.mmap):
 
 
 def _pinned(num_bytes: int, device: torch.device) -> Tensor | None:
-    """Main memory that the device copies from by itself; None where that is refused."""
+    """Pinned CPU RAM, for asynchronous copies; None where it is refused."""
     if device.type == "cuda":
         memory = _Locked(-1, num_bytes).lock(device)
         if memory is not None:

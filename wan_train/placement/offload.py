@@ -63,7 +63,7 @@ class Kept:
         self._far = store.take(len(flat))
         self._master = self._far[: len(flat)]
         self._done = self._lane.upload(self._master, flat, self._lane.mark())
-        # In main memory, whole once its copy is done; what it lies in is used again when this is gone.
+        # In CPU RAM, whole once its copy is done; what it lies in is used again when this is gone.
         self.far = self._master.view(self._dtype).as_strided(self._shape, self._stride)
 
     def leave(self) -> None:

@@ -19,7 +19,7 @@ def release_memory() -> None:
 
 def describe_peak(device: torch.device) -> str:
     """The most memory so far in words: on the device, if that is a GPU, and of the process."""
-    words = f"{peak_host_bytes() / 2**30:.2f} GiB of main memory"
+    words = f"{peak_host_bytes() / 2**30:.2f} GiB of CPU RAM"
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}, {words}"
     return words

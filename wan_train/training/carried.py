@@ -26,7 +26,7 @@ class Stateful(Protocol):
 
 @dataclass
 class Skipped:
-    """How many steps were left out because their loss or gradient was no number."""
+    """Number of steps that were left out because their loss or gradient was NaN or Inf."""
 
     count: int = 0
 

@@ -59,7 +59,7 @@ class LoopSettings:
     )
     ema_cpu: bool = option(False, "Keep that average in main memory.")
     mixed_precision: str | None = option(
-        None, "Precision that the model computes in; without it the launcher's, or none.", choices=MIXED_PRECISIONS
+        None, "Precision that the model computes in; default: the launcher's, or no.", choices=MIXED_PRECISIONS
     )
     seed: int | None = option(
         None, "Seed of noise, timesteps, order and LoRA; without it one is drawn and printed.", minimum=0

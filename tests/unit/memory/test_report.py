@@ -31,7 +31,7 @@ def test_the_peak_here_is_above_what_is_taken_now() -> None:
 def test_systems_count_in_units_of_their_own(platform: str, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, platform, 3 * 2**30 // unit)
     assert peak_memory_mib(CPU) == 3 * 1024
-    assert describe_peak(CPU) == "3.00 GiB of main memory"
+    assert describe_peak(CPU) == "3.00 GiB of CPU RAM"
 
 
 def test_windows_has_no_module_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ Reduce = Callable[[Tensor], Tensor]
 class FusedBackward:
     """Steps of one-by-one `optimizer`s in parts, during the backward pass, clipped to `limit` by the norm of each.
 
-    A part whose gradient is no number is left out, and told of by the norm that `finish` returns. It steps for as long
+    A part whose gradient is NaN or Inf is left out, and told of by the norm that `finish` returns. It steps for as long
     as something holds it: the weights do not.
     """
 

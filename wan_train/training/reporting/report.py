@@ -31,8 +31,8 @@ class ReportSettings:
     """Report."""
 
     run_dir: str = option("", "Folder that a run wrote to, its --output_dir.", required=True)
-    output_name: str | None = option(None, "Only the run of this --output_name; without it all of the folder.")
-    save_path: str | None = option(None, "The page; without it RUN_DIR/report.html.")
+    output_name: str | None = option(None, "Only the run of this --output_name; default: all of the folder.")
+    save_path: str | None = option(None, "The page; default: RUN_DIR/report.html.")
     max_preview_mib: int = option(60, "Previews to take in at most; of more, some moments are left out.", minimum=0)
 
 

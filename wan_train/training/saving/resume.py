@@ -129,7 +129,7 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def require_same(state: State, current: dict[str, str], samples: Contents, *, anyway: bool) -> None:
-    """InputError that lists what is not as it was, or only a warning if the user wants to go on anyway. Samples are
+    """InputError that lists what is not as it was, or only a warning if the user wants to resume anyway. Samples are
     compared by what they were made of, where the state knows it."""
     different = _differences(state.configuration, current)
     before = read_samples(state)
@@ -234,7 +234,7 @@ def _position_of(
     if state.position.step >= length.steps:
         told = (
             f"--resume {state.folder} is at step {state.position.step} of {length.steps}: nothing is left to train; "
-            "raise --max_train_steps or --max_train_epochs to go on"
+            "raise --max_train_steps or --max_train_epochs to continue"
         )
         raise Stopped(told, 0) if settings.save.resume == AUTO else InputError(told)
     log.info("resuming from %s: step %d, epoch %d", state.folder, state.position.step, state.position.epoch)

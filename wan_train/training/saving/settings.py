@@ -53,7 +53,7 @@ class SaveSettings:
         None, "Resolution for the metadata; without it the task's.", metavar="WIDTHxHEIGHT"
     )
     metadata_arch: str | None = option(
-        None, "Architecture for the metadata; without it wan2.1 or wan2.2 by the task, with /lora for a LoRA."
+        None, "Architecture for the metadata; default: wan2.1 or wan2.2 by the task, with /lora for a LoRA."
     )
 
     def __post_init__(self) -> None:
