@@ -3,9 +3,7 @@
 import json
 import os
 import resource
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dataset.caching.remains import remove_remains
-from wan_train import storage
+from tests.unit.killing import killed_at
 from wan_train.errors import InputError
 from wan_train.shards import divide, entry_of, expand, files_of
 from wan_train.storage import read_header, read_tensors
@@ -154,7 +152,7 @@ def test_killed_at_any_moment_a_checkpoint_is_the_old_or_the_new_one_or_refused(
         folder.mkdir()
         if before is not None:
             save(path, 1, before if isinstance(before, int) else None)
-        finished = killed_at(moment, path)
+        finished = finishes(moment, path)
         seen = []
         for file in files_of(path):
             if file.suffix == ".json" or "-of-" not in file.name or not entry_of(path).name.endswith(".json"):
@@ -176,25 +174,6 @@ def test_killed_at_any_moment_a_checkpoint_is_the_old_or_the_new_one_or_refused(
     assert before is None or whole > moment / 2
 
 
-def killed_at(moment: int, path: Path) -> bool:
-    """Save in shards in a process that is killed before its file system is changed for the `moment`th time, from 0;
-    whether it came to its end."""
-    child = os.fork()
-    if child == 0:
-        calls = iter(range(1000))
-
-        def counted(function: Any) -> Any:
-            def call(*arguments: Any, **named: Any) -> Any:
-                if next(calls) == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **named)
-
-            return call
-
-        storage.os.replace = counted(os.replace)  # type: ignore[attr-defined]
-        Path.unlink = counted(Path.unlink)  # type: ignore[method-assign]
-        try:
-            save(path, 2, 1000)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def finishes(moment: int, path: Path) -> bool:
+    """Save in shards in a process that is killed before its `moment`th change of the file system."""
+    return killed_at(moment, ((os, "replace"), (Path, "unlink")), lambda: save(path, 2, 1000))

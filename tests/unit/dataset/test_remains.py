@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dataset.caching.remains import put_back, remove_remains
+from tests.unit.killing import killed_at
 from wan_train import storage
 from wan_train.errors import InputError
 from wan_train.storage import replacing_folder
@@ -25,29 +25,10 @@ def read(folder: Path) -> set[str]:
     return {file.read_text() for file in folder.iterdir()}
 
 
-def killed_at(moment: int, folder: Path) -> bool:
-    """Replace a folder in a process that is killed before it changes the file system for the `moment`th time, from 0;
-    whether it came to its end."""
-    child = os.fork()
-    if child == 0:
-        calls = iter(range(1000))
-
-        def counted(function: Any) -> Any:
-            def call(*arguments: Any, **named: Any) -> Any:
-                if next(calls) == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **named)
-
-            return call
-
-        storage.os.replace = counted(os.replace)  # type: ignore[attr-defined]
-        storage.shutil.rmtree = counted(shutil.rmtree)  # type: ignore[attr-defined]
-        Path.mkdir = counted(Path.mkdir)  # type: ignore[method-assign]
-        try:
-            write(folder, "new")
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def finishes(moment: int, folder: Path) -> bool:
+    """Replace a folder in a process that is killed before its `moment`th change of the file system."""
+    changes = ((os, "replace"), (shutil, "rmtree"), (Path, "mkdir"))
+    return killed_at(moment, changes, lambda: write(folder, "new"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -60,7 +41,7 @@ def test_killed_at_any_moment_a_folder_is_the_old_or_the_new_one(tmp_path: Path,
         parent.mkdir()
         if before:
             write(folder, "old")
-        finished = killed_at(moment, folder)
+        finished = finishes(moment, folder)
         remove_remains(parent)
         assert [path.name for path in parent.iterdir()] in ([name], [] if not before else [name])
         if before or folder.exists():
