@@ -7,8 +7,10 @@ from typing import Any
 
 
 def killed_at(moment: int, changes: Sequence[tuple[Any, str]], job: Callable[[], object]) -> bool:
-    """Do a job in a forked process that is killed before the `moment`th call, from 0, of the functions `changes` (owner,
-    name). Return whether the process came to its end."""
+    """Do a job in a forked process that is killed before the `moment`th call, from 0, of the functions `changes`.
+
+    Each of these is an (owner, name). Return whether the process came to its end.
+    """
     child = os.fork()
     if child == 0:
         calls = iter(range(1000))

@@ -107,17 +107,6 @@ def test_states_are_copied_if_asked_for_and_come_back(local: LocalHub, saved: tu
     assert ((folder / "manifest.json").read_text(), local.token) == ("{}", "other")
 
 
-def test_where_others_would_wait_copies_are_made_in_the_background(local: LocalHub, saved: tuple[Path, Path]) -> None:
-    made = open_hub(settings(), background=True)
-    assert made is not None
-    local.gate.clear()
-    made.upload(saved[0])
-    assert local.held() == set()
-    local.gate.set()
-    made.finish()
-    assert local.held() == {"model/me/mine/name.safetensors"}
-
-
 def test_what_is_removed_before_its_turn_is_said_to_be_so(
     local: LocalHub, saved: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,8 +125,11 @@ def test_what_is_removed_before_its_turn_is_said_to_be_so(
     assert "was removed before" in told and "still here" not in told
 
 
-def test_copies_wait_for_nobody_and_the_end_waits_for_them(local: LocalHub, saved: tuple[Path, Path]) -> None:
-    made = open_hub(settings(async_upload=True))
+@pytest.mark.parametrize("background", [False, True], ids=["asked for", "with several processes"])
+def test_copies_wait_for_nobody_and_the_end_waits_for_them(
+    local: LocalHub, saved: tuple[Path, Path], background: bool
+) -> None:
+    made = open_hub(settings(async_upload=not background), background=background)
     assert made is not None
     local.gate.clear()
     made.upload(saved[0])
