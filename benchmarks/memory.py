@@ -85,8 +85,9 @@ def build(cell: Cell, layers: int, device: torch.device):  # type: ignore[no-unt
     from wan_train.models.dit.dit import Dit, DitConfig
     from wan_train.models.loading import Placement, build_dit
     from wan_train.models.settings import DitSettings
-    from wan_train.models.stored import plan_storage
+    from wan_train.models.stacks import block_matrices
     from wan_train.quantization.schemes import quantised
+    from wan_train.quantization.stored import plan_storage
     from wan_train.storage import Header
 
     with torch.device("meta"):
@@ -96,7 +97,7 @@ def build(cell: Cell, layers: int, device: torch.device):  # type: ignore[no-unt
     header = Header(shapes, dict.fromkeys(shapes, torch.bfloat16), {})
     stream = StreamSettings(blocks_to_swap=min(layers - 1, round(cell.swap * layers)))
     settings = ModelSettings(DitSettings(), cell.weights, stream, cell.activations)
-    plan = plan_storage(header, shapes, {}, cell.weights)
+    plan = plan_storage(header, block_matrices(shapes), {}, cell.weights)
     place = Placement(device, None, streamed_names(stream, shapes))
     tensors = quantised(random_weights(shapes, device), plan.schemes, device)
     model = build_dit(header, tensors, source={}, place=place, plan=plan)

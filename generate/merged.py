@@ -12,9 +12,9 @@ from wan_train.errors import InputError
 from wan_train.file_names import check_name
 from wan_train.log import get_logger
 from wan_train.models.loading import check_dit, linear_shapes, official_shapes
-from wan_train.models.stored import read_scales, unscaled
 from wan_train.models.variants import VARIANTS
 from wan_train.models.weights import dit_rename, renamed
+from wan_train.quantization.stored import read_scales, unscaled
 from wan_train.shards import expand
 from wan_train.storage import check_writable, read_header, read_tensors
 from wan_train.tensor_writer import Row, write_tensors

@@ -17,10 +17,10 @@ from wan_train.conditions.conditions import Conditions, ImageConditions
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import HIGH
 from wan_train.models.loading import linear_shapes
-from wan_train.models.stored import storage_dtype
 from wan_train.models.vae.vae import WanVAE
 from wan_train.placement.report import release_memory
 from wan_train.precision import published_dtype
+from wan_train.quantization.stored import storage_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import Sampling
 from wan_train.sampling.encode import encode_pictures, encode_with, open_image_encoder, open_text_encoder, see_pictures

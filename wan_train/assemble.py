@@ -27,8 +27,7 @@ from wan_train.models.loading import (
     set_attention,
 )
 from wan_train.models.settings import DitSettings
-from wan_train.models.stacks import all_blocks, block_names
-from wan_train.models.stored import check_storage, in_blocks, plan_storage, read_scales, storage_dtype, unscaled
+from wan_train.models.stacks import all_blocks, block_matrices, block_names
 from wan_train.models.variants import Variant
 from wan_train.models.weights import dit_rename, renamed
 from wan_train.placement.chunks import apply_chunks
@@ -46,6 +45,7 @@ from wan_train.placement.stream import Stream, apply_stream, streamed_blocks
 from wan_train.precision import compute_dtype
 from wan_train.quantization.schemes import SCALE, check_fp8_product, quantised
 from wan_train.quantization.settings import FastWeightSettings, WeightSettings
+from wan_train.quantization.stored import check_storage, plan_storage, read_scales, storage_dtype, unscaled
 from wan_train.storage import read_header, read_tensors
 
 log = get_logger(__name__)
@@ -138,7 +138,7 @@ def assemble_dit(
     deltas = [(lora.read(names), lora.multiplier) for lora in loras]
     scales = read_scales(path, header, rename, shapes)
     touched = {module for delta, _ in deltas for module in delta}
-    plan = plan_storage(header, shapes, scales, settings.weights, touched)
+    plan = plan_storage(header, block_matrices(shapes), scales, settings.weights, touched)
     tensors = unscaled(renamed(read_tensors(path), rename), scales, plan.kept)
     if deltas:
         tensors = merged(tensors, deltas, unrounded=plan.schemes)
@@ -155,12 +155,8 @@ def streamed_names(stream: StreamSettings, shapes: dict[str, tuple[int, ...]]) -
     """Which tensors stay in main memory because their block is brought to the device when it is its turn."""
     blocks = block_names(shapes)
     prefixes = tuple(f"{blocks[index]}." for index in streamed_blocks(len(blocks), stream.blocks_to_swap))
-
-    def is_streamed(name: str) -> bool:
-        weight = name.replace(f".{SCALE}", ".weight")
-        return name.startswith(prefixes) and in_blocks(weight, shapes.get(weight, ()))
-
-    return is_streamed
+    streamed = {f"{module}.{leaf}" for module in block_matrices(shapes) for leaf in ("weight", SCALE)}
+    return lambda name: name.startswith(prefixes) and name in streamed
 
 
 def attach_adapter(

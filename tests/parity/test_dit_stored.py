@@ -17,11 +17,12 @@ from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit
 from wan_train.models.loading import official_shapes
 from wan_train.models.settings import DitSettings
-from wan_train.models.stored import plan_storage
+from wan_train.models.stacks import block_matrices
 from wan_train.models.variants import VARIANTS
 from wan_train.precision import Linear
 from wan_train.quantization.schemes import Fp8Linear
 from wan_train.quantization.settings import FastWeightSettings
+from wan_train.quantization.stored import plan_storage
 from wan_train.storage import read_header
 
 CPU = torch.device("cpu")
@@ -159,7 +160,7 @@ def test_fp8_products_take_e4m3_of_whole_tiles_only(tmp_path: Path) -> None:
     shapes = official_shapes(header.shapes)
     settings = FastWeightSettings(**fast)
     q, scale = "blocks.0.self_attn.q", torch.ones(1, 1, 1)
-    plan = plan_storage(header, {**shapes, f"{q}.weight": (96, 100)}, {q: scale}, settings)
+    plan = plan_storage(header, {**block_matrices(shapes), q: (96, 100)}, {q: scale}, settings)
     assert plan.schemes[q].linear is Linear
     e5m2 = {k: t.to(torch.float8_e5m2) if t.dtype is torch.float8_e4m3fn else t for k, t in tensors.items()}
     model = build(file_of(case, tmp_path, e5m2), **fast)

@@ -15,7 +15,10 @@ from wan_train.models.dit.attention import attention
 from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.models.dit.kinds import refuse_foreign, require_task
 from wan_train.models.stacks import all_blocks, block_names
-from wan_train.models.stored import (
+from wan_train.models.variants import Variant
+from wan_train.models.weights import Shapes, check_names, dit_rename, fill, renamed, require_kind
+from wan_train.precision import compute_dtype
+from wan_train.quantization.stored import (
     NOTHING_QUANTISED,
     StoragePlan,
     dtypes_kept,
@@ -25,9 +28,6 @@ from wan_train.models.stored import (
     storage_dtype,
     unscaled,
 )
-from wan_train.models.variants import Variant
-from wan_train.models.weights import Shapes, check_names, dit_rename, fill, renamed, require_kind
-from wan_train.precision import compute_dtype
 from wan_train.storage import Header, TensorSource, read_header, read_tensors
 
 HEAD_WIDTH = 128  # of every published Wan model

@@ -1,7 +1,7 @@
 """The stacks of transformer blocks of a DiT: in the model, and in the names of its weights."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -46,3 +46,13 @@ def block_names(names: Iterable[str]) -> list[str]:
     parts = [part for part in map(read_block_name, names) if part is not None]
     found = {(STACKS.index(part.stack), part.index): part.block for part in parts}
     return [found[key] for key in sorted(found)]
+
+
+def block_matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The matrices of the blocks by module, from the shapes of all weights by official name: what low-precision modes
+    store in fewer bits."""
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if read_block_name(name) is not None and name.endswith(".weight") and len(shape) == 2 and "norm" not in name
+    }

@@ -19,9 +19,9 @@ from wan_train.log import get_logger
 from wan_train.models.dit.experts import FLAGS
 from wan_train.models.encoders.text import check_text_encoder
 from wan_train.models.loading import linear_shapes, official_shapes
-from wan_train.models.stored import storage_dtype
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.precision import name_of
+from wan_train.quantization.stored import storage_dtype
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable, read_header
 from wan_train.training.accelerator import check_launcher, launched_device, launched_dtype

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan_train.errors import InputError
-from wan_train.models.stored import StoragePlan, dtypes_kept, is_beside, read_scales, unscaled
 from wan_train.models.weights import Rename, Shapes, check_names, fill, renamed, require_kind
 from wan_train.precision import name_of
 from wan_train.quantization.schemes import SCALE, SCHEMES, quantised, scale_shape
+from wan_train.quantization.stored import StoragePlan, dtypes_kept, is_beside, read_scales, unscaled
 from wan_train.storage import Header, TensorSource, read_header, read_tensors
 
 T = TypeVar("T")

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from wan_train.models.vae import wan21 as vae21
-from wan_train.models.vae import wan22 as vae22
+from wan_train.models.vae import wan21, wan22
 from wan_train.models.vae.geometry import KIND21, KIND22, Geometry
 
 
@@ -38,19 +37,19 @@ KINDS: dict[str, VaeKind] = {
             name=KIND21,
             file="Wan2.1_VAE.pth",
             patch=1,
-            make_down_layers=vae21.make_down_layers,
-            make_up_layers=vae21.make_up_layers,
-            latent_mean=vae21.LATENT_MEAN,
-            latent_std=vae21.LATENT_STD,
+            make_down_layers=wan21.make_down_layers,
+            make_up_layers=wan21.make_up_layers,
+            latent_mean=wan21.LATENT_MEAN,
+            latent_std=wan21.LATENT_STD,
         ),
         VaeKind(
             name=KIND22,
             file="Wan2.2_VAE.pth",
             patch=2,
-            make_down_layers=vae22.make_down_layers,
-            make_up_layers=vae22.make_up_layers,
-            latent_mean=vae22.LATENT_MEAN,
-            latent_std=vae22.LATENT_STD,
+            make_down_layers=wan22.make_down_layers,
+            make_up_layers=wan22.make_up_layers,
+            latent_mean=wan22.LATENT_MEAN,
+            latent_std=wan22.LATENT_STD,
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""How a checkpoint stores the matrices of a DiT's blocks, and how they shall be stored in memory.
+"""How a checkpoint stores its matrices, and how those of a DiT's blocks are stored in memory.
 
 Files of eight bits: plain ones are all e4m3; scaled ones (ComfyUI's, musubi-tuner's) have a float32 scale beside each
 matrix, for the whole of it, for each output, or for groups of inputs. `M` below is a module's official dotted name.
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from wan_train.errors import InputError
-from wan_train.models.stacks import read_block_name
-from wan_train.models.weights import Rename
 from wan_train.precision import widened
 from wan_train.quantization.schemes import MULTIPLES, SCALE, SCHEMES, Scheme, install, scale_shape
 from wan_train.quantization.settings import FastWeightSettings, WeightSettings
@@ -64,11 +62,6 @@ def is_beside(name: str) -> bool:
     return name.endswith(_BESIDE) or name.rpartition(".")[2] == _MARKER
 
 
-def in_blocks(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor, under its official name, is a matrix that low-precision modes store in fewer bits."""
-    return read_block_name(name) is not None and name.endswith(".weight") and len(shape) == 2 and "norm" not in name
-
-
 def storage_dtype(header: Header) -> torch.dtype:
     """The dtype that the file keeps its matrices in; the narrowest, since fp8 files leave some blocks wide."""
     matrices = [d for name, d in header.dtypes.items() if name.endswith("self_attn.q.weight") or "attn1.to_q" in name]
@@ -113,13 +106,16 @@ def check_scales(header: Header, what: str) -> None:
 
 
 def plan_storage(
-    header: Header, shapes: Shapes, scales: Mapping[str, Tensor], settings: WeightSettings, touched: Container[str] = ()
+    header: Header,
+    matrices: Shapes,
+    scales: Mapping[str, Tensor],
+    settings: WeightSettings,
+    touched: Container[str] = (),
 ) -> StoragePlan:
-    """How the matrices of a file are to be stored: `shapes` under official names, `scales` as `read_scales` gives them.
+    """Plan how the matrices that low precision is for are stored: (out, in) and `scales` (see `read_scales`) by module.
 
     What a LoRA has changed (`touched`) is quantised anew, with scales, even where the file's codes are kept.
     """
-    modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if in_blocks(name, shape)}
     wanted = _scheme_name(settings)
     if wanted is None:
         return StoragePlan()
@@ -127,7 +123,7 @@ def plan_storage(
     kept: dict[str, Tensor | None] = {}
     stored = storage_dtype(header)
     fp8_file = stored in _FP8
-    for module, shape in modules.items():
+    for module, shape in matrices.items():
         name = _scheme_for(module, shape, wanted, settings)
         serves = wanted != "fp8_fast" or (name == wanted and _can_multiply(stored, scales.get(module)))
         if fp8_file and module not in touched and serves and name != "int8":
@@ -160,7 +156,9 @@ def _can_multiply(stored: torch.dtype, scale: Tensor | None) -> bool:
     return stored is torch.float8_e4m3fn and scale is not None and scale.shape[1] == 1
 
 
-def read_scales(source: TensorSource, header: Header, rename: Rename, shapes: Shapes) -> dict[str, Tensor]:
+def read_scales(
+    source: TensorSource, header: Header, rename: Callable[[str], str], shapes: Shapes
+) -> dict[str, Tensor]:
     """The scales of a scaled file by module, each (out or 1, groups, 1) float32."""
     if not is_scaled(header):
         return {}
