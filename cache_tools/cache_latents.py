@@ -40,7 +40,7 @@ from dataset.reading.media import load_clips
 from dataset.reading.probes import note_broken
 from dataset.settings import DatasetSettings
 from dataset.sources import ClipPlan, list_items, plan_clips, warn_too_short
-from wan_train.distributed import Place, find_place
+from wan_train.distributed.ranks import Place, find_place
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.encoders.image import ImageEncoder, check_image_encoder

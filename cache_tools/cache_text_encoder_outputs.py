@@ -19,7 +19,7 @@ from dataset.caching.staleness import text_state
 from dataset.config import DatasetConfig, read_config
 from dataset.items import Item
 from dataset.sources import list_items, name_some
-from wan_train.distributed import Place, find_place
+from wan_train.distributed.ranks import Place, find_place
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.encoders.text import check_text_encoder

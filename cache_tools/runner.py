@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from wan_train.distributed import Place
+from wan_train.distributed.ranks import Place
 from wan_train.log import get_logger
 from wan_train.precision import default_device
 

@@ -11,7 +11,7 @@ from dataset.caching.remains import remove_remains
 from dataset.caching.staleness import CacheState, Staleness, list_orphans
 from dataset.config import DatasetConfig
 from dataset.sources import name_some
-from wan_train.distributed import Place
+from wan_train.distributed.ranks import Place
 from wan_train.log import get_logger
 
 logger = get_logger(__name__)

@@ -1,6 +1,6 @@
 import pytest
 
-from wan_train.distributed import Place, find_place, first_machine_share
+from wan_train.distributed.ranks import Place, find_place, first_machine_share
 
 
 def test_a_process_alone_has_everything(monkeypatch):

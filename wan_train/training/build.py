@@ -14,7 +14,7 @@ from dataset.summary import metadata, summarise
 from networks.adapter import Adapter
 from wan_train.assemble import WeightedLora, assemble_dit, attach_adapter, finish_dit
 from wan_train.conditions.conditions import Conditions
-from wan_train.distributed import first_machine_share
+from wan_train.distributed.ranks import first_machine_share
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.dit.dit import Dit

@@ -6,7 +6,7 @@ import torch
 
 from cache_tools import runner
 from cache_tools.runner import rank_device, work_ahead
-from wan_train.distributed import Place
+from wan_train.distributed.ranks import Place
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
