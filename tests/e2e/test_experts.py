@@ -19,7 +19,7 @@ from tests import processes
 from tests.e2e.test_pictures import frames_of
 from tests.tiny.make import DIT, SCENES, SIZE, T5, VAE, dit_shapes, draw_frames, draw_weight
 from tests.tiny.pictures import CLIP, make_picture_models
-from tests.unit.memory.test_states import Lane
+from tests.unit.placement.test_states import Lane
 from wan_train.cli import run
 from wan_train.training.settings import TOOL as TRAIN
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.unit.memory.blocks import CONFIG
+from tests.unit.placement.blocks import CONFIG
 from wan_train.assemble import ModelSettings, equip
 from wan_train.models.dit.dit import Dit
 from wan_train.models.settings import DitSettings

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.memory.counting import Meter, nbytes
+from tests.unit.placement.counting import Meter, nbytes
 from wan_train import precision
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit, DitConfig

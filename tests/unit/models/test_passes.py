@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.memory.blocks import CONFIG
+from tests.unit.placement.blocks import CONFIG
 from wan_train.models.dit.dit import Dit, Embedded, RunBlocks, wrap_run_blocks
 
 TINY = replace(CONFIG, in_dim=4, out_dim=4, text_dim=8, freq_dim=8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.memory.blocks import CONFIG
+from tests.unit.placement.blocks import CONFIG
 from wan_train.assemble import ModelSettings, equip, streamed_names
 from wan_train.models.dit.dit import Block, Dit
 from wan_train.models.loading import set_attention

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.memory.counting import Meter
-from tests.unit.memory.test_states import Lane
+from tests.unit.placement.counting import Meter
+from tests.unit.placement.test_states import Lane
 from wan_train.models.dit.experts import pair_of
 from wan_train.placement.lanes import HostLane, make_lane
 from wan_train.training.experts.pair import PairEma

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.unit.memory.recording import (
+from tests.unit.placement.recording import (
     Copy,
     RecordingLane,
     Toy,

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.unit.memory.blocks import CONFIG, Stack, step, take_gradients, tokens
-from tests.unit.memory.counting import Meter, close, nbytes, same
+from tests.unit.placement.blocks import CONFIG, Stack, step, take_gradients, tokens
+from tests.unit.placement.counting import Meter, close, nbytes, same
 from wan_train.errors import InputError
 from wan_train.placement import recompute
 from wan_train.placement.recompute import apply_recompute

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.memory.recording import Toy
-from tests.unit.memory.test_states import Lane
+from tests.unit.placement.recording import Toy
+from tests.unit.placement.test_states import Lane
 from wan_train.models.dit.experts import HIGH, LOW, pair_of
 from wan_train.placement.parking import Parking
 from wan_train.training.experts.pair import PairModel

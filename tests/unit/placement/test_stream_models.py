@@ -9,7 +9,7 @@ from torch import Tensor
 
 from networks.lora_wan import attach
 from networks.settings import NetworkSettings
-from tests.unit.memory.recording import (
+from tests.unit.placement.recording import (
     CPU,
     RecordingLane,
     Toy,

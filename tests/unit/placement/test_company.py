@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.unit.memory.blocks import CONFIG, Stack, step, tokens
-from tests.unit.memory.counting import Meter, close, same
+from tests.unit.placement.blocks import CONFIG, Stack, step, tokens
+from tests.unit.placement.counting import Meter, close, same
 from wan_train.placement.chunks import apply_chunks
 from wan_train.placement.lanes import make_lane
 from wan_train.placement.recompute import apply_recompute

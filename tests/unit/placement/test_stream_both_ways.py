@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.unit.memory.recording import RecordingLane, Toy, Watch, preview, stream_toy
+from tests.unit.placement.recording import RecordingLane, Toy, Watch, preview, stream_toy
 from wan_train.placement.stream import Stream
 
 

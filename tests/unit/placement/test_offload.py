@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, UntypedStorage
 
-from tests.unit.memory.blocks import CONFIG, Stack, step, take_gradients, tokens
-from tests.unit.memory.counting import Meter, close, nbytes, same
+from tests.unit.placement.blocks import CONFIG, Stack, step, take_gradients, tokens
+from tests.unit.placement.counting import Meter, close, nbytes, same
 from wan_train.placement import recompute
 from wan_train.placement.offload import Call, Offload, Store
 from wan_train.placement.settings import RecomputeSettings

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.unit.memory.blocks import CONFIG, Stack, step, tokens
-from tests.unit.memory.counting import Meter, close, nbytes, same
+from tests.unit.placement.blocks import CONFIG, Stack, step, tokens
+from tests.unit.placement.counting import Meter, close, nbytes, same
 from wan_train.placement.chunks import apply_chunks
 from wan_train.placement.recompute import apply_recompute
 from wan_train.placement.settings import RecomputeSettings

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.memory.test_offload import LazyLane
+from tests.unit.placement.test_offload import LazyLane
 from wan_train.placement.states import HostStates
 from wan_train.storage import read_parts, save_parts
 
