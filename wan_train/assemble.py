@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from networks.adapter import Adapter, create
-from networks.formats.files import LoraDelta, read_lora
+from networks.deltas.lora import LoraDelta
+from networks.formats.files import read_lora
 from networks.merge import merged
 from networks.selection import choose_modules
 from networks.settings import NetworkSettings

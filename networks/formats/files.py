@@ -2,24 +2,15 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from networks.deltas.lora import LoraDelta
 from networks.formats.keys import Choose, Shape, match_keys
 from networks.formats.peft_config import declared_scale
 from wan_train.errors import InputError
 from wan_train.storage import TensorSource, read_header, read_tensors
-
-
-@dataclass(frozen=True)
-class LoraDelta:
-    """The change of one matrix (out, in): scale * up @ down, with down (r, in) and up (out, r) as the file has them."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
 
 
 def check_lora(source: TensorSource, linears: Mapping[str, Shape], choose: Choose | None = None) -> dict[str, int]:
