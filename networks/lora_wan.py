@@ -6,7 +6,7 @@ from torch import nn
 
 from networks.deltas.lora import LoraDelta
 from networks.formats.files import check_lora, read_lora
-from networks.formats.keys import Shape
+from networks.formats.kinds import Shape
 from networks.lora_adapter import Lora, Size
 from networks.lora_arguments import LoraArguments, lora_arguments
 from networks.selection import compile_patterns, trained_modules, without_effect
