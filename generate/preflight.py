@@ -11,7 +11,7 @@ from generate.models import Loras, model_settings
 from generate.settings import GenerateSettings, LoraSettings
 from generate.source import fit_to_source
 from networks.expert import warn_of_other_expert
-from networks.formats.files import check_lora
+from networks.formats.files import check_deltas
 from wan_train.assemble import WeightedLora, check_model
 from wan_train.errors import InputError
 from wan_train.log import get_logger
@@ -99,7 +99,7 @@ def check_loras(settings: GenerateSettings, expert: str | None = None) -> list[W
     for lora in loras:
         if expert is not None:
             warn_of_other_expert(lora.path, expert)
-        check_lora(lora.path, shapes, lora.choose)
+        check_deltas(lora.path, shapes, lora.choose)
     return loras
 
 

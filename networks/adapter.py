@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from networks.both import Both, check_both
-from networks.formats.files import check_lora
-from networks.formats.keys import Shape
+from networks.formats.files import check_deltas
+from networks.formats.kinds import Shape
 from networks.full import Full, chosen_names
 from networks.norms import Norms
 from networks.settings import NetworkSettings
@@ -72,7 +72,7 @@ def check_network(settings: NetworkSettings, linears: Mapping[str, Shape], names
     official module name, and tensors of these `names`, as a checkpoint's header tells them. Nothing but headers is
     read."""
     for path, _ in settings.base_loras:
-        check_lora(path, linears)
+        check_deltas(path, linears)
     module = check_module(settings)
     if callable(getattr(module, "check_model", None)):
         module.check_model(settings, linears)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from networks import lora_wan
-from networks.formats.keys import Shape
+from networks.formats.kinds import Shape
 from networks.full import Full
 from networks.lora_adapter import Lora
 from networks.norms import Norms

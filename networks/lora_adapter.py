@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.deltas.lora import Branch, attach_branch, disabled, initial_down
-from networks.formats.files import LoraDelta, kohya_state, read_lora, require_fit
+from networks.deltas.branch import attach_branch, disabled
+from networks.deltas.lora import LoraBranch, LoraDelta, initial_down
+from networks.formats.files import kohya_state, read_lora, require_fit
 from networks.lora_arguments import lora_arguments
 from networks.norms import Norms, by_shape, delta_norms, limit_norms
 from networks.settings import NetworkSettings, read_arguments
@@ -55,12 +56,12 @@ class Lora:
         assert targets, "the model has no Linear to adapt"
         self.settings, self.arguments = settings, lora_arguments(settings)
         self.sizes = sizes or dict.fromkeys(targets, Size.of(settings.dim, settings.network_alpha))
-        self.branches: dict[str, Branch] = {}
+        self.branches: dict[str, LoraBranch] = {}
         for name, linear in targets.items():
             size, device = self.sizes[name], linear.weight.device
             down = initial_down(name, (size.dim, linear.in_features), seed).to(device)
             up = torch.zeros(linear.out_features, size.dim, device=device)
-            branch = Branch(
+            branch = LoraBranch(
                 down,
                 up,
                 scale=size.scale,
@@ -99,7 +100,7 @@ class Lora:
             attach_branch(linear, branch)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """While it lasts the model computes as if it had no branches; see `networks.deltas.lora.disabled`."""
+        """While it lasts the model computes as if it had no branches; see `networks.deltas.branch.disabled`."""
         return disabled(self.branches.values())
 
     def norm(self) -> float:
@@ -185,9 +186,9 @@ class Lora:
         return common.alpha if self.settings.dim_from_weights else self.settings.network_alpha
 
 
-def _require_size(name: str, delta: LoraDelta, branch: Branch) -> None:
+def _require_size(name: str, delta: LoraDelta, branch: LoraBranch) -> None:
     given, wanted = delta.down.shape[0], branch.down.weight.shape[0]
     if given != wanted:
         raise InputError(f"the LoRA's {name} has dim {given}, the network {wanted}: set --network_dim {given}")
     ours = (branch.up.weight.shape[0], branch.down.weight.shape[1])
-    require_fit(name, (delta.up.shape[0], delta.down.shape[1]), ours, "the LoRA")
+    require_fit(name, delta.shape, ours, "the LoRA")

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from networks.formats.files import LoraDelta, check_lora, read_lora
-from networks.formats.keys import Shape
+from networks.deltas.lora import LoraDelta
+from networks.formats.files import check_lora, read_lora
+from networks.formats.kinds import Shape
 from networks.lora_adapter import Lora, Size
 from networks.lora_arguments import LoraArguments, lora_arguments
 from networks.selection import compile_patterns, trained_modules, without_effect

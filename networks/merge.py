@@ -5,31 +5,32 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from networks.formats.files import LoraDelta, require_fit
+from networks.deltas.delta import Delta
+from networks.formats.files import require_fit
 from wan_train.errors import InputError
 
 
 def merged(
     tensors: Iterable[tuple[str, Tensor]],
-    loras: Sequence[tuple[Mapping[str, LoraDelta], float]],
+    loras: Sequence[tuple[Mapping[str, Delta], float]],
     *,
     unrounded: Container[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
-    """A pipe that adds multiplier * scale * up @ down to `M.weight` for each LoRA that has a pair for the module M.
+    """A pipe that adds multiplier * its change to `M.weight` for each LoRA that changes the module M.
 
     The sum is taken in float32 on the tensor's device and rounded once, to the tensor's dtype; for the modules in
     `unrounded`, which something else will quantise, it stays float32. What no LoRA changes passes as it is.
-    InputError when a pair does not fit its matrix, or is left over at the end.
+    InputError when a change does not fit its matrix, or is left over at the end.
     """
     waiting = {module for deltas, _ in loras for module in deltas}
     for name, tensor in tensors:
         module = name.removesuffix(".weight")
-        pairs = [(deltas[module], multiplier) for deltas, multiplier in loras if module in deltas]
-        if pairs and name != module:
+        changes = [(deltas[module], multiplier) for deltas, multiplier in loras if module in deltas]
+        if changes and name != module:
             waiting.discard(module)
-            for delta, _ in pairs:
-                require_fit(module, (delta.up.shape[0], delta.down.shape[1]), tuple(tensor.shape), "the LoRA")
-            total = add_deltas(tensor, pairs)
+            for delta, _ in changes:
+                require_fit(module, delta.shape, tuple(tensor.shape), "the LoRA")
+            total = add_deltas(tensor, changes)
             yield name, total if module in unrounded else total.to(tensor.dtype)
         else:
             yield name, tensor
@@ -38,10 +39,9 @@ def merged(
         raise InputError(f"the model lacks {len(waiting)} modules of the LoRA: {listed}; give a LoRA of this model")
 
 
-def add_deltas(weight: Tensor, pairs: Iterable[tuple[LoraDelta, float]]) -> Tensor:
-    """weight (out, in) + the sum of multiplier * scale * up @ down, in float32."""
+def add_deltas(weight: Tensor, changes: Iterable[tuple[Delta, float]]) -> Tensor:
+    """weight (out, in) + the sum of multiplier * change, in float32."""
     total = weight.to(torch.float32, copy=True)
-    for delta, multiplier in pairs:
-        down, up = (factor.to(total.device, torch.float32) for factor in (delta.down, delta.up))
-        total.addmm_(up, down, alpha=multiplier * delta.scale)
+    for delta, multiplier in changes:
+        delta.add_to(total, multiplier)
     return total

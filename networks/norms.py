@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from networks.deltas.lora import Branch
+from networks.deltas.lora import LoraBranch
 
 TOLERANCE = 1e-5  # of a norm in float32: what was just shrunk to the limit is not too long again
 
@@ -21,16 +21,16 @@ class Norms:
     maximum: float
 
 
-def by_shape(branches: Iterable[Branch]) -> list[list[Branch]]:
+def by_shape(branches: Iterable[LoraBranch]) -> list[list[LoraBranch]]:
     """The branches in groups of equal shapes, which can be worked on at once."""
-    groups: dict[tuple[torch.Size, torch.Size], list[Branch]] = {}
+    groups: dict[tuple[torch.Size, torch.Size], list[LoraBranch]] = {}
     for branch in branches:
         groups.setdefault((branch.down.weight.shape, branch.up.weight.shape), []).append(branch)
     return list(groups.values())
 
 
 @torch.no_grad()
-def delta_norms(groups: Sequence[Sequence[Branch]]) -> Tensor:
+def delta_norms(groups: Sequence[Sequence[LoraBranch]]) -> Tensor:
     """||scale * up @ down|| of every branch, group by group (n,), float32 on the parameters' device."""
     norms = []
     for group in groups:
@@ -41,7 +41,7 @@ def delta_norms(groups: Sequence[Sequence[Branch]]) -> Tensor:
     return torch.cat(norms)
 
 
-def limit_norms(groups: Sequence[Sequence[Branch]], limit: float) -> Norms:
+def limit_norms(groups: Sequence[Sequence[LoraBranch]], limit: float) -> Norms:
     """Shrink both factors of each branch alike until ||scale * up @ down|| is `limit` at most (kohya's max norm)."""
     branches = [branch for group in groups for branch in group]
     norms = delta_norms(groups).tolist()

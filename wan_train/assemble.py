@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from networks.adapter import Adapter, create
-from networks.formats.files import LoraDelta, read_lora
+from networks.deltas.delta import Delta
+from networks.formats.files import read_deltas
 from networks.merge import merged
 from networks.selection import choose_modules
 from networks.settings import NetworkSettings
@@ -76,9 +77,9 @@ class WeightedLora:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
-    def read(self, module_names: Iterable[str]) -> dict[str, LoraDelta]:
+    def read(self, module_names: Iterable[str]) -> dict[str, Delta]:
         """What is chosen of the file, by the model's own module names. What is not chosen need not fit the model."""
-        return read_lora(self.path, module_names, self.choose)
+        return read_deltas(self.path, module_names, self.choose)
 
     def choose(self, modules: Iterable[str]) -> list[str]:
         """Those of the file's modules that are chosen."""

@@ -2,16 +2,13 @@
 
 Legend: down (r, in), up (out, r), x (..., in), hidden (..., r), output (..., out).
 
-A branch is a child module of the Linear that it changes and acts by its hooks, so the Linear stays what it was: its
-parameters keep their names, and however it stores or streams its weight goes on unaware of the branch. Both products
-are added into tensors that exist anyway, the output on the way forward and the input's gradient on the way back: for
-wide layers another tensor of that size would cost more than the products themselves.
+Both products of a branch are added into tensors that exist anyway, the output on the way forward and the input's
+gradient on the way back: for wide layers another tensor of that size would cost more than the products themselves.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +16,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class LoraDelta:
+    """A `Delta`: scale * up @ down, with down (r, in) and up (out, r) as the file has them."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.up.shape[0], self.down.shape[1]
+
+    def add_to(self, total: Tensor, multiplier: float) -> None:
+        """Add multiplier * scale * up @ down to `total` (out, in), float32, in place."""
+        down, up = (factor.to(total.device, torch.float32) for factor in (self.down, self.up))
+        total.addmm_(up, down, alpha=multiplier * self.scale)
+
+    @classmethod
+    def branch(cls, changes: "Sequence[tuple[LoraDelta, float]]") -> "LoraBranch":
+        """Return one branch that does what all of these do together: a single pair as it is, several as one pair of
+        all their ranks."""
+        downs = [delta.down.to(torch.float32, copy=True) for delta, _ in changes]
+        ups = [delta.up.to(torch.float32, copy=True) for delta, _ in changes]
+        scales = [delta.scale * multiplier for delta, multiplier in changes]
+        if len(changes) == 1:
+            return LoraBranch(downs[0], ups[0], scale=scales[0])
+        scaled = [up * scale for up, scale in zip(ups, scales, strict=True)]
+        return LoraBranch(torch.cat(downs), torch.cat(scaled, dim=1), scale=1.0)
 
 
 class Factor(nn.Module):
@@ -42,7 +70,7 @@ class Dropouts:
     module: float = 0.0
 
 
-class Branch(nn.Module):
+class LoraBranch(nn.Module):
     """The pair of one Linear: `before` takes its input, `after` its output. It acts while it is `enabled`."""
 
     def __init__(
@@ -157,42 +185,6 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if casts else x.dtype
-
-
-def _before(linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    assert isinstance(linear.lora, Branch)
-    (x,) = inputs
-    return (linear.lora.before(x),) if linear.lora.enabled else inputs
-
-
-def _after(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    assert isinstance(linear.lora, Branch)
-    (x,) = inputs
-    return linear.lora.after(x, output) if linear.lora.enabled else output
-
-
-def attach_branch(linear: nn.Linear, branch: Branch) -> None:
-    """Let `branch` act on `linear`, as its child `lora`."""
-    assert not hasattr(linear, "lora"), "a Linear takes one branch"
-    linear.add_module("lora", branch)
-    linear.register_forward_pre_hook(_before)
-    linear.register_forward_hook(_after)
-
-
-@contextmanager
-def disabled(branches: Iterable[Branch]) -> Iterator[None]:
-    """While it lasts the Linears of these branches compute as if they had none.
-
-    A backward pass must run on the side of it that its forward pass ran on: what is recomputed asks again.
-    """
-    before = [(branch, branch.enabled) for branch in branches]
-    for branch, _ in before:
-        branch.enabled = False
-    try:
-        yield
-    finally:
-        for branch, was in before:
-            branch.enabled = was
 
 
 def initial_down(name: str, shape: tuple[int, int], seed: int) -> Tensor:

@@ -7,58 +7,56 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from networks.formats.keys import Choose, Shape, match_keys
+from networks.deltas.delta import Delta
+from networks.deltas.lora import LoraDelta
+from networks.formats.keys import Choose, Group, Match, match_keys
+from networks.formats.kinds import KINDS, LORA, Scale, Shape
 from networks.formats.peft_config import declared_scale
 from wan_train.errors import InputError
-from wan_train.storage import TensorSource, read_header, read_tensors
+from wan_train.storage import Header, TensorSource, read_header, read_tensors
 
 
-@dataclass(frozen=True)
-class LoraDelta:
-    """The change of one matrix (out, in): scale * up @ down, with down (r, in) and up (out, r) as the file has them."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
+def check_deltas(source: TensorSource, linears: Mapping[str, Shape], choose: Choose | None = None) -> None:
+    """InputError unless a file of changes, or what `choose` leaves of it, fits a model with these `linears`, (out, in)
+    by module name. Reads headers only."""
+    _check(source, _open(source, linears, choose), linears)
 
 
 def check_lora(source: TensorSource, linears: Mapping[str, Shape], choose: Choose | None = None) -> dict[str, int]:
-    """The rank of each pair of a LoRA, by official module name. InputError unless it, or what `choose` leaves of it,
-    fits a model with these `linears`, (out, in) by module name. Reads headers only."""
-    what = _describe(source)
-    header = read_header(source)
-    match = match_keys(header.shapes, linears, what)
-    match = match.only(choose) if choose else match
-    for module, keys in match.pairs.items():
-        down, up = header.shapes[keys.down], header.shapes[keys.up]
-        _require_pair(module, down, up, what)
-        require_fit(module, (up[0], down[1]), linears[module], what)
-    match.require_all(what)
-    declared_scale(source, header.metadata, what)
-    return {module: header.shapes[keys.down][0] for module, keys in match.pairs.items()}
+    """The rank of each pair of a LoRA, by official module name. InputError as of `check_deltas`, and for changes of
+    other kinds."""
+    opened = _open(source, linears, choose)
+    _check(source, opened, linears)
+    groups = opened.match.groups
+    _refuse_other_kinds([module for module, group in groups.items() if group.kind != LORA], opened.label)
+    return {module: opened.header.shapes[group.keys["down"]][0] for module, group in groups.items()}
+
+
+def read_deltas(source: TensorSource, module_names: Iterable[str], choose: Choose | None = None) -> dict[str, Delta]:
+    """The changes that a file holds, or what `choose` leaves of them, by official module name; `module_names` are the
+    model's.
+
+    The scale is alpha/rank, alpha from the file's tensors or its PEFT configuration, and 1 where there is neither.
+    InputError for a file that holds no changes, is of a kind that is not supported, or has keys that do not match.
+    """
+    opened = _open(source, module_names, choose)
+    opened.match.require_all(opened.label)
+    declared = declared_scale(source, opened.header.metadata, opened.label)
+    tensors = dict(read_tensors(source))
+    deltas = {}
+    for module, group in opened.match.groups.items():
+        kind, parts = KINDS[group.kind], {name: tensors[key] for name, key in group.keys.items()}
+        kind.measure(module, {name: tuple(part.shape) for name, part in parts.items()}, opened.label)
+        deltas[module] = kind.parse(parts, _scale(group, tensors, declared, label=opened.label))
+    return deltas
 
 
 def read_lora(source: TensorSource, module_names: Iterable[str], choose: Choose | None = None) -> dict[str, LoraDelta]:
-    """The pairs of a LoRA, or what `choose` leaves of them, by official module name; `module_names` are the model's.
-
-    The scale is alpha/rank, alpha from the file's tensors or its PEFT configuration, and 1 where there is neither.
-    InputError for a file that is no LoRA, is of a kind that is not supported, or has a key that no module answers to.
-    """
-    what = _describe(source)
-    header = read_header(source)
-    match = match_keys(header.shapes, module_names, what)
-    match = match.only(choose) if choose else match
-    match.require_all(what)
-    declared = declared_scale(source, header.metadata, what)
-    tensors = dict(read_tensors(source))
-    deltas = {}
-    for module, keys in match.pairs.items():
-        down, up = tensors[keys.down], tensors[keys.up]
-        _require_pair(module, tuple(down.shape), tuple(up.shape), what)
-        rank = down.shape[0]
-        scale = declared(rank) if keys.alpha is None else _number(tensors[keys.alpha], keys.alpha, what) / rank
-        deltas[module] = LoraDelta(down, up, scale)
-    return deltas
+    """The pairs of a LoRA, as `read_deltas` reads them. InputError for changes of other kinds too."""
+    deltas = read_deltas(source, module_names, choose)
+    pairs = {module: delta for module, delta in deltas.items() if isinstance(delta, LoraDelta)}
+    _refuse_other_kinds([module for module in deltas if module not in pairs], _describe(source))
+    return pairs
 
 
 def kohya_state(deltas: Mapping[str, LoraDelta]) -> dict[str, Tensor]:
@@ -84,7 +82,7 @@ def peft_state(deltas: Mapping[str, LoraDelta], prefix: str) -> dict[str, Tensor
 
 
 def require_fit(module: str, given: Shape, wanted: Shape, what: str) -> None:
-    """InputError, with both sizes, unless a pair changes a matrix of the `wanted` shape."""
+    """InputError, with both sizes, unless a change is of a matrix of the `wanted` shape."""
     if tuple(given) != tuple(wanted):
         theirs, ours = (" x ".join(map(str, shape)) for shape in (given, wanted))
         raise InputError(
@@ -101,12 +99,42 @@ def _folded(delta: LoraDelta) -> LoraDelta:
     return LoraDelta(down, up, 1.0)
 
 
-def _require_pair(module: str, down: Shape, up: Shape, what: str) -> None:
-    if len(down) > 2 or len(up) > 2:
-        raise InputError(f"{what} changes a convolution, {module}, which is not supported: give a LoRA of Linears")
-    if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[0] == 0:
-        shown = f"{list(down)} and {list(up)}"
-        raise InputError(f"{what}: the pair of {module}, {shown}, does not multiply: the file is broken, get it again")
+@dataclass(frozen=True)
+class _Opened:
+    """A file by its header: what messages call it, and the changes that it holds."""
+
+    label: str
+    header: Header
+    match: Match
+
+
+def _open(source: TensorSource, module_names: Iterable[str], choose: Choose | None) -> _Opened:
+    label = _describe(source)
+    header = read_header(source)
+    match = match_keys(header.shapes, module_names, label)
+    return _Opened(label, header, match.only(choose) if choose else match)
+
+
+def _check(source: TensorSource, opened: _Opened, linears: Mapping[str, Shape]) -> None:
+    label, shapes = opened.label, opened.header.shapes
+    for module, group in opened.match.groups.items():
+        parts = {name: shapes[key] for name, key in group.keys.items()}
+        require_fit(module, KINDS[group.kind].measure(module, parts, label), linears[module], label)
+    opened.match.require_all(label)
+    declared_scale(source, opened.header.metadata, label)
+
+
+def _refuse_other_kinds(modules: list[str], label: str) -> None:
+    """InputError for modules that are changed otherwise than by a pair."""
+    if modules:
+        listed = ", ".join(modules[:10])
+        raise InputError(f"{label} changes {len(modules)} modules otherwise than a LoRA: {listed}; give a plain LoRA")
+
+
+def _scale(group: Group, tensors: Mapping[str, Tensor], declared: Scale, *, label: str) -> Scale:
+    """The scale of a group by its rank: its own alpha counts before what the file declares."""
+    key = group.alpha
+    return declared if key is None else lambda rank: _number(tensors[key], key, label) / rank
 
 
 def _number(alpha: Tensor, key: str, what: str) -> float:

@@ -1,24 +1,20 @@
-"""The keys of LoRA files: which module of the model each belongs to, and which part of its pair it is.
+"""The keys of LoRA files: which module of the model each belongs to, and which part of its change it is.
 
 Known are kohya's underscore names (`lora_unet_`, one underscore or two), dotted names with or without the prefix of a
-wrapper (`diffusion_model.`, `transformer.`, `base_model.model.`), official or diffusers module names, and pairs called
-lora_down and lora_up or lora_A and lora_B.
+wrapper (`diffusion_model.`, `transformer.`, `base_model.model.`), and official or diffusers module names. How the parts
+of a change are named is up to its kind: `networks.formats.kinds`.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from networks.formats.kinds import KINDS, LORA, Part, Shape, read_key
 from wan_train.errors import InputError
 from wan_train.models.weights import diffusers_name, identify, official_name, strip_prefix
 
-Shape = tuple[int, ...]
 Choose = Callable[[Iterable[str]], Iterable[str]]  # of the official names of a file's modules those that are used
 
-_FACTOR = re.compile(
-    r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?(?:\.weight)?|lora(?:_linear_layer)?\.(down|up)\.weight)"
-)
-_PARTS = {"A": "down", "B": "up", "down": "down", "up": "up"}
 _UNDERSCORED = re.compile(r"lora_(?:unet__?|prior_unet_)(.+)")
 _WRAPPERS = ("base_model.model.", "pipe.dit.")
 
@@ -49,36 +45,36 @@ _FOREIGN = tuple(
 
 
 @dataclass(frozen=True)
-class PairKeys:
-    """Where a file keeps the parts of one module's pair."""
+class Group:
+    """The keys of one module's change by the names of its parts; `kind` is a row of `KINDS`, `alpha` may be None."""
 
-    down: str
-    up: str
+    kind: str
+    keys: dict[str, str]
     alpha: str | None
 
 
 @dataclass(frozen=True)
 class Match:
-    """The pairs of a file by official module name, and the keys that no module answers to."""
+    """The changes of a file by official module name, and the keys that belong to none."""
 
-    pairs: dict[str, PairKeys]
+    groups: dict[str, Group]
     unmatched: list[str]
 
     def only(self, choose: Choose) -> "Match":
         """What is chosen of the file by its modules' names, those of modules that the model lacks among them."""
-        lacked = {key: _split(key)[0] for key in self.unmatched}
+        lacked = {key: read_key(key).written for key in self.unmatched}
         table = _module_table(possible_modules(self.unmatched))
         official = {key: table.get(_bare(written), _bare(written)) for key, written in lacked.items()}
-        chosen = set(choose([*self.pairs, *dict.fromkeys(official.values())]))
-        pairs = {module: keys for module, keys in self.pairs.items() if module in chosen}
-        return Match(pairs, [key for key in self.unmatched if official[key] in chosen])
+        chosen = set(choose([*self.groups, *dict.fromkeys(official.values())]))
+        groups = {module: group for module, group in self.groups.items() if module in chosen}
+        return Match(groups, [key for key in self.unmatched if official[key] in chosen])
 
     def require_all(self, what: str) -> None:
         """InputError if a key was left over."""
         if self.unmatched:
             more = f" and {len(self.unmatched) - 10} more" if len(self.unmatched) > 10 else ""
             raise InputError(
-                f"{what} does not fit the model: {len(self.pairs)} modules match, but nothing answers to "
+                f"{what} does not fit the model: {len(self.groups)} modules match, but nothing answers to "
                 f"{len(self.unmatched)} keys: {', '.join(self.unmatched[:10])}{more}; give a LoRA of this model"
             )
 
@@ -90,47 +86,46 @@ def possible_modules(names: Iterable[str]) -> list[str]:
 
 
 def match_keys(shapes: Mapping[str, Shape], module_names: Iterable[str], what: str) -> Match:
-    """Find the pairs of a file. InputError when it is no LoRA, of a kind that is not supported, or lacks half a pair.
+    """Find the changes that a file holds. InputError when it holds none, of a kind that is not supported, of several
+    kinds for one module, or not the whole of one.
 
     `module_names` are the model's, dotted: underscore names cannot be taken apart without them.
     """
-    _refuse_foreign(shapes, what)
-    split = {key: _split(key) for key in shapes}
-    if not any(part in ("down", "up") for _, part in split.values()):
+    parts = {key: read_key(key) for key in shapes}
+    _refuse_foreign((key for key, part in parts.items() if part.kind is None), what)
+    if not any(part.kind for part in parts.values()):
         kind = identify(shapes)
         raise InputError(f"{what} is {'no LoRA' if kind == 'unknown' else f'a {kind}, not a LoRA'}: give a LoRA file")
     table = _module_table(module_names)
     found: dict[str, dict[str, str]] = {}
     unmatched = []
-    for key, (written, part) in split.items():
-        module = table.get(_bare(written)) if part else None
+    for key, part in parts.items():
+        module = table.get(_bare(part.written)) if part.name else None
         if module is None:
             unmatched.append(key)
-        elif part in found.setdefault(module, {}):
-            raise InputError(f"{what} has two tensors for {module}: {found[module][part]} and {key}; keep one of them")
+        elif part.name in found.setdefault(module, {}):
+            there = found[module][part.name]
+            raise InputError(f"{what} has two tensors for {module}: {there} and {key}; keep one of them")
         else:
-            found[module][part] = key
-    return Match({module: _pair(module, parts, what) for module, parts in found.items()}, unmatched)
+            found[module][part.name] = key
+    return Match({module: _group(module, keys, parts, label=what) for module, keys in found.items()}, unmatched)
 
 
 def is_pair(key: str) -> bool:
     """Whether a tensor of this name is one half of a LoRA pair."""
-    return _split(key)[1] in ("down", "up")
+    return read_key(key).kind == LORA
 
 
-def _pair(module: str, parts: Mapping[str, str], what: str) -> PairKeys:
-    if "down" not in parts or "up" not in parts:
+def _group(module: str, keys: dict[str, str], parts: Mapping[str, Part], *, label: str) -> Group:
+    kinds = {kind for key in keys.values() if (kind := parts[key].kind)}
+    if len(kinds) > 1:
+        raise InputError(f"{label} changes {module} in several ways, {', '.join(sorted(kinds))}: keep one of them")
+    if not kinds or KINDS[next(iter(kinds))].required - keys.keys():
         raise InputError(
-            f"{what} has for {module} only {', '.join(parts.values())}: the file is not whole, get it again"
+            f"{label} has for {module} only {', '.join(keys.values())}: the file is not whole, get it again"
         )
-    return PairKeys(parts["down"], parts["up"], parts.get("alpha"))
-
-
-def _split(key: str) -> tuple[str, str]:
-    """A key's module as written, and what the tensor is: down, up, alpha, or "" for none of these."""
-    if factor := _FACTOR.fullmatch(key):
-        return factor[1], _PARTS[factor[2] or factor[3]]
-    return (key.removesuffix(".alpha"), "alpha") if key.endswith(".alpha") else (key, "")
+    own = {name: key for name, key in keys.items() if name != "alpha"}
+    return Group(kinds.pop(), own, keys.get("alpha"))
 
 
 def _bare(written: str) -> str:

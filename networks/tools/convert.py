@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from networks.formats.files import LoraDelta, kohya_state, peft_state, read_lora
+from networks.deltas.lora import LoraDelta
+from networks.formats.files import kohya_state, peft_state, read_lora
 from networks.formats.hashes import add_hashes
 from networks.formats.keys import possible_modules
 from networks.formats.peft_config import METADATA_KEY

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from networks.formats.files import LoraDelta, kohya_state
+from networks.deltas.lora import LoraDelta
+from networks.formats.files import kohya_state
 from networks.formats.hashes import add_hashes
 from networks.formats.keys import possible_modules
 from networks.settings import ExtractLoraSettings, ExtractSettings
@@ -76,8 +77,8 @@ def truncate(before: Tensor, after: Tensor, rank: int, *, device: torch.device, 
     up = (left[:, :rank] * roots).to(dtype)
     down = (roots[:, None] * right[:, :rank].T).to(dtype).contiguous()
     total = float(change.square().sum())
-    remainder = change.addmm_(up.float(), down.float(), alpha=-1)
-    return Extracted(LoraDelta(down.cpu(), up.cpu(), 1.0), total, float(remainder.square().sum()))
+    LoraDelta(down, up, 1.0).add_to(change, -1.0)
+    return Extracted(LoraDelta(down.cpu(), up.cpu(), 1.0), total, float(change.square().sum()))
 
 
 def _decompose(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from networks.adapter import create
-from networks.formats.files import LoraDelta, read_lora
+from networks.deltas.lora import LoraDelta
+from networks.formats.files import read_lora
 from networks.merge import merged
 from networks.settings import NetworkSettings
 from tests.parity.golden import TOLERANCE, Case, load_case, load_manifest, normal, relative_error

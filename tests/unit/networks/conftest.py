@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.formats.files import LoraDelta
+from networks.deltas.lora import LoraDelta
 from wan_train.precision import Linear
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from networks.adapter import create
-from networks.deltas.lora import Branch, Dropouts, attach_branch, drop
+from networks.deltas.branch import attach_branch
+from networks.deltas.lora import Dropouts, LoraBranch, drop
 from networks.settings import NetworkSettings
 from wan_train.precision import Linear
 
@@ -19,7 +20,7 @@ def branched(dropouts: Dropouts, *, rank: int = 4) -> Linear:
     torch.manual_seed(3)
     linear = Linear(6, 9).requires_grad_(False)
     shares = {"dropout": dropouts.neuron, "rank_dropout": dropouts.rank, "module_dropout": dropouts.module}
-    attach_branch(linear, Branch(torch.randn(rank, 6), torch.randn(9, rank), scale=SCALE, **shares))
+    attach_branch(linear, LoraBranch(torch.randn(rank, 6), torch.randn(9, rank), scale=SCALE, **shares))
     return linear.double()
 
 

@@ -161,7 +161,7 @@ def test_underscores_are_not_taken_for_dots_or_parts_for_names(make_model) -> No
     names = linear_names(make_model(image=True))
     for name in ("lora_unet_blocks_0_cross_attn_k_im", "lora_unet_blocks_01_cross_attn_k", "lora_te_blocks_0_ffn_0"):
         match = match_keys({f"{name}.lora_down.weight": (1, 8)}, names, "it")
-        assert not match.pairs and len(match.unmatched) == 1
+        assert not match.groups and len(match.unmatched) == 1
 
 
 @pytest.mark.parametrize("half", ["lora_down.weight", "lora_up.weight"])

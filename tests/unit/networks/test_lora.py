@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.deltas.lora import Branch, attach_branch, initial_down
+from networks.deltas.branch import attach_branch
+from networks.deltas.lora import LoraBranch, initial_down
 from networks.lora_wan import attach, targets
 from networks.settings import NetworkSettings
 from wan_train.models.dit.dit import Dit, DitConfig
@@ -18,7 +19,7 @@ from wan_train.precision import Linear
 def branched(inputs: int = 6, outputs: int = 9, rank: int = 2, *, dropout: float = 0.0) -> Linear:
     torch.manual_seed(3)
     linear = Linear(inputs, outputs).requires_grad_(False)
-    branch = Branch(torch.randn(rank, inputs), torch.randn(outputs, rank), scale=0.37, dropout=dropout)
+    branch = LoraBranch(torch.randn(rank, inputs), torch.randn(outputs, rank), scale=0.37, dropout=dropout)
     attach_branch(linear, branch)
     return linear
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from networks.adapter import create
-from networks.formats.files import LoraDelta, kohya_state
+from networks.deltas.lora import LoraDelta
+from networks.formats.files import kohya_state
 from networks.merge import merged
 from networks.settings import NetworkSettings
 from wan_train.errors import InputError

@@ -4,22 +4,22 @@ import pytest
 import torch
 
 from networks.adapter import create
-from networks.deltas.lora import Branch
+from networks.deltas.lora import LoraBranch
 from networks.norms import by_shape, delta_norms, limit_norms
 from networks.settings import NetworkSettings
 from wan_train.errors import InputError
 
 
-def branches() -> list[Branch]:
+def branches() -> list[LoraBranch]:
     """Of various shapes, twice each, some with a rank above what its matrix can have."""
     torch.manual_seed(0)
     return [
-        Branch(torch.randn(rank, inputs), torch.randn(outputs, rank), scale=scale)
+        LoraBranch(torch.randn(rank, inputs), torch.randn(outputs, rank), scale=scale)
         for rank, inputs, outputs, scale in ((3, 8, 12, 0.5), (16, 8, 8, -2.0), (3, 8, 12, 1.5), (4, 40, 30, 0.1))
     ]
 
 
-def product_norm(branch: Branch) -> float:
+def product_norm(branch: LoraBranch) -> float:
     up, down = branch.up.weight.detach().double(), branch.down.weight.detach().double()
     return float((branch.scale * up @ down).norm())
 

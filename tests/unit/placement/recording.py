@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from networks.deltas.lora import Branch, attach_branch
+from networks.deltas.branch import attach_branch
+from networks.deltas.lora import LoraBranch
 from wan_train.placement.lanes import Lane
 from wan_train.placement.settings import StreamSettings
 from wan_train.placement.stream import Stream, apply_stream
@@ -127,7 +128,7 @@ class ToyBlock(nn.Module):
         self.requires_grad_(False)
         for linear in (self.wide, self.narrow):
             down, up = torch.randn(2, linear.in_features), torch.randn(linear.out_features, 2)
-            attach_branch(linear, Branch(down, up, scale=0.5, dropout=0.0))
+            attach_branch(linear, LoraBranch(down, up, scale=0.5, dropout=0.0))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.narrow(torch.tanh(self.wide(self.norm(x))))

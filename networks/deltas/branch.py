@@ -1,0 +1,96 @@
+"""What acts beside a Linear: a child module of it, called by its hooks.
+
+The Linear stays what it was: its parameters keep their names, and however it stores or streams its weight, it does so
+unaware of the branch.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, cast
+
+from torch import Tensor, nn
+
+CHILD = "lora"  # of branches of every kind: saved states name their parameters by it
+
+
+class Branch(Protocol):
+    """An `nn.Module` that changes what one Linear computes. It acts while it is `enabled`."""
+
+    enabled: bool
+
+    def before(self, x: Tensor) -> Tensor:
+        """Return x (..., in) as the Linear shall get it, in the dtype of the Linear's products."""
+        ...
+
+    def after(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return the Linear's output (..., out) with the change added, in place or not; x is what `before` gave."""
+        ...
+
+
+class Chain(nn.Module):
+    """Several branches of one Linear as one."""
+
+    def __init__(self, branches: Sequence[Branch]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(_module(branch) for branch in branches)
+        self.enabled = True
+
+    def before(self, x: Tensor) -> Tensor:
+        """x (..., in) as the last branch leaves it."""
+        for branch in self.branches:
+            x = cast(Branch, branch).before(x)
+        return x
+
+    def after(self, x: Tensor, output: Tensor) -> Tensor:
+        """The Linear's output (..., out) for x with every branch added."""
+        for branch in self.branches:
+            output = cast(Branch, branch).after(x, output)
+        return output
+
+
+def chained(branches: Sequence[Branch]) -> Branch:
+    """Return one branch for all of these: a single one as it is."""
+    return branches[0] if len(branches) == 1 else Chain(branches)
+
+
+def attach_branch(linear: nn.Linear, branch: Branch) -> nn.Module:
+    """Let `branch` act on `linear`, as its child `lora`; return that child."""
+    assert not hasattr(linear, CHILD), "a Linear takes one branch"
+    module = _module(branch)
+    linear.add_module(CHILD, module)
+    linear.register_forward_pre_hook(_before)
+    linear.register_forward_hook(_after)
+    return module
+
+
+@contextmanager
+def disabled(branches: Iterable[Branch]) -> Iterator[None]:
+    """While it lasts the Linears of these branches compute as if they had none.
+
+    A backward pass must run on the side of it that its forward pass ran on: what is recomputed asks again.
+    """
+    before = [(branch, branch.enabled) for branch in branches]
+    for branch, _ in before:
+        branch.enabled = False
+    try:
+        yield
+    finally:
+        for branch, was in before:
+            branch.enabled = was
+
+
+def _before(linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    branch = cast(Branch, linear.lora)
+    (x,) = inputs
+    return (branch.before(x),) if branch.enabled else inputs
+
+
+def _after(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    branch = cast(Branch, linear.lora)
+    (x,) = inputs
+    return branch.after(x, output) if branch.enabled else output
+
+
+def _module(branch: Branch) -> nn.Module:
+    assert isinstance(branch, nn.Module), "a branch is a child module of its Linear"
+    return branch
