@@ -19,7 +19,7 @@ Scale = Callable[[int], float]  # by rank: alpha/rank, alpha as the file declare
 
 
 @dataclass(frozen=True)
-class Kind:
+class DeltaKind:
     """How files keep the changes of one kind.
 
     `split` takes a key apart into its module as written and the name of the part that the tensor is, None for keys of
@@ -81,4 +81,4 @@ def _parse_lora(parts: Mapping[str, Tensor], scale: Scale) -> LoraDelta:
 
 
 LORA = "LoRA"
-KINDS: dict[str, Kind] = {LORA: Kind(_split_lora, frozenset({"down", "up"}), _measure_lora, _parse_lora)}
+KINDS: dict[str, DeltaKind] = {LORA: DeltaKind(_split_lora, frozenset({"down", "up"}), _measure_lora, _parse_lora)}

@@ -11,7 +11,7 @@ from networks.attached import attach_loras
 from networks.deltas.branch import Chain, disabled
 from networks.deltas.lora import LoraBranch, LoraDelta
 from networks.formats.files import check_deltas, check_lora, kohya_state, read_deltas, read_lora
-from networks.formats.kinds import KINDS, Kind
+from networks.formats.kinds import KINDS, DeltaKind
 from networks.merge import merged
 from wan_train.assemble import WeightedLora
 from wan_train.errors import InputError
@@ -48,7 +48,7 @@ class Difference:
         return DifferenceBranch(sum(multiplier * delta.matrix.float() for delta, multiplier in changes))
 
 
-DIFFERENCE = Kind(
+DIFFERENCE = DeltaKind(
     split=lambda key: (key.removesuffix(".diff"), "diff") if key.endswith(".diff") else None,
     required=frozenset({"diff"}),
     measure=lambda module, shapes, source: shapes["diff"],
