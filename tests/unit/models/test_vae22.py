@@ -1,169 +1,23 @@
-"""The Wan2.2 VAE: its layers by formula, the model with random weights, and which of the two VAEs a file is."""
+"""The Wan2.2 VAE: its layers by formula, its published widths, and which of the two VAEs a file is."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from tests.parity.golden import load_case, load_manifest, relative_error
-from tests.tiny.make import draw_weight, save, vae_shapes
+from tests.parity.golden import load_case, load_manifest
+from tests.tiny.make import save, vae_shapes
 from tests.tiny.vae22 import VAE22, vae22_shapes
+from tests.unit.models.vaes import draw_latents
 from wan_train.errors import InputError
 from wan_train.models.vae.coders import fold_patches, unfold_patches
 from wan_train.models.vae.geometry import GEOMETRIES, KIND22
 from wan_train.models.vae.layers import FeatureCache
 from wan_train.models.vae.names import diffusers_name
-from wan_train.models.vae.tiling import Tiling
 from wan_train.models.vae.vae import WanVAE, check_vae, load_vae
 from wan_train.models.vae.wan22 import add_repeated, average_neighbours
-
-WEIGHTS = {name: draw_weight(name, shape) for name, shape in vae22_shapes().items()}
-
-
-@pytest.fixture(scope="module")
-def loaded() -> WanVAE:
-    return load_vae(WEIGHTS)
-
-
-@pytest.fixture
-def vae(loaded: WanVAE) -> Iterator[WanVAE]:
-    yield loaded
-    loaded.tiling, loaded.cache_on_cpu = None, False
-
-
-def draw_pixels(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-def draw_latents(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def draw_smooth(frames: int, height: int, width: int) -> Tensor:
-    t, y, x = torch.meshgrid(*(torch.linspace(0, 1, side) for side in (frames, height, width)), indexing="ij")
-    colours = torch.sin(6 * x + 2 * y + t), torch.cos(5 * y - 3 * x + 2 * t), torch.sin(4 * x * x + 5 * y - t)
-    return 0.8 * torch.stack(colours)[None]
-
-
-def test_sizes_and_types(vae: WanVAE) -> None:
-    assert (vae.latent_channels, vae.stride, vae.frame_stride) == (48, 16, 4)
-    latents = vae.encode(draw_pixels(2, 3, 5, 32, 48).double())
-    assert latents.shape == (2, 48, 2, 2, 3)
-    pixels = vae.decode(latents.bfloat16())
-    assert pixels.shape == (2, 3, 5, 32, 48)
-    assert latents.dtype is pixels.dtype is torch.float32
-    assert not latents.requires_grad and not pixels.requires_grad
-    assert pixels.abs().max() <= 1
-
-
-def test_encoding_streams(vae: WanVAE) -> None:
-    """The latents of the first 1 + 4k frames do not depend on what follows."""
-    pixels = draw_pixels(1, 3, 13, 32, 32)
-    latents = vae.encode(pixels)
-    for count in range(1, 4):
-        assert torch.equal(vae.encode(pixels[:, :, : 4 * count - 3]), latents[:, :, :count])
-
-
-def test_decoding_streams(vae: WanVAE) -> None:
-    latents = draw_latents(1, 48, 4, 2, 2)
-    pixels = vae.decode(latents)
-    for count in range(1, 4):
-        assert torch.equal(vae.decode(latents[:, :, :count]), pixels[:, :, : 4 * count - 3])
-
-
-def test_the_division_into_chunks_does_not_matter(vae: WanVAE) -> None:
-    pixels, latents = draw_pixels(1, 3, 13, 32, 32), draw_latents(1, 48, 5, 2, 2)
-    with torch.no_grad():
-        for network, x, sizes in ((vae.encoder, pixels, (1, 8, 4)), (vae.decoder, latents, (1, 1, 3))):
-            cache, whole = FeatureCache(), FeatureCache()
-            parts = torch.cat([network(chunk, cache) for chunk in x.split(sizes, dim=2)], dim=2)
-            first, rest = x[:, :, :1], x[:, :, 1:]
-            assert relative_error(parts, torch.cat([network(first, whole), network(rest, whole)], dim=2)) < 1e-5
-
-
-def test_no_more_than_one_chunk_is_in_flight(vae: WanVAE) -> None:
-    seen: list[int] = []
-    hooks = [
-        network.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
-        for network in (vae.encoder, vae.decoder)
-    ]
-    vae.encode(draw_pixels(1, 3, 13, 16, 16))
-    vae.decode(draw_latents(1, 48, 3, 1, 1))
-    for hook in hooks:
-        hook.remove()
-    assert seen == [1, 4, 4, 4, 1, 1, 1]
-
-
-def test_nothing_stays_in_the_model(vae: WanVAE) -> None:
-    pixels = draw_pixels(1, 3, 5, 32, 32)
-    first = vae.encode(pixels)
-    vae.encode(draw_pixels(1, 3, 9, 48, 64))
-    assert torch.equal(vae.encode(pixels), first)
-
-
-def test_clips_of_a_batch_do_not_mix(vae: WanVAE) -> None:
-    pixels, latents = draw_pixels(2, 3, 5, 32, 48), draw_latents(2, 48, 2, 2, 3)
-    assert relative_error(vae.encode(pixels)[1:], vae.encode(pixels[1:])) < 1e-5
-    assert relative_error(vae.decode(latents)[1:], vae.decode(latents[1:])) < 1e-5
-
-
-def test_the_cache_can_lie_in_main_memory(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels, latents = draw_pixels(1, 3, 9, 32, 32), draw_latents(1, 48, 3, 2, 2)
-    plain = vae.encode(pixels), vae.decode(latents)
-    made: list[bool] = []
-    build = FeatureCache.__init__
-    monkeypatch.setattr(
-        FeatureCache, "__init__", lambda self, *, on_cpu: made.append(on_cpu) or build(self, on_cpu=on_cpu)
-    )
-    vae.cache_on_cpu = True
-    assert torch.equal(vae.encode(pixels), plain[0])
-    assert torch.equal(vae.decode(latents), plain[1])
-    assert made == [True, True]
-
-
-@pytest.mark.parametrize(("height", "width", "tiling"), [(96, 640, Tiling(24, 8)), (448, 64, Tiling(24, 12))])
-def test_tiles_change_the_result_by_less_than_a_hundredth(vae: WanVAE, height: int, width: int, tiling: Tiling) -> None:
-    pixels = draw_smooth(5, height, width)
-    latents = vae.encode(pixels)
-    decoded = vae.decode(latents)
-    vae.tiling = tiling
-    assert 0 < relative_error(vae.encode(pixels), latents) < 0.01
-    assert 0 < relative_error(vae.decode(latents), decoded) < 0.01
-    assert vae.decode(latents).abs().max() <= 1
-
-
-def test_the_large_layers_never_see_more_than_a_tile(vae: WanVAE) -> None:
-    seen: list[tuple[int, ...]] = []
-    layers = (vae.encoder.conv1, vae.decoder.head["2"])
-    hooks = [x.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[-2:]))) for x in layers]
-    vae.tiling = Tiling(6, 2)
-    vae.decode(vae.encode(draw_smooth(5, 160, 112)))
-    for hook in hooks:
-        hook.remove()
-    assert set(seen) == {(48, 48)}  # 96 pixels a side, in squares of two
-
-
-@pytest.mark.parametrize(
-    ("shape", "complaint"),
-    [
-        ((1, 3, 4, 32, 32), "4n \\+ 1 frames, not 4"),
-        ((1, 3, 5, 40, 32), "multiples of 16, not 32x40"),
-        ((1, 3, 5, 32, 24), "multiples of 16, not 24x32"),
-        ((3, 5, 32, 32), "B, 3, F"),
-    ],
-)
-def test_odd_pixels_are_refused(vae: WanVAE, shape: tuple[int, ...], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        vae.encode(torch.zeros(shape))
-
-
-def test_odd_latents_are_refused(vae: WanVAE) -> None:
-    with pytest.raises(ValueError, match="B, 48, T"):
-        vae.decode(torch.zeros(1, 16, 1, 2, 2))
 
 
 def test_patches_are_folded_columns_first() -> None:
@@ -226,23 +80,6 @@ def test_the_published_widths_go_through() -> None:
             cache = FeatureCache()
             with torch.no_grad():
                 assert [tuple(network(torch.empty(chunk), cache).shape) for chunk in chunks] == shapes
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-@pytest.mark.parametrize("naming", [str, diffusers_name])
-def test_files_and_names_load_alike(vae: WanVAE, tmp_path: Path, suffix: str, naming: Callable[[str], str]) -> None:
-    path = tmp_path / f"vae.{suffix}"
-    state = {naming(name): tensor for name, tensor in WEIGHTS.items()}
-    if suffix == "pth":
-        torch.save(state, path)
-    else:
-        save_file(state, path)
-    check_vae(path, latent_channels=48)
-    loaded = load_vae(path, dtype=torch.bfloat16)
-    assert {name: tuple(p.shape) for name, p in loaded.named_parameters()} == vae22_shapes()
-    assert {(p.dtype, p.requires_grad) for p in loaded.parameters()} == {(torch.float32, False)}
-    pixels = draw_pixels(1, 3, 5, 32, 32)
-    assert torch.equal(loaded.encode(pixels), vae.encode(pixels))
 
 
 def test_a_vae_of_the_other_kind_is_refused(tmp_path: Path) -> None:
