@@ -10,6 +10,7 @@ from networks.formats.files import read_lora
 from networks.merge import merged
 from networks.settings import NetworkSettings
 from tests.parity.golden import TOLERANCE, Case, load_case, load_manifest, normal, relative_error
+from tests.parity.theirs import tiny_transformer
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit
 from wan_train.models.loading import check_dit, load_dit
@@ -103,24 +104,8 @@ def test_lora_attached() -> None:
 
 @pytest.mark.parametrize("with_image", [False, True])
 def test_diffusers_model_and_names(*, with_image: bool) -> None:
-    from diffusers import WanTransformer3DModel
-
     image = {"image_dim": 28, "added_kv_proj_dim": 48, "pos_embed_seq_len": 12} if with_image else {}
-    theirs = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=36 if with_image else 16,
-        out_channels=16,
-        text_dim=20,
-        freq_dim=64,
-        ffn_dim=80,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        **image,
-    )
-    weights = {name: 0.3 * normal(name, tuple(value.shape)) for name, value in theirs.state_dict().items()}
-    theirs.load_state_dict(weights)
+    theirs, weights = tiny_transformer(in_channels=36 if with_image else 16, out_channels=16, **image)
     ours = load_dit(weights, config={"num_attention_heads": 2})
     latents, text = normal("latents", (2, 16, 3, 4, 6)), normal("text", (2, 512, 20))
     timestep = torch.tensor([37.0, 901.0])

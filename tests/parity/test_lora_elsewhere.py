@@ -10,6 +10,7 @@ from networks.adapter import create
 from networks.settings import TOOL as CONVERT
 from networks.settings import NetworkSettings
 from tests.parity.golden import TOLERANCE, normal, relative_error
+from tests.parity.theirs import tiny_transformer
 from wan_train.cli import run
 from wan_train.models.loading import load_dit
 from wan_train.storage import save_tensors
@@ -17,21 +18,9 @@ from wan_train.storage import save_tensors
 
 def test_diffusers_loads_the_converted_file(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from diffusers import WanTransformer3DModel
     from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
-    theirs = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        text_dim=20,
-        freq_dim=64,
-        ffn_dim=80,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-    )
-    weights = {name: 0.3 * normal(name, tuple(value.shape)) for name, value in theirs.state_dict().items()}
-    theirs.load_state_dict(weights)
+    theirs, weights = tiny_transformer()
     ours = load_dit(weights, config={"num_heads": 2})
     latents, timestep, text = normal("latents", (1, 16, 2, 4, 6)), torch.tensor([500.0]), normal("text", (1, 512, 20))
     plain = ours(latents, timestep, text)

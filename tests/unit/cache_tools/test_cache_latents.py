@@ -17,8 +17,7 @@ from tests.unit.dataset.drawing import draw_image, draw_video, make_clips, write
 from tests.unit.dataset.lookup import has_latents
 from wan_train.cli import run
 from wan_train.models.vae.tiling import Tiling
-from wan_train.models.vae.vae import Geometry, WanVAE
-from wan_train.storage import read_header, save_tensors
+from wan_train.storage import read_header
 
 ROOT = Path(__file__).resolve().parents[3]
 TOML = """
@@ -35,14 +34,6 @@ batch_size = 3
 [[datasets]]
 image_directory = "stills"
 """
-
-
-@pytest.fixture(scope="module")
-def vae_path(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
-    save_tensors(path, WanVAE(Geometry(8, (8, 8, 8, 8), 1)).state_dict())
-    return path
 
 
 @pytest.fixture

@@ -32,14 +32,6 @@ target_frames = [9]
 """
 
 
-@pytest.fixture(scope="module")
-def vae_path(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
-    save_tensors(path, WanVAE(Geometry(8, (8, 8, 8, 8), 1)).state_dict())
-    return path
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,6 @@ from tests.unit.dataset.drawing import make_clips, write_toml
 from wan_train.cli import run
 from wan_train.errors import InputError
 from wan_train.file_names import HOST
-from wan_train.models.vae.vae import Geometry, WanVAE
 from wan_train.storage import read_tensors, save_tensors
 
 TOML = """
@@ -31,14 +30,6 @@ video_directory = "clips"
 cache_directory = "cache"
 target_frames = [1, 5]
 """
-
-
-@pytest.fixture(scope="module")
-def vae_path(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
-    save_tensors(path, WanVAE(Geometry(8, (8, 8, 8, 8), 1)).state_dict())
-    return path
 
 
 @pytest.fixture(scope="module")
