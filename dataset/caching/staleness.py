@@ -75,12 +75,9 @@ def latents_state(
 ) -> CacheState:
     """The state of a clip's latents, compared with `dtype` and the files of VAE and CLIP where they are given."""
     path = latents_path(clip)
-    try:
-        facts = read_facts(path, manifest)
-    except OSError:
-        return CacheState(path, Staleness.MISSING)
-    if facts is None:
-        return CacheState(path, Staleness.TRUNCATED)
+    facts = _facts_or_state(path, manifest)
+    if isinstance(facts, CacheState):
+        return facts
     reason = _compare_contents(clip, facts, dtype)
     recipe, is_ours = _recipe_of(facts)
     if not is_ours:
@@ -92,12 +89,9 @@ def latents_state(
 def text_state(item: Item, manifest: Manifest, *, model: Path | None = None) -> CacheState:
     """The state of a caption's embedding, compared with the text encoder's file where it is given."""
     path = text_path(item)
-    try:
-        facts = read_facts(path, manifest)
-    except OSError:
-        return CacheState(path, Staleness.MISSING)
-    if facts is None:
-        return CacheState(path, Staleness.TRUNCATED)
+    facts = _facts_or_state(path, manifest)
+    if isinstance(facts, CacheState):
+        return facts
     recipe, is_ours = _recipe_of(facts)
     if reason := find_text_misfit(item, facts.shapes, facts.metadata):
         return CacheState(path, Staleness.STALE, reason)
@@ -117,6 +111,15 @@ def list_orphans(folder: Path, planned: Collection[Path], *, is_text: bool) -> l
         return []
     found = (path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     return sorted(path for path in found if path.name not in names and pattern.fullmatch(path.stem))
+
+
+def _facts_or_state(path: Path, manifest: Manifest) -> Facts | CacheState:
+    """What a cache file says of itself, or the state of one that says nothing."""
+    try:
+        facts = read_facts(path, manifest)
+    except OSError:
+        return CacheState(path, Staleness.MISSING)
+    return CacheState(path, Staleness.TRUNCATED) if facts is None else facts
 
 
 def _compare_contents(clip: Clip, facts: Facts, dtype: torch.dtype | None) -> str:

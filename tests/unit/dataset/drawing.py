@@ -85,6 +85,15 @@ def make_clips(folder: Path, lengths: dict[str, int], **drawn) -> Path:
     return folder
 
 
+def make_stills(folder: Path, count: int, *, num_square: int, caption: str) -> Path:
+    """A folder of images with `caption`, formatted with its `number`: the first ones 32x32, the others 16x64."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        draw_image(folder / f"{number:02d}.png", (32, 32) if number < num_square else (16, 64))
+        (folder / f"{number:02d}.txt").write_text(caption.format(number=number))
+    return folder
+
+
 def cut_video(whole: Path, cut: Path, seconds: Fraction) -> Path:
     """A copy without re-encoding whose edit list leaves out the first seconds."""
     with av.open(str(whole)) as source, av.open(str(cut), "w", options={"avoid_negative_ts": "disabled"}) as target:

@@ -14,7 +14,7 @@ from dataset.caching.cache import read_text, save_latents, save_text
 from dataset.config import read_config
 from dataset.sources import list_items, plan_clips
 from dataset.summary import metadata, summarise
-from tests.unit.dataset.drawing import draw_image, write_toml
+from tests.unit.dataset.drawing import make_stills, write_toml
 from wan_train.errors import InputError
 
 TOML = """
@@ -40,10 +40,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("epochs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name, number in [("few", n) for n in range(3)] + [("many", n) for n in range(14)]:
-            (folder / name).mkdir(exist_ok=True)
-            draw_image(folder / name / f"{number:02d}.png", (32, 32) if number < 10 else (16, 64))
-            (folder / name / f"{number:02d}.txt").write_text(f"{name} {number}\n{name} {number} again")
+        for name, count in (("few", 3), ("many", 14)):
+            caption = f"{name} {{number}}\n{name} {{number}} again"
+            make_stills(folder / name, count, num_square=10, caption=caption)
         for config in read_config(
             write_toml(folder / "full.toml", TOML.format(few="caption_dropout_rate=0.5", many=""))
         ):

@@ -19,28 +19,12 @@ from wan_train.placement.settings import StreamSettings
 from wan_train.quantization.settings import WeightSettings
 
 LOAD = """
-import pathlib, sys, threading, torch
+import sys, torch
+from tests.unit.models.peak import tell_peak
 from wan_train.models.loading import load_dit
 
-def resident():
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-load_dit(torch.load(sys.argv[3]))  # what a first load allocates for good
-before, peak, done = resident(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.001):
-        peak = max(peak, resident())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = load_dit(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-done.set()
-watcher.join()
-size = sum(p.nbytes for p in model.parameters())
-print((max(peak, resident()) - before) / size, size)
+path, dtype, small = sys.argv[1:]
+tell_peak(lambda: load_dit(torch.load(small)), lambda: load_dit(path, dtype=getattr(torch, dtype)))
 """
 
 

@@ -190,28 +190,15 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 LOAD = """
-import pathlib, sys, threading, torch
+import sys, torch
+from tests.unit.models.peak import tell_peak
 from wan_train.models.encoders.text import load_text_encoder
 
-def resident():
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-load_text_encoder(torch.load(sys.argv[2]), tokenizer=None)  # what a first load allocates for good
-before, peak, done = resident(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.001):
-        peak = max(peak, resident())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-encoder = load_text_encoder(sys.argv[1], tokenizer=None, dtype=torch.bfloat16, fp8=sys.argv[3] == "fp8")
-done.set()
-watcher.join()
-size = sum(p.nbytes for p in (*encoder.parameters(), *encoder.buffers()))
-print((max(peak, resident()) - before) / size, size)
+path, small, wanted = sys.argv[1:]
+tell_peak(
+    lambda: load_text_encoder(torch.load(small), tokenizer=None),
+    lambda: load_text_encoder(path, tokenizer=None, dtype=torch.bfloat16, fp8=wanted == "fp8"),
+)
 """
 
 

@@ -11,7 +11,7 @@ from dataset.batching.order import SampleKey
 from dataset.caching.cache import save_latents, save_text
 from dataset.config import read_config
 from dataset.sources import list_items, plan_clips
-from tests.unit.dataset.drawing import draw_image, write_toml
+from tests.unit.dataset.drawing import make_stills, write_toml
 from wan_train.training.objective.loss import draw
 from wan_train.training.objective.strata import Strata, assign
 from wan_train.training.settings import TimestepSettings
@@ -38,10 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("strata")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name, number in [("few", n) for n in range(2)] + [("many", n) for n in range(12)]:
-            (folder / name).mkdir(exist_ok=True)
-            draw_image(folder / name / f"{number:02d}.png", (32, 32) if number < 7 else (16, 64))
-            (folder / name / f"{number:02d}.txt").write_text("words")
+        for name, count in (("few", 2), ("many", 12)):
+            make_stills(folder / name, count, num_square=7, caption="words")
         for config in read_config(write_toml(folder / "full.toml", TOML.format(few="", many=""))):
             plan = plan_clips(config, list_items(config, allow_missing_captions=False))
             for clip in plan.clips:
