@@ -13,7 +13,7 @@ from generate.source import fit_to_source
 from networks.expert import warn_of_other_expert
 from networks.formats.files import check_deltas
 from wan_train.assemble import WeightedLora, check_model
-from wan_train.errors import InputError
+from wan_train.errors import InputError, first_given
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import FLAGS, HIGH, experts_of
 from wan_train.models.encoders.text import check_text_encoder
@@ -78,9 +78,8 @@ def check_experts(settings: GenerateSettings, variant: Variant) -> None:
         "--offload_inactive_dit": settings.experts.offload_inactive_dit,
         "--lazy_loading": settings.experts.lazy_loading,
     }
-    for flag, there in given.items():
-        if there:
-            raise InputError(f"{flag}: --task {variant.name} has one model: take an A14B task, or leave it out")
+    if extra := first_given(given):
+        raise InputError(f"{extra}: --task {variant.name} has one model: take an A14B task, or leave it out")
 
 
 def check_given_vae(settings: GenerateSettings, instead: str = "") -> None:

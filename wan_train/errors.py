@@ -1,5 +1,7 @@
 """How a tool ends before its end: the user's mistake, a run that cannot continue, a stop in good order."""
 
+from collections.abc import Mapping
+
 
 class InputError(ValueError):
     """What the user gave cannot work; the message is one line that names the thing and the way out."""
@@ -15,3 +17,8 @@ class Stopped(RuntimeError):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code  # for the shell
+
+
+def first_given(options: Mapping[str, object]) -> str | None:
+    """Return the first of these options, by name, that has a value; None if all are empty or off."""
+    return next((name for name, value in options.items() if value), None)

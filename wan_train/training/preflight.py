@@ -13,7 +13,7 @@ from networks.adapter import MODULES, check_network, trains_weights
 from networks.expert import warn_of_other_expert
 from networks.lora_arguments import lora_arguments
 from wan_train.assemble import ModelSettings, check_model
-from wan_train.errors import InputError
+from wan_train.errors import InputError, first_given
 from wan_train.flow.timesteps import Span
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import FLAGS
@@ -137,9 +137,8 @@ def check_full(settings: TrainSettings) -> None:
         "--shared_lora": settings.experts.shared_lora,
         "--offload_inactive_dit": settings.experts.offload_inactive_dit,
     }
-    for flag, there in given.items():
-        if there:
-            raise InputError(f"{flag} does not go with {settings.network.network_module}, which trains the weights")
+    if flag := first_given(given):
+        raise InputError(f"{flag} does not go with {settings.network.network_module}, which trains the weights")
     stored = read_header(settings.dit.dit).dtypes if settings.dit.dit else {}
     if any(dtype.itemsize == 1 for dtype in stored.values()):
         raise InputError(

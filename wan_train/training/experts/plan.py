@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from wan_train.errors import InputError
+from wan_train.errors import InputError, first_given
 from wan_train.flow.timesteps import NUM_TIMESTEPS, Span
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import HIGH, LOW, ORDER, read_boundary, span_of
@@ -115,9 +115,8 @@ def _refuse_without_pair(settings: TrainSettings) -> None:
         "--offload_inactive_dit": experts.offload_inactive_dit,
         "--network_weights_high_noise": experts.network_weights_high_noise,
     }
-    for flag, there in given.items():
-        if there:
-            raise InputError(f"{flag} is for training both experts: give --dit and --dit_high_noise, or leave it out")
+    if flag := first_given(given):
+        raise InputError(f"{flag} is for training both experts: give --dit and --dit_high_noise, or leave it out")
 
 
 def _refuse_for_one_model(settings: TrainSettings, variant: Variant) -> None:
@@ -130,9 +129,8 @@ def _refuse_for_one_model(settings: TrainSettings, variant: Variant) -> None:
         "--offload_inactive_dit": experts.offload_inactive_dit,
         "--network_weights_high_noise": experts.network_weights_high_noise,
     }
-    for flag, there in given.items():
-        if there:
-            raise InputError(f"{flag}: --task {variant.name} has one model: take an A14B task, or leave it out")
+    if flag := first_given(given):
+        raise InputError(f"{flag}: --task {variant.name} has one model: take an A14B task, or leave it out")
 
 
 def settings_of(settings: TrainSettings, expert: str | None) -> TrainSettings:

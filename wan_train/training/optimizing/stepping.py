@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from networks.adapter import Adapter, trains_weights
-from wan_train.errors import InputError
+from wan_train.errors import InputError, first_given
 from wan_train.placement.lanes import make_lane
 from wan_train.placement.states import HostStates
 from wan_train.placement.stream import Stream
@@ -48,7 +48,7 @@ def needs_parts(settings: TrainSettings) -> str | None:
         "--optimizer_cpu_offload": settings.optimizer.optimizer_cpu_offload,
         "--blocks_to_swap": swaps,
     }
-    return next((flag for flag, there in given.items() if there), None)
+    return first_given(given)
 
 
 def check_stepping(settings: TrainSettings) -> None:
@@ -67,9 +67,8 @@ def check_stepping(settings: TrainSettings) -> None:
         "--prior_captions": settings.prior.prior_captions is not None,
         "fp16, whose gradients are scaled,": launched_dtype(settings.loop) == torch.float16,
     }
-    for what, there in given.items():
-        if there:
-            raise InputError(f"--fused_backward_pass steps in every backward pass, and {what} does not go with that")
+    if what := first_given(given):
+        raise InputError(f"--fused_backward_pass steps in every backward pass, and {what} does not go with that")
 
 
 def make_stepping(
