@@ -65,14 +65,19 @@ def share_out(total: int, weights: Sequence[float]) -> list[int]:
     return parts
 
 
+def chance_of(key: SampleKey, decision: str, *, seed: int, epoch: int) -> random.Random:
+    """The generator of one decision about a sample in an epoch (from 0)."""
+    return random.Random(f"{seed} {epoch} {key.repeat} {key.item} {decision}")
+
+
 def draw_variant(key: SampleKey, *, seed: int, epoch: int, num_captions: int, dropout_rate: float) -> int | None:
     """Which of a sample's captions an epoch takes, all alike, or None for empty text, with `dropout_rate`."""
     if num_captions == 1 and not dropout_rate:
         return 0
-    chance = random.Random(f"{seed} {epoch} {key.repeat} {key.item} caption")
+    chance = chance_of(key, "caption", seed=seed, epoch=epoch)
     return None if chance.random() < dropout_rate else chance.randrange(num_captions)
 
 
 def draw_flip(key: SampleKey, *, seed: int, epoch: int) -> bool:
     """Whether an epoch takes a sample mirrored: every other time."""
-    return random.Random(f"{seed} {epoch} {key.repeat} {key.item} flip").random() < 0.5
+    return chance_of(key, "flip", seed=seed, epoch=epoch).random() < 0.5

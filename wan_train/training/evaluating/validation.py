@@ -5,7 +5,6 @@ and the stratum. The levels are one from each of K equally likely parts of the d
 so that their mean estimates the training objective.
 """
 
-import hashlib
 import itertools
 import logging
 import math
@@ -27,6 +26,7 @@ from dataset.batching.order import SampleKey
 from dataset.batching.split import find_shared, name_files, split_off
 from dataset.sources import name_some
 from wan_train.errors import InputError
+from wan_train.flow.keyed import generator_of
 from wan_train.flow.timesteps import Span
 from wan_train.flow.weighting import importance
 from wan_train.log import get_logger
@@ -247,8 +247,7 @@ def draw_stratum(
     """
     uniforms, noises = [], []
     for key in keys:
-        digest = hashlib.blake2b(f"held out/{seed}/{stratum}/{key.item}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        generator = generator_of(f"held out/{seed}/{stratum}/{key.item}")
         uniforms.append((stratum + float(torch.rand((), generator=generator))) / num_strata)
         noises.append(torch.randn(*shape, generator=generator))
     t = draw_levels(uniforms, (shape[-2], shape[-1]), timesteps, limits)

@@ -1,13 +1,12 @@
 """What the model is given of a batch beside its noisy latents."""
 
-import random
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dataset.batching.batches import Batch
-from dataset.batching.order import SampleKey
+from dataset.batching.order import SampleKey, chance_of
 from wan_train.conditions.conditions import Conditions
 from wan_train.conditions.kinds import KINDS
 from wan_train.models.variants import Variant
@@ -46,7 +45,7 @@ def dropping_rate(settings: PictureSettings, variant: Variant) -> float:
 
 def drop_pictures(keys: Sequence[SampleKey], rate: float, *, seed: int, epoch: int) -> list[bool]:
     """For each sample whether its pictures are dropped, drawn by its key."""
-    return [random.Random(f"{seed} {epoch} {key.repeat} {key.item} pictures").random() < rate for key in keys]
+    return [chance_of(key, "pictures", seed=seed, epoch=epoch).random() < rate for key in keys]
 
 
 def _where(kept: Tensor, values: Tensor) -> Tensor:

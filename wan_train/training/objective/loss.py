@@ -1,6 +1,5 @@
 """What is learnt: the velocity at a keyed point between data and noise."""
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataset.batching.order import SampleKey
 from wan_train.cli import choose
 from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
+from wan_train.flow.keyed import generator_of
 from wan_train.flow.path import interpolate, velocity
 from wan_train.flow.timesteps import NUM_TIMESTEPS, SAMPLERS, Distribution, Parameters, Span, level, shares_below
 from wan_train.flow.weighting import WEIGHTINGS, importance
@@ -46,12 +46,6 @@ class Losses:
 
     mean: Tensor
     samples: Tensor
-
-
-def keyed_generator(seed: int, epoch: int, key: SampleKey) -> torch.Generator:
-    """A generator that depends on the run's seed, the epoch and the sample alone: not on rank, worker or batch."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{key.repeat}/{key.item}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def distribution(settings: TimestepSettings, size: tuple[int, int]) -> Distribution:
@@ -129,7 +123,7 @@ def draw(
     assert (strata is None) == (settings.num_timestep_buckets is None)
     uniforms, noises = [], []
     for key in keys:
-        generator = keyed_generator(seed, epoch, key)
+        generator = generator_of(f"{seed}/{epoch}/{key.repeat}/{key.item}")
         uniforms.append(float(torch.rand((), generator=generator)))
         noises.append(torch.randn(*shape, generator=generator))
     if strata is not None:

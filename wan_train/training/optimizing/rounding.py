@@ -4,7 +4,6 @@ An update below half of the last place of a bfloat16 weight is lost if it is rou
 as its size asks for, it is there in the mean (Gupta et al. 2015, section 3). One weight at a time is float32.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_train.errors import InputError
+from wan_train.flow.keyed import generator_of
 from wan_train.training.optimizing.one_by_one import StepContext
 
 # By package: those that treat each weight by itself, and take it in float32. bitsandbytes has not been seen to.
@@ -56,11 +56,7 @@ def rounded(seed: int) -> StepContext:
         optimizer.state[fine] = optimizer.state.pop(parameter, {})
         yield fine
         optimizer.state[parameter] = optimizer.state.pop(fine)
-        parameter.copy_(round_at_random(fine.detach(), _generator(f"{seed}/{key}", fine.device)))
+        generator = generator_of(f"{seed}/{key}/rounding", device=fine.device)
+        parameter.copy_(round_at_random(fine.detach(), generator))
 
     return turn
-
-
-def _generator(key: str, device: torch.device) -> torch.Generator:
-    digest = hashlib.blake2b(f"{key}/rounding".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
