@@ -120,19 +120,24 @@ def _looked_up(codes: Tensor) -> Tensor:
     return table.index_select(0, codes.view(torch.uint8).int().flatten()).view(codes.shape)
 
 
-class FrozenProduct(torch.autograd.Function):
-    """x W^T + b with a frozen W, widened again for the backward pass: autograd would keep the wide copy until then."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, widened(weight, scale, x.dtype), bias)
+class InputGradient(torch.autograd.Function):
+    """The gradient of x W^T + b with respect to x, exact for the stored W, which `forward` saves with its scale: a
+    rounding of x counts as none. W is widened again here: autograd would keep the wide copy until then."""
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scale = ctx.saved_tensors
         return grad @ widened(weight, scale, grad.dtype), None, None, None
+
+
+class FrozenProduct(InputGradient):
+    """x W^T + b with a frozen W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, widened(weight, scale, x.dtype), bias)
 
 
 _FEW_ROWS = 256  # of an input: a product with so few costs little more than reading its matrix

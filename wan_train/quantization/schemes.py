@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from wan_train.errors import InputError
-from wan_train.precision import Linear, widened
+from wan_train.precision import InputGradient, Linear
 
 FP8 = torch.float8_e4m3fn
 BLOCK = 64  # inputs that share a scale
@@ -123,17 +122,7 @@ class _QuantisedLinear(Linear):
         return self.product.apply(x, self.weight, self.scale_weight, bias)
 
 
-class _InputGradient(torch.autograd.Function):
-    """The gradient of x W^T + b with respect to x, exact for the stored W: the rounding of x counts as none."""
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, scale = ctx.saved_tensors
-        return grad @ widened(weight, scale, grad.dtype), None, None, None
-
-
-class _Int8Product(_InputGradient):
+class _Int8Product(InputGradient):
     """x W^T + b in int8: x is rounded to int8 with a scale for each token, sums are int32 (W8A8 as in LLM.int8()'s
     vector-wise form, Dettmers et al. 2022, eq. 7, without its outlier columns)."""
 
@@ -145,7 +134,7 @@ class _Int8Product(_InputGradient):
         return _unscaled(sums, steps, scale, bias, x)
 
 
-class _Fp8Product(_InputGradient):
+class _Fp8Product(InputGradient):
     """x W^T + b in e4m3 with a scale for each token and each output, by the device's own fp8 product."""
 
     @staticmethod
