@@ -7,7 +7,8 @@ that does not set it.
 import json
 import os
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -123,14 +124,22 @@ def read_config(
     return tuple(map(_as_one_frame, configs)) if one_frame else configs
 
 
-def _parse(source: Path) -> dict[str, Any]:
+@contextmanager
+def reading_text(source: Path) -> Iterator[None]:
+    """InputError where the text file that is read inside cannot be opened, or is not UTF-8."""
     try:
-        text = source.read_text(encoding="utf-8-sig")
-        document = json.loads(text) if source.suffix.lower() == ".json" else tomllib.loads(text)
+        yield
     except OSError as problem:
         raise InputError(f"cannot read {source}: {problem.strerror or problem}") from None
     except UnicodeDecodeError:
         raise InputError(f"{source} is not text in UTF-8: save it as UTF-8") from None
+
+
+def _parse(source: Path) -> dict[str, Any]:
+    with reading_text(source):
+        text = source.read_text(encoding="utf-8-sig")
+    try:
+        document = json.loads(text) if source.suffix.lower() == ".json" else tomllib.loads(text)
     except tomllib.TOMLDecodeError as problem:
         raise InputError(f"{source} is not valid TOML: {problem}") from None
     except json.JSONDecodeError as problem:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dataset.caching.manifest import Manifest
 from dataset.config import DatasetConfig
+from wan_train.models.fingerprint import file_hash
 from wan_train.shards import INDEX, expand
 
 RECIPE_KEY = "wan_train_recipe"
@@ -114,7 +115,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 def _digest(path: Path, manifest: Manifest) -> str:
     files = _files_of(path)
-    digests = [manifest.recall("sha256", file, _hash) for file in files]
+    digests = [manifest.recall("sha256", file, file_hash) for file in files]
     if files == [path]:
         return str(digests[0])
     named = "\n".join(f"{digest} {file.name}" for file, digest in zip(files, digests, strict=True))
@@ -125,8 +126,3 @@ def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     return expand(path) if path.name.endswith((".safetensors", INDEX)) else [path]
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

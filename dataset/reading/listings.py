@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.config import DatasetConfig
+from dataset.config import DatasetConfig, reading_text
 from dataset.reading.captions import find_caption_files, read_captions, split_variants
 from dataset.reading.media import VIDEO_SUFFIXES, is_video
 from dataset.reading.stills import IMAGE_SUFFIXES
@@ -148,13 +148,8 @@ def _read_control(given: Any, place: str) -> Path:
 
 
 def _read_lines(listing: Path) -> list[str]:
-    try:
-        with listing.open(encoding="utf-8-sig", newline="") as file:
-            return list(file)
-    except OSError as problem:
-        raise InputError(f"cannot read {listing}: {problem.strerror or problem}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{listing} is not text in UTF-8: save it as UTF-8") from None
+    with reading_text(listing), listing.open(encoding="utf-8-sig", newline="") as file:
+        return list(file)
 
 
 def _warn_unread(config: DatasetConfig, names: set[str]) -> None:

@@ -84,18 +84,17 @@ def _scheduler(name: str) -> Any:
     return load("diffusers", name, "--sample_solver", instead=WITHOUT_DIFFUSERS)
 
 
-def _unipc(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
-    scheduler = _scheduler("UniPCMultistepScheduler")(
-        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, solver_type="bh2"
-    )
+def _multistep(name: str, sigmas: np.ndarray, **options: Any) -> Solver:
+    scheduler = _scheduler(name)(prediction_type="flow_prediction", use_flow_sigmas=True, **options)
     return _Diffusers(scheduler, sigmas, (NUM_TIMESTEPS * sigmas[:-1]).astype(np.int64))
+
+
+def _unipc(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
+    return _multistep("UniPCMultistepScheduler", sigmas, solver_order=2, solver_type="bh2")
 
 
 def _dpmpp(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
-    scheduler = _scheduler("DPMSolverMultistepScheduler")(
-        prediction_type="flow_prediction", use_flow_sigmas=True, algorithm_type="dpmsolver++", solver_type="midpoint"
-    )
-    return _Diffusers(scheduler, sigmas, (NUM_TIMESTEPS * sigmas[:-1]).astype(np.int64))
+    return _multistep("DPMSolverMultistepScheduler", sigmas, algorithm_type="dpmsolver++", solver_type="midpoint")
 
 
 def _euler(sigmas: np.ndarray, generator: torch.Generator) -> Solver:

@@ -21,7 +21,7 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def file_hash(path: str) -> str:
+def file_hash(path: str | Path) -> str:
     """The SHA-256 of a whole file, in hexadecimal digits: for files that are read in a moment."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,6 @@
 """From a checkpoint's names to the model's: prefixes, foreign names, and the filling of a model made on `meta`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,10 @@ def require_kind(shapes: Shapes, wanted: str, what: str) -> None:
         raise InputError(f"{what} {shown}, not a {wanted} checkpoint: give the right file")
 
 
-def strip_prefix(name: str) -> str:
-    """The name without the wrapper's prefix that other tools put in front of a whole DiT."""
-    for prefix in _PREFIXES:
+def strip_prefix(name: str, prefixes: Sequence[str] = _PREFIXES) -> str:
+    """The name without the first of `prefixes` that it has; default: those that other tools put in front of a whole
+    DiT."""
+    for prefix in prefixes:
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return name

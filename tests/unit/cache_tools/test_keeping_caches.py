@@ -73,7 +73,7 @@ def change(path):
 def test_a_second_run_decodes_hashes_and_probes_nothing(folder, capsys, monkeypatch):
     assert cache() == 0  # reads the headers of the new files
     for name in (
-        "dataset.caching.recipe._hash",
+        "dataset.caching.recipe.file_hash",
         "cache_tools.cache_latents.load_clips",
         "dataset.caching.staleness.read_header",
     ):

@@ -131,13 +131,13 @@ def test_copies_with_another_time_are_the_same_and_hashed_once(clip, vae, tmp_pa
     for _ in range(2):
         with Manifest(tmp_path / "cache") as manifest:
             assert latents_state(clip, manifest, model=vae).kind is Staleness.UP_TO_DATE
-        monkeypatch.setattr("dataset.caching.recipe._hash", None)
+        monkeypatch.setattr("dataset.caching.recipe.file_hash", None)
 
 
 def test_nothing_is_hashed_or_opened_that_is_known(clip, vae, tmp_path, monkeypatch):
     with Manifest(tmp_path / "cache") as manifest:
         latents_state(clip, manifest, model=vae)
-    monkeypatch.setattr("dataset.caching.recipe._hash", None)
+    monkeypatch.setattr("dataset.caching.recipe.file_hash", None)
     monkeypatch.setattr("dataset.caching.staleness.read_header", None)
     assert latents_state(clip, Manifest(tmp_path / "cache"), model=vae).kind is Staleness.UP_TO_DATE
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from wan_train.errors import InputError
-from wan_train.models.weights import Pairs, Shapes, check_names, fill, require_kind
+from wan_train.models.weights import Pairs, Shapes, check_names, fill, require_kind, strip_prefix
 from wan_train.precision import compute_dtype, upcast_on_use
 from wan_train.storage import TensorSource, read_header, read_tensors
 
@@ -187,10 +187,7 @@ def _without_one(tensor: Tensor) -> Tensor:
 
 
 def _bare(name: str) -> str:
-    for prefix in _PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name
+    return strip_prefix(name, _PREFIXES)
 
 
 def _is_used(name: str) -> bool:

@@ -4,12 +4,11 @@ B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent pos
 own are the layers that narrow and widen, which are handed in, and the patch.
 """
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from wan_train.models.vae.geometry import Geometry
-from wan_train.models.vae.layers import CausalConv3d, FeatureCache, make_head, make_middle
+from wan_train.models.vae.layers import CausalConv3d, FeatureCache, make_head, make_middle, run_head
 
 
 class Encoder(nn.Module):
@@ -37,8 +36,7 @@ class Encoder(nn.Module):
         """The part that sees the whole picture, in one size."""
         for layer in self.middle:
             x = layer(x, cache)
-        x = self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
-        return x
+        return run_head(self.head, x, cache)
 
 
 class Decoder(nn.Module):
@@ -66,7 +64,7 @@ class Decoder(nn.Module):
         """The part that sees a neighbourhood only: features to pixels."""
         for layer in self.upsamples:
             x = layer(x, cache)
-        x = self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
+        x = run_head(self.head, x, cache)
         return unfold_patches(x, self.patch)
 
 

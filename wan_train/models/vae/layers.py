@@ -153,6 +153,12 @@ def make_head(channels: int, out_channels: int) -> nn.ModuleDict:
     return nn.ModuleDict({"0": RMSNorm(channels), "2": CausalConv3d(channels, out_channels)})
 
 
+def run_head(head: nn.ModuleDict, x: Tensor, cache: FeatureCache) -> Tensor:
+    """What ends an encoder or a decoder: (B, C, F, H, W) -> (B, C', F, H, W)."""
+    out: Tensor = head["2"](F.silu(head["0"](x), inplace=True), cache)
+    return out
+
+
 class Downsample(nn.Module):
     """Halve height and width, and with `temporal` the frames too: (B, C, F, H, W) -> (B, C, F or ceil(F/2), H/2, W/2).
 

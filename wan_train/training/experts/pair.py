@@ -1,7 +1,7 @@
 """Two experts in one run: the model that is one of them at a time, and the adapter that is both of theirs."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -96,10 +96,7 @@ class PairAdapter:
 
     def disabled(self) -> AbstractContextManager[None]:
         """While it lasts both models compute as if they had never been trained."""
-        stack = ExitStack()
-        for _, part in self.parts.items():
-            stack.enter_context(part.disabled())
-        return stack  # type: ignore[return-value]
+        return _all_of(part.disabled() for _, part in self.parts.items())
 
     def norm(self) -> float:
         """The length of what both have learnt."""
@@ -143,10 +140,7 @@ class PairEma:
 
     def applied(self, forget: Callable[[], None]) -> AbstractContextManager[None]:
         """While it lasts the parameters of both hold their averages."""
-        stack = ExitStack()
-        for _, part in self.parts.items():
-            stack.enter_context(part.applied(forget))
-        return stack  # type: ignore[return-value]
+        return _all_of(part.applied(forget) for _, part in self.parts.items())
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""
@@ -156,3 +150,12 @@ class PairEma:
         """Go on from a saved state."""
         for expert, part in self.parts.items():
             part.load_state_dict(state[expert])
+
+
+@contextmanager
+def _all_of(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+    """Enter each of them in turn, and leave them in reverse."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

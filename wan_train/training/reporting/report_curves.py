@@ -58,25 +58,12 @@ def draw_charts(rows: list[Row]) -> list[str]:
     rates = sorted({name for row in steps for name in row.get("learning_rates") or {}})
     rate_curves = [Series(name, at, _column(steps, "learning_rates", name), i) for i, name in enumerate(rates)]
     return [
-        draw_chart(
-            "Loss",
-            [
-                Series("each step", at, _column(steps, "loss"), 0, faint=True),
-                _smooth(steps, "loss", colour=0),
-            ],
-        ),
+        draw_chart("Loss", _each_and_smooth(steps, "loss", colour=0)),
         draw_chart("Held-out loss, with the 95% interval of its change since the first", [_with_interval(rows)]),
         draw_chart("Loss by noise level, smoothed", [_stratum(steps, index) for index in range(NUM_STRATA)]),
         draw_chart("Held-out loss by noise level", _held_out_strata(rows)),
         draw_chart("Learning rate", rate_curves or [Series("all", at, _column(steps, "lr"), 0)], from_zero=True),
-        draw_chart(
-            "Gradient norm",
-            [
-                Series("each step", at, _column(steps, "grad_norm"), 1, faint=True),
-                _smooth(steps, "grad_norm", colour=1),
-            ],
-            from_zero=True,
-        ),
+        draw_chart("Gradient norm", _each_and_smooth(steps, "grad_norm", colour=1), from_zero=True),
         draw_chart("Adapter norm", [Series("norm", at, _column(steps, "adapter_norm"), 2)], from_zero=True),
         draw_chart("Seconds per step", [_smooth(steps, "seconds", colour=3)], from_zero=True),
         draw_chart("Tokens per second", [_smooth(steps, "tokens_per_second", colour=4)], from_zero=True),
@@ -102,6 +89,11 @@ def _known(rows: Sequence[Row], *path: str) -> np.ndarray:
 
 def _smooth(steps: list[Row], what: str, name: str = "smoothed", colour: int = 0) -> Series:
     return Series(name, _column(steps, "step"), smoothed(_column(steps, what), max(1, len(steps) // 25)), colour)
+
+
+def _each_and_smooth(steps: list[Row], column: str, *, colour: int) -> list[Series]:
+    each = Series("each step", _column(steps, "step"), _column(steps, column), colour, faint=True)
+    return [each, _smooth(steps, column, colour=colour)]
 
 
 def _stratum(steps: list[Row], index: int) -> Series:
