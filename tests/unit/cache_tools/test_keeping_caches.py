@@ -1,5 +1,6 @@
 """What a caching run makes of the caches that are there: kept, adopted, made again, deleted, shared out."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -35,8 +36,7 @@ target_frames = [1, 5]
 @pytest.fixture(scope="module")
 def cached_folder(tmp_path_factory, vae_path):
     folder = tmp_path_factory.mktemp("cached")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with contextlib.chdir(folder):
         make_clips(folder / "clips", {"a": 5, "b": 6, "c": 9})
         write_toml(folder / "data.toml", TOML)
         shutil.copy(vae_path, folder / "vae.safetensors")

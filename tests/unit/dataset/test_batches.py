@@ -1,3 +1,4 @@
+import contextlib
 import json
 import random
 import shutil
@@ -56,8 +57,7 @@ def make_cache(folder):
 @pytest.fixture(scope="module")
 def cached_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cached")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with contextlib.chdir(folder):
         make_cache(folder)
     return folder
 

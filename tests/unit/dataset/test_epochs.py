@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import random
@@ -38,8 +39,7 @@ enable_bucket = true
 def folder(tmp_path_factory):
     """few/ has 3 images, many/ 14 in two sizes; each has two captions."""
     folder = tmp_path_factory.mktemp("epochs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with contextlib.chdir(folder):
         for name, count in (("few", 3), ("many", 14)):
             caption = f"{name} {{number}}\n{name} {{number}} again"
             make_stills(folder / name, count, num_square=10, caption=caption)

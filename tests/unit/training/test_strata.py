@@ -1,3 +1,4 @@
+import contextlib
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -36,8 +37,7 @@ SHAPE = (1, 1, 2, 2)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """few/ has 2 images, many/ 12 in two sizes."""
     folder = tmp_path_factory.mktemp("strata")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with contextlib.chdir(folder):
         for name, count in (("few", 2), ("many", 12)):
             make_stills(folder / name, count, num_square=7, caption="words")
         for config in read_config(write_toml(folder / "full.toml", TOML.format(few="", many=""))):
