@@ -17,6 +17,7 @@ from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.media_out import read_comment
 from wan_train.models.fingerprint import file_hash, fingerprint
+from wan_train.sampling.options import named_files
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.settings import SamplingSettings
 from wan_train.storage import read_header
@@ -64,16 +65,12 @@ def model_hashes(settings: GenerateSettings) -> dict[str, Any]:
     return hashes
 
 
-def input_hashes(settings: SamplingSettings | SampleRequest) -> dict[str, str]:
-    """By option, the SHA-256 of the video and the pictures that a video is made from; folders have none."""
-    paths = {name: getattr(settings, name) for name in ("video_path", "image_path", "end_image_path")}
-    controls = settings.control_images if isinstance(settings, SampleRequest) else settings.control_image_path
-    paths["control_image_path"] = "\n".join(controls)
-    named = {name: text.splitlines() for name, text in paths.items() if text}
+def input_hashes(stated: SamplingSettings | SampleRequest, settings: type = SamplingSettings) -> dict[str, str]:
+    """By option of `settings`, the SHA-256 of the video and the images that a video is made from; folders have none."""
     return {
-        name: " ".join(file_hash(path) for path in files)
-        for name, files in named.items()
-        if all(Path(path).is_file() for path in files)
+        name: " ".join(map(file_hash, paths))
+        for name, paths in named_files(stated, settings).items()
+        if all(Path(path).is_file() for path in paths)
     }
 
 
@@ -82,8 +79,9 @@ def make_record(settings: GenerateSettings, request: SampleRequest, hashes: Mapp
     # What the command line says of sampling may not hold for this video: a line of a file stands over it.
     groups = [rows for group, rows in changed_options(settings).items() if group != "sampling"]
     about = {name: value for rows in groups for name, value in rows.items() if name not in _ELSEWHERE}
-    options = about | {"task": settings.dit.task} | request_options(request)
-    return Record(options, {**hashes, **input_hashes(request)})
+    declared = type(settings.sampling)
+    options = about | {"task": settings.dit.task} | request_options(request, declared)
+    return Record(options, {**hashes, **input_hashes(request, declared)})
 
 
 def read_record(path: str) -> Record:

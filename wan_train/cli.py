@@ -50,6 +50,7 @@ def option(
     metavar: str | None = None,
     required: bool = False,
     expands: str = "",
+    traits: object = None,
 ) -> Any:
     """Declare a setting as a dataclass field.
 
@@ -57,10 +58,11 @@ def option(
     values, `tuple[str, ...]` any number. `flags` are further spellings; `shortcuts` are switches that set this field to
     a fixed value (`{"--sdpa": "torch"}`); `minimum` and `maximum` are inclusive. `expands` is "module:function" where
     the value is a file that holds options: the function gets the command line and gives it back with them in front.
+    `traits` is what others than the command line read from the field's metadata.
     """
     lists = tuple(choices), tuple(flags), dict(shortcuts or {})
     described = Option(help, *lists, minimum, maximum, required, metavar, expands)
-    return dataclasses.field(default=default, metadata={"option": described})
+    return dataclasses.field(default=default, metadata={"option": described, "traits": traits})
 
 
 def positional(help: str) -> Any:
@@ -153,7 +155,7 @@ def switches(settings: type) -> dict[str, bool]:
 
 def is_single(hint: Any) -> bool:
     """Whether an option of this type takes one value and not several."""
-    return _kind(hint)[1] is None
+    return value_type(hint)[1] is None
 
 
 def _require_one_shortcut(settings: type, words: Sequence[str]) -> None:
@@ -186,7 +188,7 @@ def _parser(settings: type, program: str, about: str) -> _Parser:
 
 
 def _add(section: Any, field: dataclasses.Field[Any], described: Option, hint: Any) -> None:
-    kind, count = _kind(hint)
+    kind, count = value_type(hint)
     flags = spellings(field, described)
     default = "" if described.required or not shown(field.default) else f" (default {field.default})"
     allowed = f" One of: {', '.join(described.choices)}." if described.choices else ""
@@ -219,7 +221,7 @@ def _add(section: Any, field: dataclasses.Field[Any], described: Option, hint: A
         )
 
 
-def _kind(hint: Any) -> tuple[type, int | str | None]:
+def value_type(hint: Any) -> tuple[type, int | str | None]:
     """The scalar type of an annotation and argparse's nargs."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))

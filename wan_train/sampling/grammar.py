@@ -1,66 +1,22 @@
 """The grammar in which prompt lines, tables and files state what is wished for."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.one_frame import read_one_frame
+from wan_train.sampling.options import first_of, sampling_options
 from wan_train.sampling.prompt_files import read_entries
 from wan_train.sampling.prompt_line import Given, split_line, strays
-from wan_train.sampling.request import MAX_STEPS, SampleRequest, checked, fitted, read_layers, read_numbers
-from wan_train.sampling.settings import CFG_SKIP_MODES, MAX_SEED, NOISE_DEVICES, SLG_MODES, SOLVER_NAMES
+from wan_train.sampling.request import SampleRequest, checked, fitted
+from wan_train.sampling.settings import SamplingSettings
+from wan_train.sampling.values import Read, make_reader
 
 log = get_logger(__name__)
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            raise ValueError(f"takes {low} to {high}")
-        return value
-
-    return read
-
-
-def _size(text: str) -> tuple[int, ...]:
-    size = tuple(map(_whole(16, 8192), text.replace(",", " ").split()))
-    if len(size) != 2:
-        raise ValueError("takes width and height")
-    return size
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
-            raise ValueError(f"takes {low:g} to {high:g}")
-        return value
-
-    return read
-
-
-def _one_of(names: Sequence[str]) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in names:
-            raise ValueError(f"takes one of {', '.join(names)}")
-        return text
-
-    return read
-
-
-def _paths(text: str) -> tuple[str, ...]:
-    return tuple(text.splitlines())
-
-
-def _switch(text: str) -> bool:
-    """A switch is on by being there; tables say true or false."""
-    if text.lower() not in ("", "true", "false"):
-        raise ValueError("takes nothing after it, or true or false")
-    return text.lower() != "false"
 
 
 @dataclass(frozen=True)
@@ -69,82 +25,80 @@ class _Value:
 
     field: str
     name: str
-    read: Callable[[str], object]
+    read: Read
+    is_repeated: bool = False
 
 
-# What a prompt line says: the letters that are usual, and the generator's options by their names.
-_VALUES = {
-    "w": _Value("width", "width", _whole(16, 8192)),
-    "h": _Value("height", "height", _whole(16, 8192)),
-    "f": _Value("frames", "frame_count", _whole(1, 4096)),
-    "d": _Value("seed", "seed", _whole(0, MAX_SEED)),
-    "s": _Value("steps", "sample_steps", _whole(1, MAX_STEPS)),
-    "l": _Value("guidance", "cfg_scale", _number(0, 1000)),
-    "guidance_scale_high_noise": _Value("guidance_high_noise", "guidance_scale_high_noise", _number(0, 1000)),
-    "fs": _Value("shift", "discrete_flow_shift", _number(1e-3, 1000)),
-    "n": _Value("negative_prompt", "negative_prompt", str),
-    "video_size": _Value("size", "video_size", _size),
-    "sample_solver": _Value("solver", "sample_solver", _one_of(SOLVER_NAMES)),
-    "timesteps": _Value("timesteps", "timesteps", read_numbers),
-    "rand_device": _Value("rand_device", "rand_device", _one_of(NOISE_DEVICES)),
-    "i": _Value("image_path", "image_path", str),
-    "ei": _Value("end_image_path", "end_image_path", str),
-    "ci": _Value("control_images", "control_image_path", _paths),
-    "of": _Value("one_frame", "one_frame", read_one_frame),
-    "exact_size": _Value("exact_size", "exact_size", _switch),
-    "video_path": _Value("video_path", "video_path", str),
-    "denoising_strength": _Value("denoising_strength", "denoising_strength", _number(1e-3, 1)),
-    "cfg_skip_mode": _Value("cfg_skip_mode", "cfg_skip_mode", _one_of(CFG_SKIP_MODES)),
-    "cfg_apply_ratio": _Value("cfg_apply_ratio", "cfg_apply_ratio", _number(0, 1)),
-    "cfg_merge": _Value("cfg_merge", "cfg_merge", _switch),
-    "slg_layers": _Value("slg_layers", "slg_layers", read_layers),
-    "slg_mode": _Value("slg_mode", "slg_mode", _one_of(SLG_MODES)),
-    "slg_scale": _Value("slg_scale", "slg_scale", _number(0, 1000)),
-    "slg_start": _Value("slg_start", "slg_start", _number(0, 1)),
-    "slg_end": _Value("slg_end", "slg_end", _number(0, 1)),
-}
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The options of prompts: `values` by letter; `letters` by names in tables; `options`, letters by names on the
+    command line; `refused`, by letter the reason why previews refuse it."""
+
+    values: Mapping[str, _Value]
+    letters: Mapping[str, str]
+    options: Mapping[str, str]
+    refused: Mapping[str, str]
+
+
 _IGNORED = {"g": "guidance_scale"}  # embedded guidance, which Wan does not have
 # Control, which these tasks do not take.
 _ELSEWHERE = {
     "cn": "control_video_path",
     "cim": "control_image_mask_path",
 }
-_REPEATED = ("ci",)  # what a line may say several times
-_BY_NAME = {value.name: letter for letter, value in _VALUES.items()} | {
-    name: letter for letter, name in (_IGNORED | _ELSEWHERE).items()
-}
+# The order in which messages list these; the others follow as they are declared.
+_LISTED_FIRST = (
+    *("w", "h", "f", "d", "s", "l", "guidance_scale_high_noise", "fs", "n", "video_size", "sample_solver"),
+    *("timesteps", "rand_device", "i", "ei", "ci", "of"),
+)
+
+
+@cache
+def _vocabulary(settings: type) -> _Vocabulary:
+    """Make the vocabulary of a dataclass of sampling settings: its options, and width and height by themselves."""
+    declared = [option for option in sampling_options(settings) if option.name != "prompt"]
+    values = {o.letter: _Value(o.field, o.table, o.reader, o.is_repeated) for o in declared}
+    assert len(values) == len(declared), "two options have one letter"
+    size = next(option for option in declared if option.name == "video_size")
+    read_side = make_reader(int, size.described, maximum=size.traits.maximum)
+    values |= {"w": _Value("width", "width", read_side), "h": _Value("height", "height", read_side)}
+    values = {letter: values[letter] for letter in first_of(_LISTED_FIRST, list(values))}
+    return _Vocabulary(
+        values=values,
+        letters={value.name: letter for letter, value in values.items()}
+        | {name: letter for letter, name in (_IGNORED | _ELSEWHERE).items()},
+        options={option.name: option.letter for option in declared if option.letter != option.name},
+        refused={o.letter: o.traits.not_in_previews for o in declared if o.traits.not_in_previews},
+    )
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the users of a tool may say: spellings that mean something else there, and what they may not say.
+    """What the prompts of a tool may say: the options of `settings`, a dataclass of sampling settings.
 
-    `strict` refuses what looks like an option and is none.
+    Previews refuse some options; the generator knows each by its name on the command line too. `strict` refuses text
+    that looks like an option and is not one.
     """
 
-    spellings: Mapping[str, str]
-    refused: Mapping[str, str]
+    is_preview: bool
+    settings: type = SamplingSettings
     strict: bool = False
 
+    @property
+    def spellings(self) -> Mapping[str, str]:
+        """Letters by the further names that stand for them."""
+        # In the generator of the tools that these lines come from, --g is the guidance; in their training it is
+        # embedded.
+        return {} if self.is_preview else {"g": "l", **_vocabulary(self.settings).options}
 
-# In the generator of the tools that these lines come from, --g is the guidance; in their training it is embedded.
-GENERATOR = Grammar(
-    spellings={
-        "g": "l",
-        "guidance_scale": "l",
-        "infer_steps": "s",
-        "flow_shift": "fs",
-        "video_length": "f",
-        "negative_prompt": "n",
-        "seed": "d",
-        "image_path": "i",
-        "end_image_path": "ei",
-        "control_image_path": "ci",
-        "one_frame_inference": "of",
-    },
-    refused={},
-)
-PREVIEW = Grammar(spellings={}, refused={"video_path": "previews begin with noise: leave it to the generator"})
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """By letter, the reason why an option is refused."""
+        return _vocabulary(self.settings).refused if self.is_preview else {}
+
+
+GENERATOR = Grammar(is_preview=False)
+PREVIEW = Grammar(is_preview=True)
 
 
 def parse_line(
@@ -157,15 +111,15 @@ def parse_line(
     """
     check_text(line, grammar, where, is_line=True)
     given: dict[str, Given] = {}
-    read = split_line(line)
+    read, values, spellings = split_line(line), _vocabulary(grammar.settings).values, grammar.spellings
     for option in read.options:
-        letter, text = grammar.spellings.get(option.name, option.name), option.text
+        letter, text = spellings.get(option.name, option.name), option.text
         if letter in given:
-            if letter not in _REPEATED:
+            if letter not in values or not values[letter].is_repeated:
                 raise InputError(f"--{letter} comes twice in a prompt line: keep one of them")
             text = f"{given[letter].text}\n{text}"
         given[letter] = Given(f"--{letter}", text)
-    return _request(read.words, given, defaults, grammar, " ".join(f"--{name}" for name in _VALUES))
+    return _request(read.words, given, defaults, grammar, " ".join(f"--{name}" for name in values))
 
 
 def check_text(text: str, grammar: Grammar, where: str, *, is_line: bool = False) -> None:
@@ -173,7 +127,8 @@ def check_text(text: str, grammar: Grammar, where: str, *, is_line: bool = False
 
     InputError for it where the grammar is strict.
     """
-    for stray in strays(text, {*_BY_NAME, *_BY_NAME.values(), *grammar.spellings}, is_line=is_line):
+    letters = _vocabulary(grammar.settings).letters
+    for stray in strays(text, {*letters, *letters.values(), *grammar.spellings}, is_line=is_line):
         way_out = "write a blank and two hyphens before its name" if is_line else "options of it are given beside it"
         told = f'"{stray}" looks like an option and is part of the prompt: {way_out}'
         if grammar.strict:
@@ -190,8 +145,9 @@ def parse_table(
     """
     prompt = table.get("prompt", "")
     given: dict[str, Given] = {}
+    vocabulary, spellings = _vocabulary(grammar.settings), grammar.spellings
     for name, value in table.items():
-        letter = grammar.spellings.get(name) or _BY_NAME.get(name, name)
+        letter = spellings.get(name) or vocabulary.letters.get(name, name)
         if letter in given:
             raise InputError(f"{given[letter].name} and {name} say the same: keep one of them")
         if letter in ("prompt", "n") and not isinstance(value, str):
@@ -200,7 +156,7 @@ def parse_table(
             check_text(str(value), grammar, where)
         if letter != "prompt":
             given[letter] = Given(name, _as_text(value))
-    names = ", ".join(value.name for value in _VALUES.values())
+    names = ", ".join(value.name for value in vocabulary.values.values())
     return _request(str(prompt).strip(), given, defaults, grammar, names)
 
 
@@ -211,12 +167,12 @@ def _as_text(value: object) -> str:
     return str(value)
 
 
-def _meant(name: str, letter: str) -> str:
+def _meant(name: str, letter: str, letters: Mapping[str, str]) -> str:
     """'; did you mean X?' for an unknown name, X as it is written there: in a line as `--w`, elsewhere as `width`."""
-    match = difflib.get_close_matches(letter, _BY_NAME, n=1)
+    match = difflib.get_close_matches(letter, letters, n=1)
     if not match:
         return ""
-    return f"; did you mean {f'--{_BY_NAME[match[0]]}' if name.startswith('--') else match[0]}?"
+    return f"; did you mean {f'--{letters[match[0]]}' if name.startswith('--') else match[0]}?"
 
 
 def _request(
@@ -225,7 +181,7 @@ def _request(
     """The defaults with what was given by letter; `known` lists the names for a message."""
     if not prompt:
         raise InputError("a prompt starts with its words: a cat in the rain --w 832 --h 480")
-    changes: dict[str, object] = {"prompt": prompt}
+    vocabulary, changes = _vocabulary(grammar.settings), dict[str, Any](prompt=prompt)
     for letter, value in given.items():
         if letter in _IGNORED:
             log.info("%s is passed over: Wan has no embedded guidance; --l (cfg_scale) is its guidance", value.name)
@@ -235,21 +191,22 @@ def _request(
             )
         elif letter in grammar.refused:
             raise InputError(f"{value.name}: {grammar.refused[letter]}")
-        elif letter not in _VALUES:
-            raise InputError(f"unknown option {value.name} of a prompt{_meant(value.name, letter)}: known are {known}")
+        elif letter not in vocabulary.values:
+            meant = _meant(value.name, letter, vocabulary.letters)
+            raise InputError(f"unknown option {value.name} of a prompt{meant}: known are {known}")
         else:
-            changes[_VALUES[letter].field] = _read(_VALUES[letter], value)
+            changes[vocabulary.values[letter].field] = _read(vocabulary.values[letter], value)
     if size := changes.pop("size", None):
         if beside := given.keys() & {"w", "h"}:
             raise InputError(f"{given['video_size'].name} and {given[min(beside)].name} say the same: keep one of them")
-        changes["width"], changes["height"] = size  # type: ignore[misc]
+        changes["width"], changes["height"] = size
     if "denoising_strength" in changes and not changes.get("video_path", defaults.video_path):
         raise InputError(
             f"{given['denoising_strength'].name} says how much of a video_path is made anew: give that too"
         )
     if "steps" in changes and "timesteps" not in changes:
         changes["timesteps"] = ()  # a number of steps takes the place of levels that hold for all lines
-    return fitted(checked(replace(defaults, **changes)))  # type: ignore[arg-type]
+    return fitted(checked(replace(defaults, **changes)))
 
 
 def _read(value: _Value, given: Given) -> object:

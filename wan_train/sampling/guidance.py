@@ -4,11 +4,11 @@ Classifier-free guidance (Ho and Salimans 2022) leads away from the negative pro
 it from Stable Diffusion 3.5, away from what the model makes of that prompt with some of its blocks left out.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wan_train.cli import choose
 from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
-from wan_train.models.dit.dit import Dit
+from wan_train.models.dit.dit import Dit, Embedded, RunBlocks, wrap_run_blocks
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def guide(
         return model(latents, time, **inputs(prompts))
 
     def run_skipped(x: Tensor, timestep: Tensor) -> Tensor:
-        with without_blocks(model, guidance.slg_layers):
+        with without_blocks(cast(Dit, model), guidance.slg_layers):
             return run(x, timestep, NEGATIVE)
 
     def predict(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
@@ -110,21 +110,21 @@ def _step_inputs(model: nn.Module, conditions: Conditions, device: torch.device)
 
 
 @contextmanager
-def without_blocks(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
-    """Let some of the model's `blocks` pass on their input as it is, whatever else has been done to them."""
-    blocks: list[Any] = [model.blocks[layer] for layer in layers]  # type: ignore[index]
-    forwards = [block.forward for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = _pass_on
+def without_blocks(model: Dit, layers: Collection[int]) -> Iterator[None]:
+    """While it lasts, let passes of the model leave out these of its `blocks`. InputError for one that it lacks."""
+    num_blocks = len(model.blocks)
+    if beyond := [layer for layer in layers if layer >= num_blocks]:
+        raise InputError(f"--slg_layers {beyond[0]} is not there: the model has blocks 0 to {num_blocks - 1}")
+
+    def leaving_out(run: RunBlocks) -> RunBlocks:
+        def run_others(state: Embedded) -> None:
+            state.skipped |= frozenset(layers)
+            run(state)
+
+        return run_others
+
+    with wrap_run_blocks(model, leaving_out):
         yield
-    finally:
-        for block, forward in zip(blocks, forwards, strict=True):
-            block.forward = forward
-
-
-def _pass_on(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x
 
 
 def _ends(steps: int, applied: int, *, first: bool) -> list[bool]:

@@ -1,6 +1,6 @@
 """A wish for one video: everything that decides it but the weights."""
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 from wan_train.errors import InputError
 from wan_train.flow.solvers import check_solver, explicit_levels
@@ -10,15 +10,15 @@ from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
 from wan_train.sampling.guidance import Guidance, plan_steps
 from wan_train.sampling.pictures import check_controls, check_pictures, size_like
+from wan_train.sampling.settings import SampleOptions, StartOptions
 
 log = get_logger(__name__)
 
-MAX_STEPS = 1000
 STRENGTH = 0.7  # of video to video where nobody says
 
 
 @dataclass(frozen=True)
-class SampleRequest:
+class SampleRequest(SampleOptions, StartOptions):
     """Everything that decides a video but the weights. Sizes in pixels, `frames` 4n+1, `seed` None draws one.
 
     `shift` None is the variant's for the size. `timesteps`, 0..1000 before the shift, take the place of `steps` even
@@ -36,29 +36,24 @@ class SampleRequest:
     frames: int
     steps: int
     guidance: float
-    shift: float | None
-    seed: int | None = None
+    shift: float | None = None
+    _: KW_ONLY
     variant: Variant = VARIANTS["t2v-14B"]
     solver: str = "unipc"
     timesteps: tuple[float, ...] = ()
-    rand_device: str = "cpu"
-    video_path: str | None = None
-    denoising_strength: float = STRENGTH
-    image_path: str | None = None
-    end_image_path: str | None = None
-    exact_size: bool = False
     one_frame: OneFrame | None = None
     control_images: tuple[str, ...] = ()
     guidance_high_noise: float | None = None
     boundary: float | None = None
-    cfg_skip_mode: str = "none"
-    cfg_apply_ratio: float | None = None
-    cfg_merge: bool = False
+    # Of these the command line leaves a default open, or has them as text.
+    denoising_strength: float = STRENGTH
     slg_layers: tuple[int, ...] = ()
     slg_mode: str = "original"
-    slg_scale: float = 3.0
-    slg_start: float = 0.0
-    slg_end: float = 0.3
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)."""
+        return self.width, self.height
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -76,6 +71,11 @@ class SampleRequest:
     def picture_paths(self) -> tuple[str, ...]:
         """The pictures that it is made from, the first frame's first."""
         return self.control_images or tuple(path for path in (self.image_path, self.end_image_path) if path)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether its size is final, as it is once images have given it their proportions."""
+        return bool(self.picture_paths)
 
     @property
     def expert_boundary(self) -> float:
@@ -113,19 +113,6 @@ class SampleRequest:
             self.slg_start,
             self.slg_end,
         )
-
-
-def read_numbers(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them; ValueError for what is none."""
-    return tuple(float(part) for part in text.replace(",", " ").split())
-
-
-def read_layers(text: str) -> tuple[int, ...]:
-    """Numbers of blocks with commas between them, as in 9,10; ValueError for what is none."""
-    layers = tuple(sorted({int(part) for part in text.replace(",", " ").split()}))
-    if any(layer < 0 for layer in layers):
-        raise ValueError("takes numbers of blocks from 0, as in 9,10")
-    return layers
 
 
 def checked(request: SampleRequest) -> SampleRequest:

@@ -1,13 +1,20 @@
 """What each step computes: prompts in one batch or two, and blocks left out."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.unit.memory.blocks import CONFIG
+from wan_train.assemble import ModelSettings, equip
 from wan_train.conditions.conditions import Conditions
-from wan_train.models.dit.dit import Dit, DitConfig
+from wan_train.errors import InputError
+from wan_train.models.dit.dit import Dit, DitConfig, Embedded, RunBlocks, wrap_run_blocks
+from wan_train.models.settings import DitSettings
+from wan_train.placement.lanes import HostLane
+from wan_train.placement.settings import CompileSettings, RecomputeSettings, StreamSettings
 from wan_train.sampling import text_memory
 from wan_train.sampling.denoise import sample_latents
 from wan_train.sampling.guidance import Guidance, StepPlan, guide, plan_steps, without_blocks
@@ -40,9 +47,12 @@ class Sums(nn.Module):
         assert len(latents) == len(timestep) == len(context)
         self.batches.append(len(latents))
         x = torch.stack([rows.mean() for rows in context]).view(-1, 1, 1, 1, 1).expand_as(latents)
-        for block in self.blocks:
-            x = block(x, "shared")
-        return x
+        state = Embedded(x, *[torch.empty(0)] * 4, (1, 1, 1))
+        self.run_blocks(state)
+        return state.tokens
+
+    def run_blocks(self, state: Embedded) -> None:
+        Dit.run_blocks(self, state)  # type: ignore[arg-type]
 
 
 def velocity(guidance: Guidance, plan: StepPlan) -> tuple[float, list[int]]:
@@ -74,13 +84,81 @@ def test_the_mode_uncond_takes_it_for_the_negative_pass() -> None:
     assert velocity(guidance, StepPlan(guided=True, skipping=True)) == (11 + 5 * (113 - 11), [1, 1])
 
 
-def test_the_blocks_are_back_after_a_pass_and_after_an_error() -> None:
-    model = Sums()
-    with pytest.raises(RuntimeError):
-        with without_blocks(model, (0, 1)):
-            assert model.blocks[0](torch.ones(1)) == 1
-            raise RuntimeError("in between")
-    assert model.blocks[0](torch.ones(1)) == 11
+TINY = replace(CONFIG, in_dim=4, out_dim=4, text_dim=8, freq_dim=8)
+STREAM = StreamSettings(blocks_to_swap=2, block_swap_ring_size=2)
+COMPILE = CompileSettings(compile=True, compile_backend="eager")
+
+
+def tiny_dit() -> Dit:
+    torch.manual_seed(0)
+    model = Dit(TINY).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.2)
+    return model
+
+
+def equipped(**settings: Any) -> Dit:
+    model = tiny_dit()
+    equip(model, ModelSettings(DitSettings(task="t2v-1.3B", dit=""), **settings), HostLane(CPU))
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"stream": STREAM},
+        {"activations": RecomputeSettings(recompute="full")},
+        {"compile": COMPILE},
+        {"stream": STREAM, "activations": RecomputeSettings(recompute="full"), "compile": COMPILE},
+    ],
+)
+def test_a_pass_without_blocks_is_that_of_a_model_without_them(settings: dict[str, Any]) -> None:
+    inputs = (torch.randn(1, 4, 2, 6, 8), torch.tensor([500.0]), torch.randn(1, 5, 8))
+    model = equipped(**settings)
+    with torch.no_grad():
+        whole = tiny_dit()(*inputs)
+        for layers in ((), (1,), (0, 2), (2,), (0, 1, 2)):
+            fewer = tiny_dit()
+            fewer.blocks = nn.ModuleList(block for index, block in enumerate(fewer.blocks) if index not in layers)
+            for _ in range(2):
+                with without_blocks(model, layers):
+                    assert torch.equal(model(*inputs), fewer(*inputs))
+                assert torch.equal(model(*inputs), whole)
+
+
+def test_all_blocks_take_part_again_after_an_error() -> None:
+    model, inputs = tiny_dit(), (torch.randn(1, 4, 1, 2, 2), torch.tensor([1.0]), torch.randn(1, 5, 8))
+    whole = model(*inputs)
+    with pytest.raises(RuntimeError), without_blocks(model, (0, 1)):
+        assert not torch.equal(model(*inputs), whole)
+        raise RuntimeError("in between")
+    assert torch.equal(model(*inputs), whole)
+
+
+def test_blocks_are_left_out_of_what_another_wrap_runs() -> None:
+    """A step cache, or a pass that ranks share, sees the same blocks left out whichever of the two is entered first."""
+    model, inputs = tiny_dit(), (torch.randn(1, 4, 1, 2, 2), torch.tensor([1.0]), torch.randn(1, 5, 8))
+
+    def twice(run: RunBlocks) -> RunBlocks:
+        def run_twice(state: Embedded) -> None:
+            run(state)
+            run(state)
+
+        return run_twice
+
+    with without_blocks(model, (1,)), wrap_run_blocks(model, twice):
+        inside = model(*inputs)
+    with wrap_run_blocks(model, twice), without_blocks(model, (1,)), without_blocks(model, (1,)):
+        outside = model(*inputs)
+    model.blocks = nn.ModuleList([model.blocks[0], model.blocks[2]] * 2)
+    assert torch.equal(inside, model(*inputs)) and torch.equal(outside, inside)
+
+
+def test_a_block_that_the_model_lacks_is_told() -> None:
+    with pytest.raises(InputError, match="--slg_layers 3 is not there: the model has blocks 0 to 2"):
+        with without_blocks(tiny_dit(), (1, 3)):
+            pass
 
 
 def test_layers_are_skipped_between_start_and_end_where_steps_are_guided() -> None:

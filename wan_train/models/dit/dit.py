@@ -79,7 +79,7 @@ class Embedded:
 
     `tokens` (B, L, d) float32, which the blocks replace: they are large, and nothing else may hold them. `context`
     (B, T, d), `time` (B, G, d) and `modulation` (B, G, 6, d) float32 for G groups of equally many tokens, `rope`
-    (2, L, 1, D), `grid` the numbers of patches (F, H, W).
+    (2, L, 1, D), `grid` the numbers of patches (F, H, W), `skipped` the indices of `blocks` that this pass leaves out.
     """
 
     tokens: Tensor
@@ -88,6 +88,7 @@ class Embedded:
     modulation: Tensor
     rope: Tensor
     grid: tuple[int, int, int]
+    skipped: frozenset[int] = frozenset()
 
 
 class Dit(nn.Module):
@@ -175,9 +176,10 @@ class Dit(nn.Module):
         return Embedded(tokens, context.tokens, time, modulation, rope, grid)
 
     def run_blocks(self, state: Embedded) -> None:
-        """Send the tokens of a pass through all blocks."""
-        for block in self.blocks:
-            state.tokens = block(state.tokens, state.context, state.modulation, state.rope)
+        """Send the tokens of a pass through all blocks but the skipped ones."""
+        for index, block in enumerate(self.blocks):
+            if index not in state.skipped:
+                state.tokens = block(state.tokens, state.context, state.modulation, state.rope)
 
     def finish(self, state: Embedded) -> Tensor:
         """The velocity (B, C, F, H, W) in float32 of the tokens of a pass."""

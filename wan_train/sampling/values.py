@@ -1,0 +1,88 @@
+"""From the text of a prompt line or table to the value of an option. ValueError says what the option takes."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from wan_train.cli import Option, value_type
+
+Read = Callable[[str], Any]
+
+
+def make_reader(hint: Any, described: Option, *, maximum: float | None = None) -> Read:
+    """Make the reader of an option with this annotation, range and choices; `maximum` bounds it where those do not.
+
+    Switches read true, false or an empty text (on); several texts stand on a line each, several numbers have commas or
+    blanks between them.
+    """
+    kind, count = value_type(hint)
+    if described.choices:
+        return _one_of(described.choices)
+    if kind is bool:
+        return _read_switch
+    if kind is str:
+        return str if count is None else _read_lines
+    number = _number(kind, described.minimum, maximum if described.maximum is None else described.maximum)
+    return number if count is None else _several(number, count, (described.metavar or "").lower().split())
+
+
+def read_numbers(text: str) -> tuple[float, ...]:
+    """Read numbers with commas between them; ValueError for other text."""
+    return tuple(float(part) for part in text.replace(",", " ").split())
+
+
+def read_layers(text: str) -> tuple[int, ...]:
+    """Read indices of blocks with commas between them, as in 9,10; ValueError for other text."""
+    layers = tuple(sorted({int(part) for part in text.replace(",", " ").split()}))
+    if any(layer < 0 for layer in layers):
+        raise ValueError("takes numbers of blocks from 0, as in 9,10")
+    return layers
+
+
+def _number(kind: type, low: float | None, high: float | None) -> Read:
+    def read(text: str) -> Any:
+        value = kind(text)
+        # False for NaN, whatever the bounds.
+        if not (-math.inf if low is None else low) <= value <= (math.inf if high is None else high):
+            raise ValueError(f"takes {_range(kind, low, high)}")
+        return value
+
+    return read
+
+
+def _range(kind: type, low: float | None, high: float | None) -> str:
+    """Bounds in words. Whole numbers in full: seeds have 19 digits."""
+    first, last = (str(bound) if kind is int else f"{bound:g}" for bound in (low or 0, high or 0))
+    if low is None:
+        return "a number" if high is None else f"at most {last}"
+    return f"{first} or more" if high is None else f"{first} to {last}"
+
+
+def _several(number: Read, count: int | str, names: Sequence[str]) -> Read:
+    def read(text: str) -> tuple[Any, ...]:
+        values = tuple(map(number, text.replace(",", " ").split()))
+        if isinstance(count, int) and len(values) != count:
+            raise ValueError(f"takes {' and '.join(names) or f'{count} numbers'}")
+        return values
+
+    return read
+
+
+def _one_of(names: Sequence[str]) -> Read:
+    def read(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"takes one of {', '.join(names)}")
+        return text
+
+    return read
+
+
+def _read_lines(text: str) -> tuple[str, ...]:
+    return tuple(text.splitlines())
+
+
+def _read_switch(text: str) -> bool:
+    """A switch is on by being there; tables say true or false."""
+    if text.lower() not in ("", "true", "false"):
+        raise ValueError("takes nothing after it, or true or false")
+    return text.lower() != "false"
