@@ -9,7 +9,6 @@ from typing import Any
 
 import av
 
-import wan_train
 from generate.jobs import request_options
 from generate.settings import GenerateSettings
 from wan_train.config_file import changed_options, named_file, words_of
@@ -21,6 +20,7 @@ from wan_train.sampling.options import named_files
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.settings import SamplingSettings
 from wan_train.storage import read_header
+from wan_train.version import __version__
 
 log = get_logger(__name__)
 
@@ -50,7 +50,7 @@ class Record:
     def text(self) -> str:
         """The record as JSON."""
         libraries = {name: version(name) for name in ("torch", "diffusers")}
-        about = {"wan_train": wan_train.__version__, "libraries": libraries}
+        about = {"wan_train": __version__, "libraries": libraries}
         return json.dumps(about | {"options": self.options, "hashes": self.hashes}, ensure_ascii=False)
 
 
