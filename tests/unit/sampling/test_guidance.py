@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.memory.blocks import CONFIG
 from torch import Tensor, nn
 
+from tests.unit.placement.blocks import CONFIG
 from wan_train.assemble import ModelSettings, equip
 from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
