@@ -12,25 +12,20 @@ from dataset.batching.batches import Batch, CachedDataset, collate
 from dataset.batching.epochs import EpochBatches
 from dataset.summary import metadata, summarise
 from networks.adapter import Adapter
-from wan_train.assemble import WeightedLora, assemble_dit, attach_adapter, finish_dit
 from wan_train.conditions.conditions import Conditions
 from wan_train.distributed import first_machine_share
-from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.dit.dit import Dit
-from wan_train.models.dit.experts import LOW, ORDER, pair_of
+from wan_train.models.dit.experts import pair_of
 from wan_train.models.variants import VARIANTS
 from wan_train.placement.lanes import lane_from_host
-from wan_train.placement.parking import Parking
-from wan_train.placement.stream import Stream
-from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
 from wan_train.training.accelerator import from_first, prepare_model
 from wan_train.training.carried import Length, Skipped, Stateful
 from wan_train.training.evaluating.validation import Data, Validator
-from wan_train.training.experts.pair import PairAdapter, PairEma, PairModel, parts_of
-from wan_train.training.experts.plan import ExpertPlan, only_expert, settings_of
+from wan_train.training.experts.models import make_models
+from wan_train.training.experts.pair import PairEma, parts_of
+from wan_train.training.experts.plan import ExpertPlan
 from wan_train.training.loop import run_length
 from wan_train.training.objective.conditioning import dropping_rate
 from wan_train.training.objective.prior import Prior
@@ -38,8 +33,8 @@ from wan_train.training.objective.strata import Strata
 from wan_train.training.optimizing.ema import Ema
 from wan_train.training.optimizing.optimizer_state import Portable
 from wan_train.training.optimizing.schedules import check_schedule, make_schedule, warmup_steps
-from wan_train.training.optimizing.stepping import Streams, make_stepping
-from wan_train.training.preflight import RunPlan, model_settings
+from wan_train.training.optimizing.stepping import make_stepping
+from wan_train.training.preflight import RunPlan
 from wan_train.training.reporting.metrics import MetricsWriter, RunningMean
 from wan_train.training.reporting.preview import Previewer
 from wan_train.training.run import Run
@@ -114,66 +109,6 @@ def build(settings: TrainSettings, plan: RunPlan, data: Data, accelerator: Accel
         skipped=skipped,
         carried={name: part for name, part in carried.items() if part is not None},
     )
-
-
-def make_models(
-    settings: TrainSettings, experts: ExpertPlan, accelerator: Accelerator, seed: int
-) -> tuple[Dit | PairModel, Adapter, Streams]:
-    """The DiT with its adapter and what streams of it, or both experts with theirs."""
-    if not experts.is_pair:
-        model, adapter, stream = make_model(settings_of(settings, only_expert(experts)), accelerator, seed)
-        return model, adapter, {None: stream}
-    made: dict[str, tuple[Dit, Adapter, Stream]] = {}
-    parkings = dict[str, Parking]()
-    lane = lane_from_host(accelerator.device) if settings.experts.offload_inactive_dit else None
-    for expert in reversed(experts.trained):
-        shared = made[LOW][1] if settings.experts.shared_lora and made else None
-        made[expert] = make_model(settings_of(settings, expert), accelerator, seed, shared=shared)
-        if lane is not None:
-            parkings[expert] = Parking(made[expert][0], lane)
-            if expert != ORDER[0]:
-                parkings[expert].park()  # before the other one is there
-    models = pair_of({expert: model for expert, (model, _, _) in made.items()})
-    parts = pair_of({expert: adapter for expert, (_, adapter, _) in made.items()})
-    pair = PairModel(
-        models,
-        parkings=pair_of(parkings) if parkings else None,
-        exchanging=accelerator.num_processes > 1 and not settings.optimizer.fused_backward_pass,
-    )
-    streams: Streams = {expert: stream for expert, (_, _, stream) in made.items()}
-    return pair, parts.low_noise if settings.experts.shared_lora else PairAdapter(parts), streams
-
-
-def make_model(
-    settings: TrainSettings, accelerator: Accelerator, seed: int, *, shared: Adapter | None = None
-) -> tuple[Dit, Adapter, Stream]:
-    """The DiT with its adapter, or one that is `shared` with another DiT, saving memory as the settings say, and what
-    streams of it."""
-    device = accelerator.device
-    dtype = None if accelerator.mixed_precision == "no" else dtype_of(accelerator.mixed_precision)
-    log.info("loading %s%s", settings.dit.dit, f" in {name_of(dtype)}" if dtype else "")
-    model = assemble_dit(
-        model_settings(settings),
-        device=device,
-        dtype=dtype,
-        computing=None if dtype else torch.float32,
-        loras=[WeightedLora(path, multiplier) for path, multiplier in settings.network.base_loras],
-    )
-    if shared is not None:
-        share_adapter(shared, model)
-    adapter = shared or attach_adapter(model, settings.network, settings.stream, seed=seed, device=device)
-    stream = finish_dit(model, model_settings(settings), device)
-    if shared is None:
-        log.info(adapter.describe())
-    return model, adapter, stream
-
-
-def share_adapter(adapter: Adapter, model: Dit) -> None:
-    """Let an adapter change another model too. InputError for a network that cannot."""
-    act_on = getattr(adapter, "act_on", None)
-    if not callable(act_on):
-        raise InputError("--shared_lora: this --network_module cannot change two models: leave it out")
-    act_on(model)
 
 
 def make_ema(adapter: Adapter, loop: LoopSettings, device: torch.device) -> Ema | PairEma | None:
