@@ -1,7 +1,12 @@
 """The models of a run, each read, given its adapter and made to save memory as the settings say."""
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from networks.adapter import Adapter
 from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, attach_adapter, finish_dit
@@ -19,6 +24,40 @@ from wan_train.training.optimizing.stepping import Streams
 from wan_train.training.settings import TrainSettings
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model in training, or both experts as one.
+
+    `dit` is the bare model and `wrapped` what accelerate made of it, which the passes of training go through; `adapter`
+    is what is trained of it, and `experts` says whose turn a step is.
+    """
+
+    accelerator: Accelerator
+    dit: Dit | PairModel
+    wrapped: nn.Module
+    adapter: Adapter
+    experts: ExpertPlan
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.accelerator.device
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes that take a step together."""
+        return int(self.accelerator.num_processes)
+
+    @cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return dict(self.adapter.named_parameters())
+
+    def exchange(self, *, now: bool) -> AbstractContextManager[None]:
+        """Let processes exchange the gradients of the backward pass inside, or only add them up before a later one."""
+        return nullcontext() if now else self.accelerator.no_sync(self.wrapped)
 
 
 def make_models(
