@@ -70,9 +70,9 @@ def main() -> None:
     torch.Tensor.backward = model.around(torch.Tensor.backward)  # type: ignore[method-assign]
     report = loop.report
 
-    def take(*args: Any) -> Any:
+    def take(*args: Any, **kwargs: Any) -> Any:
         model.seconds = whole.seconds = 0.0
-        return whole.around(step.take_step)(*args)
+        return whole.around(step.take_step)(*args, **kwargs)
 
     def told(*args: Any) -> None:
         whole.around(report)(*args)

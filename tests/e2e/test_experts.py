@@ -187,7 +187,8 @@ def test_a_run_is_the_same_with_an_expert_and_the_averages_in_main_memory(
     average = ("--ema_decay", 0.5, "--validation_split", 0.34, "--validate_every_n_steps", 2)
     desk.train("here", *average)
     lane = Lane()
-    monkeypatch.setattr("wan_train.training.build.lane_from_host", lambda device: lane)
+    for maker in ("build", "experts.models"):
+        monkeypatch.setattr(f"wan_train.training.{maker}.lane_from_host", lambda device: lane)
     desk.train("away", *average, "--offload_inactive_dit", "--ema_cpu")
     assert {"out", "back"} <= set(lane.events)
     for part in ("high_noise", "low_noise", "high_noise-ema", "low_noise-ema"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.tiny.make import DIT, T5, VAE
 from wan_train.cli import run
-from wan_train.training import run as running
+from wan_train.training.saving.save import save
 from wan_train.training.settings import TOOL
 
 Tool = Callable[..., None]
@@ -84,10 +84,8 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """`kill(moment)`: the next run dies once all of this moment is saved."""
 
     def install(moment: str) -> None:
-        save = running.save
-
-        def dying(run: Any, at: str, *others: Any, **named: Any) -> None:
-            save(run, at, *others, **named)
+        def dying(saving: Any, at: str, **named: Any) -> None:
+            save(saving, at, **named)
             if at == moment:
                 monkeypatch.undo()
                 raise KeyboardInterrupt
@@ -141,7 +139,7 @@ def test_a_fresh_run_that_was_killed_before_it_saved_begins_again(
     saving = ("--max_train_epochs", 2, "--save_every_n_epochs", 1, "--save_state")
     desk.train("name", *saving)
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("wan_train.training.loop.take_step", killed)

@@ -67,18 +67,17 @@ def test_the_embedding_of_time_comes_back_to_its_device(apple: WithoutFloat64) -
 
 def test_what_processes_exchange_after_a_step(apple: WithoutFloat64) -> None:
     gathered: list[Tensor] = []
-    accelerator = SimpleNamespace(gather=lambda rows: gathered.append(rows) or rows)
-    run: Any = SimpleNamespace(accelerator=accelerator, stop=SimpleNamespace(signal=15))
+    accelerator: Any = SimpleNamespace(gather=lambda rows: gathered.append(rows) or rows)
     with apple:
-        shared = share(run, torch.zeros((), device=META), torch.zeros(2), torch.zeros(2, device=META))
+        loss, losses = torch.zeros((), device=META), torch.zeros(2, device=META)
+        shared = share(accelerator, loss, t=torch.zeros(2), samples=losses, signal=15)
     assert gathered[0].is_meta and gathered[0].shape == (1, 2)
     assert shared.loss == 0
 
 
 def test_the_shared_loss_is_the_mean_and_the_signal_the_last() -> None:
     other = torch.tensor([[0.3, 15.0]])
-    accelerator = SimpleNamespace(gather=lambda rows: torch.cat([rows, other]))
-    run: Any = SimpleNamespace(accelerator=accelerator, stop=SimpleNamespace(signal=0))
-    shared = share(run, torch.tensor(0.1), torch.zeros(1), torch.zeros(1))
+    accelerator: Any = SimpleNamespace(gather=lambda rows: torch.cat([rows, other]))
+    shared = share(accelerator, torch.tensor(0.1), t=torch.zeros(1), samples=torch.zeros(1), signal=0)
     assert shared.loss == float((torch.tensor(0.1).double() + torch.tensor(0.3).double()) / 2)
     assert shared.signal == 15

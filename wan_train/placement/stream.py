@@ -58,15 +58,10 @@ class _Span:
 class _Cargo:
     """What streams of one block, and its master."""
 
-    block: int  # of the model
     tensors: list[Tensor]
     layout: tuple[_Span, ...]
     master: Tensor
     views: list[Tensor]  # of the master
-
-    @property
-    def is_trained(self) -> bool:
-        return any(tensor.requires_grad for tensor in self.tensors)
 
     def rest(self) -> None:
         """Let the tensors be views of the master."""
@@ -92,6 +87,7 @@ class Stream:
         self._cargos, self._lane = cargos, lane
         self._slots = [self._make_slot() for _ in range(min(ring_size, len(cargos)))]
         self._last, self._step = 0, 1
+        self._owners = {id(tensor): number for number, cargo in enumerate(cargos) for tensor in cargo.tensors}
 
     def _make_slot(self) -> _Slot:
         memory = self._lane.slot(max(len(cargo.master) for cargo in self._cargos))
@@ -115,8 +111,7 @@ class Stream:
 
     def names(self, model: nn.Module) -> set[str]:
         """The names in `model` of the tensors that stream: what must not be moved, sharded or broadcast."""
-        ours = {id(tensor) for cargo in self._cargos for tensor in cargo.tensors}
-        return {name for name, tensor in _named_tensors(model) if id(tensor) in ours}
+        return {name for name, tensor in _named_tensors(model) if id(tensor) in self._owners}
 
     def settle(self) -> None:
         """Let all tensors be views of their masters, which are whole, until their blocks are called again."""
@@ -131,9 +126,11 @@ class Stream:
             slot.holds = slot.ready = None
 
     @contextmanager
-    def held(self, block: int) -> Iterator[None]:
-        """While it lasts the tensors of the model's block are on the device; what is written to them is kept."""
-        numbers = [number for number, cargo in enumerate(self._cargos) if cargo.block == block and cargo.is_trained]
+    def held(self, weights: Iterable[Tensor]) -> Iterator[None]:
+        """While it lasts the blocks whose trained matrices are among these weights are on the device, and what is
+        written to them is kept. Other weights stay where they are."""
+        trained = {id(weight) for weight in weights if weight.requires_grad}
+        numbers = sorted({self._owners[weight] for weight in trained & self._owners.keys()})
         for number in numbers:
             self.bring(number)
         yield
@@ -204,7 +201,7 @@ def apply_stream(blocks: Iterable[nn.Module], settings: StreamSettings, lane: La
     every = list(blocks)
     indexes = streamed_blocks(len(every), settings.blocks_to_swap)
     chosen = [every[index] for index in indexes]
-    cargos = [_pack(index, every[index], lane) for index in indexes]
+    cargos = [_pack(block, lane) for block in chosen]
     stream = Stream(cargos, lane, settings.block_swap_ring_size)
     for number, (block, cargo) in enumerate(zip(chosen, cargos, strict=True)):
         block.forward = _brought(block.forward, stream, number)
@@ -227,7 +224,7 @@ def _brought(forward: Callable[..., Any], stream: Stream, number: int) -> Callab
     return brought
 
 
-def _pack(index: int, block: nn.Module, lane: Lane) -> _Cargo:
+def _pack(block: nn.Module, lane: Lane) -> _Cargo:
     """Move what streams of a block into its master; what held it before is free then."""
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     own = [t for m in linears for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
@@ -235,7 +232,7 @@ def _pack(index: int, block: nn.Module, lane: Lane) -> _Cargo:
     assert tensors, "a block without matrices cannot stream"
     layout = _lay_out(tensors)
     master = lane.host(layout[-1].end)
-    cargo = _Cargo(index, tensors, layout, master, _views(layout, master))
+    cargo = _Cargo(tensors, layout, master, _views(layout, master))
     for tensor, view in zip(tensors, cargo.views, strict=True):
         view.copy_(tensor.data)
     cargo.rest()

@@ -12,41 +12,39 @@ from dataset.batching.batches import Batch, CachedDataset, collate
 from dataset.batching.epochs import EpochBatches
 from dataset.summary import metadata, summarise
 from networks.adapter import Adapter
-from wan_train.assemble import WeightedLora, assemble_dit, attach_adapter, finish_dit
 from wan_train.conditions.conditions import Conditions
 from wan_train.distributed.ranks import first_machine_share
-from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.dit.dit import Dit
-from wan_train.models.dit.experts import LOW, ORDER, pair_of
+from wan_train.models.dit.experts import pair_of
 from wan_train.models.variants import VARIANTS
 from wan_train.placement.lanes import lane_from_host
-from wan_train.placement.parking import Parking
-from wan_train.placement.stream import Stream
-from wan_train.precision import dtype_of, name_of
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
 from wan_train.training.accelerator import from_first, prepare_model
-from wan_train.training.carried import Length, Skipped, Stateful
+from wan_train.training.carried import Length, RunningMean, Skipped, Stateful
 from wan_train.training.evaluating.validation import Data, Validator
-from wan_train.training.experts.pair import PairAdapter, PairEma, PairModel, parts_of
-from wan_train.training.experts.plan import ExpertPlan, only_expert, settings_of
+from wan_train.training.experts.models import TrainedModel, make_models
+from wan_train.training.experts.pair import PairEma, parts_of
+from wan_train.training.experts.plan import ExpertPlan
 from wan_train.training.loop import run_length
 from wan_train.training.objective.conditioning import dropping_rate
+from wan_train.training.objective.objective import Objective
 from wan_train.training.objective.prior import Prior
 from wan_train.training.objective.strata import Strata
 from wan_train.training.optimizing.ema import Ema
+from wan_train.training.optimizing.optimization import Optimization
 from wan_train.training.optimizing.optimizer_state import Portable
 from wan_train.training.optimizing.schedules import check_schedule, make_schedule, warmup_steps
-from wan_train.training.optimizing.stepping import Streams, make_stepping
-from wan_train.training.preflight import RunPlan, model_settings
-from wan_train.training.reporting.metrics import MetricsWriter, RunningMean
+from wan_train.training.optimizing.stepping import Stepping, make_stepping
+from wan_train.training.preflight import RunPlan
+from wan_train.training.reporting.metrics import MetricsWriter
 from wan_train.training.reporting.preview import Previewer
-from wan_train.training.run import Run
+from wan_train.training.run import Reporting, Run, TrainingData
 from wan_train.training.saving.hub import open_hub
 from wan_train.training.saving.identity import Identity
 from wan_train.training.saving.metadata import RunFacts, training_metadata
 from wan_train.training.saving.resume import Trained, begin, go_on
+from wan_train.training.saving.save import Saving
 from wan_train.training.saving.state import State
 from wan_train.training.settings import LoopSettings, TrainSettings
 from wan_train.training.stopping import leave_signals_to_trainer
@@ -58,122 +56,91 @@ def build(settings: TrainSettings, plan: RunPlan, data: Data, accelerator: Accel
     """Everything that the loop needs."""
     dataset, is_first = data.training, accelerator.is_main_process
     batches = EpochBatches(dataset, seed=seed, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
-    length = run_length(len(batches), settings)
+    length = run_length(len(batches), settings.loop)
     check_schedule(settings.optimizer, length.steps)
     trained = Trained(plan.configs, dataset.keys, plan.prior_captions, length.steps, accelerator.mixed_precision)
     began = begin(settings, plan.state, trained, dataset, length, accelerator)
     log.info(summarise(dataset))
     texts = encode(settings, plan, accelerator)
     previewer = make_previewer(settings, plan, texts, accelerator, seed)
-    model, adapter, streams = make_models(settings, plan.experts, accelerator, seed)
+    dit, adapter, streams = make_models(settings, plan.experts, accelerator, seed)
     warmup = warmup_steps(settings.optimizer.lr_warmup_steps, length.steps)
     stepping = make_stepping(adapter, streams, settings, accelerator, warmup=warmup, seed=seed)
-    prepared = accelerator.prepare_optimizer(stepping.optimizer)
-    schedule = make_schedule(stepping.optimizer, settings.optimizer, total=length.steps)
-    average, skipped, ema = RunningMean(), Skipped(), make_ema(adapter, settings.loop, accelerator.device)
-    carried: dict[str, Stateful | None] = {
-        "optimizer": Portable(prepared),
-        "schedule": Portable(schedule),
-        "average": average,
-        "skipped": skipped,
-        "scaler": accelerator.scaler,
-        "ema": ema,
-        "validator": make_validator(settings, data, plan.experts),
-    }
+    optimizing = make_optimization(settings, adapter, stepping, accelerator, length)
+    validator = make_validator(settings, data, plan.experts)
+    carried = carried_of(optimizing, accelerator, validator)
     if plan.state is not None:
         go_on(plan.state, dict(adapter.named_parameters()), carried)
     facts = make_facts(plan, dataset, accelerator, length, began.identity, seed=seed, warmup=warmup)
     rows = training_metadata(settings, facts, adapter.metadata())
-    return Run(
+    dit.train()
+    wrapped = dit if stepping.fused is not None else prepare_model(dit, accelerator)
+    model = TrainedModel(accelerator, dit, wrapped, adapter, plan.experts)
+    loader = make_loader(dataset, batches, settings.loop, accelerator.device)
+    fed = TrainingData(batches, loader, settings.loop.gradient_accumulation_steps, length, began.position)
+    writer = make_writer(settings, plan.state, rows) if is_first else None
+    saving = Saving(
         settings=settings,
-        accelerator=accelerator,
-        dit=model,
-        experts=plan.experts,
-        model=model.train() if stepping.fused is not None else prepare_model(model.train(), accelerator),
-        adapter=adapter,
-        optimizer=prepared,
-        stepping=stepping,
-        schedule=schedule,
-        batches=batches,
-        loader=make_loader(dataset, batches, settings.loop, accelerator.device),
-        length=length,
-        start=began.position,
         seed=seed,
+        identity=began.identity,
+        is_resumed=began.position.step > 0,
+        epoch_steps=fed.epoch_steps,
         metadata=rows,
         configuration=began.configuration,
         samples=began.samples,
-        identity=began.identity,
-        previewer=previewer,
-        writer=make_writer(settings, plan.state, rows) if is_first else None,
+        carried=carried,
         hub=open_hub(settings.hub, background=accelerator.num_processes > 1) if is_first else None,
-        validator=cast("Validator | None", carried["validator"]),
+    )
+    objective = make_objective(settings, plan, dataset, texts, seed)
+    reporting = Reporting(settings.preview, previewer, writer)
+    return Run(model, optimizing, objective, fed, saving, reporting, validator)
+
+
+def make_optimization(
+    settings: TrainSettings, adapter: Adapter, stepping: Stepping, accelerator: Accelerator, length: Length
+) -> Optimization:
+    """What changes the parameters in a step, as accelerate runs it."""
+    return Optimization(
+        optimizer=accelerator.prepare_optimizer(stepping.optimizer),
+        stepping=stepping,
+        schedule=make_schedule(stepping.optimizer, settings.optimizer, total=length.steps),
+        ema=make_ema(adapter, settings.loop, accelerator.device),
+        average=RunningMean(),
+        skipped=Skipped(),
+        max_grad_norm=settings.loop.max_grad_norm,
+        skip_nonfinite=settings.loop.skip_nonfinite,
+        scale_weight_norms=settings.network.scale_weight_norms,
+    )
+
+
+def carried_of(optimizing: Optimization, accelerator: Accelerator, validator: Validator | None) -> dict[str, Stateful]:
+    """What carries something from one step to the next, by the name that states have for it."""
+    every: dict[str, Stateful | None] = {
+        "optimizer": Portable(optimizing.optimizer),
+        "schedule": Portable(optimizing.schedule),
+        "average": optimizing.average,
+        "skipped": optimizing.skipped,
+        "scaler": accelerator.scaler,
+        "ema": optimizing.ema,
+        "validator": validator,
+    }
+    return {name: part for name, part in every.items() if part is not None}
+
+
+def make_objective(
+    settings: TrainSettings, plan: RunPlan, dataset: CachedDataset, texts: dict[str, Conditions], seed: int
+) -> Objective:
+    """What a step learns of its batches."""
+    variant = VARIANTS[settings.dit.task]
+    return Objective(
+        seed=seed,
+        timesteps=settings.timesteps,
+        loss=settings.loss,
+        dropping_rate=dropping_rate(settings.pictures, variant),
+        is_fused=variant.is_fused,
         strata=make_strata(settings, dataset, seed),
         prior=make_prior(settings, plan, texts),
-        ema=ema,
-        average=average,
-        skipped=skipped,
-        carried={name: part for name, part in carried.items() if part is not None},
     )
-
-
-def make_models(
-    settings: TrainSettings, experts: ExpertPlan, accelerator: Accelerator, seed: int
-) -> tuple[Dit | PairModel, Adapter, Streams]:
-    """The DiT with its adapter and what streams of it, or both experts with theirs."""
-    if not experts.is_pair:
-        model, adapter, stream = make_model(settings_of(settings, only_expert(experts)), accelerator, seed)
-        return model, adapter, {None: stream}
-    made: dict[str, tuple[Dit, Adapter, Stream]] = {}
-    parkings = dict[str, Parking]()
-    lane = lane_from_host(accelerator.device) if settings.experts.offload_inactive_dit else None
-    for expert in reversed(experts.trained):
-        shared = made[LOW][1] if settings.experts.shared_lora and made else None
-        made[expert] = make_model(settings_of(settings, expert), accelerator, seed, shared=shared)
-        if lane is not None:
-            parkings[expert] = Parking(made[expert][0], lane)
-            if expert != ORDER[0]:
-                parkings[expert].park()  # before the other one is there
-    models = pair_of({expert: model for expert, (model, _, _) in made.items()})
-    parts = pair_of({expert: adapter for expert, (_, adapter, _) in made.items()})
-    pair = PairModel(
-        models,
-        parkings=pair_of(parkings) if parkings else None,
-        exchanging=accelerator.num_processes > 1 and not settings.optimizer.fused_backward_pass,
-    )
-    streams: Streams = {expert: stream for expert, (_, _, stream) in made.items()}
-    return pair, parts.low_noise if settings.experts.shared_lora else PairAdapter(parts), streams
-
-
-def make_model(
-    settings: TrainSettings, accelerator: Accelerator, seed: int, *, shared: Adapter | None = None
-) -> tuple[Dit, Adapter, Stream]:
-    """The DiT with its adapter, or one that is `shared` with another DiT, saving memory as the settings say, and what
-    streams of it."""
-    device = accelerator.device
-    dtype = None if accelerator.mixed_precision == "no" else dtype_of(accelerator.mixed_precision)
-    log.info("loading %s%s", settings.dit.dit, f" in {name_of(dtype)}" if dtype else "")
-    model = assemble_dit(
-        model_settings(settings),
-        device=device,
-        dtype=dtype,
-        computing=None if dtype else torch.float32,
-        loras=[WeightedLora(path, multiplier) for path, multiplier in settings.network.base_loras],
-    )
-    if shared is not None:
-        share_adapter(shared, model)
-    adapter = shared or attach_adapter(model, settings.network, settings.stream, seed=seed, device=device)
-    stream = finish_dit(model, model_settings(settings), device)
-    if shared is None:
-        log.info(adapter.describe())
-    return model, adapter, stream
-
-
-def share_adapter(adapter: Adapter, model: Dit) -> None:
-    """Let an adapter change another model too. InputError for a network that cannot."""
-    act_on = getattr(adapter, "act_on", None)
-    if not callable(act_on):
-        raise InputError("--shared_lora: this --network_module cannot change two models: leave it out")
-    act_on(model)
 
 
 def make_ema(adapter: Adapter, loop: LoopSettings, device: torch.device) -> Ema | PairEma | None:

@@ -14,11 +14,15 @@ from wan_train.errors import Stopped
 from wan_train.log import get_logger
 from wan_train.training.accelerator import from_all
 from wan_train.training.carried import Length
+from wan_train.training.evaluating.validation import Validator
+from wan_train.training.experts.models import TrainedModel
+from wan_train.training.optimizing.optimization import Optimization
 from wan_train.training.optimizing.optimizer_state import for_saving
-from wan_train.training.reporting.metrics import StepMetrics
-from wan_train.training.run import Run, save, save_best, save_stopped
+from wan_train.training.reporting.metrics import MetricsWriter, StepMetrics
+from wan_train.training.run import Reporting, Run
+from wan_train.training.saving.save import save, save_best, save_stopped
 from wan_train.training.saving.state import Position
-from wan_train.training.settings import TrainSettings
+from wan_train.training.settings import LoopSettings
 from wan_train.training.step import take_step, with_draws
 from wan_train.training.stopping import EXIT_CODES
 
@@ -27,9 +31,8 @@ log = get_logger(__name__)
 Part = TypeVar("Part")
 
 
-def run_length(batches_per_epoch: int, settings: TrainSettings) -> Length:
+def run_length(batches_per_epoch: int, loop: LoopSettings) -> Length:
     """Steps and epochs of a run. A window of accumulation ends with its epoch."""
-    loop = settings.loop
     steps_per_epoch = math.ceil(batches_per_epoch / loop.gradient_accumulation_steps)
     if loop.max_train_epochs is not None:
         return Length(steps_per_epoch * loop.max_train_epochs, loop.max_train_epochs)
@@ -38,48 +41,51 @@ def run_length(batches_per_epoch: int, settings: TrainSettings) -> Length:
 
 def train(run: Run) -> None:
     """Train to the end. Raises Stopped, all saved, if a signal asks for it."""
-    position = run.start
+    position, steps = run.data.start, run.data.length.steps
+    hidden = not run.model.accelerator.is_main_process
     with run.stop:
         if position.step == 0:
             before_first_step(run)
         # The bar is closed on every way out, so that an error begins a line of its own.
-        with tqdm(
-            total=run.length.steps, initial=position.step, desc="steps", disable=not run.accelerator.is_main_process
-        ) as bar:
-            while position.step < run.length.steps and not has_learnt_enough(run):
+        with tqdm(total=steps, initial=position.step, desc="steps", disable=hidden) as bar:
+            while position.step < steps and not has_learnt_enough(run.validator):
                 position = train_epoch(run, position, bar)
         evaluate(run, position)
-    settings = run.settings.save
-    save(run, "", position, with_state=settings.save_state or settings.save_state_on_train_end)
+    settings = run.saving.settings.save
+    keep(run, "", position, with_state=settings.save_state or settings.save_state_on_train_end)
 
 
 def before_first_step(run: Run) -> None:
     """What a fresh run begins with."""
-    evaluate(run, run.start)
-    if run.settings.preview.sample_at_first:
-        make_previews(run, "e000000", 0)
+    evaluate(run, run.data.start)
+    if run.reporting.preview.sample_at_first:
+        make_previews(run.reporting, run.model, run.optimizing, moment="e000000", step=0)
 
 
 def train_epoch(run: Run, position: Position, bar: Any) -> Position:
     """Train on from a position to the end of its epoch, or of the run; the position after it, which is within the epoch
     if the run ends there."""
     step, epoch, epoch_step = position.step, position.epoch, position.epoch_step
-    size = run.settings.loop.gradient_accumulation_steps
-    run.batches.set_epoch(epoch, skip=epoch_step * size)
-    for window in windows(read_ahead(with_draws(run, run.loader, position)), size):
+    data, model, steps, size = run.data, run.model, run.data.length.steps, run.data.batches_per_step
+    data.batches.set_epoch(epoch, skip=epoch_step * size)
+    drawn = with_draws(data.loader, position, objective=run.objective, experts=model.experts, batches_per_step=size)
+    for window in windows(read_ahead(drawn), size):
         step, epoch_step = step + 1, epoch_step + 1
         position = Position(step, epoch, epoch_step)
-        metrics, asked_to_stop = take_step(run, window, position)
-        report(run, bar, metrics)
+        metrics, asked_to_stop = take_step(
+            window, position, model=model, optimizing=run.optimizing, objective=run.objective, stop=run.stop
+        )
+        report(run.reporting.writer, bar, metrics)
         after_step(run, position)
-        if asked_to_stop and step < run.length.steps:
-            raise Stopped(save_stopped(run, position), EXIT_CODES[asked_to_stop])
-        if step == run.length.steps or has_learnt_enough(run):
+        if asked_to_stop and step < steps:
+            told = save_stopped(run.saving, position=position, model=model, optimizing=run.optimizing)
+            raise Stopped(told, EXIT_CODES[asked_to_stop])
+        if step == steps or has_learnt_enough(run.validator):
             break
     ended = Position(step, epoch + 1, 0)
     after_epoch(run, ended)
     # A run that ends within an epoch may be resumed to go further: from where it is, not from the next epoch.
-    return position if 0 < epoch_step < run.epoch_steps else ended
+    return position if 0 < epoch_step < data.epoch_steps else ended
 
 
 def windows(batches: Iterable[Part], size: int) -> Iterator[list[Part]]:
@@ -94,37 +100,42 @@ def windows(batches: Iterable[Part], size: int) -> Iterator[list[Part]]:
         yield group
 
 
-def report(run: Run, bar: Any, metrics: StepMetrics) -> None:
+def report(writer: MetricsWriter | None, bar: Any, metrics: StepMetrics) -> None:
     """Show a step on the bar and record it."""
     shown = {"avr_loss": f"{metrics.loss_average:.4f}", "lr": f"{metrics.lr:.2e}", "mem": f"{metrics.memory_mib} MiB"}
     bar.set_postfix(shown, refresh=False)
     bar.update(1)
-    if run.writer is not None:
-        run.writer.write(metrics)
+    if writer is not None:
+        writer.write(metrics)
 
 
 def after_step(run: Run, position: Position) -> None:
     """What is due after this optimizer step; a state is saved last, so that it knows of all the rest."""
-    settings, step = run.settings, position.step
-    if is_due(step, settings.validation.validate_every_n_steps):
+    step, settings, preview = position.step, run.saving.settings.save, run.reporting.preview
+    if run.validator is not None and is_due(step, run.validator.settings.validate_every_n_steps):
         evaluate(run, position)
-    if is_due(step, settings.save.save_every_n_steps) and step < run.length.steps:
-        save(run, of_step(step), position, with_state=settings.save.save_state)
-    if is_due(step, settings.preview.sample_every_n_steps):
-        make_previews(run, f"{step:06d}", step)
+    if is_due(step, settings.save_every_n_steps) and step < run.data.length.steps:
+        keep(run, of_step(step), position, with_state=settings.save_state)
+    if is_due(step, preview.sample_every_n_steps):
+        make_previews(run.reporting, run.model, run.optimizing, moment=f"{step:06d}", step=step)
 
 
 def after_epoch(run: Run, position: Position) -> None:
     """What is due after an epoch, at the beginning of the next; the last is always previewed, and saved under the final
     name alone."""
-    settings, epoch = run.settings, position.epoch - 1
-    last = position.step >= run.length.steps or has_learnt_enough(run)
-    if is_due(epoch, settings.validation.validate_every_n_epochs):
+    epoch, settings, preview = position.epoch - 1, run.saving.settings.save, run.reporting.preview
+    last = position.step >= run.data.length.steps or has_learnt_enough(run.validator)
+    if run.validator is not None and is_due(epoch, run.validator.settings.validate_every_n_epochs):
         evaluate(run, position)
-    if is_due(epoch, settings.save.save_every_n_epochs) and not last:
-        save(run, of_epoch(epoch), position, with_state=settings.save.save_state)
-    if is_due(epoch, settings.preview.sample_every_n_epochs) or (last and settings.preview.sample_every_n_epochs):
-        make_previews(run, f"e{epoch:06d}", position.step)
+    if is_due(epoch, settings.save_every_n_epochs) and not last:
+        keep(run, of_epoch(epoch), position, with_state=settings.save_state)
+    if is_due(epoch, preview.sample_every_n_epochs) or (last and preview.sample_every_n_epochs):
+        make_previews(run.reporting, run.model, run.optimizing, moment=f"e{epoch:06d}", step=position.step)
+
+
+def keep(run: Run, moment: str, position: Position, *, with_state: bool) -> None:
+    """Save what there is at a position under the name of a moment."""
+    save(run.saving, moment, position=position, model=run.model, optimizing=run.optimizing, with_state=with_state)
 
 
 def is_due(count: int, every: int | None) -> bool:
@@ -132,36 +143,39 @@ def is_due(count: int, every: int | None) -> bool:
     return every is not None and count % every == 0
 
 
-def has_learnt_enough(run: Run) -> bool:
+def has_learnt_enough(validator: Validator | None) -> bool:
     """Whether `--early_stop` says that going on is in vain."""
-    return run.validator is not None and run.validator.should_stop
+    return validator is not None and validator.should_stop
 
 
 def evaluate(run: Run, position: Position) -> None:
     """Measure the held-out loss, on all processes together, and keep the adapter if it is the best so far."""
-    validator = run.validator
+    validator, model, writer = run.validator, run.model, run.reporting.writer
     if validator is None or validator.has_evaluated(position.step):
         return
-    with for_saving(run.optimizer):
-        evaluation = validator.evaluate(run.dit, run.accelerator, step=position.step)
-    if run.writer is not None:
-        run.writer.write_row(evaluation.row())
+    with for_saving(run.optimizing.optimizer):
+        evaluation = validator.evaluate(model.dit, model.accelerator, step=position.step)
+    if writer is not None:
+        writer.write_row(evaluation.row())
     if evaluation.is_best and position.step > 0:
-        save_best(run, position)
+        save_best(run.saving, position=position, model=model, optimizing=run.optimizing)
     if validator.should_stop:
-        log.info("no improvement in %d measurements: stopping early", run.settings.validation.early_stop)
+        log.info("no improvement in %d measurements: stopping early", validator.settings.early_stop)
 
 
-def make_previews(run: Run, moment: str, step: int) -> None:
+def make_previews(
+    reporting: Reporting, model: TrainedModel, optimizing: Optimization, *, moment: str, step: int
+) -> None:
     """Make the previews, each process its share, and wait for all of them."""
     made: dict[int, Path] = {}
-    if run.previewer is not None:
-        averaged = run.ema if run.settings.preview.sample_with_ema else None
-        applied = averaged.applied(run.stepping.forget) if averaged is not None else nullcontext()
-        with for_saving(run.optimizer), applied:
-            made = run.previewer.make(run.dit, moment)
+    previewer, writer = reporting.previewer, reporting.writer
+    if previewer is not None:
+        averaged = optimizing.ema if reporting.preview.sample_with_ema else None
+        applied = averaged.applied(optimizing.stepping.forget) if averaged is not None else nullcontext()
+        with for_saving(optimizing.optimizer), applied:
+            made = previewer.make(model.dit, moment)
     others = {index: path for paths in from_all(made) for index, path in paths.items() if index not in made}
     for _, path in sorted(others.items()):
         log.info("preview %s", path)
-    if run.writer is not None and run.previewer is not None:
-        run.writer.write_previews(made | others, step, fps=run.previewer.fps)
+    if writer is not None and previewer is not None:
+        writer.write_previews(made | others, step, fps=previewer.fps)

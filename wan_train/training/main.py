@@ -21,10 +21,10 @@ from wan_train.training.needs import check_needs
 from wan_train.training.objective.show_timesteps import show_timesteps
 from wan_train.training.preflight import open_data, preflight
 from wan_train.training.reporting.audit import audit
-from wan_train.training.run import final_path
 from wan_train.training.saving.checkpoints import path_of
 from wan_train.training.saving.identity import write_identity
 from wan_train.training.saving.resume import chosen_seed
+from wan_train.training.saving.save import final_path
 from wan_train.training.settings import TrainSettings
 
 log = get_logger(__name__)
@@ -56,19 +56,19 @@ def main(settings: TrainSettings) -> None:
     run = build(settings, plan, data, accelerator, seed)
     if accelerator.is_main_process:
         remove_remains(Path(settings.save.output_dir))  # of a run that was killed while it wrote
-        write_identity(settings.save, run.identity)
+        write_identity(settings.save, run.saving.identity)
         write_configuration(settings, seed=seed, mixed_precision=accelerator.mixed_precision)
-    length, processes = run.length, accelerator.num_processes
+    length, processes = run.data.length, accelerator.num_processes
     log.info("%d steps, %d epochs, %d process(es) on %s", length.steps, length.epochs, processes, accelerator.device)
     try:
         train(run)
     finally:
-        if run.writer is not None:
-            run.writer.close()
-        if run.hub is not None:
-            run.hub.finish()
+        if run.reporting.writer is not None:
+            run.reporting.writer.close()
+        if run.saving.hub is not None:
+            run.saving.hub.finish()
     if accelerator.is_main_process:
-        files = [str(final_path(run, name, part)) for name, _, part in saved_parts(run.adapter)]
+        files = [str(final_path(settings, name, part)) for name, _, part in saved_parts(run.model.adapter)]
         log.info("done: %s", " and ".join(files))
     accelerator.end_training()
 

@@ -16,13 +16,13 @@ from wan_train.models.variants import VARIANTS
 from wan_train.placement.ledger import WORK, Ledger
 from wan_train.plan import META, Bytes, Needs, Outline, check_fits, outlined, size
 from wan_train.training.accelerator import launched_device, launched_dtype
+from wan_train.training.experts.models import model_settings
 from wan_train.training.experts.plan import ExpertPlan, settings_of
 from wan_train.training.objective.conditioning import conditions_of
 from wan_train.training.objective.loss import Draws, measure
 from wan_train.training.optimizing.optimizer_state import for_training
 from wan_train.training.optimizing.optimizers import check_optimizer
 from wan_train.training.optimizing.stepping import parts_of
-from wan_train.training.preflight import model_settings
 from wan_train.training.settings import OptimizerSettings, TrainSettings
 
 log = get_logger(__name__)

@@ -12,7 +12,7 @@ from dataset.config import DatasetConfig, read_config
 from networks.adapter import MODULES, check_network, trains_weights
 from networks.expert import warn_of_other_expert
 from networks.lora_arguments import lora_arguments
-from wan_train.assemble import ModelSettings, check_model
+from wan_train.assemble import check_model
 from wan_train.errors import InputError, first_given
 from wan_train.flow.timesteps import Span
 from wan_train.log import get_logger
@@ -26,6 +26,7 @@ from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable, read_header
 from wan_train.training.accelerator import check_launcher, launched_device, launched_dtype
 from wan_train.training.evaluating.validation import Data, check_validation, hold_out
+from wan_train.training.experts.models import model_settings
 from wan_train.training.experts.plan import ExpertPlan, plan_experts, settings_of
 from wan_train.training.objective.loss import check_timesteps
 from wan_train.training.objective.prior import read_captions
@@ -226,11 +227,6 @@ def warn_of_controls(dataset: CachedDataset, task: str) -> None:
             len(clips),
             task,
         )
-
-
-def model_settings(settings: TrainSettings) -> ModelSettings:
-    """What the settings say about the DiT."""
-    return ModelSettings(settings.dit, settings.weights, settings.stream, settings.activations, settings.compile)
 
 
 def check_output_name(name: str) -> None:

@@ -4,24 +4,27 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dataset.batching.batches import Batch
+from networks.adapter import Adapter
 from wan_train.errors import RunError
 from wan_train.log import get_logger
-from wan_train.models.variants import VARIANTS
+from wan_train.training.experts.models import TrainedModel
 from wan_train.training.experts.pair import PairAdapter, PairModel
-from wan_train.training.objective.conditioning import conditions_of, drop_pictures, dropping_rate
-from wan_train.training.objective.loss import Draws, Losses, draw, measure
+from wan_train.training.experts.plan import ExpertPlan
+from wan_train.training.objective.loss import Draws, Losses, measure
+from wan_train.training.objective.objective import Objective
 from wan_train.training.objective.prior import prior_loss
+from wan_train.training.optimizing.optimization import Optimization
 from wan_train.training.optimizing.optimizer_state import learning_rates
 from wan_train.training.reporting.metrics import StepMetrics, loss_by_stratum, num_tokens, peak_memory_mib
-from wan_train.training.run import Run
 from wan_train.training.saving.state import Position
+from wan_train.training.stopping import StopRequest
 
 log = get_logger(__name__)
 
@@ -48,108 +51,124 @@ class Drawn:
     expert: str | None = None
 
 
-def with_draws(run: Run, batches: Iterable[Batch], position: Position) -> Iterator[Drawn]:
+def with_draws(
+    batches: Iterable[Batch],
+    position: Position,
+    *,
+    objective: Objective,
+    experts: ExpertPlan,
+    batches_per_step: int,
+) -> Iterator[Drawn]:
     """The batches that follow a position, each with what is drawn for its samples by their keys."""
-    size = run.settings.loop.gradient_accumulation_steps
     for index, batch in enumerate(batches):
-        shape, settings = batch.latents.shape[1:], run.settings.timesteps
-        expert = run.experts.at(position.step + 1 + index // size)
-        draws = draw(
-            batch.keys,
-            shape,
-            settings,
-            seed=run.seed,
-            epoch=position.epoch,
-            strata=run.strata,
-            limits=run.experts.limits(expert, settings),
-        )
-        yield Drawn(batch, draws, expert)
+        expert = experts.at(position.step + 1 + index // batches_per_step)
+        limits = experts.limits(expert, objective.timesteps)
+        yield Drawn(batch, objective.draw(batch, position.epoch, limits), expert)
 
 
-def take_step(run: Run, window: list[Drawn], position: Position) -> tuple[StepMetrics, int]:
+def take_step(
+    window: list[Drawn],
+    position: Position,
+    *,
+    model: TrainedModel,
+    optimizing: Optimization,
+    objective: Objective,
+    stop: StopRequest,
+) -> tuple[StepMetrics, int]:
     """Take the step, and the signal that asks to stop after it, or 0. RunError for one that cannot be taken."""
-    began = time.perf_counter()
+    began, expert = time.perf_counter(), window[0].expert
     means, samples = [], []
     for index, drawn in enumerate(window):
-        losses = learn(run, drawn, position.epoch, share=1 / len(window), last=index + 1 == len(window))
+        losses = learn(
+            drawn,
+            position.epoch,
+            model=model,
+            optimizing=optimizing,
+            objective=objective,
+            share=1 / len(window),
+            last=index + 1 == len(window),
+        )
         means.append(losses.mean)
         samples.append(losses.samples)
     levels = torch.cat([drawn.draws.t for drawn in window])
-    shared = share(run, torch.stack(means).mean(), levels, torch.cat(samples))
-    let_idle_rest(run, window[0].expert)
-    norm = clip(run) if run.stepping.fused is None else run.stepping.fused.finish()
+    mean = torch.stack(means).mean()
+    shared = share(model.accelerator, mean, t=levels, samples=torch.cat(samples), signal=stop.signal)
+    let_idle_rest(model.adapter, expert)
+    norm = clip(model, optimizing)
     if math.isfinite(shared.loss) and math.isfinite(norm):
-        update(run, window[0].expert)
+        update(model.adapter, optimizing, expert)
     else:
-        leave_out(run, shared.loss, norm, position, window)
-    rates = learning_rates(run.optimizer)
-    for parameter in run.trained.values():
+        leave_out(model, optimizing, loss=shared.loss, norm=norm, position=position, window=window)
+    rates = learning_rates(optimizing.optimizer)
+    for parameter in model.trained.values():
         parameter.grad = None
-    run.schedule.step()
+    optimizing.schedule.step()
     seconds = time.perf_counter() - began
-    finite = shared.samples.isfinite()
+    average, finite = optimizing.average, shared.samples.isfinite()
+    tokens = sum(num_tokens(drawn.batch.latents.shape) for drawn in window)
     metrics = StepMetrics(
         step=position.step,
         epoch=position.epoch,
         loss=shared.loss,
-        loss_average=run.average.add(shared.loss) if math.isfinite(shared.loss) else run.average.mean,
+        loss_average=average.add(shared.loss) if math.isfinite(shared.loss) else average.mean,
         lr=next(iter(rates.values())),
         grad_norm=norm,
         seconds=seconds,
-        memory_mib=peak_memory_mib(run.accelerator.device),
-        adapter_norm=run.adapter.norm() if position.step % NORM_EVERY == 0 else None,
-        tokens_per_second=sum(num_tokens(drawn.batch.latents.shape) for drawn in window) * run.num_processes / seconds,
+        memory_mib=peak_memory_mib(model.device),
+        adapter_norm=model.adapter.norm() if position.step % NORM_EVERY == 0 else None,
+        tokens_per_second=tokens * model.num_processes / seconds,
         strata=loss_by_stratum(shared.t[finite], shared.samples[finite]),
         learning_rates=rates if len(rates) > 1 else {},
-        expert=window[0].expert if run.experts.is_pair else None,
+        expert=expert if model.experts.is_pair else None,
     )
     return metrics, shared.signal
 
 
-def learn(run: Run, drawn: Drawn, epoch: int, *, share: float, last: bool) -> Losses:
+def learn(
+    drawn: Drawn,
+    epoch: int,
+    *,
+    model: TrainedModel,
+    optimizing: Optimization,
+    objective: Objective,
+    share: float,
+    last: bool,
+) -> Losses:
     """Add this batch's gradient, times `share`; the losses, detached. `last`: processes exchange gradients here."""
-    batch, device = drawn.batch, run.accelerator.device
-    if isinstance(run.dit, PairModel):
-        run.dit.of(str(drawn.expert))
+    batch, device, accelerator = drawn.batch, model.device, model.accelerator
+    if isinstance(model.dit, PairModel):
+        model.dit.of(str(drawn.expert))
     latents, placed = batch.latents.to(device), drawn.draws.to(device)
     weights = None if batch.weights is None else batch.weights.to(device)
-    variant = VARIANTS[run.settings.dit.task]
-    rate = dropping_rate(run.settings.pictures, variant)
-    dropped = drop_pictures(batch.keys, rate, seed=run.seed, epoch=epoch)
-    conditions = conditions_of(batch, device, without_pictures=dropped, fused=variant.is_fused)
-    seed_dropout(run.seed, epoch, batch, device)
-    prior = None if run.prior is None or batch.is_reg else run.prior
-    with exchange(run, now=last and prior is None):
-        losses = measure(run.model, latents, conditions, placed, weights=weights, settings=run.settings.loss)
-        if run.stepping.fused is None or is_finite_everywhere(run, losses.mean):
-            run.accelerator.backward(losses.mean * (share * batch.loss_weight))
+    conditions = objective.conditions(batch, epoch, device)
+    seed_dropout(objective.seed, epoch, batch, device)
+    prior = None if batch.is_reg else objective.prior
+    with model.exchange(now=last and prior is None):
+        losses = measure(model.wrapped, latents, conditions, placed, weights=weights, settings=objective.loss)
+        if optimizing.stepping.fused is None or is_finite_everywhere(accelerator, losses.mean):
+            accelerator.backward(losses.mean * (share * batch.loss_weight))
     mean = losses.mean.detach() * batch.loss_weight
     if prior is not None:
-        texts = prior.choose(batch.keys, seed=run.seed, epoch=epoch)
+        texts = prior.choose(batch.keys, seed=objective.seed, epoch=epoch)
         kept = conditions.with_context([rows.to(device) for rows in texts])
-        with exchange(run, now=last):
-            loss = prior_loss(run.model, run.dit, run.adapter, latents, kept, placed) * prior.weight
-            run.accelerator.backward(loss * share)
+        with model.exchange(now=last):
+            loss = prior_loss(model.wrapped, model.dit, model.adapter, latents, kept, placed) * prior.weight
+            accelerator.backward(loss * share)
         mean = mean + loss.detach()
     return Losses(mean, losses.samples)
 
 
-def is_finite_everywhere(run: Run, loss: Tensor) -> bool:
-    """Whether no process has a loss that is no number: where steps are taken on the way, this is known before."""
-    return bool(run.accelerator.gather(loss.detach().unsqueeze(0)).isfinite().all())
+def is_finite_everywhere(accelerator: Accelerator, loss: Tensor) -> bool:
+    """Whether the loss of every process is finite: where steps are taken on the way, this is known before."""
+    return bool(accelerator.gather(loss.detach().unsqueeze(0)).isfinite().all())
 
 
-def let_idle_rest(run: Run, expert: str | None) -> None:
+def let_idle_rest(adapter: Adapter, expert: str | None) -> None:
     """Take the gradient, which is nothing, from the adapter whose turn it is not, so that no step is taken with it."""
-    if isinstance(run.adapter, PairAdapter):
-        for other, _ in run.adapter.parts.items():
-            for parameter in run.adapter.parameters_of(other) if other != expert else ():
+    if isinstance(adapter, PairAdapter):
+        for other, _ in adapter.parts.items():
+            for parameter in adapter.parameters_of(other) if other != expert else ():
                 parameter.grad = None
-
-
-def exchange(run: Run, *, now: bool) -> AbstractContextManager[None]:
-    """Whether processes exchange the gradients of the backward pass inside, or add them up first."""
-    return nullcontext() if now else run.accelerator.no_sync(run.model)
 
 
 def seed_dropout(seed: int, epoch: int, batch: Batch, device: torch.device) -> None:
@@ -163,56 +182,68 @@ def seed_dropout(seed: int, epoch: int, batch: Batch, device: torch.device) -> N
         torch.get_device_module(device).manual_seed(number)
 
 
-def share(run: Run, loss: Tensor, t: Tensor, samples: Tensor) -> Shared:
+def share(accelerator: Accelerator, loss: Tensor, *, t: Tensor, samples: Tensor, signal: int) -> Shared:
     """What the processes know together; the mean loss and the wish to stop in one exchange."""
-    local = torch.stack([loss.float(), torch.tensor(float(run.stop.signal), device=loss.device)])
-    rows = run.accelerator.gather(local.unsqueeze(0)).cpu().double()
+    local = torch.stack([loss.float(), torch.tensor(float(signal), device=loss.device)])
+    rows = accelerator.gather(local.unsqueeze(0)).cpu().double()
     return Shared(float(rows[:, 0].mean()), t.cpu(), samples.detach().cpu(), int(rows[:, 1].max()))
 
 
-def clip(run: Run) -> float:
-    """Clip the gradient as the settings say and return its norm before."""
-    limit = run.settings.loop.max_grad_norm or math.inf
-    return float(run.accelerator.clip_grad_norm_(list(run.trained.values()), limit))
+def clip(model: TrainedModel, optimizing: Optimization) -> float:
+    """Clip the gradient and return its norm before; of steps taken in the backward pass, which clip, the norm alone."""
+    if optimizing.stepping.fused is not None:
+        return optimizing.stepping.fused.finish()
+    limit = optimizing.max_grad_norm or math.inf
+    return float(model.accelerator.clip_grad_norm_(list(model.trained.values()), limit))
 
 
-def update(run: Run, expert: str | None = None) -> None:
+def update(adapter: Adapter, optimizing: Optimization, expert: str | None) -> None:
     """Let the parameters take the step, those of one of two experts."""
-    run.optimizer.step()
-    run.stepping.settle()
-    limit = run.settings.network.scale_weight_norms
-    if limit is not None:
-        run.adapter.scale_norms(limit)
-    if run.ema is not None:
-        run.ema.update(expert)
+    optimizing.optimizer.step()
+    optimizing.stepping.settle()
+    if optimizing.scale_weight_norms is not None:
+        adapter.scale_norms(optimizing.scale_weight_norms)
+    if optimizing.ema is not None:
+        optimizing.ema.update(expert)
 
 
-def leave_out(run: Run, loss: float, norm: float, position: Position, window: list[Drawn]) -> None:
-    """Leave a step out whose loss or gradient is no number.
+def leave_out(
+    model: TrainedModel,
+    optimizing: Optimization,
+    *,
+    loss: float,
+    norm: float,
+    position: Position,
+    window: list[Drawn],
+) -> None:
+    """Leave a step out whose loss or gradient is NaN or Inf.
 
     In fp16 the gradient is scaled up, too far at first: that is no fault of the run as long as the scale can fall.
     """
-    scaler = run.accelerator.scaler
+    scaler = model.accelerator.scaler
     if scaler is None or not math.isfinite(loss) or scaler.get_scale() <= 1:
-        skip_or_stop(run, loss, norm, position, window)
+        skip_or_stop(optimizing, loss=loss, norm=norm, position=position, window=window)
     if scaler is not None:
-        run.optimizer.step()  # the scaler takes no step, and lowers its scale
-    run.stepping.settle()
+        optimizing.optimizer.step()  # the scaler takes no step, and lowers its scale
+    optimizing.stepping.settle()
 
 
-def skip_or_stop(run: Run, loss: float, norm: float, position: Position, window: list[Drawn]) -> None:
-    """Let a step pass whose loss or gradient is no number, as often as `--skip_nonfinite` says; then RunError."""
+def skip_or_stop(
+    optimizing: Optimization, *, loss: float, norm: float, position: Position, window: list[Drawn]
+) -> None:
+    """Let a step pass whose loss or gradient is NaN or Inf, as often as `skip_nonfinite` says; then RunError."""
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
     places = ", ".join(list(sampled(window))[:8])
     where = f"{what} at step {position.step}, epoch {position.epoch} ({places})"
-    run.skipped.count += 1
-    taken = "before the step was taken" if run.stepping.fused is None else "with that part of the step left out"
-    if run.skipped.count > run.settings.loop.skip_nonfinite:
+    skipped, limit = optimizing.skipped, optimizing.skip_nonfinite
+    skipped.count += 1
+    taken = "before the step was taken" if optimizing.stepping.fused is None else "with that part of the step left out"
+    if skipped.count > limit:
         raise RunError(
             f"{where}: stopped {taken}; files saved before this are whole. "
             "Lower --learning_rate, look at that sample's cache, or let some pass with --skip_nonfinite"
         )
-    log.warning("%s: left out, %d of %d", where, run.skipped.count, run.settings.loop.skip_nonfinite)
+    log.warning("%s: left out, %d of %d", where, skipped.count, limit)
 
 
 def sampled(window: list[Drawn]) -> Iterator[str]:

@@ -35,25 +35,25 @@ def step_block(block: nn.Module) -> None:
 def ordinary(toy: Toy, stream: Stream | None, seed: int) -> None:
     """A step after the backward pass, block by block."""
     loss_of(toy, seed).backward()
-    for index, block in enumerate(toy.blocks):
-        with torch.no_grad(), stream.held(index) if stream else unheld():
+    for block in toy.blocks:
+        with torch.no_grad(), stream.held(block.parameters()) if stream else unheld():
             step_block(block)
 
 
 def fused(toy: Toy, stream: Stream | None, seed: int) -> None:
     """A step inside of the backward pass."""
     handles: list[Any] = []
-    for index, block in enumerate(toy.blocks):
+    for block in toy.blocks:
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         missing = [len(trained)]
 
-        def arrived(_: Tensor, index: int, block: nn.Module, missing: list[int]) -> None:
+        def arrived(_: Tensor, block: nn.Module, missing: list[int]) -> None:
             missing[0] -= 1
             if missing[0] == 0:
-                with torch.enable_grad(), stream.held(index) if stream else unheld():
+                with torch.enable_grad(), stream.held(block.parameters()) if stream else unheld():
                     step_block(block)
 
-        hook = partial(arrived, index=index, block=block, missing=missing)
+        hook = partial(arrived, block=block, missing=missing)
         handles += [parameter.register_post_accumulate_grad_hook(hook) for parameter in trained]
     loss_of(toy, seed).backward()
     for handle in handles:

@@ -8,12 +8,8 @@ from torch import nn
 from wan_train.training.loop import is_due, make_previews, run_length, windows
 from wan_train.training.optimizing.ema import Ema
 from wan_train.training.reporting.settings import PreviewSettings
+from wan_train.training.run import Reporting
 from wan_train.training.settings import LoopSettings
-
-
-class Settings:
-    def __init__(self, **loop: Any) -> None:
-        self.loop = LoopSettings(**loop)
 
 
 @pytest.mark.parametrize(
@@ -26,8 +22,8 @@ class Settings:
         ({"max_train_steps": 5, "max_train_epochs": 1}, 10, 1),
     ],
 )
-def test_how_long_a_run_of_ten_batches_an_epoch_is(loop: dict[str, int], steps: int, epochs: int) -> None:
-    length = run_length(10, Settings(**loop))  # type: ignore[arg-type]
+def test_how_long_a_run_of_ten_batches_an_epoch_is(loop: dict[str, Any], steps: int, epochs: int) -> None:
+    length = run_length(10, LoopSettings(**loop))
     assert (length.steps, length.epochs) == (steps, epochs)
 
 
@@ -47,14 +43,11 @@ def test_previews_show_the_average_if_that_is_asked_for(with_ema: bool, shown: f
     weight.data.fill_(0.5)
     ema.update()  # with a decay of 0 it is the weight of its last update
     weight.data.fill_(1.0)
-    run: Any = SimpleNamespace(
-        settings=SimpleNamespace(preview=PreviewSettings(sample_with_ema=with_ema)),
-        optimizer=torch.optim.SGD([weight]),
-        ema=ema,
-        stepping=SimpleNamespace(forget=lambda: None),
-        dit=None,
-        writer=None,
-        previewer=SimpleNamespace(make=lambda *_: seen.append(float(weight.detach())) or {}),
+    optimizing: Any = SimpleNamespace(
+        optimizer=torch.optim.SGD([weight]), ema=ema, stepping=SimpleNamespace(forget=lambda: None)
     )
-    make_previews(run, "000001", 1)
+    previewer: Any = SimpleNamespace(make=lambda *_: seen.append(float(weight.detach())) or {})
+    model: Any = SimpleNamespace(dit=None)
+    reporting = Reporting(PreviewSettings(sample_with_ema=with_ema), previewer, None)
+    make_previews(reporting, model, optimizing, moment="000001", step=1)
     assert seen == [shown] and float(weight.detach()) == 1.0

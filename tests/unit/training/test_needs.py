@@ -20,12 +20,12 @@ from wan_train.placement.lanes import HostLane
 from wan_train.placement.ledger import HOST, WORK, Ledger, OutlineLane
 from wan_train.placement.states import HostStates
 from wan_train.plan import META, Bytes, Needs, attend_like_a_kernel, check_fits, outlined, size
+from wan_train.training.experts.models import model_settings
 from wan_train.training.needs import loss_of, needs_of, states_of, tensors_in, ways_out
 from wan_train.training.optimizing.ema import Ema
 from wan_train.training.optimizing.optimizers import make_optimizer
 from wan_train.training.optimizing.rounding import rounded
 from wan_train.training.optimizing.stepping import states_at_hand
-from wan_train.training.preflight import model_settings
 from wan_train.training.settings import TOOL, OptimizerSettings, TrainSettings
 
 CPU = torch.device("cpu")

@@ -112,7 +112,7 @@ class Validator:
     ) -> None:
         experts = experts or ExpertPlan()
         self._without = without_pictures
-        self._dataset, self._settings, self._timesteps, self._loss = dataset, settings, timesteps, loss
+        self.settings, self._dataset, self._timesteps, self._loss = settings, dataset, timesteps, loss
         # From data to noise, as the strata of one model are.
         trained: list[str | None] = [*reversed(experts.trained)] or [None]
         self._parts = [(expert, experts.limits(expert, timesteps)) for expert in trained]
@@ -126,7 +126,7 @@ class Validator:
     @property
     def should_stop(self) -> bool:
         """Whether `--early_stop` evaluations in a row were no sure improvement."""
-        limit = self._settings.early_stop
+        limit = self.settings.early_stop
         return limit is not None and self.history.since >= limit
 
     def has_evaluated(self, step: int) -> bool:
@@ -151,7 +151,7 @@ class Validator:
         # A sharded model is gathered by all processes together, so each runs as many batches; doubles fall away below.
         padded = itertools.islice(itertools.cycle(self._batches), shares * accelerator.num_processes)
         mine = list(itertools.islice(padded, accelerator.process_index, None, accelerator.num_processes))
-        num_strata = self._settings.validation_timesteps
+        num_strata = self.settings.validation_timesteps
         table = np.zeros((len(self._rows), len(self._parts) * num_strata), np.float32)
         with evaluating(model):
             # One expert after the other: the one that rests may have to be moved.
@@ -183,19 +183,19 @@ class Validator:
 
     def _measure_batch(self, model: nn.Module, batch: Batch, limits: Span | None, device: torch.device) -> Tensor:
         """Losses (B, K) of a batch, on the CPU."""
-        latents, seed = batch.latents.to(device), self._settings.validation_seed
+        latents, seed = batch.latents.to(device), self.settings.validation_seed
         rate = self._without
         dropped = [] if rate is None else drop_pictures(batch.keys, rate, seed=seed, epoch=0)
         conditions = conditions_of(batch, device, without_pictures=dropped, fused=rate is not None)
         weights = None if batch.weights is None else batch.weights.to(device)
         losses = []
-        for stratum in range(self._settings.validation_timesteps):
+        for stratum in range(self.settings.validation_timesteps):
             draws = draw_stratum(
                 batch.keys,
                 latents.shape[1:],
                 self._timesteps,
                 stratum=stratum,
-                num_strata=self._settings.validation_timesteps,
+                num_strata=self.settings.validation_timesteps,
                 seed=seed,
                 limits=limits,
             ).to(device)
@@ -215,7 +215,7 @@ class Validator:
         self.history.load_state_dict(state["history"])
 
     def _measure(self) -> str:
-        settings = self._settings
+        settings = self.settings
         parts = "" if self._parts[0][0] is None else f"{self._parts} "
         parts += "" if self._without is None else f"{self._without} "
         return parts + f"{settings.validation_timesteps} {settings.validation_seed} {self._timesteps} {self._loss}"

@@ -2,14 +2,33 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from wan_train.placement.lanes import Lane
 from wan_train.placement.states import HostStates
+from wan_train.training.carried import Stateful
 
 _AVERAGE = "average"
+
+
+class Average(Stateful, Protocol):
+    """Averages of what is trained: of one model, or of both experts."""
+
+    def update(self, expert: str | None) -> None:
+        """Take in the parameters after a step, those of one of two experts."""
+        ...
+
+    @property
+    def averages(self) -> dict[nn.Parameter, Tensor]:
+        """The average of each parameter."""
+        ...
+
+    def applied(self, forget: Callable[[], None]) -> AbstractContextManager[None]:
+        """While it lasts the parameters hold their averages; `forget` is called before each exchange."""
+        ...
 
 
 class Ema:

@@ -1,7 +1,6 @@
 """How what is trained is stepped: all at once after the backward pass, or in parts, as memory options ask for."""
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from torch import nn
 
 from networks.adapter import Adapter, trains_weights
 from wan_train.errors import InputError, first_given
+from wan_train.models.dit.experts import ORDER
+from wan_train.models.stacks import read_block_name
 from wan_train.placement.lanes import make_lane
 from wan_train.placement.states import HostStates
 from wan_train.placement.stream import Stream
@@ -23,8 +24,6 @@ from wan_train.training.optimizing.one_by_one import Part, StepContext, steps_ap
 from wan_train.training.optimizing.optimizers import find_optimizer, make_optimizer
 from wan_train.training.optimizing.rounding import rounded
 from wan_train.training.settings import TrainSettings
-
-_PART = re.compile(r"(?:(high_noise|low_noise)\.)?(blocks\.(\d+)|[^.]+)")
 
 Streams = Mapping[str | None, Stream]  # by expert
 
@@ -110,18 +109,21 @@ def make_stepping(
 
 
 def parts_of(trained: Mapping[str, nn.Parameter], streams: Streams) -> tuple[Part, ...]:
-    """What is trained in parts: each block, and what has the first word of its name in common; of two experts apart."""
-    members: dict[tuple[str, ...], list[nn.Parameter]] = {}
-    held: dict[tuple[str, ...], Callable[[], AbstractContextManager[None]]] = {}
+    """What is trained in parts: each block of each stack, and what has the first word of its name in common; of two
+    experts apart."""
+    members: dict[tuple[str | None, str], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        match = _PART.match(name)
-        assert match is not None
-        expert, part, block = match.groups()
-        key = (expert or "", part)
-        members.setdefault(key, []).append(parameter)
+        first, _, rest = name.partition(".")
+        expert, inner = (first, rest) if first in ORDER else (None, name)
+        block = read_block_name(inner)
+        part = inner.partition(".")[0] if block is None else block.block
+        members.setdefault((expert, part), []).append(parameter)
+    parts = []
+    for (expert, part), own in members.items():
         stream = streams.get(expert)
-        held[key] = partial(stream.held, int(block)) if stream is not None and block is not None else nullcontext
-    return tuple(Part(".".join(filter(None, key)), tuple(own), held[key]) for key, own in members.items())
+        held: Callable[[], AbstractContextManager[None]] = nullcontext if stream is None else partial(stream.held, own)
+        parts.append(Part(part if expert is None else f"{expert}.{part}", tuple(own), held))
+    return tuple(parts)
 
 
 def states_at_hand(states: HostStates) -> StepContext:

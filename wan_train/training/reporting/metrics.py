@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,32 +42,6 @@ class StepMetrics:
     strata: Mapping[str, float] = field(default_factory=dict)
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     expert: str | None = None
-
-
-class RunningMean:
-    """Mean of the last `window` values."""
-
-    def __init__(self, window: int = 100) -> None:
-        self._values: deque[float] = deque(maxlen=window)
-
-    def add(self, value: float) -> float:
-        """Take in a value and return the mean."""
-        self._values.append(value)
-        return self.mean
-
-    @property
-    def mean(self) -> float:
-        """The mean; NaN before the first value."""
-        return sum(self._values) / len(self._values) if self._values else math.nan
-
-    def state_dict(self) -> dict[str, list[float]]:
-        """The values."""
-        return {"values": list(self._values)}
-
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Go on from saved values."""
-        self._values.clear()
-        self._values.extend(state["values"])
 
 
 class MetricsWriter:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -241,9 +241,9 @@ def _position_of(
     return state.position
 
 
-def go_on(state: State, trained: dict[str, nn.Parameter], carried: dict[str, Stateful | None]) -> None:
+def go_on(state: State, trained: dict[str, nn.Parameter], carried: Mapping[str, Stateful]) -> None:
     """Give everything that is carried from step to step what the state holds of it."""
     parts = load_state(state, trained)
     for name, part in carried.items():
-        if part is not None and name in parts:
+        if name in parts:
             part.load_state_dict(parts[name])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from networks.moments import of_epoch
-from tests.unit.training.states import RUN, anonymous, save, saving, settings_of
+from tests.unit.training.saving.states import RUN, anonymous, save, saving, settings_of
 from wan_train.errors import InputError
 from wan_train.training.saving.choosing import choose, identity_of, newest_of, whole_states
 from wan_train.training.saving.earlier import warn_of_others

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.training.states import RUN, anonymous, save, saving
+from tests.unit.training.saving.states import RUN, anonymous, save, saving
 from wan_train.shards import files_of
 from wan_train.storage import read_header, save_tensors
 from wan_train.tensor_writer import Row, write_set

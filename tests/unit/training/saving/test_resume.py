@@ -9,7 +9,7 @@ import pytest
 from dataset.batching.order import SampleKey
 from dataset.caching.contents import Content
 from dataset.config import DatasetConfig
-from tests.unit.training.states import anonymous, save, settings_of
+from tests.unit.training.saving.states import anonymous, save, settings_of
 from wan_train.errors import InputError
 from wan_train.training.saving.resume import Trained, chosen_seed, configuration, require_same
 from wan_train.training.saving.state import open_state

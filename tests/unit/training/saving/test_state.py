@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from networks.moments import of_epoch, of_step
-from tests.unit.training.states import parameters, save
+from tests.unit.training.saving.states import parameters, save
 from wan_train.errors import InputError
 from wan_train.storage import save_tensors
 from wan_train.training.optimizing.ema import Ema

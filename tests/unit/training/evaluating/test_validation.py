@@ -252,7 +252,7 @@ def test_options_that_make_no_sense_together_are_refused(settings: dict[str, Any
 PROCESS = """
 import json, sys
 from accelerate import Accelerator
-from tests.unit.training.test_validation import Held, Model, make
+from tests.unit.training.evaluating.test_validation import Held, Model, make
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 model = accelerator.prepare_model(Model())
