@@ -6,6 +6,11 @@ import torch
 
 
 def generator_of(key: str, *, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator that `key` alone decides: its seed is 63 bits of the key's BLAKE2b digest."""
+    """Return a generator that `key` alone decides, seeded by `seed_of` it."""
+    return torch.Generator(device).manual_seed(seed_of(key))
+
+
+def seed_of(key: str) -> int:
+    """Return 63 bits of the key's BLAKE2b digest."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1

@@ -1,6 +1,5 @@
 """One optimizer step over a window of batches."""
 
-import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ from torch import Tensor
 from dataset.batching.batches import Batch
 from networks.adapter import Adapter
 from wan_train.errors import RunError
+from wan_train.flow.keyed import seed_of
 from wan_train.log import get_logger
 from wan_train.training.experts.models import TrainedModel
 from wan_train.training.experts.pair import PairAdapter, PairModel
@@ -174,8 +174,7 @@ def let_idle_rest(adapter: Adapter, expert: str | None) -> None:
 def seed_dropout(seed: int, epoch: int, batch: Batch, device: torch.device) -> None:
     """Let all that the model draws for this batch depend on the run's seed, the epoch and its samples alone."""
     names = "/".join(f"{key.item} {key.repeat}" for key in batch.keys)
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{names}/dropout".encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, "big") >> 1
+    number = seed_of(f"{seed}/{epoch}/{names}/dropout")
     # Not torch.manual_seed: where CUDA is not in use it formats the call stack for later, half a millisecond each time.
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
