@@ -20,7 +20,7 @@ from wan_train.cli import nearest
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.one_frame import OneFrame
-from wan_train.models.variants import WAN21, ImageInputs, LatentSpace
+from wan_train.models.variants import WAN21, ControlInputs, ImageInputs, LatentSpace
 
 logger = get_logger(__name__)
 
@@ -31,7 +31,8 @@ class DatasetConfig:
 
     `number` counts from 1 in the order of the file; `target_frames` are sorted, distinct and of the form 4k+1;
     `listing` is a JSONL or CSV file that names the media in place of `directory`, which is then the file's folder.
-    `images` and `space` are not in the file: which of a clip's frames the model is given as pictures, and its latents.
+    `images`, `control` and `space` are not in the file: which of a clip's frames the model is given as images, what
+    else it is given, and its latents.
     `one_frame` is there where pictures are trained as one frame of several, which the two keys before it describe.
     `shares_folder` says that another dataset of the file reads the folder's media of the other kind.
     """
@@ -68,6 +69,7 @@ class DatasetConfig:
     alpha_background: Colour = WHITE
     alpha_mask: bool = False
     images: ImageInputs | None = None
+    control: ControlInputs | None = None
     space: LatentSpace = WAN21
     fp_1f_clean_indices: tuple[int, ...] = ()
     fp_1f_target_index: int | None = None
@@ -90,11 +92,12 @@ def read_config(
     *,
     with_sources: bool = True,
     images: ImageInputs | None = None,
+    control: ControlInputs | None = None,
     space: LatentSpace = WAN21,
     one_frame: bool = False,
 ) -> tuple[DatasetConfig, ...]:
     """Every dataset of a TOML file, or of a `.json` file with the same keys, in its order, for a model with `images`
-    and latents in `space`; with `one_frame` as pictures that are one frame of several.
+    and `control`, and latents in `space`; with `one_frame` as pictures that are one frame of several.
 
     Relative paths start at the working directory, as users know it. Raises InputError for a file that does not parse
     (with the line), unknown or misplaced keys, wrong types, values out of range, missing folders and datasets that
@@ -116,7 +119,7 @@ def read_config(
             raise InputError(f"{place}: {key} is each dataset's own: move it below [[datasets]]")
     _refuse_unknown(general, SHARED_KEYS, place, "key")
     defaults = _convert(general, place)
-    defaults |= {"images": images, "space": space}
+    defaults |= {"images": images, "control": control, "space": space}
     configs = _mark_shared([_read_dataset(source, number, table, defaults) for number, table in enumerate(tables, 1)])
     for config in configs if with_sources else ():
         _refuse_missing(config)

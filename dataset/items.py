@@ -8,6 +8,15 @@ from wan_train.models.variants import FRAME_STEP
 
 
 @dataclass(frozen=True)
+class CameraSource:
+    """A camera path: a file of RealEstate10K's lines, or a direction and a speed."""
+
+    path: Path | None = None
+    direction: str = ""
+    speed: float = 1 / 54
+
+
+@dataclass(frozen=True)
 class Item:
     """One image or video of a dataset, and its captions: one or more, of which training takes one each time.
 
@@ -20,6 +29,10 @@ class Item:
     captions: tuple[str, ...]
     controls: tuple[Path, ...] = ()
     mask: Path | None = None
+    references: tuple[Path, ...] = ()
+    vace_mask: Path | None = None
+    camera: CameraSource | None = None
+    motion_bucket_id: int | None = None
 
     @property
     def control(self) -> Path | None:

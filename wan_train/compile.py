@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from wan_train.errors import InputError
 from wan_train.log import get_logger
@@ -127,7 +128,7 @@ def _called(forward: Callable[..., Any], tokens: Sequence[tuple[int, int]], *, r
             torch._dynamo.maybe_mark_dynamic(args[argument], dimension)
         out = forward(*args, **kwargs)
         # What a CUDA graph returns lies where its next run, the next block's, writes again.
-        return out.clone() if replays and isinstance(out, Tensor) else out
+        return tree_map(Tensor.clone, out) if replays else out
 
     return call
 

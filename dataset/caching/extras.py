@@ -14,7 +14,19 @@ from pathlib import Path
 import torch
 
 from dataset.items import Clip, Item
-from wan_train.conditions.kinds import CLIP_FEATURES, FRAME_POSITIONS, IMAGE_LATENTS, KINDS, ConditionKind
+from wan_train.conditions.kinds import (
+    CAMERA,
+    CLIP_FEATURES,
+    CONTROL_LATENTS,
+    FRAME_POSITIONS,
+    IMAGE_LATENTS,
+    KINDS,
+    MOTION,
+    REFERENCE,
+    START_LATENTS,
+    VACE_CONTEXT,
+    ConditionKind,
+)
 from wan_train.models.variants import FRAME_STEP
 from wan_train.precision import name_of
 
@@ -33,6 +45,12 @@ WANTED: dict[str, Callable[[Item], bool]] = {
     IMAGE_LATENTS: lambda item: item.config.images is not None and not item.config.images.fused,
     CLIP_FEATURES: lambda item: item.config.images is not None and item.config.images.clip,
     FRAME_POSITIONS: lambda item: item.config.one_frame is not None,
+    CONTROL_LATENTS: lambda item: False,
+    START_LATENTS: lambda item: False,
+    REFERENCE: lambda item: False,
+    CAMERA: lambda item: False,
+    VACE_CONTEXT: lambda item: False,
+    MOTION: lambda item: False,
 }
 
 

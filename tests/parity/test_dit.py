@@ -1,5 +1,7 @@
 """Our DiT against the official one's stored outputs, against diffusers, and against the published files' names."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from networks.deltas.lora import LoraDelta
 from networks.formats.files import read_lora
 from networks.merge import merged
 from networks.settings import NetworkSettings
-from tests.parity.golden import TOLERANCE, Case, load_case, load_manifest, normal, relative_error
+from tests.parity.golden import TOLERANCE, Case, load_case, load_manifest, normal, relative_error, state_dict
 from tests.parity.theirs import tiny_transformer
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit
@@ -19,7 +21,8 @@ from wan_train.models.weights import diffusers_name
 
 
 def load(case: Case, weights: dict[str, Tensor] | None = None) -> Dit:
-    return load_dit(weights or case.state_dict(), config={"num_heads": case.spec["config"]["num_heads"]})
+    controller = state_dict(case.spec.get("motion_controller_shapes", {}), case.spec["salt"])
+    return load_dit((weights or case.state_dict()) | controller, config={"num_heads": case.spec["config"]["num_heads"]})
 
 
 def run(model: Dit, case: Case) -> Tensor:
@@ -31,7 +34,22 @@ def run(model: Dit, case: Case) -> Tensor:
     if spec.get("per_token_timestep"):  # those of the first frame are 0
         timestep = timestep[:, None].repeat(1, spec["latent"][0])
         timestep[:, 0] = 0
-    return model(latents, timestep, context, **image_inputs(case))
+    return model(latents, timestep, context, **image_inputs(case), **control_inputs(case))
+
+
+def control_inputs(case: Case) -> dict[str, Any]:
+    spec, (frames, height, width) = case.spec, case.spec["latent"]
+    inputs: dict[str, Any] = {}
+    if spec.get("reference_latents"):
+        inputs["reference_latents"] = case.normal("reference_latents", (1, 16, 1, height, width))
+    if spec.get("control_camera"):
+        inputs["camera"] = case.normal("control_camera", (1, 24, frames, 8 * height, 8 * width))
+    if spec.get("vace_scale") is not None:
+        inputs |= {"vace_context": case.normal("vace_context", (1, 96, *spec["latent"]))}
+        inputs |= {"vace_scale": spec["vace_scale"]}
+    if "motion_bucket_id" in spec:
+        inputs["motion_bucket_id"] = torch.tensor([spec["motion_bucket_id"]])
+    return inputs
 
 
 def image_inputs(case: Case) -> dict[str, Tensor]:
@@ -47,7 +65,12 @@ def image_inputs(case: Case) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", ["wan21_t2v", "wan21_t2i", "wan21_i2v", "wan21_flf2v", "fun_inp", "wan22_i2v_a14b", "wan22_ti2v_5b"]
+    "name",
+    [
+        *("wan21_t2v", "wan21_t2i", "wan21_i2v", "wan21_flf2v", "fun_inp", "wan22_i2v_a14b", "wan22_ti2v_5b"),
+        *("fun_control", "fun_v11_control_ref", "fun_v11_control_camera", "wan21_vace", "speedcontrol_v1"),
+        *("wan22_fun_a14b_control", "wan22_fun_a14b_control_camera"),
+    ],
 )
 def test_output(name: str) -> None:
     case = load_case(name)

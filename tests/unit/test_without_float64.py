@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.unit.models.test_dit import CONFIG
 from wan_train import precision
-from wan_train.models.dit.dit import Dit, sinusoid
+from wan_train.models.dit.dit import Dit
+from wan_train.models.dit.embedding import sinusoid
 from wan_train.precision import float64_device
 from wan_train.training.step import share
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from wan_train.errors import InputError
 from wan_train.models.dit.attention import attention
+from wan_train.models.dit.control import CAMERA_SHRINK
 from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.models.dit.kinds import refuse_foreign, require_task
-from wan_train.models.stacks import all_blocks, block_names
+from wan_train.models.stacks import BASE, VACE, all_blocks, hinted_layers, read_block_name
 from wan_train.models.variants import Variant
 from wan_train.models.weights import Shapes, check_names, dit_rename, fill, renamed, require_kind
 from wan_train.precision import compute_dtype
@@ -199,6 +200,7 @@ def _geometry(shapes: Shapes, extras: Mapping[str, Any], what: str) -> DitConfig
     except (KeyError, IndexError, ValueError) as problem:
         raise InputError(f"{what} is not a whole Wan DiT: no usable {problem}") from None
     num_layers = _count_blocks(shapes)
+    vace = shapes.get("vace_patch_embedding.weight", (0, 0))
     num_heads = int(extras.get("num_heads") or max(1, dim // HEAD_WIDTH))
     if dim % num_heads or (dim // num_heads) % 2:
         raise InputError(f"{what}: a width of {dim} does not divide into {num_heads} heads of even width")
@@ -216,11 +218,17 @@ def _geometry(shapes: Shapes, extras: Mapping[str, Any], what: str) -> DitConfig
         freq_dim=freq_dim,
         patch_size=patch_size,
         eps=float(extras.get("eps", 1e-6)),
+        reference="ref_conv.weight" in shapes,
+        camera_dim=shapes.get("control_adapter.conv.weight", (0, 0))[1] // CAMERA_SHRINK**2,
+        vace_dim=vace[1],
+        vace_layers=hinted_layers(num_layers, _count_blocks(shapes, VACE)) if vace[1] else (),
+        motion="motion_controller.linear.0.weight" in shapes,
     )
 
 
-def _count_blocks(shapes: Shapes) -> int:
-    return sum(block.startswith("blocks.") for block in block_names(shapes))
+def _count_blocks(shapes: Shapes, stack: str = BASE) -> int:
+    parts = [part for part in map(read_block_name, shapes) if part is not None and part.stack == stack]
+    return len({part.index for part in parts})
 
 
 def _extras(

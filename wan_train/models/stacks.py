@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-STACKS = ("blocks", "vace_blocks")  # in the order in which a forward pass goes through them; VACE's are the second
+BASE, VACE = "blocks", "vace_blocks"
+STACKS = (BASE, VACE)
 _NAME = re.compile(rf"(?P<stack>{'|'.join(STACKS)})\.(?P<index>\d+)\.(?P<rest>.+)")
 
 
@@ -31,8 +32,34 @@ def stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def all_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of all stacks of a model, one stack after the other."""
-    return [block for stack in stacks(model).values() for block in stack]
+    """The blocks of all stacks of a model, in the order in which a forward pass goes through them."""
+    found = stacks(model)
+    order = forward_order({name: len(stack) for name, stack in found.items()})
+    return [found[stack][index] for stack, index in order]
+
+
+def forward_order(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Stack and index of every block in the order of a forward pass, from the number of blocks of each stack.
+
+    Each of VACE's comes before the base's block behind which its hint is added, `hinted_layers`.
+    """
+    layers = hinted_layers(counts.get(BASE, 0), counts.get(VACE, 0))
+    numbers = {layer: number for number, layer in enumerate(layers)}
+    order: list[tuple[str, int]] = []
+    for index in range(counts.get(BASE, 0)):
+        if index in numbers:
+            order.append((VACE, numbers[index]))
+        order.append((BASE, index))
+    return order
+
+
+def hinted_layers(num_layers: int, num_vace: int) -> tuple[int, ...]:
+    """The base's blocks behind which the hints of `num_vace` blocks are added: evenly spaced, from the first on.
+
+    Published models have a block of VACE for every second (30 blocks, 15 of VACE) or fifth (40, 8).
+    """
+    step = -(-num_layers // num_vace) if num_vace else 1
+    return tuple(range(0, num_layers, step))[:num_vace]
 
 
 def read_block_name(name: str) -> BlockName | None:
@@ -42,10 +69,14 @@ def read_block_name(name: str) -> BlockName | None:
 
 
 def block_names(names: Iterable[str]) -> list[str]:
-    """The blocks that these weights belong to, "blocks.3", one stack after the other and each in its order."""
-    parts = [part for part in map(read_block_name, names) if part is not None]
-    found = {(STACKS.index(part.stack), part.index): part.block for part in parts}
-    return [found[key] for key in sorted(found)]
+    """The blocks that these weights belong to, "blocks.3", in the order of a forward pass.
+
+    The weights are those of a whole model, or of one stack.
+    """
+    found = {(part.stack, part.index) for part in map(read_block_name, names) if part is not None}
+    counts = {stack: 1 + max(index for own, index in found if own == stack) for stack, _ in found}
+    order = forward_order(counts) if BASE in counts else sorted(found)
+    return [f"{stack}.{index}" for stack, index in order if (stack, index) in found]
 
 
 def block_matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

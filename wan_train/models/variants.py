@@ -47,17 +47,35 @@ class ImageInputs:
     """Which pictures a model is given beside its text: the first frame and, with `last`, the last too.
 
     `clip`: it reads each of them through CLIP as well, not only as latents. `fused`: it reads the first frame in place
-    of the noisy one, and does without a picture too.
+    of the noisy one, and does without an image too. `optional`: it does without one. `alone`: the first frame's own
+    latents are given, zeros behind them and no mask, as VideoX-Fun trained its Wan2.1 control models; elsewhere a mask
+    and the latents of a video that is grey where nothing is given.
     """
 
     last: bool = False
     clip: bool = True
     fused: bool = False
+    optional: bool = False
+    alone: bool = False
 
     @property
     def num_clip_images(self) -> int:
         """How many pictures it reads through CLIP."""
         return (1 + self.last) * self.clip
+
+
+@dataclass(frozen=True)
+class ControlInputs:
+    """What a control model is given beside its text and the images of a video.
+
+    `video`: the latents of a control video, in channels of their own. `reference`: an image whose tokens stand before
+    the video's. `camera`: a camera path. `vace`: a video, a mask and reference images, all in the VACE context.
+    """
+
+    video: bool = False
+    reference: bool = False
+    camera: bool = False
+    vace: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,7 @@ class Variant:
     negative_prompt: str = NEGATIVE_PROMPT
     experts: ExpertDefaults | None = None
     space: LatentSpace = WAN21
+    control: ControlInputs | None = None
 
     @property
     def fps(self) -> int:
@@ -119,18 +138,45 @@ class Variant:
 
 I2V, FLF2V, LATENTS_ONLY = ImageInputs(), ImageInputs(last=True), ImageInputs(clip=False)
 FUSED = ImageInputs(clip=False, fused=True)
-HD = (1280, 720)
+# VideoX-Fun's: Wan2.1's control models, and Wan2.2's, which read no CLIP and have the mask of I2V.
+START, MAY_START = ImageInputs(alone=True), ImageInputs(alone=True, optional=True)
+MAY_START22 = ImageInputs(clip=False, optional=True)
+VIDEO, CAMERA, VACE = ControlInputs(video=True, reference=True), ControlInputs(camera=True), ControlInputs(vace=True)
+HD, SD = (1280, 720), (832, 480)
+T2V_EXPERTS, FUN_EXPERTS = ExpertDefaults(0.875, 5.0), ExpertDefaults(0.9, 6.0)  # VideoX-Fun's configurations
 
-VARIANTS: dict[str, Variant] = {
-    row.name: row
-    for row in (
-        Variant("t2v-1.3B", 16, 1536, 30, (832, 480), 81, 50, 5.0, 5.0),
-        Variant("t2v-14B", 16, 5120, 40, (1280, 720), 81, 50, 5.0, 5.0),
-        Variant("t2i-14B", 16, 5120, 40, (1024, 1024), 1, 50, 5.0, 5.0),
-        Variant("i2v-14B", 36, 5120, 40, (1280, 720), 81, 40, 5.0, 5.0, 3.0, I2V, I2V_NEGATIVE_PROMPT),
-        Variant("flf2v-14B", 36, 5120, 40, (1280, 720), 81, 50, 16.0, 5.0, None, FLF2V, FLF2V_NEGATIVE_PROMPT),
-        Variant("t2v-A14B", 16, 5120, 40, HD, 81, 40, 12.0, 3.0, experts=ExpertDefaults(0.875, 4.0)),
-        Variant("i2v-A14B", 36, 5120, 40, HD, 81, 40, 5.0, 3.5, images=LATENTS_ONLY, experts=ExpertDefaults(0.9, 3.5)),
-        Variant("ti2v-5B", 48, 3072, 30, (1280, 704), 121, 50, 5.0, 5.0, images=FUSED, space=WAN22),
-    )
-}
+_ROWS = (
+    Variant("t2v-1.3B", 16, 1536, 30, SD, 81, 50, 5.0, 5.0),
+    Variant("t2v-14B", 16, 5120, 40, HD, 81, 50, 5.0, 5.0),
+    Variant("t2i-14B", 16, 5120, 40, (1024, 1024), 1, 50, 5.0, 5.0),
+    Variant("i2v-14B", 36, 5120, 40, HD, 81, 40, 5.0, 5.0, 3.0, I2V, I2V_NEGATIVE_PROMPT),
+    Variant("flf2v-14B", 36, 5120, 40, HD, 81, 50, 16.0, 5.0, None, FLF2V, FLF2V_NEGATIVE_PROMPT),
+    Variant("t2v-A14B", 16, 5120, 40, HD, 81, 40, 12.0, 3.0, experts=ExpertDefaults(0.875, 4.0)),
+    Variant("i2v-A14B", 36, 5120, 40, HD, 81, 40, 5.0, 3.5, images=LATENTS_ONLY, experts=ExpertDefaults(0.9, 3.5)),
+    Variant("ti2v-5B", 48, 3072, 30, (1280, 704), 121, 50, 5.0, 5.0, images=FUSED, space=WAN22),
+    Variant("fun-control-1.3B", 48, 1536, 30, SD, 81, 50, 5.0, 5.0, images=MAY_START, control=VIDEO),
+    Variant("fun-control-14B", 48, 5120, 40, SD, 81, 50, 5.0, 5.0, images=MAY_START, control=VIDEO),
+    Variant("i2v-14B-FC", 48, 5120, 40, SD, 81, 40, 5.0, 5.0, images=START, control=VIDEO),
+    Variant("fun-camera-1.3B", 32, 1536, 30, SD, 81, 50, 5.0, 5.0, images=START, control=CAMERA),
+    Variant("fun-camera-14B", 32, 5120, 40, SD, 81, 50, 5.0, 5.0, images=START, control=CAMERA),
+    Variant("vace-1.3B", 16, 1536, 30, SD, 81, 50, 16.0, 5.0, control=VACE),
+    Variant("vace-14B", 16, 5120, 40, HD, 81, 50, 16.0, 5.0, control=VACE),
+    Variant(
+        *("fun-control-A14B", 52, 5120, 40, SD, 81, 50, 5.0, 6.0),
+        images=MAY_START22,
+        experts=FUN_EXPERTS,
+        control=VIDEO,
+    ),
+    Variant(
+        *("fun-camera-A14B", 36, 5120, 40, SD, 81, 50, 5.0, 6.0),
+        images=LATENTS_ONLY,
+        experts=FUN_EXPERTS,
+        control=CAMERA,
+    ),
+    Variant("fun-inp-A14B", 36, 5120, 40, SD, 81, 50, 5.0, 6.0, images=LATENTS_ONLY, experts=FUN_EXPERTS),
+    Variant("vace-fun-A14B", 16, 5120, 40, SD, 81, 50, 12.0, 5.0, experts=T2V_EXPERTS, control=VACE),
+)
+# What users of musubi-tuner call them.
+_ALIASES = {"t2v-1.3B-FC": "fun-control-1.3B", "t2v-14B-FC": "fun-control-14B"}
+VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
+VARIANTS |= {alias: VARIANTS[name] for alias, name in _ALIASES.items()}

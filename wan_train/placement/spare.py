@@ -63,8 +63,8 @@ def is_spare(block: nn.Module, shared: tuple[Any, ...]) -> bool:
 
 
 def mark_last_product(block: nn.Module) -> None:
-    """Let the last Linear of the block's `ffn`, if it has one, heed `LeavingOut`."""
-    ffn = getattr(block, "ffn", None)
+    """Let the last Linear of the block's `ffn`, if it has one and ends with it, heed `LeavingOut`."""
+    ffn = getattr(block, "ffn", None) if getattr(block, "ends_with_ffn", True) else None
     last = ffn[-1] if isinstance(ffn, nn.Sequential) else None
     if not isinstance(last, nn.Linear):
         return

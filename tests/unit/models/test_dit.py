@@ -5,7 +5,9 @@ import torch
 
 import wan_train
 from wan_train.errors import InputError
-from wan_train.models.dit.dit import Dit, DitConfig, modulate, sinusoid
+from wan_train.models.dit.block import modulate
+from wan_train.models.dit.dit import Dit, DitConfig
+from wan_train.models.dit.embedding import sinusoid
 from wan_train.models.dit.rope import axis_widths, rotate, rotations
 from wan_train.models.loading import check_dit, load_dit
 from wan_train.models.variants import VARIANTS

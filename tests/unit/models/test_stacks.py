@@ -8,7 +8,8 @@ from torch import nn
 
 from tests.unit.placement.blocks import CONFIG
 from wan_train.assemble import ModelSettings, equip, streamed_names
-from wan_train.models.dit.dit import Block, Dit
+from wan_train.models.dit.block import Block
+from wan_train.models.dit.dit import Dit
 from wan_train.models.loading import set_attention
 from wan_train.models.settings import DitSettings
 from wan_train.models.stacks import BlockName, all_blocks, block_names, read_block_name, stacks
@@ -58,7 +59,7 @@ def test_names() -> None:
     for name in ("head.head.weight", "blocks.x.ffn", "my_blocks.0.ffn", "blocks.0"):
         assert read_block_name(name) is None
     names = ["vace_blocks.0.a", "blocks.10.a", "blocks.2.b", "head.a", "blocks.2.a"]
-    assert block_names(names) == ["blocks.2", "blocks.10", "vace_blocks.0"]
+    assert block_names(names) == ["vace_blocks.0", "blocks.2", "blocks.10"]
     assert list(stacks(Dit(TINY))) == ["blocks"] and list(stacks(TwoStacks())) == ["blocks", "vace_blocks"]
 
 

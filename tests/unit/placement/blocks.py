@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from networks.lora_wan import attach
 from networks.settings import NetworkSettings
-from wan_train.models.dit.dit import Block, DitConfig
+from wan_train.models.dit.block import Block
+from wan_train.models.dit.dit import DitConfig
 from wan_train.models.dit.rope import rotations
 
 GRID = (2, 3, 4)

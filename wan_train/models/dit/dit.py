@@ -14,56 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from wan_train.models.dit.layers import GELU, Attention, ImageAttention, ImageEmbedding
+from wan_train.models.dit.block import Block, Head
+from wan_train.models.dit.control import CameraAdapter, MotionController, embed_reference
+from wan_train.models.dit.embedding import embed_patches, pad_context, sinusoid
+from wan_train.models.dit.inputs import NOTHING_BESIDE, Inputs, check_inputs
+from wan_train.models.dit.layers import GELU, ImageEmbedding
 from wan_train.models.dit.layers import DitConfig as DitConfig
-from wan_train.models.dit.norms import LayerNorm
 from wan_train.models.dit.rope import rotations
-from wan_train.models.variants import TEXT_LENGTH
-from wan_train.precision import Linear, float64_device
+from wan_train.models.dit.vace import VaceState, add_hint, make_vace_blocks
+from wan_train.precision import Linear
 
-
-class Block(nn.Module):
-    """Self-attention, cross-attention and feed-forward, the first and last modulated by time."""
-
-    def __init__(self, config: DitConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.norm1 = LayerNorm(dim, config.eps, elementwise_affine=False)
-        self.self_attn = Attention(config)
-        self.norm3 = LayerNorm(dim, config.eps)
-        self.cross_attn = ImageAttention(config) if config.image_dim else Attention(config)
-        self.norm2 = LayerNorm(dim, config.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), GELU(), Linear(config.ffn_dim, dim))
-        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
-
-    def forward(self, x: Tensor, context: Tensor, time: Tensor, turns: Tensor) -> Tensor:
-        """x (B, L, d) float32, context (B, T, d), time (B, G, 6, d) float32, turns (2, L, 1, D) -> like x."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unbind(2)
-        dtype = context.dtype
-        modulated = modulate(self.norm1(x), shift1, scale1).to(dtype)
-        x = gated(x, self.self_attn(modulated, modulated, turns), gate1)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), context)
-        return gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2).to(dtype)), gate2)
-
-
-class Head(nn.Module):
-    """From tokens to the velocity of their patches, in float32."""
-
-    def __init__(self, config: DitConfig) -> None:
-        super().__init__()
-        pt, ph, pw = config.patch_size
-        self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
-        self.head = Linear(config.dim, pt * ph * pw * config.out_dim)
-        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (B, L, d), time (B, G, d) -> (B, L, patch*C)."""
-        shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
-        return self.head(modulate(self.norm(x), shift, scale))
+NUM_CLIP_TOKENS = 257  # of an image
 
 
 @dataclass(frozen=True)
@@ -79,7 +43,8 @@ class Embedded:
 
     `tokens` (B, L, d) float32, which the blocks replace: they are large, and nothing else may hold them. `context`
     (B, T, d), `time` (B, G, d) and `modulation` (B, G, 6, d) float32 for G groups of equally many tokens, `rope`
-    (2, L, 1, D), `grid` the numbers of patches (F, H, W), `skipped` the indices of `blocks` that this pass leaves out.
+    (2, L, 1, D), `grid` the numbers of patches (F, H, W) of the latents; `num_before` tokens of a reference image stand
+    before those. `skipped` are the indices of `blocks` that this pass leaves out, `vace` is the other stack's state.
     """
 
     tokens: Tensor
@@ -88,6 +53,8 @@ class Embedded:
     modulation: Tensor
     rope: Tensor
     grid: tuple[int, int, int]
+    num_before: int = 0
+    vace: VaceState | None = None
     skipped: frozenset[int] = frozenset()
 
 
@@ -111,6 +78,15 @@ class Dit(nn.Module):
             self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        if config.reference:
+            self.ref_conv = nn.Conv2d(config.out_dim, dim, config.patch_size[1:], stride=config.patch_size[1:])
+        if config.camera_dim:
+            self.control_adapter = CameraAdapter(config.camera_dim, dim)
+        if config.vace_layers:
+            self.vace_patch_embedding = nn.Conv3d(config.vace_dim, dim, config.patch_size, stride=config.patch_size)
+            self.vace_blocks = make_vace_blocks(config)
+        if config.motion:
+            self.motion_controller = MotionController(config.freq_dim, dim)
 
     def forward(
         self,
@@ -131,25 +107,27 @@ class Dit(nn.Module):
 
         `timestep` (B,) or (B, F) in 0..1000; `context` a list of (L_i, text_dim) or (B, 512, text_dim), or what
         `embed_context` made of that and of `clip_features`; `frame_positions` (F,) where each latent frame is in time,
-        else 0..F-1. Models for images read `image_latents` (B, in_dim - C, F, H, W), a mask and latents, behind the
-        noisy ones, and those of Wan2.1 `clip_features` (B, I, image_dim). Inputs that the model has no weights for are
-        a ValueError, and so are missing ones.
+        else 0..F-1. Models for images read `image_latents` (B, in_dim - C, F, H, W), whatever is concatenated behind
+        the noisy ones, and those of Wan2.1 `clip_features` (B, I, image_dim).
+
+        Control models read `reference_latents` (B, C, 1, H, W) of an image, `camera` (B, 24, F, 8H, 8W), a packed
+        Pluecker map, `vace_context` (B, 96, F, H, W), whose hints are added `vace_scale` times, or `motion_bucket_id`
+        (B,) in 0..100. Where they are absent, zeros stand for a reference and for a control model's CLIP tokens, and
+        VACE and the motion controller add nothing. Inputs that the model has no weights for are a ValueError, and so
+        are other missing ones.
         """
-        refuse_inputs(
-            image_latents=image_latents if self.config.in_dim == latents.shape[1] else None,
-            reference_latents=reference_latents,
-            camera=camera,
-            vace_context=vace_context,
-            motion_bucket_id=motion_bucket_id,
+        inputs = Inputs(
+            image_latents,
+            clip_features,
+            reference_latents,
+            camera,
+            vace_context,
+            vace_scale,
+            motion_bucket_id,
+            frame_positions,
         )
-        state = self.begin(
-            latents,
-            timestep,
-            context,
-            image_latents=image_latents,
-            clip_features=clip_features,
-            frame_positions=frame_positions,
-        )
+        check_inputs(inputs, self.config, latents.shape[1])
+        state = self.begin(latents, timestep, context, inputs)
         self.run_blocks(state)
         return self.finish(state)
 
@@ -158,41 +136,58 @@ class Dit(nn.Module):
         latents: Tensor,
         timestep: Tensor,
         context: list[Tensor] | Tensor | EmbeddedContext,
-        *,
-        image_latents: Tensor | None = None,
-        clip_features: Tensor | None = None,
-        frame_positions: Tensor | None = None,
+        inputs: Inputs = NOTHING_BESIDE,
     ) -> Embedded:
-        """Embed the inputs of `forward`."""
-        if image_latents is not None:
-            latents = torch.cat([latents, image_latents.to(latents)], dim=1)
-        grid = self._grid(latents)
-        tokens = self._embed(latents)
-        time, modulation = self._embed_time(timestep)
+        """Embed the inputs of `forward`, which has checked them."""
         if not isinstance(context, EmbeddedContext):
-            context = self.embed_context(context, clip_features, device=latents.device)
-        head_width = self.config.dim // self.config.num_heads
-        rope = rotations(grid, head_width, device=latents.device, frames=frame_positions)
-        return Embedded(tokens, context.tokens, time, modulation, rope, grid)
+            context = self.embed_context(context, inputs.clip_features, device=latents.device)
+        time, modulation = self._embed_time(timestep)
+        if inputs.motion_bucket_id is not None:
+            modulation = modulation + self.motion_controller(inputs.motion_bucket_id.to(latents.device))
+        if inputs.image_latents is not None:
+            latents = torch.cat([latents, inputs.image_latents.to(latents)], dim=1)
+        grid = self._grid(latents)
+        tokens = embed_patches(self.patch_embedding, latents, self.compute_dtype)
+        if inputs.camera is not None:
+            tokens = tokens + self.control_adapter(inputs.camera.to(latents.device), self.compute_dtype)
+        before = self._embed_reference(inputs.reference_latents, latents)
+        tokens = tokens if before is None else torch.cat([before, tokens], dim=1)
+        return Embedded(
+            tokens=tokens,
+            context=context.tokens,
+            time=time,
+            modulation=modulation,
+            rope=self._rope(grid, inputs.frame_positions, latents.device, later=before is not None),
+            grid=grid,
+            num_before=0 if before is None else before.shape[1],
+            vace=self._begin_vace(inputs, latents.device),
+        )
 
     def run_blocks(self, state: Embedded) -> None:
-        """Send the tokens of a pass through all blocks but the skipped ones."""
+        """Send the tokens of a pass through all blocks but the skipped ones; a skipped block's hint is left out too."""
+        numbers = {layer: number for number, layer in enumerate(self.config.vace_layers)} if state.vace else {}
         for index, block in enumerate(self.blocks):
-            if index not in state.skipped:
-                state.tokens = block(state.tokens, state.context, state.modulation, state.rope)
+            hint = self._next_hint(state, numbers[index]) if index in numbers else None
+            if index in state.skipped:
+                continue
+            state.tokens = block(state.tokens, state.context, state.modulation, state.rope)
+            if hint is not None and state.vace is not None:
+                state.tokens = add_hint(state.tokens, hint, state.vace.scale)
 
     def finish(self, state: Embedded) -> Tensor:
         """The velocity (B, C, F, H, W) in float32 of the tokens of a pass."""
-        return self._unpatchify(self.head(state.tokens, state.time), state.grid)
+        return self._unpatchify(self.head(state.tokens[:, state.num_before :], state.time), state.grid)
 
     def embed_context(
         self, context: list[Tensor] | Tensor, clip_features: Tensor | None = None, *, device: torch.device
     ) -> EmbeddedContext:
         """Texts and the images' tokens at the model's width: what every step of a sampling run has in common.
 
-        ValueError where the model reads `clip_features` and has none, or the other way round.
+        ValueError where the model needs `clip_features` and has none, or the other way round.
         """
         text: Tensor = self.text_embedding(pad_context(context, self.config, device).to(self.compute_dtype))
+        if clip_features is None and self.config.does_without_clip:
+            clip_features = text.new_zeros(len(text), NUM_CLIP_TOKENS, self.config.image_dim)
         if (clip_features is not None) != bool(self.config.image_dim):
             raise ValueError(
                 f"this model {'has no weights for' if clip_features is not None else 'needs'} clip_features"
@@ -211,20 +206,40 @@ class Dit(nn.Module):
             raise ValueError(f"latents of {size} do not divide into patches of {list(self.config.patch_size)}")
         return tuple(n // p for n, p in zip(size, self.config.patch_size, strict=True))  # type: ignore[return-value]
 
-    def _embed(self, latents: Tensor) -> Tensor:
-        """Latents to tokens (B, L, d) float32. The convolution's stride is its kernel, so it is a matrix product."""
-        pt, ph, pw = self.config.patch_size
-        patches = rearrange(latents, "B C (F t) (H h) (W w) -> B (F H W) (C t h w)", t=pt, h=ph, w=pw)
-        weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
-        assert bias is not None
-        dtype = self.compute_dtype
-        return F.linear(patches.to(dtype), weight.to(dtype), bias.to(dtype)).float()
-
     def _embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """timestep (B,) or (B, F) -> embedding (B, G, d) and the blocks' modulation (B, G, 6, d), float32."""
         each = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
         time = self.time_embedding(sinusoid(each, self.config.freq_dim))
         return time, self.time_projection(time).unflatten(-1, (6, -1))
+
+    def _embed_reference(self, reference: Tensor | None, latents: Tensor) -> Tensor | None:
+        """Tokens (B, P, d) of the reference (B, C, 1, H, W), of zeros without one; None where the model has none."""
+        if not self.config.reference:
+            return None
+        if reference is None:
+            reference = latents.new_zeros(len(latents), self.config.out_dim, 1, *latents.shape[3:])
+        return embed_reference(self.ref_conv, reference.to(latents.device), self.compute_dtype)
+
+    def _rope(self, grid: tuple[int, int, int], frames: Tensor | None, device: torch.device, *, later: bool) -> Tensor:
+        """The rope table of the grid; `later` by one frame, in which a reference stands."""
+        if later:
+            assert frames is None, "models with a reference have their frames one after the other"
+            grid = (grid[0] + 1, *grid[1:])
+        return rotations(grid, self.config.dim // self.config.num_heads, device=device, frames=frames)
+
+    def _begin_vace(self, inputs: Inputs, device: torch.device) -> VaceState | None:
+        if inputs.vace_context is None or inputs.vace_scale == 0:
+            return None
+        context = inputs.vace_context.to(device)
+        return VaceState(embed_patches(self.vace_patch_embedding, context, self.compute_dtype), inputs.vace_scale)
+
+    def _next_hint(self, state: Embedded, number: int) -> Tensor:
+        """The hint of a VACE block, the next one; of the first the base's tokens are an input."""
+        assert state.vace is not None
+        start = (state.tokens,) if number == 0 else ()
+        tokens, hint = self.vace_blocks[number](state.vace.tokens, state.context, state.modulation, state.rope, *start)
+        state.vace.tokens = tokens
+        return hint
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         frames, rows, columns = grid
@@ -256,44 +271,3 @@ def wrap_run_blocks(model: Dit, wrap: Callable[[RunBlocks], RunBlocks]) -> Itera
             del vars(model)["run_blocks"]
         else:
             vars(model)["run_blocks"] = before
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, L, d) * (1 + scale) + shift with shift and scale (B, G, d), G groups of equally many tokens."""
-    grouped = x.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift.unsqueeze(2), grouped, 1 + scale.unsqueeze(2)).flatten(1, 2)
-
-
-def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + update * gate, gate (B, G, d); float32."""
-    groups = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, groups), update.unflatten(1, groups).float(), gate.unsqueeze(2)).flatten(1, 2)
-
-
-def sinusoid(timestep: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of t * 10000^(-i / half), i below half = width/2: (..., width), taken in float64."""
-    half = width // 2
-    device = float64_device(timestep.device)
-    rates = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=device) / half)
-    angles = timestep.to(device).to(torch.float64).unsqueeze(-1) * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).float().to(timestep.device)
-
-
-def pad_context(context: list[Tensor] | Tensor, config: DitConfig, device: torch.device) -> Tensor:
-    """Embeddings of texts of different length as one (B, 512, text_dim), zeros behind each text."""
-    if isinstance(context, Tensor):
-        return context.to(device)
-    longest = max(len(rows) for rows in context)
-    if longest > TEXT_LENGTH:
-        raise ValueError(f"a text embedding has {longest} rows, the model takes at most {TEXT_LENGTH}")
-    padded = torch.zeros(len(context), TEXT_LENGTH, config.text_dim, device=device, dtype=context[0].dtype)
-    for row, text in zip(padded, context, strict=True):
-        row[: len(text)] = text
-    return padded
-
-
-def refuse_inputs(**inputs: Tensor | None) -> None:
-    """ValueError for an input that the model has no weights for."""
-    for name, value in inputs.items():
-        if value is not None:
-            raise ValueError(f"this model has no weights for {name}")

@@ -3,45 +3,47 @@
 from dataclasses import dataclass
 
 from wan_train.errors import InputError
-from wan_train.models.variants import VARIANTS, Variant
+from wan_train.models.variants import VARIANTS, ControlInputs, Variant
 from wan_train.models.weights import Shapes
 
 
 @dataclass(frozen=True)
 class ForeignKind:
-    """A kind that no task is for yet: what its models are called, a submodule that no kind before it in the table has
-    ("" for any), and the channels that it reads beside that, None for any."""
+    """A kind that no task is for: what its models are called, and a submodule that tells them."""
 
     name: str
     submodule: str
-    in_dim: int | None = None
 
 
-# The most telling first: models for a camera and those of V1.1 read pictures through CLIP (img_emb), too. Submodules
-# and channels are those of the published files.
 _FOREIGN = (
-    ForeignKind("VACE", "vace_patch_embedding"),
     ForeignKind("Animate", "face_adapter"),
     ForeignKind("S2V (speech to video)", "casual_audio_encoder"),
-    ForeignKind("Fun Control-Camera", "control_adapter"),
-    ForeignKind("Wan2.2 Fun-Control", "ref_conv", 52),
-    ForeignKind("Fun-V1.1-Control", "ref_conv"),
-    ForeignKind("Fun-Control", "img_emb", 48),
 )
+
+
+# What a control model has beside the layers of a base: the submodule, the kind's name, and what `ControlInputs` calls
+# it. VACE's first, since no other kind has its blocks.
+_CONTROLS = (
+    ("vace_patch_embedding", "a VACE model", "vace"),
+    ("control_adapter", "a Fun Control-Camera model", "camera"),
+    ("ref_conv", "a Fun-Control model with a reference image", "reference"),
+)
+_NAMES = {kind: name for _, name, kind in _CONTROLS}
 
 
 @dataclass(frozen=True)
 class Channels:
-    """What tells kinds with the usual submodules apart: the channels that a DiT reads and makes, and whether it reads
-    one picture through CLIP, or a first and a last."""
+    """What tells kinds apart: the channels that a DiT reads and makes, whether it reads one image through CLIP, or a
+    first and a last, and the kind of control that it has layers for: "vace", "camera", "reference" or none."""
 
     in_dim: int
     out_dim: int
     clip: bool = False
     last: bool = False
+    control: str = ""
 
     @property
-    def pictures(self) -> str:
+    def images(self) -> str:
         """What it reads through CLIP, in words."""
         return ("a first and a last picture" if self.last else "one picture") if self.clip else "no picture"
 
@@ -51,41 +53,52 @@ def channels_of(shapes: Shapes) -> Channels | None:
     patch, head = shapes.get("patch_embedding.weight", ()), shapes.get("head.head.weight", ())
     if len(patch) != 5 or len(head) != 2:
         return None
-    cells = patch[2] * patch[3] * patch[4]
-    return Channels(patch[1], head[0] // cells, "img_emb.proj.0.weight" in shapes, "img_emb.emb_pos" in shapes)
+    cells, submodules = patch[2] * patch[3] * patch[4], {name.partition(".")[0] for name in shapes}
+    control = next((kind for submodule, _, kind in _CONTROLS if submodule in submodules), "")
+    clip, last = "img_emb.proj.0.weight" in shapes, "img_emb.emb_pos" in shapes
+    return Channels(patch[1], head[0] // cells, clip, last, control)
 
 
-def channels_for(variant: Variant) -> Channels:
-    """The channels of the models that a task is for."""
-    images = variant.images
+def channels_for(variant: Variant) -> tuple[Channels, ...]:
+    """The channels of the models that a task is for: of Wan2.1's Fun-Control both V1.0's and V1.1's, which has a
+    reference."""
+    images, control = variant.images, variant.control or ControlInputs()
     clip = images is not None and images.clip
-    return Channels(variant.in_dim, variant.space.channels, clip, clip and images is not None and images.last)
+    last = clip and images is not None and images.last
+    kinds: tuple[str, ...] = ("",)
+    if control.vace or control.camera:
+        kinds = ("vace" if control.vace else "camera",)
+    elif control.reference:
+        kinds = ("reference",) if variant.experts else ("", "reference")
+    return tuple(Channels(variant.in_dim, variant.space.channels, clip, last, kind) for kind in kinds)
 
 
 def refuse_foreign(shapes: Shapes, what: str) -> None:
-    """InputError that names the kind of a DiT, official names, if no task is for it yet."""
-    channels, submodules = channels_of(shapes), {name.partition(".")[0] for name in shapes}
+    """InputError that names the kind of a DiT, official names, if no task is for it."""
+    submodules = {name.partition(".")[0] for name in shapes}
     for kind in _FOREIGN:
-        reads = kind.in_dim is None or (channels is not None and channels.in_dim == kind.in_dim)
-        if reads and kind.submodule in submodules:
+        if kind.submodule in submodules:
             raise InputError(
-                f"{what} is a {kind.name} model, which is not supported yet:"
-                " give a T2V, I2V, FLF2V, Fun-InP or TI2V model"
+                f"{what} is a {kind.name} model, which is not supported: give a model of one of the tasks of --task"
             )
 
 
 def require_task(shapes: Shapes, variant: Variant, what: str) -> None:
-    """InputError for a DiT, official names, of other channels than the task's, or that reads other pictures through
-    CLIP."""
-    found, wanted = channels_of(shapes), channels_for(variant)
-    if found is None or found == wanted:
+    """InputError for a DiT, official names, of other channels than the task's, with layers for another kind of control,
+    or that reads other images through CLIP."""
+    found, fit = channels_of(shapes), channels_for(variant)
+    if found is None or found in fit:
         return
-    fitting = [row for row in VARIANTS.values() if channels_for(row) == found]
+    wanted = min(fit, key=lambda channels: channels.control != found.control)
+    fitting = [row for row in VARIANTS.values() if found in channels_for(row)]
     fitting.sort(key=lambda row: row.dim != shapes["patch_embedding.weight"][0])
-    if found.in_dim != wanted.in_dim:
+    if found.control != wanted.control:
+        differs = f"is {_NAMES[found.control]}" if found.control else f"is not {_NAMES[wanted.control]}"
+        differs += f", which --task {variant.name} is {'not ' if found.control else ''}for"
+    elif found.in_dim != wanted.in_dim:
         differs = f"reads {found.in_dim} channels, but --task {variant.name} is for {wanted.in_dim}"
     elif found.out_dim != wanted.out_dim:
         differs = f"makes {found.out_dim} channels, but --task {variant.name} is for {wanted.out_dim}"
     else:
-        differs = f"reads {found.pictures} through CLIP, but --task {variant.name} gives it {wanted.pictures}"
+        differs = f"reads {found.images} through CLIP, but --task {variant.name} gives it {wanted.images}"
     raise InputError(f"{what} {differs}: {f'use --task {fitting[0].name}' if fitting else 'give another file'}")

@@ -21,7 +21,9 @@ class DitConfig:
     """Geometry of a DiT; everything but `num_heads` can be read off its tensors.
 
     `image_dim` is the width of CLIP's tokens, 0 for a model that reads none; `image_positions` how many of them have a
-    learnt position, 0 where none has.
+    learnt position, 0 where none has. Of control models `reference` says that a reference image is read, `camera_dim`
+    and `vace_dim` are the channels of a camera's map and of the VACE context, 0 where none is read, `vace_layers` the
+    blocks behind which VACE's hints are added; `motion` says that there is a motion controller.
     """
 
     dim: int
@@ -36,6 +38,22 @@ class DitConfig:
     freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    reference: bool = False
+    camera_dim: int = 0
+    vace_dim: int = 0
+    vace_layers: tuple[int, ...] = ()
+    motion: bool = False
+
+    @property
+    def num_extra_channels(self) -> int:
+        """Channels that the model reads behind the noisy latents."""
+        return self.in_dim - self.out_dim
+
+    @property
+    def does_without_clip(self) -> bool:
+        """Whether zeros stand for CLIP's tokens where there is no image: control models were trained so, as their
+        channels behind the noisy latents, a multiple of those without a mask, tell."""
+        return bool(self.image_dim) and self.num_extra_channels % self.out_dim == 0
 
 
 class Attention(nn.Module):

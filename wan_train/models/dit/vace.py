@@ -1,0 +1,57 @@
+"""VACE (Jiang et al. 2025): blocks beside the base's, whose hints are added to its tokens (official Wan2.1 VACE).
+
+Legend: B batch, L tokens, T context tokens, D head width, d width of a token, G groups of tokens with one modulation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wan_train.models.dit.block import Block
+from wan_train.models.dit.layers import DitConfig
+from wan_train.precision import Linear
+
+
+class VaceBlock(Block):
+    """A block over the tokens of the VACE context, and the projection of its hint; the first has one in front too."""
+
+    ends_with_ffn = False  # its tokens are projected, after the feed-forward
+
+    def __init__(self, config: DitConfig, *, first: bool) -> None:
+        super().__init__(config)
+        if first:
+            self.before_proj = Linear(config.dim, config.dim)
+        self.after_proj = Linear(config.dim, config.dim)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor, time: Tensor, turns: Tensor, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the context's next tokens (B, L, d) float32 and their hint (B, L, d).
+
+        x (B, L, d) float32, context (B, T, d), time (B, G, 6, d), turns (2, L, 1, D) as in `Block`; `start` (B, L, d)
+        are the base's tokens before its first block, for the first block here.
+        """
+        dtype = context.dtype
+        if start is not None:
+            x = self.before_proj(x.to(dtype)) + start
+        x = super().forward(x, context, time, turns)
+        return x, self.after_proj(x.to(dtype))
+
+
+@dataclass
+class VaceState:
+    """The tokens (B, L, d) of the VACE context in a pass, which the blocks replace, and how much their hints count."""
+
+    tokens: Tensor
+    scale: float
+
+
+def add_hint(tokens: Tensor, hint: Tensor, scale: float) -> Tensor:
+    """tokens (B, L, d) float32 + scale * hint (B, L, d)."""
+    return torch.add(tokens, hint, alpha=scale)
+
+
+def make_vace_blocks(config: DitConfig) -> nn.ModuleList:
+    """The blocks of a model, one for each of `config.vace_layers`."""
+    return nn.ModuleList(VaceBlock(config, first=number == 0) for number in range(len(config.vace_layers)))
