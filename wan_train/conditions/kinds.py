@@ -18,9 +18,9 @@ class ConditionKind:
     """A kind of condition.
 
     `name` is the argument of `Dit.forward`, or that of a part of one, `key` that of the tensor in the cache file and
-    `mirrored_key` that of the mirrored clip's, where mirroring changes it. `is_joined`: all axes but the last become one, as the tokens of several
-    images follow one another. `is_shared`: all samples of a batch have the same, which stays on the CPU. `is_dropped`:
-    zeros stand for it where a sample goes without its images.
+    `mirrored_key` that of the mirrored clip's, where mirroring changes it. `is_joined`: all axes but the last become
+    one, as the tokens of several images follow one another. `is_shared`: all samples of a batch have the same, which
+    stays on the CPU. `is_dropped`: zeros stand for it where a sample goes without its images.
     """
 
     name: str
