@@ -36,6 +36,7 @@ from dataset.batching.order import Pick, SampleKey
 from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
 from dataset.sources import ClipPlan
+from wan_train.models.variants import VARIANTS
 from wan_train.training.evaluating.statistics import Losses
 from wan_train.training.evaluating.validation import Validator
 from wan_train.training.settings import LossSettings, TimestepSettings, ValidationSettings
@@ -133,7 +134,7 @@ def train(seed: int) -> Course:
 def make_validator(clips: Tensor, *, key: int, num_strata: int = NUM_STRATA) -> Validator:
     """The trainer's validator on clips in memory."""
     settings = ValidationSettings(validation_seed=key, validation_timesteps=num_strata)
-    return Validator(DrawnClips(clips), settings, TimestepSettings(), LossSettings())
+    return Validator(DrawnClips(clips), settings, TimestepSettings(), LossSettings(), variant=VARIANTS["t2v-1.3B"])
 
 
 def measure_keyed(clips: Tensor, knots: Tensor, key: int) -> Losses:

@@ -18,6 +18,7 @@ from networks.settings import NetworkSettings, read_arguments
 from wan_train.errors import InputError
 
 TRAINS_WEIGHTS = True  # of the model itself, which then cannot be in eight bits or elsewhere
+CONTROLLER = "motion_controller."  # trained by itself it is saved by itself, under the names of its published file
 _OF_LORA = ("network_dim", "network_dropout", "network_weights", "dim_from_weights", "scale_weight_norms")
 
 
@@ -46,7 +47,10 @@ class Full:
         yield from self._trained.items()
 
     def export(self, read: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-        """The whole model under official names, each tensor as it is kept."""
+        """The whole model under official names, each tensor as it is kept; a motion controller alone where nothing else
+        is trained, as `--motion_controller` reads it."""
+        if all(name.startswith(CONTROLLER) for name in self._trained):
+            return {name.removeprefix(CONTROLLER): read(parameter) for name, parameter in self._trained.items()}
         return {name: read(parameter) for name, parameter in self._own().items()}
 
     def metadata(self) -> dict[str, str]:
@@ -62,10 +66,12 @@ class Full:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `export` gave. InputError where something trained is missing or of another shape."""
+        alone = all(name.startswith(CONTROLLER) for name in self._trained)
         for name, parameter in self._trained.items():
-            if name not in tensors or tensors[name].shape != parameter.shape:
+            given = tensors.get(name.removeprefix(CONTROLLER) if alone else name)
+            if given is None or given.shape != parameter.shape:
                 raise InputError(f"the checkpoint has no {name} of {list(parameter.shape)}: give one of this model")
-            parameter.copy_(tensors[name])
+            parameter.copy_(given)
 
     def _own(self) -> dict[str, nn.Parameter]:
         named = dict(self._model.named_parameters())

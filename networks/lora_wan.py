@@ -13,9 +13,11 @@ from networks.selection import compile_patterns, trained_modules, without_effect
 from networks.settings import NetworkSettings
 from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.stacks import read_block_name
+from wan_train.models.stacks import BASE, VACE, read_block_name
 
 log = get_logger(__name__)
+
+_NOT_OF_VACE = (rf"{BASE}\..*", r".*\.(before|after)_proj")
 
 
 def check(settings: NetworkSettings) -> None:
@@ -41,7 +43,8 @@ def check_model(settings: NetworkSettings, linears: Mapping[str, Shape]) -> None
         check_lora(path, linears)
         return
     names = _chosen(linears, arguments)
-    for pattern in without_effect(in_blocks(linears), arguments.exclude_patterns, arguments.include_patterns):
+    exclude = [*arguments.exclude_patterns, *not_by_default(in_blocks(linears))]
+    for pattern in without_effect(in_blocks(linears), exclude, arguments.include_patterns):
         log.warning(
             "include_patterns: %r changes nothing, since it only brings back what exclude_patterns leave out; to train "
             "these modules alone add \"exclude_patterns=['.*']\"",
@@ -88,8 +91,16 @@ def in_blocks(names: Iterable[str]) -> list[str]:
     return [name for name in names if read_block_name(name) is not None]
 
 
+def not_by_default(names: Iterable[str]) -> tuple[str, ...]:
+    """Patterns of what `include_patterns` alone choose: of a VACE model the base's blocks and the projections between
+    both stacks (DiffSynth-Studio's recipe)."""
+    is_vace = any(part.stack == VACE for part in map(read_block_name, names) if part is not None)
+    return _NOT_OF_VACE if is_vace else ()
+
+
 def _chosen(linears: Iterable[str], arguments: LoraArguments) -> list[str]:
-    return trained_modules(in_blocks(linears), arguments.exclude_patterns, arguments.include_patterns)
+    names = in_blocks(linears)
+    return trained_modules(names, arguments.exclude_patterns, arguments.include_patterns, not_by_default(names))
 
 
 def _size(module: str, delta: LoraDelta) -> Size:

@@ -20,10 +20,13 @@ def compile_patterns(patterns: Iterable[str], what: str) -> list[re.Pattern[str]
     return compiled
 
 
-def trained_modules(names: Iterable[str], exclude: Sequence[str], include: Sequence[str]) -> list[str]:
+def trained_modules(
+    names: Iterable[str], exclude: Sequence[str], include: Sequence[str], by_default: Sequence[str] = ()
+) -> list[str]:
     """The names to train: all but those that a pattern of `exclude` and none of `include` is fully equal to.
 
-    `include` alone restricts nothing. InputError for a pattern that is equal to no name, and if nothing is left.
+    `include` alone restricts nothing. `by_default` are further patterns of what is excluded, which need not fit.
+    InputError for a pattern that is equal to no name, and if nothing is left.
     """
     names = list(names)
     excluding = compile_patterns(exclude, "exclude_patterns")
@@ -31,7 +34,7 @@ def trained_modules(names: Iterable[str], exclude: Sequence[str], include: Seque
     for what, patterns in (("exclude_patterns", excluding), ("include_patterns", including)):
         for pattern in patterns:
             _require_use(pattern, names, what)
-    excluding.append(re.compile(ALWAYS_EXCLUDED))
+    excluding += [re.compile(pattern) for pattern in (ALWAYS_EXCLUDED, *by_default)]
     kept = [name for name in names if not _is_any(excluding, name) or _is_any(including, name)]
     if not kept:
         raise InputError(f"exclude_patterns leave none of {len(names)} modules to train: exclude less")

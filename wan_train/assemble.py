@@ -1,5 +1,6 @@
-"""The one ordered list of what is done to a DiT: read, rename, merge, add, quantise, fill, attach; then, from the bare block
-outwards, chunk, compile, stream and recompute: what the backward pass computes again goes through the streaming again.
+"""The one ordered list of what is done to a DiT: read, rename, merge, add, quantise, fill, attach; then, from the bare
+block outwards, chunk, compile, stream and recompute: what the backward pass computes again goes through the streaming
+again.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -79,7 +79,7 @@ def test_cache_preview_and_generator_agree(task: str, num_frames: int, models: P
     for item in plan.items:
         save_text(item, {item.caption: torch.zeros(2, 8)})
     dataset, number = CachedDataset([plan]), 1
-    trained = conditions_of(collate([dataset[0], dataset[number]]), CPU)
+    trained = conditions_of(collate([dataset[0], dataset[number]]), VARIANTS[task], CPU)
 
     source, lines = plan.clips[number].item.path, ""
     if num_frames == 1:
@@ -130,7 +130,7 @@ def test_the_first_frame_of_the_5b(num_frames: int, models: Path, folder: Path) 
     plan = plan_clips(config, list_items(config, allow_missing_captions=False))
     for item in plan.items:
         save_text(item, {item.caption: torch.zeros(2, 8)})
-    trained = conditions_of(collate([CachedDataset([plan])[1]]), CPU, fused=True)
+    trained = conditions_of(collate([CachedDataset([plan])[1]]), variant, CPU)
     assert trained.first_frame is not None and trained.has_first is not None and trained.has_first.all()
     given = dict(read_frames(plan.clips[1].item.path, {0}))
     Image.fromarray(given[0]).save(folder / "first.png")

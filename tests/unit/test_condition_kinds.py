@@ -12,7 +12,8 @@ from dataset.config import read_config
 from dataset.sources import list_items, plan_clips
 from tests.unit.dataset.drawing import draw_image, write_toml
 from wan_train.conditions.kinds import KINDS, ConditionKind
-from wan_train.training.objective.conditioning import conditions_of
+from wan_train.models.variants import VARIANTS
+from wan_train.training.objective.conditioning import Dropped, conditions_of
 
 TOML = '[[datasets]]\nimage_directory = "stills"\nresolution = [64, 48]\ncache_directory = "cache"\nbatch_size = 2\n'
 
@@ -35,6 +36,8 @@ def test_a_toy_condition(shared: bool, tmp_path: Path, monkeypatch: pytest.Monke
         save_text(clip.item, {clip.item.caption: torch.zeros(3, 8)})
     dataset = CachedDataset([plan])
     batch = collate([dataset[0], dataset[1]])
-    inputs = conditions_of(batch, torch.device("cpu"), without_pictures=[False, True]).inputs()
+    inputs = conditions_of(
+        batch, VARIANTS["t2v-1.3B"], torch.device("cpu"), dropped=Dropped(images=[False, True])
+    ).inputs()
     wanted = made[0] if shared else torch.stack([made[0], torch.zeros_like(made[1])])
     assert torch.equal(torch.as_tensor(inputs["toy"]), wanted) and set(inputs) == {"context", "toy"}

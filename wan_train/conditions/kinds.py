@@ -20,7 +20,8 @@ class ConditionKind:
     `name` is the argument of `Dit.forward`, or that of a part of one, `key` that of the tensor in the cache file and
     `mirrored_key` that of the mirrored clip's, where mirroring changes it. `is_joined`: all axes but the last become
     one, as the tokens of several images follow one another. `is_shared`: all samples of a batch have the same, which
-    stays on the CPU. `is_dropped`: zeros stand for it where a sample goes without its images.
+    stays on the CPU. `is_dropped`: zeros stand for it where a sample goes without its images;
+    control and reference are dropped by themselves.
     """
 
     name: str
@@ -43,15 +44,15 @@ _ROWS = (
     # (F,): where the frames are in time, if not one after the other; they become angles on the CPU.
     ConditionKind(FRAME_POSITIONS, "f_indices", is_shared=True, is_dropped=False),
     # (B, C, F, H, W): a control video.
-    ConditionKind(CONTROL_LATENTS, "latents_control", "latents_control_flipped"),
+    ConditionKind(CONTROL_LATENTS, "latents_control", "latents_control_flipped", is_dropped=False),
     # (B, C, 1, H, W): the first frame by itself, of models that read it without a mask.
     ConditionKind(START_LATENTS, "latents_start", "latents_start_flipped"),
     # (B, C, 1, H, W): a reference image.
-    ConditionKind(REFERENCE, "latents_reference", "latents_reference_flipped"),
+    ConditionKind(REFERENCE, "latents_reference", "latents_reference_flipped", is_dropped=False),
     # (B, N, 19): the camera at each of N pixel frames, as RealEstate10K writes it.
     ConditionKind(CAMERA, "camera", "camera_flipped", is_dropped=False),
     # (B, 96, R+F, H, W): R reference images, then inactive and reactive latents and the mask.
-    ConditionKind(VACE_CONTEXT, "vace_context", "vace_context_flipped"),
+    ConditionKind(VACE_CONTEXT, "vace_context", "vace_context_flipped", is_dropped=False),
     # (B,): 0 slow to 100 fast.
     ConditionKind(MOTION, "motion_bucket", is_dropped=False),
 )

@@ -87,7 +87,5 @@ def _with_controller(header: Header, dit: DitSettings) -> Header:
 def _controller_name(name: str, path: str) -> str:
     found = _CONTROLLER_NAME.fullmatch(name)
     if found is None:
-        raise InputError(
-            f"--motion_controller {path} holds {name}, which no motion controller has: give the right file"
-        )
+        raise InputError(f"--motion_controller {path} is not a motion controller, it holds {name}: give the right file")
     return CONTROLLER + found[1]

@@ -1,10 +1,12 @@
 """Control layers for a plain model: what `--init_control` adds to a T2V or I2V checkpoint while it is read.
 
-The first step computes what the base computes, bit for bit: new columns of the patch embedding, the camera's first and
-last convolutions, the values of images in cross-attention (`v_img`), VACE's `before_proj` and `after_proj` and the
-motion controller's last Linear are zero, so that zeros are added to each sum. There are two exceptions. A reference's
-tokens (`ref_conv`) stand in the sequence even when they are zeros, where the base has none. And the mask columns of an
-I2V base are left out where the task's layout has images without a mask (VideoX-Fun's Wan2.1 control models).
+The first step computes what the base computes: new columns of the patch embedding, the camera's first and last
+convolutions, the values of images in cross-attention (`v_img`), VACE's `before_proj` and `after_proj` and the motion
+controller's last Linear are zero, so that zeros are added to each sum. It is so bit for bit, but for kernels that round
+otherwise where their matrices are wider, or rows of the text follow those of images. There are two exceptions. A
+reference's tokens (`ref_conv`) stand in the sequence even when they are zeros, where the base has none. And the mask
+columns of an I2V base are left out where the task's layout has images without a mask (VideoX-Fun's Wan2.1 control
+models).
 
 What a zero layer reads is not zero, or neither would ever get a gradient: VACE's patch embedding is the base's for
 inactive and reactive latents, its blocks are copies of the base's that they hint to, the keys of images those of the
@@ -238,24 +240,19 @@ def _vace(shapes: Shapes) -> NewLayers:
         if part is not None and part.stack == BASE and part.index in numbers:
             derived[f"vace_blocks.{numbers[part.index]}.{part.rest}"] = Derived(name, tuple(shape))
     modules = ["vace_blocks.0.before_proj", *(f"vace_blocks.{number}.after_proj" for number in numbers.values())]
-    made = {f"{module}.{leaf}": Made((dim, dim)[: 2 - (leaf == "bias")]) for module in modules for leaf in _LEAVES}
-    return NewLayers(made, derived)
+    weights = {f"{module}.weight": Made((dim, dim)) for module in modules}
+    return NewLayers(weights | {f"{module}.bias": Made((dim,)) for module in modules}, derived)
 
 
 def _motion(shapes: Shapes) -> NewLayers:
     dim, width = shapes["time_embedding.0.weight"]
     sides = {0: (dim, width), 2: (dim, dim), 4: (6 * dim, dim)}
-    made = {}
+    made: dict[str, Made] = {}
     for index, (out, fan_in) in sides.items():
+        weight = Made((out, fan_in), fan_in=0 if index == 4 else fan_in)
         name = f"motion_controller.linear.{index}"
-        made |= {
-            f"{name}.weight": Made((out, fan_in), fan_in=0 if index == 4 else fan_in),
-            f"{name}.bias": Made((out,)),
-        }
+        made |= {f"{name}.weight": weight, f"{name}.bias": Made((out,))}
     return NewLayers(made)
-
-
-_LEAVES = ("weight", "bias")
 
 
 def _num_blocks(shapes: Shapes) -> int:

@@ -27,7 +27,7 @@ from wan_train.training.experts.models import TrainedModel, make_models
 from wan_train.training.experts.pair import PairEma, parts_of
 from wan_train.training.experts.plan import ExpertPlan
 from wan_train.training.loop import run_length
-from wan_train.training.objective.conditioning import dropping_rate
+from wan_train.training.objective.conditioning import dropping_rates
 from wan_train.training.objective.objective import Objective
 from wan_train.training.objective.prior import Prior
 from wan_train.training.objective.strata import Strata
@@ -136,8 +136,8 @@ def make_objective(
         seed=seed,
         timesteps=settings.timesteps,
         loss=settings.loss,
-        dropping_rate=dropping_rate(settings.pictures, variant),
-        is_fused=variant.is_fused,
+        variant=variant,
+        rates=dropping_rates(settings.pictures, variant),
         strata=make_strata(settings, dataset, seed),
         prior=make_prior(settings, plan, texts),
     )
@@ -159,9 +159,9 @@ def make_validator(settings: TrainSettings, data: Data, experts: ExpertPlan) -> 
     if data.held_out is None:
         return None
     variant = VARIANTS[settings.dit.task]
-    rate = dropping_rate(settings.pictures, variant) if variant.is_fused else None
+    rate = dropping_rates(settings.pictures, variant).images if variant.is_fused else None
     parts = settings.validation, settings.timesteps, settings.loss
-    return Validator(data.held_out, *parts, experts, without_pictures=rate)
+    return Validator(data.held_out, *parts, experts, variant=variant, without_pictures=rate)
 
 
 def make_strata(settings: TrainSettings, dataset: CachedDataset, seed: int) -> Strata | None:

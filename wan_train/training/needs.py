@@ -20,6 +20,7 @@ from wan_train.training.experts.models import model_settings
 from wan_train.training.experts.plan import ExpertPlan, settings_of
 from wan_train.training.objective.conditioning import conditions_of
 from wan_train.training.objective.loss import Draws, measure
+from wan_train.training.objective.target import target_of
 from wan_train.training.optimizing.optimizer_state import for_training
 from wan_train.training.optimizing.optimizers import check_optimizer
 from wan_train.training.optimizing.stepping import parts_of
@@ -73,9 +74,10 @@ def needs_of(settings: TrainSettings, batch: Batch) -> Needs:
 
 def loss_of(model: nn.Module, settings: TrainSettings, batch: Batch, device: torch.device) -> Tensor:
     """The training's own loss, on the meta device or one with numbers."""
-    latents = batch.latents.to(device)
+    latents = target_of(batch).latents.to(device)
     draws = Draws(torch.ones(len(latents), device=device), torch.zeros_like(latents, dtype=torch.float32), None)
-    conditions = conditions_of(batch, device, fused=VARIANTS[settings.dit.task].is_fused)
+    # Made on the CPU: a camera's map is computed from numbers.
+    conditions = conditions_of(batch, VARIANTS[settings.dit.task], torch.device("cpu")).to(device)
     return measure(model, latents, conditions, draws, settings=settings.loss).mean
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from dataset.batching.batches import CachedDataset, open_cached, open_trusted
-from dataset.caching.extras import CONTROL, wanted_extras
 from dataset.config import DatasetConfig, read_config
 from networks.adapter import MODULES, check_network, trains_weights
 from networks.expert import warn_of_other_expert
@@ -18,13 +17,19 @@ from wan_train.flow.timesteps import Span
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import FLAGS
 from wan_train.models.encoders.text import check_text_encoder
-from wan_train.models.loading import linear_shapes, official_shapes
+from wan_train.models.loading import linears_of
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.precision import name_of
 from wan_train.quantization.stored import storage_dtype
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable, read_header
 from wan_train.training.accelerator import check_launcher, launched_device, launched_dtype
+from wan_train.training.control_checks import (
+    check_control_settings,
+    check_controls,
+    check_new_layers,
+    model_shapes,
+)
 from wan_train.training.evaluating.validation import Data, check_validation, hold_out
 from wan_train.training.experts.models import model_settings
 from wan_train.training.experts.plan import ExpertPlan, plan_experts, settings_of
@@ -84,6 +89,7 @@ def preflight(settings: TrainSettings) -> RunPlan:
     check_schedule(settings.optimizer)
     check_timesteps(settings.timesteps, limits=limits_of(settings, experts))
     check_pictures_settings(settings, variant)
+    check_control_settings(settings, variant)
     check_validation(settings.validation)
     check_trackers(settings.logs)
     check_launcher()
@@ -101,8 +107,9 @@ def preflight(settings: TrainSettings) -> RunPlan:
         slow = None if settings.loop.mixed_precision else float32_warning(device, its.dit.dit, computing, FLAGS[expert])
         for told in filter(None, (warning, slow)):
             log.warning(told)
-        names = official_shapes(read_header(its.dit.dit).shapes)
-        check_network(its.network, linear_shapes(its.dit.dit), names)
+        shapes = model_shapes(its, its.dit.dit)
+        check_new_layers(its, shapes)
+        check_network(its.network, linears_of(shapes), shapes)
         if expert is not None and not settings.experts.shared_lora:
             for path in filter(None, (its.network.network_weights, *its.network.base_weights)):
                 warn_of_other_expert(path, expert)
@@ -186,6 +193,7 @@ def read_configs(path: str, settings: TrainSettings) -> tuple[DatasetConfig, ...
         path,
         with_sources=not settings.caches.trust_cache,
         images=variant.images,
+        control=variant.control,
         space=variant.space,
         one_frame=settings.pictures.one_frame,
     )
@@ -211,22 +219,8 @@ def open_dataset(configs: tuple[DatasetConfig, ...], settings: TrainSettings) ->
         dataset = open_trusted(configs)
     else:
         dataset = open_cached(configs, allow_missing_captions=data.allow_missing_captions, skip_broken=data.skip_broken)
-    warn_of_controls(dataset, settings.dit.task)
+    check_controls(dataset, settings)
     return dataset
-
-
-def warn_of_controls(dataset: CachedDataset, task: str) -> None:
-    """Say that controls in the caches have no part in the training: no task reads them."""
-    clips = [clip for plan in dataset.plans for clip in plan.clips]
-    unread = [clip for clip in clips if CONTROL in wanted_extras(clip.item)]
-    if unread:
-        log.warning(
-            "%d of %d clips have a control in their caches (latents_control), which --task %s does not read: they are"
-            " trained on without it",
-            len(unread),
-            len(clips),
-            task,
-        )
 
 
 def check_output_name(name: str) -> None:

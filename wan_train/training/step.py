@@ -20,6 +20,7 @@ from wan_train.training.experts.plan import ExpertPlan
 from wan_train.training.objective.loss import Draws, Losses, measure
 from wan_train.training.objective.objective import Objective
 from wan_train.training.objective.prior import prior_loss
+from wan_train.training.objective.target import Target, target_of
 from wan_train.training.optimizing.optimization import Optimization
 from wan_train.training.optimizing.optimizer_state import learning_rates
 from wan_train.training.reporting.metrics import StepMetrics, loss_by_stratum, num_tokens, peak_memory_mib
@@ -44,9 +45,10 @@ class Shared:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch with its noise and noise levels, and the expert that it is for, if there are two."""
+    """A batch with its target, noise and noise levels, and the expert that it is for, if there are two."""
 
     batch: Batch
+    target: Target
     draws: Draws
     expert: str | None = None
 
@@ -63,7 +65,8 @@ def with_draws(
     for index, batch in enumerate(batches):
         expert = experts.at(position.step + 1 + index // batches_per_step)
         limits = experts.limits(expert, objective.timesteps)
-        yield Drawn(batch, objective.draw(batch, position.epoch, limits), expert)
+        target = target_of(batch)
+        yield Drawn(batch, target, objective.draw(batch, target, position.epoch, limits), expert)
 
 
 def take_step(
@@ -105,7 +108,7 @@ def take_step(
     optimizing.schedule.step()
     seconds = time.perf_counter() - began
     average, finite = optimizing.average, shared.samples.isfinite()
-    tokens = sum(num_tokens(drawn.batch.latents.shape) for drawn in window)
+    tokens = sum(num_tokens(drawn.target.latents.shape) for drawn in window)
     metrics = StepMetrics(
         step=position.step,
         epoch=position.epoch,
@@ -138,13 +141,14 @@ def learn(
     batch, device, accelerator = drawn.batch, model.device, model.accelerator
     if isinstance(model.dit, PairModel):
         model.dit.of(str(drawn.expert))
-    latents, placed = batch.latents.to(device), drawn.draws.to(device)
-    weights = None if batch.weights is None else batch.weights.to(device)
+    target, placed = drawn.target.to(device), drawn.draws.to(device)
     conditions = objective.conditions(batch, epoch, device)
     seed_dropout(objective.seed, epoch, batch, device)
     prior = None if batch.is_reg else objective.prior
     with model.exchange(now=last and prior is None):
-        losses = measure(model.wrapped, latents, conditions, placed, weights=weights, settings=objective.loss)
+        losses = measure(
+            model.wrapped, target.latents, conditions, placed, weights=target.weights, settings=objective.loss
+        )
         if optimizing.stepping.fused is None or is_finite_everywhere(accelerator, losses.mean):
             accelerator.backward(losses.mean * (share * batch.loss_weight))
     mean = losses.mean.detach() * batch.loss_weight
@@ -152,7 +156,7 @@ def learn(
         texts = prior.choose(batch.keys, seed=objective.seed, epoch=epoch)
         kept = conditions.with_context([rows.to(device) for rows in texts])
         with model.exchange(now=last):
-            loss = prior_loss(model.wrapped, model.dit, model.adapter, latents, kept, placed) * prior.weight
+            loss = prior_loss(model.wrapped, model.dit, model.adapter, target.latents, kept, placed) * prior.weight
             accelerator.backward(loss * share)
         mean = mean + loss.detach()
     return Losses(mean, losses.samples)

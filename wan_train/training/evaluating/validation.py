@@ -30,11 +30,13 @@ from wan_train.flow.keyed import generator_of
 from wan_train.flow.timesteps import Span
 from wan_train.flow.weighting import importance
 from wan_train.log import get_logger
+from wan_train.models.variants import Variant
 from wan_train.training.evaluating.statistics import Evaluation, History, Losses
 from wan_train.training.experts.pair import PairModel
 from wan_train.training.experts.plan import ExpertPlan
-from wan_train.training.objective.conditioning import conditions_of, drop_pictures
+from wan_train.training.objective.conditioning import Rates, conditions_of, drop
 from wan_train.training.objective.loss import Draws, draw_levels, measure
+from wan_train.training.objective.target import target_of
 from wan_train.training.settings import LossSettings, TimestepSettings, ValidationSettings
 
 log = get_logger(__name__)
@@ -97,7 +99,8 @@ class Validator:
 
     Each clip counts once, whatever its `num_repeats`, with its first caption and as it is; batches are of its
     dataset's `batch_size`, and the last of a bucket is taken too. `without_pictures` is the share of clips, always the
-    same, that a model which is text and picture to video in one is measured on as text to video.
+    same, that a model which is text and picture to video in one is measured on as text to video; any other reads all
+    that it is given.
     """
 
     def __init__(
@@ -108,10 +111,11 @@ class Validator:
         loss: LossSettings,
         experts: ExpertPlan | None = None,
         *,
+        variant: Variant,
         without_pictures: float | None = None,
     ) -> None:
         experts = experts or ExpertPlan()
-        self._without = without_pictures
+        self._variant, self._without = variant, without_pictures
         self.settings, self._dataset, self._timesteps, self._loss = settings, dataset, timesteps, loss
         # From data to noise, as the strata of one model are.
         trained: list[str | None] = [*reversed(experts.trained)] or [None]
@@ -183,23 +187,21 @@ class Validator:
 
     def _measure_batch(self, model: nn.Module, batch: Batch, limits: Span | None, device: torch.device) -> Tensor:
         """Losses (B, K) of a batch, on the CPU."""
-        latents, seed = batch.latents.to(device), self.settings.validation_seed
-        rate = self._without
-        dropped = [] if rate is None else drop_pictures(batch.keys, rate, seed=seed, epoch=0)
-        conditions = conditions_of(batch, device, without_pictures=dropped, fused=rate is not None)
-        weights = None if batch.weights is None else batch.weights.to(device)
+        target, seed = target_of(batch).to(device), self.settings.validation_seed
+        dropped = drop(batch.keys, Rates(self._without or 0.0), seed=seed, epoch=0)
+        conditions = conditions_of(batch, self._variant, device, dropped=dropped)
         losses = []
         for stratum in range(self.settings.validation_timesteps):
             draws = draw_stratum(
                 batch.keys,
-                latents.shape[1:],
+                target.latents.shape[1:],
                 self._timesteps,
                 stratum=stratum,
                 num_strata=self.settings.validation_timesteps,
                 seed=seed,
                 limits=limits,
             ).to(device)
-            measured = measure(model, latents, conditions, draws, weights=weights, settings=self._loss)
+            measured = measure(model, target.latents, conditions, draws, weights=target.weights, settings=self._loss)
             losses.append(measured.samples)
         return torch.stack(losses, dim=1).cpu()
 

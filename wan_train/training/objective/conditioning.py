@@ -1,6 +1,8 @@
 """What the model is given of a batch beside its noisy latents."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,44 +10,110 @@ from torch import Tensor
 from dataset.batching.batches import Batch
 from dataset.batching.order import SampleKey, chance_of
 from wan_train.conditions.conditions import Conditions
-from wan_train.conditions.kinds import KINDS
+from wan_train.conditions.control import dit_arguments
+from wan_train.conditions.kinds import CLIP_FEATURES, CONTROL_LATENTS, KINDS, REFERENCE, VACE_CONTEXT
+from wan_train.conditions.vace import num_references
 from wan_train.models.variants import Variant
 from wan_train.training.settings import PictureSettings
 
 I2V_RATIO = 0.5  # of a model that is text and picture to video in one, where nobody says
 
 
-def conditions_of(
-    batch: Batch, device: torch.device, *, without_pictures: Sequence[bool] = (), fused: bool = False
-) -> Conditions:
-    """The texts of a batch and, where the model is given pictures, what it reads of them; all on a device.
+@dataclass(frozen=True)
+class Rates:
+    """Shares of the samples, in [0, 1], that go without their images, control video and reference images."""
 
-    Samples that are `without_pictures` have a mask that gives nothing, and zeros for latents and tokens: what models
-    that can do without a picture are given then (VideoX-Fun's InP). With `fused` the first frame of the others takes
-    the place of the noisy one, in clips of more than one.
+    images: float = 0.0
+    control: float = 0.0
+    reference: float = 0.0
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """For each sample whether it goes without its images, its control video and its reference images; () for none."""
+
+    images: Sequence[bool] = ()
+    control: Sequence[bool] = ()
+    reference: Sequence[bool] = ()
+
+
+NOTHING = Dropped()
+
+
+def conditions_of(batch: Batch, variant: Variant, device: torch.device, *, dropped: Dropped = NOTHING) -> Conditions:
+    """The texts of a batch and what else a task's model reads of it, as arguments of the DiT; all on a device.
+
+    Samples without images have a mask that gives nothing, and zeros for latents and tokens: what models that can do
+    without an image are given then (VideoX-Fun's InP). Those without a control video have zeros for it, or a VACE
+    context without a video, and those without references zeros. Where a model reads a first frame fused, it takes the
+    place of the noisy one, in clips of more than one frame.
     """
-    if fused:
-        given = [not dropped for dropped in without_pictures] or [True] * len(batch.context)
-        has_first = torch.tensor(given) & (batch.latents.shape[2] > 1)
+    if variant.is_fused:
+        given = _kept(dropped.images or [False] * len(batch.context))
         first = batch.latents[:, :, :1].float()
+        has_first = given & (batch.latents.shape[2] > 1)
         return Conditions(tuple(batch.context), first_frame=first, has_first=has_first).to(device)
-    extras = dict(batch.extras)
-    if any(without_pictures):
-        kept = torch.tensor([not dropped for dropped in without_pictures])
-        extras |= {name: _where(kept, value) for name, value in extras.items() if KINDS[name].is_dropped}
-    return Conditions(tuple(batch.context), extras).to(device)
+    extras = _without(dict(batch.extras), batch.latents, dropped)
+    placed = {name: value if KINDS[name].is_shared else value.to(device) for name, value in extras.items()}
+    shape: Any = tuple(batch.latents.shape)
+    return Conditions(tuple(batch.context), dit_arguments(placed, variant, shape)).to(device)
 
 
-def dropping_rate(settings: PictureSettings, variant: Variant) -> float:
-    """The share of samples that go without their pictures."""
-    if not variant.is_fused:
-        return settings.image_dropout_rate
-    return 1 - (I2V_RATIO if settings.i2v_ratio is None else settings.i2v_ratio)
+def dropping_rates(settings: PictureSettings, variant: Variant) -> Rates:
+    """The shares of samples that go without a condition."""
+    images = settings.image_dropout_rate
+    if variant.is_fused:
+        images = 1 - (I2V_RATIO if settings.i2v_ratio is None else settings.i2v_ratio)
+    return Rates(images, settings.control_dropout_rate, settings.reference_dropout_rate)
 
 
-def drop_pictures(keys: Sequence[SampleKey], rate: float, *, seed: int, epoch: int) -> list[bool]:
-    """For each sample whether its pictures are dropped, drawn by its key."""
-    return [chance_of(key, "pictures", seed=seed, epoch=epoch).random() < rate for key in keys]
+def drop(keys: Sequence[SampleKey], rates: Rates, *, seed: int, epoch: int) -> Dropped:
+    """What each sample goes without: drawn by its key, one independent of the other."""
+
+    def drawn(decision: str, rate: float) -> list[bool]:
+        return [chance_of(key, decision, seed=seed, epoch=epoch).random() < rate for key in keys]
+
+    return Dropped(
+        drawn("pictures", rates.images), drawn("control video", rates.control), drawn("references", rates.reference)
+    )
+
+
+def _without(extras: dict[str, Tensor], latents: Tensor, dropped: Dropped) -> dict[str, Tensor]:
+    """The kinds of a batch, with nothing in place of what is dropped. CLIP reads the reference image if there is one,
+    else the first of the others."""
+    of_images = {name for name in extras if KINDS[name].is_dropped}
+    if REFERENCE in extras:
+        of_images -= {CLIP_FEATURES}
+    of_reference = {REFERENCE, CLIP_FEATURES} if REFERENCE in extras else set()
+    zeroed = ((dropped.images, of_images), (dropped.control, {CONTROL_LATENTS}), (dropped.reference, of_reference))
+    for samples, names in zeroed:
+        if any(samples):
+            extras |= {name: _where(_kept(samples), extras[name]) for name in names & extras.keys()}
+    if VACE_CONTEXT in extras:
+        extras[VACE_CONTEXT] = _vace_without(extras[VACE_CONTEXT], latents, dropped)
+    return extras
+
+
+def _vace_without(context: Tensor, latents: Tensor, dropped: Dropped) -> Tensor:
+    """A VACE context (B, 96, R+F, H, W) with zeros for dropped references, and for a dropped video what stands for
+    none: all is made anew, of a grey video where its latents are known, else of zeros.
+
+    They are the inactive latents of a video of which all is made anew.
+    """
+    channels, num_before = latents.shape[1], num_references(context, latents)
+    before, video = context[:, :, :num_before], context[:, :, num_before:]
+    if any(dropped.reference):
+        before = _where(_kept(dropped.reference), before)
+    if any(dropped.control):
+        inactive, mask = video[:, :channels], video[:, 2 * channels :]
+        grey = _where((mask > 0).flatten(1).all(1), inactive)
+        without = torch.cat([grey, grey, torch.ones_like(mask)], dim=1)
+        video = torch.where(_kept(dropped.control).to(video.device).view(-1, 1, 1, 1, 1), video, without)
+    return torch.cat([before, video], dim=2)
+
+
+def _kept(dropped: Sequence[bool]) -> Tensor:
+    return torch.tensor([not each for each in dropped])
 
 
 def _where(kept: Tensor, values: Tensor) -> Tensor:

@@ -89,6 +89,10 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, network: Mapping
         "ss_wan_train_version": __version__,
         "ss_library_versions": json.dumps(library_versions()),
     }
+    if settings.init.init_control is not None:
+        rows["wan_train_init_control"] = settings.init.init_control
+    if settings.dit.motion_controller:
+        rows["wan_train_motion_controller"] = Path(settings.dit.motion_controller).name
     return {key: str(value) for key, value in rows.items()} | dict(network)
 
 

@@ -32,7 +32,7 @@ log = get_logger(__name__)
 
 AUTO = "auto"
 # What decides the numbers of a run: groups of its settings, and the fields that do not, or are told apart below.
-GROUPS = ("weights", "network", "loop", "optimizer", "timesteps", "loss", "pictures", "prior")
+GROUPS = ("init", "weights", "network", "loop", "optimizer", "timesteps", "loss", "pictures", "prior")
 INDIFFERENT = {
     "lr_warmup_steps",
     "mixed_precision",
@@ -88,7 +88,8 @@ def find_state(settings: TrainSettings) -> State | None:
 
 def _options(settings: TrainSettings) -> dict[str, str]:
     """What decides the numbers of a run as far as options alone say it: option to value."""
-    known: dict[str, Any] = {"--task": settings.dit.task, "--dit": Path(settings.dit.dit).name}
+    files = {name: Path(getattr(settings.dit, name)).name for name in ("dit", "motion_controller")}
+    known: dict[str, Any] = {"--task": settings.dit.task} | {f"--{name}": file for name, file in files.items()}
     if VARIANTS[settings.dit.task].experts is not None:
         experts = settings.experts
         known |= {
@@ -97,7 +98,8 @@ def _options(settings: TrainSettings) -> dict[str, str]:
             "--expert_steps": experts.expert_steps,
             "--shared_lora": experts.shared_lora,
         }
-    pictured = VARIANTS[settings.dit.task].images is not None
+    variant = VARIANTS[settings.dit.task]
+    pictured = variant.images is not None or variant.control is not None
     for group in (group for group in GROUPS if group != "pictures" or pictured):
         values = getattr(settings, group)
         fields = dataclasses.fields(values)

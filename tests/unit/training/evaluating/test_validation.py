@@ -23,6 +23,7 @@ from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
 from dataset.sources import ClipPlan
 from wan_train.errors import InputError
+from wan_train.models.variants import VARIANTS
 from wan_train.training.evaluating import validation
 from wan_train.training.evaluating.validation import (
     Data,
@@ -86,7 +87,8 @@ class Model(nn.Module):
 
 def make(dataset: CachedDataset | None = None, *, loss: LossSettings | None = None, **settings: Any) -> Validator:
     timesteps = TimestepSettings(timestep_sampling="shift", discrete_flow_shift=3.0)
-    return Validator(dataset or Held(), ValidationSettings(**settings), timesteps, loss or LossSettings())
+    parts = ValidationSettings(**settings), timesteps, loss or LossSettings()
+    return Validator(dataset or Held(), *parts, variant=VARIANTS["t2v-1.3B"])
 
 
 def test_every_clip_is_measured_once_in_every_stratum_whatever_repeats_and_batches() -> None:
