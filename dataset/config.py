@@ -58,6 +58,7 @@ class DatasetConfig:
     recursive: bool = False
     control_directory: Path | None = None
     mask_directory: Path | None = None
+    start_image: bool = False
     caption_prefix: str = ""
     caption_variants: str = "none"
     caption_dropout_rate: float = 0.0
