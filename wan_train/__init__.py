@@ -10,6 +10,7 @@ from wan_train.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from generate.call import generate as generate
+    from wan_train.conditions.camera import plucker_embedding as plucker_embedding
     from wan_train.flow.solvers import make_solver as make_solver
     from wan_train.models.encoders.image import load_image_encoder as load_image_encoder
     from wan_train.models.encoders.text import load_text_encoder as load_text_encoder
@@ -23,9 +24,18 @@ _DOORS = {
     "load_vae": "wan_train.models.vae.vae",
     "load_text_encoder": "wan_train.models.encoders.text",
     "make_solver": "wan_train.flow.solvers",
+    "plucker_embedding": "wan_train.conditions.camera",
 }
 
-__all__ = ["generate", "load_dit", "load_image_encoder", "load_text_encoder", "load_vae", "make_solver"]
+__all__ = [
+    "generate",
+    "load_dit",
+    "load_image_encoder",
+    "load_text_encoder",
+    "load_vae",
+    "make_solver",
+    "plucker_embedding",
+]
 
 
 def __getattr__(name: str) -> Any:

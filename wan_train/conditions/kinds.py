@@ -49,7 +49,7 @@ _ROWS = (
     # (B, C, 1, H, W): a reference image.
     ConditionKind(REFERENCE, "latents_reference", "latents_reference_flipped"),
     # (B, N, 19): the camera at each of N pixel frames, as RealEstate10K writes it.
-    ConditionKind(CAMERA, "camera", "camera_flipped"),
+    ConditionKind(CAMERA, "camera", "camera_flipped", is_dropped=False),
     # (B, 96, R+F, H, W): R reference images, then inactive and reactive latents and the mask.
     ConditionKind(VACE_CONTEXT, "vace_context", "vace_context_flipped"),
     # (B,): 0 slow to 100 fast.

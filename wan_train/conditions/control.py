@@ -1,0 +1,70 @@
+"""What control models read: latents of a control video, a start image and a reference image (VideoX-Fun), and from
+all kinds of conditions to the arguments of `Dit.forward`.
+
+Legend: B batch, C channels of latents, F latent frames, H W latent size, N pixel frames, X Y pixel height and width.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from wan_train.conditions.camera import packed, plucker
+from wan_train.conditions.images import Encode
+from wan_train.conditions.kinds import CAMERA, CONTROL_LATENTS, IMAGE_LATENTS, START_LATENTS
+from wan_train.models.variants import FRAME_STEP, Variant
+
+
+def start_latents(image: Tensor, encode: Encode) -> Tensor:
+    """Return `start_latents` (C, 1, H, W), on the CPU, of a video's first frame (3, X, Y) in [-1, 1], by itself."""
+    return encode(image[None, :, None])[0].cpu()
+
+
+def reference_latents(image: Tensor, encode: Encode) -> Tensor:
+    """Return `reference_latents` (C, 1, H, W), on the CPU, of an image (3, X, Y) in [-1, 1] of the video's size."""
+    return encode(image[None, :, None])[0].cpu()
+
+
+def control_latents(pixels: Tensor, encode: Encode) -> Tensor:
+    """Return `control_latents` (C, F, H, W), on the CPU, of a control video (3, N, X, Y) in [-1, 1]."""
+    return encode(pixels[None])[0].cpu()
+
+
+def dit_arguments(
+    extras: Mapping[str, Tensor], variant: Variant, shape: tuple[int, int, int, int, int]
+) -> dict[str, Tensor]:
+    """Return the keyword arguments of `Dit.forward` that kinds of conditions, by name and with a batch's axis, make.
+
+    `shape` (B, C, F, H, W) is that of the video's latents. What a control model reads behind the noisy latents becomes
+    one tensor, zeros for what is absent (VideoX-Fun): the latents of the control video, then those of the start image
+    in its frame and zeros behind it, or in Wan2.2 what image-to-video models read. Camera entries become a packed
+    Pluecker map.
+    """
+    control = variant.control
+    if control is None or control.vace:
+        return dict(extras)
+    parts = {CONTROL_LATENTS, START_LATENTS, IMAGE_LATENTS}
+    arguments = {name: value for name, value in extras.items() if name not in parts}
+    behind = [_start_part(extras, variant, shape)]
+    if control.video:
+        behind.insert(0, _or_zeros(extras.get(CONTROL_LATENTS), shape))
+    like = next((extras[name] for name in (CONTROL_LATENTS, START_LATENTS, IMAGE_LATENTS) if name in extras), behind[0])
+    arguments[IMAGE_LATENTS] = torch.cat([part.to(like) for part in behind], dim=1)
+    if CAMERA in extras:
+        size = shape[3] * variant.space.stride, shape[4] * variant.space.stride
+        arguments[CAMERA] = torch.stack([packed(plucker(entries, *size)) for entries in extras[CAMERA]])
+    return arguments
+
+
+def _start_part(extras: Mapping[str, Tensor], variant: Variant, shape: tuple[int, int, int, int, int]) -> Tensor:
+    """What a start image gives behind the noisy latents: (B, C, F, H, W), with I2V's mask (B, 4+C, F, H, W)."""
+    batch, channels, frames, height, width = shape
+    assert variant.images is not None
+    if not variant.images.alone:
+        return _or_zeros(extras.get(IMAGE_LATENTS), (batch, FRAME_STEP + channels, frames, height, width))
+    start = _or_zeros(extras.get(START_LATENTS), (batch, channels, 1, height, width))
+    return torch.cat([start, start.new_zeros(batch, channels, frames - 1, height, width)], dim=2)
+
+
+def _or_zeros(value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(shape) if value is None else value
