@@ -67,8 +67,8 @@ class ControlOptions:
     )
     camera_direction: str | None = option(
         None,
-        "Which way the camera goes, of fun-camera tasks: Left, Right, Up, Down, LeftUp, LeftDown, RightUp, RightDown, In"
-        " or Out.",
+        "Which way the camera goes, of fun-camera tasks: Left, Right, Up, Down, LeftUp, LeftDown, RightUp, RightDown,"
+        " In or Out.",
     )
     camera_speed: float = option(
         CAMERA_SPEED,

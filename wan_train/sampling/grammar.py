@@ -41,8 +41,8 @@ class _Vocabulary:
 
 
 _IGNORED = {"g": "guidance_scale"}  # embedded guidance, which Wan does not have
-# By a letter and a name that users of musubi-tuner know, the letter here.
-_OTHER_NAMES = {"cim": "vace_mask", "control_image_mask_path": "vace_mask"}
+# Further names, two of them musubi-tuner's, by letter here.
+_OTHER_NAMES = {"control_path": "cn", "cim": "vace_mask", "control_image_mask_path": "vace_mask"}
 # The order in which messages list these; the others follow as they are declared.
 _LISTED_FIRST = (
     *("w", "h", "f", "d", "s", "l", "guidance_scale_high_noise", "fs", "n", "video_size", "sample_solver"),
@@ -199,6 +199,9 @@ def _request(
         )
     if "steps" in changes and "timesteps" not in changes:
         changes["timesteps"] = ()  # a number of steps takes the place of levels that hold for all lines
+    for one, other in (("camera_direction", "camera_path"), ("camera_path", "camera_direction")):
+        if one in changes and other not in changes:
+            changes[other] = None  # what a line says of the camera takes the place of what holds for all
     return fitted(checked(replace(defaults, **changes)))
 
 

@@ -1,8 +1,8 @@
 """Settings of sampling that the generator takes from its command line.
 
 Each is declared once: command line, prompt line, table, request and record take it from its field. `StartOptions`,
-`SampleOptions` and `ControlOptions` are fields of a request too, as they are here; the others have another name or type there, which their
-`Sampled` states.
+`SampleOptions` and `ControlOptions` are fields of a request too, as they are here; the others have another name or type
+there, which their `Sampled` states.
 """
 
 from dataclasses import dataclass
