@@ -8,7 +8,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dataset.batching.buckets import resize_to_bucket
@@ -87,4 +86,4 @@ def _mask(request: SampleRequest, num_frames: int, size: Size) -> Tensor:
         return torch.from_numpy(fitted(read_image(path))).expand(num_frames, -1, -1)
     indices = frame_indices("--vace_mask", request.vace_mask, request.variant.fps)[:num_frames]
     frames = {index: fitted(image) for index, image in read_frames(path, set(indices))}
-    return rearrange([torch.from_numpy(frames[index]) for index in indices], "N X Y -> N X Y")
+    return torch.stack([torch.from_numpy(frames[index]) for index in indices])

@@ -1,6 +1,6 @@
 """From prompts and pictures to conditions: each encoder is there for as long as this takes and no longer."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -71,11 +71,15 @@ def see_pictures(request: SampleRequest, encoder: See) -> Tensor:
 
 
 def encode_pictures(
-    request: SampleRequest, vae: WanVAE, tokens: Tensor | None, device: torch.device
+    request: SampleRequest, vae: WanVAE | None, tokens: Tensor | None, device: torch.device
 ) -> ImageConditions | None:
-    """What the DiT reads of a request's pictures and controls, in main memory; None where it has none."""
+    """What the DiT reads of a request's pictures and controls, in host memory; None where it has none.
+
+    The VAE is there for requests that are `is_from_pixels`.
+    """
 
     def encode(pixels: Tensor) -> Tensor:
+        assert vae is not None
         return vae.encode(pixels.to(device))
 
     if request.variant.is_fused and request.picture_paths:
@@ -126,10 +130,21 @@ def check_given_clip(settings: ImageEncoderSettings, variant: Variant, dit: str)
         )
 
 
-def check_clip_of(request: SampleRequest, settings: ImageEncoderSettings) -> None:
-    """InputError for a request with images that its model reads through an image encoder which is not given."""
+def check_encodable(
+    request: SampleRequest, settings: ImageEncoderSettings, models: Mapping[str, Collection[str]]
+) -> None:
+    """InputError for a request with images that its model reads through an image encoder which is not given, or with
+    what a model has no layers for: `models` are the names of their weights, by what a message calls them."""
     if request.clip_paths and not settings.clip:
         raise _clip_missing(request.variant)
+    for what, names in models.items():
+        if request.reference_image and "ref_conv.weight" not in names:
+            raise InputError(
+                f"--reference_image: {what} has no layers for one (ref_conv): give a Fun-Control model of V1.1, or"
+                " leave it out"
+            )
+        if request.motion_bucket_id is not None and "motion_controller.linear.0.weight" not in names:
+            raise InputError(f"--motion_bucket_id: {what} has no motion controller: give --motion_controller")
 
 
 def _clip_missing(variant: Variant) -> InputError:
