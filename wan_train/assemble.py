@@ -1,4 +1,4 @@
-"""The one ordered list of what is done to a DiT: read, rename, merge, quantise, fill, attach; then, from the bare block
+"""The one ordered list of what is done to a DiT: read, rename, merge, add, quantise, fill, attach; then, from the bare block
 outwards, chunk, compile, stream and recompute: what the backward pass computes again goes through the streaming again.
 """
 
@@ -16,6 +16,7 @@ from networks.settings import NetworkSettings
 from wan_train.compile import apply_compile, apply_device_flags, check_compile
 from wan_train.errors import InputError
 from wan_train.log import get_logger
+from wan_train.models.additions import extended, extended_header
 from wan_train.models.dit.attention import check_attention
 from wan_train.models.dit.dit import Dit
 from wan_train.models.loading import (
@@ -23,11 +24,10 @@ from wan_train.models.loading import (
     build_dit,
     check_dit,
     linear_shapes,
-    num_blocks,
     official_shapes,
     set_attention,
 )
-from wan_train.models.settings import DitSettings
+from wan_train.models.settings import DitSettings, InitSettings
 from wan_train.models.stacks import all_blocks, block_matrices, block_names
 from wan_train.models.variants import Variant
 from wan_train.models.weights import dit_rename, renamed
@@ -61,6 +61,7 @@ class ModelSettings:
     stream: StreamSettings = field(default_factory=StreamSettings)
     activations: ActivationSettings = field(default_factory=ActivationSettings)
     compile: CompileSettings = field(default_factory=CompileSettings)
+    init: InitSettings = field(default_factory=InitSettings)
 
     @property
     def recompute(self) -> RecomputeSettings | None:
@@ -100,10 +101,11 @@ def check_model(
     path, recompute = settings.dit.dit, settings.recompute
     if not path:
         raise InputError(f"{flag} is missing: give the DiT checkpoint")
-    warning = check_dit(path, variant, flag=flag)
-    header = read_header(path)
+    header = extended_header(settings.dit, settings.init, flag=flag)
+    warning = check_dit(path, variant, flag=flag, header=header)
     check_storage(header, settings.weights, f"{flag} {path}")
-    check_stream(settings.stream, num_blocks(path), recompute=recompute.recompute if recompute else None)
+    num_blocks = len(block_names(official_shapes(header.shapes)))
+    check_stream(settings.stream, num_blocks, recompute=recompute.recompute if recompute else None)
     # In the dtype that it will see: older GPUs have kernels for float16 and none for bfloat16.
     seen = compute_dtype(device, computing or storage_dtype(header))
     check_attention(settings.dit.attn_mode, device=device, dtype=seen, training=recompute is not None)
@@ -133,8 +135,8 @@ def assemble_dit(
     an adapter is attached or none will be.
     """
     path = settings.dit.dit
-    header = read_header(path)
-    rename, shapes = dit_rename(header.shapes), official_shapes(header.shapes)
+    header = extended_header(settings.dit, settings.init)
+    rename, shapes = dit_rename(read_header(path).shapes), official_shapes(header.shapes)
     names = linear_shapes(path) if loras else {}
     deltas = [(lora.read(names), lora.multiplier) for lora in loras]
     scales = read_scales(path, header, rename, shapes)
@@ -143,6 +145,7 @@ def assemble_dit(
     tensors = unscaled(renamed(read_tensors(path), rename), scales, plan.kept)
     if deltas:
         tensors = merged(tensors, deltas, unrounded=plan.schemes)
+    tensors = extended(tensors, settings.dit, settings.init)
     place = Placement(device, dtype, streamed_names(settings.stream, shapes))
     stream = quantised(tensors, plan.schemes, device)
     model = build_dit(header, stream, source=path, place=place, plan=plan)

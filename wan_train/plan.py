@@ -11,6 +11,7 @@ from networks.adapter import Adapter
 from networks.settings import NetworkSettings
 from wan_train.assemble import ModelSettings, attach_adapter, equip
 from wan_train.errors import InputError
+from wan_train.models.additions import extended_header
 from wan_train.models.dit.dit import Dit
 from wan_train.models.loading import outline_dit
 from wan_train.placement.ledger import GRADIENTS, HOST, WORK, Ledger, OutlineLane
@@ -144,7 +145,8 @@ def outlined(
     settings: ModelSettings, network: NetworkSettings, *, dtype: torch.dtype | None, computing: torch.dtype | None
 ) -> Outline:
     """The model of a checkpoint, and what is trained of it, without numbers: `assemble_dit` and what follows it."""
-    model = outline_dit(settings.dit.dit, dtype=dtype)
+    header = extended_header(settings.dit, settings.init)
+    model = outline_dit(settings.dit.dit, dtype=dtype, header=header)
     model.compute_dtype = computing or model.compute_dtype
     for module in model.modules():
         if hasattr(module, "attend"):

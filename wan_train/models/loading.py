@@ -105,9 +105,12 @@ def build_dit(
     return model
 
 
-def outline_dit(source: TensorSource, *, dtype: torch.dtype | None = None) -> Dit:
-    """The model of a checkpoint without its numbers: on the meta device, each tensor in the dtype that it will have."""
-    header = read_header(source)
+def outline_dit(source: TensorSource, *, dtype: torch.dtype | None = None, header: Header | None = None) -> Dit:
+    """The model of a checkpoint without its numbers: on the meta device, each tensor in the dtype that it will have.
+
+    `header` stands for that of the file where tensors are added to it.
+    """
+    header = header or read_header(source)
     shapes = official_shapes(header.shapes)
     model = _empty(shapes, source, header.metadata, None, describe(source))
     rename = dit_rename(header.shapes)
@@ -120,12 +123,15 @@ def outline_dit(source: TensorSource, *, dtype: torch.dtype | None = None) -> Di
     return model
 
 
-def check_dit(source: TensorSource, variant: Variant, *, flag: str = "--dit") -> str | None:
+def check_dit(
+    source: TensorSource, variant: Variant, *, flag: str = "--dit", header: Header | None = None
+) -> str | None:
     """Refuse a file that cannot serve a task, from its header alone; a warning when it can but is of another size.
 
-    Raises InputError when the file is no DiT, of another kind than the task's, or does not fit by name or shape.
+    `header` stands for that of the file where tensors are added to it. Raises InputError when the file is no DiT, of
+    another kind than the task's, or does not fit by name or shape.
     """
-    header = read_header(source)
+    header = header or read_header(source)
     what = f"{flag} {describe(source)}"
     require_kind(header.shapes, "DiT", what)
     shapes = official_shapes(header.shapes)
@@ -163,8 +169,13 @@ def set_attention(
 
 def linear_shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
     """The shapes (out, in) of a checkpoint's matrices by official module name, from its header."""
-    shapes = official_shapes(read_header(source).shapes)
-    return {name.removesuffix(".weight"): s for name, s in shapes.items() if name.endswith(".weight") and len(s) == 2}
+    return linears_of(official_shapes(read_header(source).shapes))
+
+
+def linears_of(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The shapes (out, in) of the matrices by module name, from the shapes of all weights by official name."""
+    matrices = {name: tuple(shape) for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2}
+    return {name.removesuffix(".weight"): shape for name, shape in matrices.items()}
 
 
 def describe(source: TensorSource) -> str:

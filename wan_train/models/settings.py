@@ -28,12 +28,28 @@ class DitSettings:
             "--sage_attn": "sageattn",
         },
     )
+    motion_controller: str = option(
+        "", "Motion controller checkpoint (DiffSynth-Studio's speedcontrol), for data and prompts with a motion bucket."
+    )
     split_attn: bool = option(False, "Attend for one sample of a batch at a time: less memory with some backends.")
     disable_numpy_memmap: bool = option(
         False, "Accepted for old commands and does nothing: checkpoints are read tensor by tensor."
     )
     force_v2_1_time_embedding: bool = option(
         False, "Accepted for old commands and does nothing: time is embedded once for each frame, never for each token."
+    )
+
+
+@dataclass(frozen=True)
+class InitSettings:
+    """New control layers."""
+
+    init_control: str | None = option(
+        None,
+        "Add the layers that --task needs to a T2V or I2V checkpoint given as --dit: auto all that its models have,"
+        " reference those of a reference image too, motion a motion controller. They add nothing until they are"
+        " trained, with networks.full; default: --dit has them.",
+        choices=("auto", "reference", "motion"),
     )
 
 

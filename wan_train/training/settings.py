@@ -9,6 +9,7 @@ from wan_train.errors import InputError
 from wan_train.models.settings import (
     DitSettings,
     ImageEncoderSettings,
+    InitSettings,
     TextEncoderSettings,
     VaeSettings,
 )
@@ -182,6 +183,18 @@ class PictureSettings:
         minimum=0,
         maximum=1,
     )
+    control_dropout_rate: float = option(
+        0.0,
+        "Share of the samples that are trained on without their control video, or VACE video, drawn anew each time.",
+        minimum=0,
+        maximum=1,
+    )
+    reference_dropout_rate: float = option(
+        0.0,
+        "Share of the samples that are trained on without their reference images, drawn anew each time.",
+        minimum=0,
+        maximum=1,
+    )
     one_frame: bool = option(False, "Train on caches that were made with --one_frame.")
     i2v_ratio: float | None = option(
         None,
@@ -241,6 +254,7 @@ class TrainSettings:
 
     config: ConfigSettings
     dit: DitSettings
+    init: InitSettings
     experts: TrainExpertSettings
     weights: WeightSettings
     stream: StreamSettings

@@ -122,4 +122,5 @@ def share_adapter(adapter: Adapter, model: Dit) -> None:
 
 def model_settings(settings: TrainSettings) -> ModelSettings:
     """What the settings say about the DiT."""
-    return ModelSettings(settings.dit, settings.weights, settings.stream, settings.activations, settings.compile)
+    stream, activations = settings.stream, settings.activations
+    return ModelSettings(settings.dit, settings.weights, stream, activations, settings.compile, settings.init)

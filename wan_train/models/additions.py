@@ -1,0 +1,93 @@
+"""What is added to a DiT checkpoint while it is read: new control layers, and a motion controller from its own file."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+from wan_train.errors import InputError
+from wan_train.models.init_control import NewLayers, initialised, new_layers
+from wan_train.models.loading import official_shapes
+from wan_train.models.settings import DitSettings, InitSettings
+from wan_train.models.variants import VARIANTS
+from wan_train.models.weights import dit_rename, require_kind
+from wan_train.quantization.stored import storage_dtype
+from wan_train.storage import Header, read_header, read_tensors
+
+Pairs = Iterable[tuple[str, Tensor]]
+
+CONTROLLER = "motion_controller."
+NO_INIT = InitSettings()
+_CONTROLLER_NAME = re.compile(r"(?:[\w.]*motion_controller\.)?(linear\.[024]\.(?:weight|bias))")
+
+
+def extended_header(dit: DitSettings, init: InitSettings = NO_INIT, *, flag: str = "--dit") -> Header:
+    """The header of a checkpoint as `extended` gives it, under official names where something is added.
+
+    `flag` is the option that names the file. Raises InputError for what cannot be added to it.
+    """
+    header = read_header(dit.dit)
+    if init.init_control is None and not dit.motion_controller:
+        return header
+    rename = dit_rename(header.shapes)
+    shapes = {rename(name): shape for name, shape in header.shapes.items()}
+    dtypes = {rename(name): dtype for name, dtype in header.dtypes.items()}
+    new = _new_layers(header, dit, init, flag).shapes
+    header = replace(header, shapes=shapes | new, dtypes=dtypes | dict.fromkeys(new, storage_dtype(header)))
+    return _with_controller(header, dit)
+
+
+def extended(tensors: Pairs, dit: DitSettings, init: InitSettings = NO_INIT) -> Iterator[tuple[str, Tensor]]:
+    """A pipe from a checkpoint's tensors, under official names, to these and what is added to them."""
+    if init.init_control is not None:
+        tensors = initialised(tensors, _new_layers(read_header(dit.dit), dit, init, "--dit"))
+    yield from tensors
+    if dit.motion_controller:
+        for name, tensor in read_tensors(dit.motion_controller):
+            yield _controller_name(name, dit.motion_controller), tensor
+
+
+def idle_weights(dit: DitSettings, init: InitSettings = NO_INIT) -> list[str]:
+    """The new weights that add nothing until they are trained, by official name."""
+    return _new_layers(read_header(dit.dit), dit, init, "--dit").idle
+
+
+def _new_layers(header: Header, dit: DitSettings, init: InitSettings, flag: str) -> NewLayers:
+    if init.init_control is None:
+        return NewLayers()
+    what = f"{flag} {dit.dit}"
+    require_kind(header.shapes, "DiT", what)
+    if storage_dtype(header).itemsize == 1:
+        raise InputError(f"--init_control: {what} is stored in 8 bits, too few to train: give a bf16 or fp32 file")
+    return new_layers(official_shapes(header.shapes), VARIANTS[dit.task], init.init_control, what)
+
+
+def _with_controller(header: Header, dit: DitSettings) -> Header:
+    """The header with the tensors of a controller's file. InputError for a file that is none, or that does not fit."""
+    path = dit.motion_controller
+    if not path:
+        return header
+    if any(name.startswith(CONTROLLER) for name in header.shapes):
+        raise InputError(f"--motion_controller {path}: the DiT has a motion controller already: leave it out")
+    own = read_header(path)
+    shapes = {_controller_name(name, path): shape for name, shape in own.shapes.items()}
+    dtypes = {_controller_name(name, path): dtype for name, dtype in own.dtypes.items()}
+    first, wide = shapes.get(f"{CONTROLLER}linear.0.weight"), header.shapes.get("time_embedding.0.weight")
+    if len(shapes) != 6 or first is None:
+        raise InputError(f"--motion_controller {path} is not a whole motion controller: give the right file")
+    if first != wide:
+        raise InputError(
+            f"--motion_controller {path} is for a model that is {first[0]} wide, the DiT is {(wide or (0,))[0]}: give"
+            " the controller of this model"
+        )
+    return replace(header, shapes=header.shapes | shapes, dtypes=header.dtypes | dtypes)
+
+
+def _controller_name(name: str, path: str) -> str:
+    found = _CONTROLLER_NAME.fullmatch(name)
+    if found is None:
+        raise InputError(
+            f"--motion_controller {path} holds {name}, which no motion controller has: give the right file"
+        )
+    return CONTROLLER + found[1]
