@@ -115,9 +115,11 @@ class Models:
         """CLIP's tokens (I, width), in main memory, of the request's pictures."""
         return see_pictures(request, encoder.model)
 
-    def encode_pictures(self, vae: Lent, request: SampleRequest, tokens: Tensor | None) -> ImageConditions | None:
-        """What the DiT reads of the request's pictures, in main memory."""
-        return encode_pictures(request, vae.model, tokens, self.device)
+    def encode_pictures(
+        self, vae: Lent | None, request: SampleRequest, tokens: Tensor | None
+    ) -> ImageConditions | None:
+        """What the DiT reads of the request's pictures and controls, in host memory."""
+        return encode_pictures(request, None if vae is None else vae.model, tokens, self.device)
 
     @contextmanager
     def _lent(self, name: str, load: Callable[[], Any]) -> Iterator[Lent]:

@@ -15,12 +15,13 @@ from networks.formats.files import check_deltas
 from wan_train.assemble import WeightedLora, check_model
 from wan_train.errors import InputError, first_given
 from wan_train.log import get_logger
+from wan_train.models.additions import extended_header
 from wan_train.models.dit.experts import FLAGS, HIGH, experts_of
 from wan_train.models.encoders.text import check_text_encoder
-from wan_train.models.loading import linear_shapes, num_blocks
+from wan_train.models.loading import linear_shapes, num_blocks, official_shapes
 from wan_train.models.vae.vae import check_vae
 from wan_train.models.variants import VARIANTS, Variant
-from wan_train.sampling.encode import check_given_clip
+from wan_train.sampling.encode import check_encodable, check_given_clip
 from wan_train.storage import check_writable
 
 log = get_logger(__name__)
@@ -53,9 +54,9 @@ def check_generation(settings: GenerateSettings, device: torch.device, *, wants_
     if not settings.text.t5:
         raise InputError("--t5 is missing: give the UMT5-XXL encoder file")
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
-    if VARIANTS[settings.dit.task].images:
+    if variant.images or variant.control:
         check_given_vae(settings)
-        check_given_clip(settings.image, VARIANTS[settings.dit.task], settings.dit.dit)
+        check_given_clip(settings.image, variant, settings.dit.dit)
     elif wants_frames:
         check_given_vae(settings, ", or --output_type latent")
     if settings.output.text_cache:
@@ -104,12 +105,15 @@ def check_loras(settings: GenerateSettings, expert: str | None = None) -> list[W
 
 def fitted_jobs(jobs: Sequence[Job], settings: GenerateSettings) -> list[Job]:
     """The jobs with as many frames as the videos that they begin with have. InputError for one that does not read, and
-    for blocks to skip that the model does not have."""
-    fps, blocks = VARIANTS[settings.dit.task].fps, num_blocks(settings.dit.dit)
+    for what the models lack: blocks to skip, layers for a control, an image encoder."""
+    variant, blocks = VARIANTS[settings.dit.task], num_blocks(settings.dit.dit)
+    experts = [model_settings(settings, expert).dit for expert in experts_of(variant)]
+    models = {f"--dit {dit.dit}": official_shapes(extended_header(dit).shapes) for dit in experts}
     for job in jobs:
+        check_encodable(job.request, settings.image, models)
         beyond = [layer for layer in job.request.slg_layers if layer >= blocks]
         if beyond:
             raise InputError(f"--slg_layers {beyond[0]} is not there: the model has blocks 0 to {blocks - 1}")
     if any(job.request.video_path for job in jobs):
         check_given_vae(settings)
-    return [replace(job, request=fit_to_source(job.request, fps)) for job in jobs]
+    return [replace(job, request=fit_to_source(job.request, variant.fps)) for job in jobs]

@@ -57,7 +57,7 @@ class Record:
 def model_hashes(settings: GenerateSettings) -> dict[str, Any]:
     """By option, what tells its file from others: of models a fingerprint, of each LoRA the SHA-256."""
     models = {"dit": settings.dit.dit, "vae": settings.vae.vae, "t5": settings.text.t5, "clip": settings.image.clip}
-    models["dit_high_noise"] = settings.experts.dit_high_noise
+    models |= {"dit_high_noise": settings.experts.dit_high_noise, "motion_controller": settings.dit.motion_controller}
     hashes: dict[str, Any] = {name: fingerprint(path) for name, path in models.items() if path}
     for name in ("lora_weight", "lora_weight_high_noise"):
         if paths := getattr(settings.lora, name):

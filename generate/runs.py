@@ -1,7 +1,7 @@
 """A run over jobs: prompts to conditions, videos to start from, sampling, then decoding, each with its own model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -97,22 +97,22 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
 def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, Beginning]:
     """What the jobs begin with, where that is more than noise; encoded with one model after the other."""
     seen: dict[int, Tensor] = {}
-    pictured = [job for job in jobs if job.request.picture_paths]
-    if pictured and pictured[0].request.variant.reads_clip:
+    if pictured := [job for job in jobs if job.request.clip_paths]:
         with models.image_encoder() as encoder:
             for job in pictured:
                 with failures.of(job):
                     seen[job.index] = models.see(encoder, job.request)
     beginnings: dict[int, Beginning] = {}
-    if starting := [job for job in failures.others(jobs) if job.request.video_path or job.request.picture_paths]:
-        with models.vae() as vae:
-            for job in starting:
-                request, source, images = job.request, None, None
-                with failures.of(job):
-                    if request.video_path:
-                        source = models.encode_video(vae, read_source(request, request.variant.fps))
-                    images = models.encode_pictures(vae, request, seen.get(job.index))
-                    beginnings[job.index] = Beginning(source, images)
+    left = failures.others(jobs)
+    encoded = [job for job in left if job.request.video_path or job.request.is_from_pixels]
+    with models.vae() if encoded else nullcontext() as vae:
+        for job in left:
+            with failures.of(job):
+                source = None
+                if vae is not None and job.request.video_path:
+                    source = models.encode_video(vae, read_source(job.request, job.request.variant.fps))
+                images = models.encode_pictures(vae, job.request, seen.get(job.index))
+                beginnings[job.index] = Beginning(source, images)
     return beginnings
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wan_train.conditions.conditions import Conditions
+from wan_train.conditions.control import dit_arguments
+from wan_train.conditions.kinds import KINDS, VACE_CONTEXT
+from wan_train.conditions.vace import with_references
 from wan_train.flow.path import interpolate
 from wan_train.flow.solvers import make_solver
 from wan_train.models.dit.experts import expert_at
@@ -33,7 +37,8 @@ def seeded(seed: int, device: torch.device = CPU) -> torch.Generator:
 class Sampling:
     """A run from noise to latents, which may be led by one model after the other.
 
-    The solver's arithmetic stays on the CPU in float32.
+    The solver's arithmetic stays on the CPU in float32. Latent frames of VACE's references stand before the video's
+    until the end.
     """
 
     def __init__(
@@ -50,7 +55,12 @@ class Sampling:
         assert request.seed is not None, "a request's seed is drawn before sampling"
         generator = seeded(request.seed)
         first = generator if request.rand_device == "cpu" or device.type == "cpu" else seeded(request.seed, device)
-        noise = initial_noise(request.latent_shape, first)
+        context = positive.extras.get(VACE_CONTEXT)
+        channels, num_frames, *size = request.latent_shape
+        self._num_before = 0 if context is None else context.shape[2] - num_frames
+        noise = initial_noise((channels, self._num_before + num_frames, *size), first)
+        if source is not None and context is not None:
+            source = with_references(source.cpu()[None], context)[0]
         self.request, self.positive, self.negative, self.device = request, positive, negative, device
         self.solver = make_solver(
             request.solver,
@@ -73,8 +83,10 @@ class Sampling:
         """Take the next steps, as far as they are this expert's, the model being it."""
         request = self.request
         guidance = request.guided(expert)
-        predict = guide(model, self.positive, self.negative, guidance, device=self.device)
-        plans = plan_steps(request.steps, guidance)
+        positive = self._with_arguments()
+        negative = replace(self.negative, extras=positive.extras)
+        predict = guide(model, positive, negative, guidance, acting=request.acting, device=self.device)
+        plans = plan_steps(request.steps, guidance, request.acting)
         steps = list(itertools.takewhile(lambda step: self._expert(step[0]) == expert, self._coming(plans)))
         num_tokens = math.prod(request.latent_shape[1:]) // 4  # patches are 2 x 2
         with remembering_texts(model, num_tokens):
@@ -88,7 +100,7 @@ class Sampling:
         """What the run has come to: normalised latents (C, F, H, W) float32; of one frame of several that alone."""
         assert not self.experts(), "steps are left"
         if self.request.one_frame is None:
-            return self._x[0]
+            return self._x[0][:, self._num_before :]
         place = self.request.one_frame.target_place
         return self._x[0][:, place : place + 1].clone()
 
@@ -96,6 +108,16 @@ class Sampling:
         """x with the first frame that is given, where one is: no step of the solver changes it."""
         first = self.positive.first_frame
         return x if first is None else torch.cat([first.cpu().to(x), x[:, :, 1:]], dim=2)
+
+    def _with_arguments(self) -> Conditions:
+        """The positive conditions as the DiT takes them, on the device: made for as long as the steps take, since a
+        camera's map is large. The negative ones differ in their text alone."""
+        extras = {
+            name: value if KINDS[name].is_shared else value.to(self.device)
+            for name, value in self.positive.extras.items()
+        }
+        arguments = dit_arguments(extras, self.request.variant, (1, *self.request.latent_shape))
+        return replace(self.positive, extras=arguments)
 
     def _coming(self, plans: Sequence[StepPlan]) -> list[tuple[Tensor, StepPlan]]:
         return list(zip(self.solver.timesteps, plans, strict=True))[self._done :]

@@ -1,13 +1,14 @@
 """From prompts and pictures to conditions: each encoder is there for as long as this takes and no longer."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from wan_train.conditions.conditions import Conditions, ImageConditions
-from wan_train.conditions.images import See, given_latents, one_frame_latents, seen_tokens
-from wan_train.conditions.kinds import CLIP_FEATURES, FRAME_POSITIONS, IMAGE_LATENTS
+from wan_train.conditions.control import start_latents
+from wan_train.conditions.images import Encode, See, given_latents, one_frame_latents, seen_tokens
+from wan_train.conditions.kinds import CLIP_FEATURES, FRAME_POSITIONS, IMAGE_LATENTS, START_LATENTS
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.encoders.image import ImageEncoder, check_image_encoder, load_image_encoder
@@ -17,6 +18,7 @@ from wan_train.models.settings import ImageEncoderSettings, TextEncoderSettings
 from wan_train.models.vae.vae import WanVAE
 from wan_train.models.variants import Variant
 from wan_train.precision import published_dtype
+from wan_train.sampling.control_inputs import encode_controls
 from wan_train.sampling.pictures import load_pictures
 from wan_train.sampling.request import SampleRequest
 
@@ -57,60 +59,96 @@ def see_requests(
     requests: Sequence[SampleRequest], settings: ImageEncoderSettings, device: torch.device
 ) -> list[Tensor | None]:
     """CLIP's tokens (I, width) of each request's pictures, in main memory, where its model reads them."""
-    seeing = [request.variant.reads_clip for request in requests]
-    if not any(seeing):
+    if not any(request.clip_paths for request in requests):
         return [None] * len(requests)
     encoder = open_image_encoder(settings, device)
-    return [see_pictures(request, encoder) if sees else None for request, sees in zip(requests, seeing, strict=True)]
+    return [see_pictures(request, encoder) if request.clip_paths else None for request in requests]
 
 
 def see_pictures(request: SampleRequest, encoder: See) -> Tensor:
     """CLIP's tokens (I, width), in main memory, of a request's pictures."""
-    assert request.variant.images is not None
-    pictures = _pictures(request)
-    return seen_tokens(pictures if request.one_frame else pictures[: request.variant.images.num_clip_images], encoder)
+    return seen_tokens(load_pictures(request.clip_paths, request.size), encoder)
 
 
 def encode_pictures(
-    request: SampleRequest, vae: WanVAE, tokens: Tensor | None, device: torch.device
+    request: SampleRequest, vae: WanVAE | None, tokens: Tensor | None, device: torch.device
 ) -> ImageConditions | None:
-    """What the DiT reads of a request's pictures, in main memory; None where it has none."""
-    if not request.picture_paths:
-        return None
+    """What the DiT reads of a request's pictures and controls, in host memory; None where it has none.
+
+    The VAE is there for requests that are `is_from_pixels`.
+    """
 
     def encode(pixels: Tensor) -> Tensor:
+        assert vae is not None
         return vae.encode(pixels.to(device))
 
+    if request.variant.is_fused and request.picture_paths:
+        (picture,) = _pictures(request)
+        return ImageConditions(first=encode(picture[None, :, None])[0].cpu())
+    extras = encode_controls(request, encode) | _encode_images(request, encode)
+    if tokens is not None:
+        extras[CLIP_FEATURES] = tokens
+    return ImageConditions(extras) if extras else None
+
+
+def _encode_images(request: SampleRequest, encode: Encode) -> dict[str, Tensor]:
+    """The kinds of conditions that the images of the video's frames make, by name."""
+    if not request.picture_paths:
+        return {}
+    assert request.variant.images is not None
     pictures, one_frame = _pictures(request), request.one_frame
-    if request.variant.is_fused:
-        return ImageConditions(first=encode(pictures[0][None, :, None])[0].cpu())
-    if one_frame is None:
-        extras = {IMAGE_LATENTS: given_latents(pictures, request.frames, encode)}
-    else:
-        extras = {IMAGE_LATENTS: one_frame_latents(pictures, one_frame, encode)}
-        extras[FRAME_POSITIONS] = torch.tensor(one_frame.positions)
-    return ImageConditions(extras if tokens is None else {**extras, CLIP_FEATURES: tokens})
+    if one_frame is not None:
+        positions = torch.tensor(one_frame.positions)
+        return {IMAGE_LATENTS: one_frame_latents(pictures, one_frame, encode), FRAME_POSITIONS: positions}
+    if request.variant.images.alone:
+        return {START_LATENTS: start_latents(pictures[0], encode)}
+    return {IMAGE_LATENTS: given_latents(pictures, request.frames, encode)}
 
 
 def _pictures(request: SampleRequest) -> list[Tensor]:
-    return load_pictures(request.picture_paths, (request.width, request.height))
+    return load_pictures(request.picture_paths, request.size)
 
 
 def check_given_clip(settings: ImageEncoderSettings, variant: Variant, dit: str) -> None:
     """InputError for an image encoder that a task needs and has not, that is none, or that is of another width than
-    the DiT reads; headers alone are looked at."""
+    the DiT reads; headers alone are looked at. Tasks that do without images need it for those of a request alone, which
+    `check_clip_of` says."""
     if not variant.reads_clip:
         if settings.clip:
             log.info("--clip is not used: --task %s reads no CLIP tokens", variant.name)
         return
+    assert variant.images is not None
     if not settings.clip:
-        raise InputError(
-            f"--clip is missing: --task {variant.name} reads its pictures through CLIP too; give"
-            " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-        )
+        if variant.images.optional:
+            return
+        raise _clip_missing(variant)
     found, read = check_image_encoder(settings.clip), image_width(dit)
     if found != read:
         raise InputError(
             f"--clip {settings.clip} gives tokens {found} wide, and --dit {dit} reads {read}: give the encoder that"
             " belongs to it"
         )
+
+
+def check_encodable(
+    request: SampleRequest, settings: ImageEncoderSettings, models: Mapping[str, Collection[str]]
+) -> None:
+    """InputError for a request with images that its model reads through an image encoder which is not given, or with
+    what a model has no layers for: `models` are the names of their weights, by what a message calls them."""
+    if request.clip_paths and not settings.clip:
+        raise _clip_missing(request.variant)
+    for what, names in models.items():
+        if request.reference_image and "ref_conv.weight" not in names:
+            raise InputError(
+                f"--reference_image: {what} has no layers for one (ref_conv): give a Fun-Control model of V1.1, or"
+                " leave it out"
+            )
+        if request.motion_bucket_id is not None and "motion_controller.linear.0.weight" not in names:
+            raise InputError(f"--motion_bucket_id: {what} has no motion controller: give --motion_controller")
+
+
+def _clip_missing(variant: Variant) -> InputError:
+    return InputError(
+        f"--clip is missing: --task {variant.name} reads its pictures through CLIP too; give"
+        " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    )

@@ -41,11 +41,8 @@ class _Vocabulary:
 
 
 _IGNORED = {"g": "guidance_scale"}  # embedded guidance, which Wan does not have
-# Control, which these tasks do not take.
-_ELSEWHERE = {
-    "cn": "control_video_path",
-    "cim": "control_image_mask_path",
-}
+# Further names, two of them musubi-tuner's, by letter here.
+_OTHER_NAMES = {"control_path": "cn", "cim": "vace_mask", "control_image_mask_path": "vace_mask"}
 # The order in which messages list these; the others follow as they are declared.
 _LISTED_FIRST = (
     *("w", "h", "f", "d", "s", "l", "guidance_scale_high_noise", "fs", "n", "video_size", "sample_solver"),
@@ -66,7 +63,7 @@ def _vocabulary(settings: type) -> _Vocabulary:
     return _Vocabulary(
         values=values,
         letters={value.name: letter for letter, value in values.items()}
-        | {name: letter for letter, name in (_IGNORED | _ELSEWHERE).items()},
+        | {name: letter for letter, name in _IGNORED.items()},
         options={option.name: option.letter for option in declared if option.letter != option.name},
         refused={o.letter: o.traits.not_in_previews for o in declared if o.traits.not_in_previews},
     )
@@ -89,7 +86,7 @@ class Grammar:
         """Letters by the further names that stand for them."""
         # In the generator of the tools that these lines come from, --g is the guidance; in their training it is
         # embedded.
-        return {} if self.is_preview else {"g": "l", **_vocabulary(self.settings).options}
+        return _OTHER_NAMES | ({} if self.is_preview else {"g": "l", **_vocabulary(self.settings).options})
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -185,10 +182,6 @@ def _request(
     for letter, value in given.items():
         if letter in _IGNORED:
             log.info("%s is passed over: Wan has no embedded guidance; --l (cfg_scale) is its guidance", value.name)
-        elif letter in _ELSEWHERE:
-            raise InputError(
-                f"{value.name} belongs to tasks that take a control video or picture, not to {defaults.variant.name}"
-            )
         elif letter in grammar.refused:
             raise InputError(f"{value.name}: {grammar.refused[letter]}")
         elif letter not in vocabulary.values:
@@ -206,6 +199,9 @@ def _request(
         )
     if "steps" in changes and "timesteps" not in changes:
         changes["timesteps"] = ()  # a number of steps takes the place of levels that hold for all lines
+    for one, other in (("camera_direction", "camera_path"), ("camera_path", "camera_direction")):
+        if one in changes and other not in changes:
+            changes[other] = None  # what a line says of the camera takes the place of what holds for all
     return fitted(checked(replace(defaults, **changes)))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wan_train.cli import choose
 from wan_train.conditions.conditions import Conditions
+from wan_train.conditions.kinds import IMAGE_LATENTS, VACE_CONTEXT
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit, Embedded, RunBlocks, wrap_run_blocks
 
@@ -40,11 +41,30 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class Acting:
+    """On which steps controls act, and how much.
+
+    Of N steps these are int(start N) up to int(end N). On the others the first `num_channels` of `image_latents`, a
+    control video's, are zeros, what VideoX-Fun's models take for no control, and VACE, elsewhere scaled by
+    `vace_scale`, adds nothing.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    num_channels: int = 0
+    vace_scale: float = 1.0
+
+
+ALWAYS = Acting()
+
+
+@dataclass(frozen=True)
 class StepPlan:
-    """What a step consists of: guided at all, and with layers skipped."""
+    """What a step consists of: guided at all, with layers skipped, and with controls acting."""
 
     guided: bool
     skipping: bool = False
+    controlled: bool = True
 
 
 Prompts = tuple[str, ...]
@@ -54,43 +74,51 @@ BOTH = POSITIVE + NEGATIVE
 Predict = Callable[[Tensor, Tensor, StepPlan], Tensor]
 
 
-def plan_steps(steps: int, guidance: Guidance) -> list[StepPlan]:
+def plan_steps(steps: int, guidance: Guidance, acting: Acting = ALWAYS) -> list[StepPlan]:
     """The plan of each of `steps` steps."""
     guided = [guide and guidance.scale != 1 for guide in guided_steps(steps, guidance.skip_mode, guidance.ratio)]
     window = range(int(guidance.slg_start * steps), int(guidance.slg_end * steps))
     skips = bool(guidance.slg_layers)
-    return [StepPlan(guide, skips and guide and index in window) for index, guide in enumerate(guided)]
+    acted = range(int(acting.start * steps), int(acting.end * steps))
+    return [StepPlan(guide, skips and guide and index in window, index in acted) for index, guide in enumerate(guided)]
 
 
 def guide(
-    model: nn.Module, positive: Conditions, negative: Conditions, guidance: Guidance, *, device: torch.device
+    model: nn.Module,
+    positive: Conditions,
+    negative: Conditions,
+    guidance: Guidance,
+    *,
+    acting: Acting = ALWAYS,
+    device: torch.device,
 ) -> Predict:
     """The velocity (1, C, F, H, W) of a step of x, which is anywhere; one pass of the model for a step not guided."""
     conditions = cache(partial(_conditions, positive.to(device), negative.to(device)))
     inputs = cache(lambda prompts: _step_inputs(model, conditions(prompts), device))
+    acted = cache(lambda prompts, controlled: _acted(inputs(prompts), acting, controlled=controlled))
 
-    def run(x: Tensor, timestep: Tensor, prompts: Prompts) -> Tensor:
+    def run(x: Tensor, timestep: Tensor, prompts: Prompts, plan: StepPlan) -> Tensor:
         size = len(prompts)
         latents, time = x.to(device).expand(size, *x.shape[1:]), timestep.to(device).expand(size)
         latents, time = conditions(prompts).fuse(latents, time.float())
-        return model(latents, time, **inputs(prompts))
+        return model(latents, time, **acted(prompts, plan.controlled))
 
-    def run_skipped(x: Tensor, timestep: Tensor) -> Tensor:
+    def run_skipped(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
         with without_blocks(cast(Dit, model), guidance.slg_layers):
-            return run(x, timestep, NEGATIVE)
+            return run(x, timestep, NEGATIVE, plan)
 
     def predict(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
         if not plan.guided:
-            return run(x, timestep, POSITIVE)
+            return run(x, timestep, POSITIVE, plan)
         if plan.skipping and guidance.slg_mode == "uncond":
-            conditioned, unconditioned = run(x, timestep, POSITIVE), run_skipped(x, timestep)
+            conditioned, unconditioned = run(x, timestep, POSITIVE, plan), run_skipped(x, timestep, plan)
         elif guidance.merge:
-            conditioned, unconditioned = run(x, timestep, BOTH).split(1)
+            conditioned, unconditioned = run(x, timestep, BOTH, plan).split(1)
         else:
-            conditioned, unconditioned = run(x, timestep, POSITIVE), run(x, timestep, NEGATIVE)
+            conditioned, unconditioned = (run(x, timestep, prompts, plan) for prompts in (POSITIVE, NEGATIVE))
         velocity = unconditioned + guidance.scale * (conditioned - unconditioned)
         if plan.skipping and guidance.slg_mode == "original":
-            velocity = velocity + guidance.slg_scale * (conditioned - run_skipped(x, timestep))
+            velocity = velocity + guidance.slg_scale * (conditioned - run_skipped(x, timestep, plan))
         return velocity
 
     return predict
@@ -106,6 +134,17 @@ def _step_inputs(model: nn.Module, conditions: Conditions, device: torch.device)
     inputs: dict[str, Any] = dict(conditions.inputs())
     if isinstance(model, Dit):
         inputs["context"] = model.embed_context(inputs["context"], inputs.pop("clip_features", None), device=device)
+    return inputs
+
+
+def _acted(inputs: dict[str, Any], acting: Acting, *, controlled: bool) -> dict[str, Any]:
+    """The inputs of a step on which controls act, or do not."""
+    if VACE_CONTEXT in inputs:
+        inputs = inputs | {"vace_scale": acting.vace_scale if controlled else 0.0}
+    if acting.num_channels and not controlled:
+        without = inputs[IMAGE_LATENTS].clone()
+        without[:, : acting.num_channels] = 0
+        inputs = inputs | {IMAGE_LATENTS: without}
     return inputs
 
 

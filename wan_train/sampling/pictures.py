@@ -21,15 +21,15 @@ def check_pictures(variant: Variant, first: str | None, last: str | None) -> Non
     """InputError for a picture that the task needs and has not, that it does not take, or that does not read."""
     if variant.images is None:
         if flag := "--image_path (--i)" * bool(first) or "--end_image_path (--ei)" * bool(last):
+            made_from = "its VACE inputs" if variant.control else "text alone"
             raise InputError(
-                f"{flag}: --task {variant.name} makes videos from text alone: take an i2v task, or leave it out"
+                f"{flag}: --task {variant.name} makes videos from {made_from}: take an i2v task, or leave it out"
             )
         return
-    if variant.is_fused:
-        if last:
-            raise InputError(f"--end_image_path (--ei): --task {variant.name} takes a first picture only: leave it out")
-        if not first:
-            return
+    if last and (variant.is_fused or variant.control):
+        raise InputError(f"--end_image_path (--ei): --task {variant.name} takes a first picture only: leave it out")
+    if not first and (variant.is_fused or variant.images.optional):
+        return
     if not first:
         raise InputError(f"--task {variant.name} begins with a picture: give --image_path (--i in a line of prompts)")
     if variant.images.last and not last:
@@ -43,7 +43,7 @@ def check_pictures(variant: Variant, first: str | None, last: str | None) -> Non
 
 def check_controls(variant: Variant, one_frame: OneFrame, pictures: Sequence[str]) -> None:
     """InputError for pictures that do not do for making one frame beside them."""
-    if variant.images is None or not variant.images.clip:
+    if variant.images is None or not variant.images.clip or variant.control:
         raise InputError(f"--one_frame_inference is for Wan2.1's tasks with pictures, not for {variant.name}")
     if variant.images.last and len(one_frame.controls) != 2:
         raise InputError(f"--one_frame_inference {one_frame}: {variant.name} is given two pictures: list two indices")

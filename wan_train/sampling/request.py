@@ -8,7 +8,9 @@ from wan_train.log import get_logger
 from wan_train.models.dit.experts import HIGH, experts_of, read_boundary
 from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
-from wan_train.sampling.guidance import Guidance, plan_steps
+from wan_train.sampling.control_settings import ControlOptions
+from wan_train.sampling.controls import check_inputs, check_options, fit_frames
+from wan_train.sampling.guidance import Acting, Guidance, plan_steps
 from wan_train.sampling.pictures import check_controls, check_pictures, size_like
 from wan_train.sampling.settings import SampleOptions, StartOptions
 
@@ -18,7 +20,7 @@ STRENGTH = 0.7  # of video to video where nobody says
 
 
 @dataclass(frozen=True)
-class SampleRequest(SampleOptions, StartOptions):
+class SampleRequest(ControlOptions, SampleOptions, StartOptions):
     """Everything that decides a video but the weights. Sizes in pixels, `frames` 4n+1, `seed` None draws one.
 
     `shift` None is the variant's for the size. `timesteps`, 0..1000 before the shift, take the place of `steps` even
@@ -49,6 +51,8 @@ class SampleRequest(SampleOptions, StartOptions):
     denoising_strength: float = STRENGTH
     slg_layers: tuple[int, ...] = ()
     slg_mode: str = "original"
+    vace_pad: tuple[int, ...] = ()
+    camera_origin: tuple[float, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -57,7 +61,7 @@ class SampleRequest(SampleOptions, StartOptions):
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of the latents that the model makes."""
+        """(C, F, H, W) of the video's latents."""
         frames = 1 + (self.frames - 1) // FRAME_STEP if self.one_frame is None else len(self.one_frame.positions)
         space = self.variant.space
         return space.channels, frames, self.height // space.stride, self.width // space.stride
@@ -71,6 +75,26 @@ class SampleRequest(SampleOptions, StartOptions):
     def picture_paths(self) -> tuple[str, ...]:
         """The pictures that it is made from, the first frame's first."""
         return self.control_images or tuple(path for path in (self.image_path, self.end_image_path) if path)
+
+    @property
+    def clip_paths(self) -> tuple[str, ...]:
+        """The images that its model reads through CLIP: VideoX-Fun's reads a reference image in place of the first."""
+        images = self.variant.images
+        if images is None or not images.clip:
+            return ()
+        if self.reference_image:
+            return (self.reference_image,)
+        return self.picture_paths if self.one_frame else self.picture_paths[: images.num_clip_images]
+
+    @property
+    def reads_vace(self) -> bool:
+        """Whether VACE takes part: without inputs too, which are grey then, but not scaled by 0."""
+        return self.variant.control is not None and self.variant.control.vace and self.vace_scale != 0
+
+    @property
+    def is_from_pixels(self) -> bool:
+        """Whether the VAE encodes something that it is made from, beside `video_path`."""
+        return bool(self.picture_paths or self.control_path or self.reference_image or self.reads_vace)
 
     @property
     def is_fitted(self) -> bool:
@@ -97,6 +121,13 @@ class SampleRequest(SampleOptions, StartOptions):
             f" shift {self.noise_shift:g}, guidance {guidance}"
         )
 
+    @property
+    def acting(self) -> Acting:
+        """On which steps its controls act, and how much."""
+        control = self.variant.control
+        channels = self.variant.space.channels if control is not None and control.video else 0
+        return Acting(self.control_start, self.control_end, channels, self.vace_scale)
+
     def guided(self, expert: str | None = None) -> Guidance:
         """How its steps are guided, those of one of two experts if there are two."""
         scale = self.guidance
@@ -118,6 +149,7 @@ class SampleRequest(SampleOptions, StartOptions):
 def checked(request: SampleRequest) -> SampleRequest:
     """The request, if its values agree with each other; InputError names the two that do not."""
     check_solver(request.solver)
+    check_options(request)
     if (request.cfg_skip_mode == "none") != (request.cfg_apply_ratio is None):
         raise InputError("--cfg_skip_mode and --cfg_apply_ratio go together: give both or neither")
     if request.slg_layers and request.slg_start >= request.slg_end:
@@ -134,7 +166,12 @@ def checked(request: SampleRequest) -> SampleRequest:
         if request.video_path:
             raise InputError("--timesteps says where a run begins, and so does --video_path: give one of them")
         request = replace(request, steps=len(request.timesteps))
-    plans = [plan for expert in experts for plan in plan_steps(request.steps, request.guided(expert))]
+    plans = [plan for expert in experts for plan in plan_steps(request.steps, request.guided(expert), request.acting)]
+    if (request.control_path or request.vace_video) and not any(plan.controlled for plan in plans):
+        log.warning(
+            "--control_start and --control_end leave none of %d steps: give them further apart, or more --infer_steps",
+            request.steps,
+        )
     if request.slg_layers and not any(plan.skipping for plan in plans):
         log.warning(
             "--slg_layers acts on none of %d steps: give a larger --slg_end, or more --infer_steps", request.steps
@@ -147,6 +184,7 @@ def fitted(request: SampleRequest) -> SampleRequest:
 
     InputError for pictures that are missing, do not read, or that its task does not take.
     """
+    check_inputs(request, request.variant)
     if request.one_frame is None:
         if request.control_images:
             raise InputError(
@@ -178,6 +216,7 @@ def fitted(request: SampleRequest) -> SampleRequest:
         log.warning("sizes go in steps of %d: %s becomes %d wide, %d high", step, asked, width, height)
     if frames != request.frames:
         log.warning("frames are 4n+1: %d becomes %d", request.frames, frames)
+    frames = fit_frames(request, request.variant, size=(width, height), frames=frames)
     return replace(request, width=width, height=height, frames=frames)
 
 

@@ -1,14 +1,15 @@
 """Settings of sampling that the generator takes from its command line.
 
-Each is declared once: command line, prompt line, table, request and record take it from its field. `StartOptions` and
-`SampleOptions` are fields of a request too, as they are here; the others have another name or type there, which their
-`Sampled` states.
+Each is declared once: command line, prompt line, table, request and record take it from its field. `StartOptions`,
+`SampleOptions` and `ControlOptions` are fields of a request too, as they are here; the others have another name or type
+there, which their `Sampled` states.
 """
 
 from dataclasses import dataclass
 
 from wan_train.cli import option
 from wan_train.models.one_frame import read_one_frame
+from wan_train.sampling.control_settings import ControlOptions
 from wan_train.sampling.options import Sampled
 from wan_train.sampling.values import read_layers, read_numbers
 
@@ -210,5 +211,5 @@ class SampleOptions:
 
 # The fields of a dataclass begin with those of its last base.
 @dataclass(frozen=True)
-class SamplingSettings(SampleOptions, OneFrameSettings, StartOptions, TaskSettings):
+class SamplingSettings(ControlOptions, SampleOptions, OneFrameSettings, StartOptions, TaskSettings):
     """Sampling."""

@@ -8,6 +8,8 @@ from wan_train.cli import Option, value_type
 
 Read = Callable[[str], Any]
 
+NUM_CAMERA_NUMBERS = 19  # of a line of RealEstate10K: a time, four of the lens, two unused, a 3x4 matrix
+
 
 def make_reader(hint: Any, described: Option, *, maximum: float | None = None) -> Read:
     """Make the reader of an option with this annotation, range and choices; `maximum` bounds it where those do not.
@@ -37,6 +39,27 @@ def read_layers(text: str) -> tuple[int, ...]:
     if any(layer < 0 for layer in layers):
         raise ValueError("takes numbers of blocks from 0, as in 9,10")
     return layers
+
+
+def read_pad(text: str) -> tuple[int, ...]:
+    """Read (left, top, right, bottom) in pixels, or one number for all four; ValueError for other text."""
+    parts = text.replace(",", " ").split()
+    sides = tuple(map(int, filter(str.isdecimal, parts)))
+    if len(sides) not in (1, 4) or len(sides) != len(parts):
+        raise ValueError("takes pixels LEFT,TOP,RIGHT,BOTTOM, or one number for all four, of 0 or more")
+    return sides * 4 if len(sides) == 1 else sides
+
+
+def read_camera(text: str) -> tuple[float, ...]:
+    """Read a line of RealEstate10K, 19 finite numbers; ValueError for other text."""
+    told = f"takes {NUM_CAMERA_NUMBERS} numbers, as RealEstate10K writes a camera"
+    try:
+        numbers = read_numbers(text)
+    except ValueError:
+        raise ValueError(told) from None
+    if len(numbers) != NUM_CAMERA_NUMBERS or not all(map(math.isfinite, numbers)):
+        raise ValueError(told)
+    return numbers
 
 
 def _number(kind: type, low: float | None, high: float | None) -> Read:

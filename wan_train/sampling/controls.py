@@ -1,0 +1,177 @@
+"""What control models are given beside a prompt: whether a task reads it, and how long and large it makes the video."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dataset.reading.frames import floor_frames
+from dataset.reading.media import probe
+from dataset.reading.stills import read_image
+from wan_train.conditions.camera import camera_path, read_camera_file
+from wan_train.errors import InputError
+from wan_train.log import get_logger
+from wan_train.models.variants import ControlInputs, Variant
+from wan_train.sampling.control_settings import CAMERA_SPEED, ControlOptions
+from wan_train.sampling.videos import Size, frame_indices, is_still
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """An option that some tasks read: by which of their inputs, what it is, and what such a task is called."""
+
+    option: str
+    reads: Callable[[ControlInputs], bool]
+    noun: str
+    tasks: str
+
+
+_TAKEN = (
+    _Taken("control_path (--cn)", lambda control: control.video, "a control video", "a fun-control task"),
+    _Taken("reference_image", lambda control: control.reference, "a reference image", "a fun-control task"),
+    *(
+        _Taken(name, lambda control: control.vace, "a VACE context", "a vace task")
+        for name in ("vace_video", "vace_mask", "vace_reference", "vace_pad")
+    ),
+    *(
+        _Taken(name, lambda control: control.camera, "a camera path", "a fun-camera task")
+        for name in ("camera_path", "camera_direction", "camera_origin")
+    ),
+)
+
+
+def check_options(given: ControlOptions) -> None:
+    """InputError for control options that do not agree with each other, whatever the task."""
+    if given.control_start >= given.control_end:
+        raise InputError(
+            f"--control_start {given.control_start:g} leaves nothing before --control_end {given.control_end:g}: give"
+            " less than it"
+        )
+    if given.control_strength != 1 and not given.control_path:
+        raise InputError("--control_strength scales --control_path (--cn): give that too, or leave it out")
+    for name in ("vace_mask", "vace_pad"):
+        if getattr(given, name) and not given.vace_video:
+            raise InputError(f"--{name} says what of --vace_video is made anew: give that too, or leave out --{name}")
+    if given.camera_path:
+        of_direction = {
+            "camera_direction": bool(given.camera_direction),
+            "camera_speed": given.camera_speed != CAMERA_SPEED,
+            "camera_origin": bool(given.camera_origin),
+        }
+        if beside := [name for name, there in of_direction.items() if there]:
+            raise InputError(f"--{beside[0]} and --camera_path both say where the camera goes: give one of them")
+    if given.camera_direction:
+        try:
+            camera_path(given.camera_direction, 1, given.camera_speed, given.camera_origin or None)  # type: ignore[arg-type]
+        except ValueError as problem:
+            raise InputError(f"--camera_direction {given.camera_direction}: {problem}") from None
+
+
+def check_inputs(given: ControlOptions, variant: Variant) -> None:
+    """InputError for a control that the task does not read, for one that it needs and does not get, and for an image
+    that does not read."""
+    control = variant.control or ControlInputs()
+    for taken in _TAKEN:
+        if getattr(given, taken.option.partition(" ")[0]) and not taken.reads(control):
+            raise InputError(
+                f"--{taken.option}: --task {variant.name} does not read {taken.noun}: take {taken.tasks}, or leave it"
+                " out"
+            )
+    if given.vace_scale != 1 and not control.vace:
+        raise InputError(f"--vace_scale: --task {variant.name} is not a vace task: take one, or leave it out")
+    if (given.control_start, given.control_end) != (0, 1) and not (control.video or control.vace):
+        raise InputError(
+            f"--control_start and --control_end: --task {variant.name} does not read a control video: take a"
+            " fun-control or vace task, or leave them out"
+        )
+    if given.motion_bucket_id is not None and (variant.control or variant.images or variant.experts):
+        raise InputError(
+            f"--motion_bucket_id: --task {variant.name} has no motion controller: take a t2v task of Wan2.1, or leave"
+            " it out"
+        )
+    if control.camera and not (given.camera_direction or given.camera_path):
+        raise InputError(f"--task {variant.name} follows a camera: give --camera_direction or --camera_path")
+    if control.video and not given.control_path:
+        log.warning("--task %s gets no --control_path (--cn): nothing controls the video", variant.name)
+    for flag, paths in (("--reference_image", [given.reference_image]), ("--vace_reference", given.vace_reference)):
+        for path in filter(None, paths):
+            _check_image(flag, path)
+
+
+def fit_frames(given: ControlOptions, variant: Variant, *, size: Size, frames: int) -> int:
+    """Return the number of pixel frames, 4k+1, that controls leave of a video of `frames` and `size` (width, height).
+
+    The log says in a line what is shortened, scaled or cropped. InputError for a video or camera file that does not
+    read, and for a `vace_pad` that leaves nothing of the size.
+    """
+    if given.control_path:
+        length = _length("--control_path", given.control_path, variant, size)
+        frames = _shortened(frames, given.control_path, length)
+    if given.vace_video:
+        length, longest = _length("--vace_video", given.vace_video, variant, inner_size(given, size)), given.vace_video
+        if given.vace_mask and not is_still(given.vace_mask):  # it may go on behind the video, which it extends
+            length, longest = len(frame_indices("--vace_mask", given.vace_mask, variant.fps)), given.vace_mask
+        elif given.vace_mask:
+            _check_image("--vace_mask", given.vace_mask)
+        frames = _shortened(frames, longest, length)
+    if given.camera_path:
+        frames = _shortened(frames, given.camera_path, len(read_camera(given.camera_path)))
+    return frames
+
+
+def inner_size(given: ControlOptions, size: Size) -> Size:
+    """Return the size (width, height) that `vace_pad` leaves of a video's. InputError where that is nothing."""
+    left, top, right, bottom = sides_of(given)
+    width, height = size[0] - left - right, size[1] - top - bottom
+    if min(width, height) < 1:
+        raise InputError(
+            f"--vace_pad {left},{top},{right},{bottom} leaves nothing of a video {size[0]} wide, {size[1]} high: give"
+            " less, or a larger --video_size"
+        )
+    return width, height
+
+
+def sides_of(given: ControlOptions) -> tuple[int, int, int, int]:
+    """Return `vace_pad` as (left, top, right, bottom) pixels; zeros without it."""
+    assert not isinstance(given.vace_pad, str)
+    left, top, right, bottom = given.vace_pad or (0, 0, 0, 0)
+    return left, top, right, bottom
+
+
+def read_camera(path: str) -> Tensor:
+    """Return the entries (N, 19) of a camera file. InputError that names the option for one that does not read."""
+    if not Path(path).is_file():
+        raise InputError(f"--camera_path {path}: no such file")
+    try:
+        return read_camera_file(Path(path))
+    except InputError as problem:
+        raise InputError(f"--camera_path: {problem}") from None
+
+
+def _length(flag: str, path: str, variant: Variant, size: Size) -> int:
+    """The frames of a control at the rate of the task's videos, with a line in the log if its size is another."""
+    indices = frame_indices(flag, path, variant.fps)
+    info = probe(Path(path))
+    if (info.width, info.height) != size:
+        log.info("%s is %dx%d: scaled and cropped to %dx%d", path, info.width, info.height, *size)
+    return len(indices)
+
+
+def _shortened(frames: int, path: str, available: int) -> int:
+    fitting = floor_frames(max(available, 1))
+    if fitting >= frames:
+        return frames
+    log.info("%s has %d frames: making %d", path, available, fitting)
+    return fitting
+
+
+def _check_image(flag: str, path: str) -> None:
+    if not Path(path).exists():
+        raise InputError(f"{flag} {path}: no such file")
+    try:
+        read_image(Path(path))
+    except InputError as problem:
+        raise InputError(f"{flag} {problem}") from None
