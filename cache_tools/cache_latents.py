@@ -23,9 +23,10 @@ from cache_tools.extras import (
     to_pixels,
 )
 from cache_tools.fitting import encode_fitting
+from cache_tools.make_control import make_controls
 from cache_tools.plan import show_plan
 from cache_tools.runner import rank_device, summarise_run, work_ahead
-from cache_tools.settings import CacheLatentsSettings, check_run, image_inputs
+from cache_tools.settings import CacheLatentsSettings, check_run, control_inputs, image_inputs
 from cache_tools.show import show_clips
 from cache_tools.survey import Survey, clear_remains, count_kinds, prune_caches, report_findings, survey_caches
 from dataset.batching.buckets import describe_size
@@ -86,10 +87,19 @@ class LatentEncoder:
 def main(settings: CacheLatentsSettings) -> None:
     """Check everything, then encode what is not there yet; a run that finds nothing to do loads no model."""
     check_run(settings.run)
+    if settings.controls.make_control:
+        make_controls(settings.dataset, settings.controls.make_control)
+        return
     images = image_inputs(settings)
     task, one_frame = settings.pictures.task, settings.pictures.one_frame
     space = VARIANTS[task].space if task else WAN21
-    configs = read_config(settings.dataset.dataset_config, images=images, space=space, one_frame=one_frame)
+    configs = read_config(
+        settings.dataset.dataset_config,
+        images=images,
+        control=control_inputs(settings),
+        space=space,
+        one_frame=one_frame,
+    )
     if settings.inspect.plan or settings.inspect.plan_json:
         show_plan(make_plans(configs, settings.dataset), settings.inspect.plan_json)
         return

@@ -55,7 +55,7 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool) -> list[I
     which `allow_missing_captions` turns into empty text and a warning. `caption_prefix` goes before all of them.
     """
     entries = find_entries(config)
-    _refuse_equal_stems(config, [entry.path for entry in entries])
+    refuse_equal_stems(config, [entry.path for entry in entries])
     missing = [entry.path.name for entry in entries if not entry.captions]
     if missing and not allow_missing_captions:
         what = "caption" if config.listing else f"{config.caption_extension} caption"
@@ -216,7 +216,8 @@ def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
     return [Clip(item, start, kept[start : start + length], size, source_size, reading) for start, length in positions]
 
 
-def _refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
+def refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
+    """Raise InputError for files whose caches, or controls, would have one name."""
     stems = defaultdict(list)
     for path in paths:
         stems[path.stem].append(path)
