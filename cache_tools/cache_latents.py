@@ -12,6 +12,7 @@ import wan_train
 from cache_tools.encoding import LatentEncoder, LoadedClip, batch_clips, encode_batch, name_clip
 from cache_tools.extras import load_extras
 from cache_tools.fitting import encode_fitting
+from cache_tools.make_control import make_controls
 from cache_tools.plan import show_plan
 from cache_tools.runner import rank_device, summarise_run, work_ahead
 from cache_tools.settings import CacheLatentsSettings, check_run, control_inputs, image_inputs
@@ -47,6 +48,9 @@ logger = get_logger(__name__)
 def main(settings: CacheLatentsSettings) -> None:
     """Check everything, then encode what is not there yet; a run that finds nothing to do loads no model."""
     check_run(settings.run)
+    if settings.controls.make_control:
+        make_controls(settings.dataset, settings.controls.make_control)
+        return
     images = image_inputs(settings)
     task, one_frame = settings.pictures.task, settings.pictures.one_frame
     space = VARIANTS[task].space if task else WAN21

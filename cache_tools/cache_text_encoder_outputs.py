@@ -65,7 +65,8 @@ def main(settings: CacheTextSettings) -> None:
 
 def survey_items(config: DatasetConfig, settings: CacheTextSettings, place: Place) -> Survey[Item]:
     """What there is for a dataset's captions, and which of them this process has to encode."""
-    items = list_items(config, allow_missing_captions=settings.dataset.allow_missing_captions)
+    # What a model reads beside text is of no account here, and which of it may be missing depends on the task.
+    items = list_items(config, allow_missing_captions=settings.dataset.allow_missing_captions, with_partners=False)
     model = Path(settings.text_encoder.t5)
     return survey_caches(
         config,

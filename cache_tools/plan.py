@@ -4,10 +4,11 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cache_tools.plan_partners import PartnersPlan, describe_partners
 from dataset.batching.batches import Bucket, CachedDataset
 from dataset.batching.buckets import Size
 from dataset.batching.epochs import count_batches, epoch_sizes
@@ -26,7 +27,8 @@ _NAME_WIDTH = 25  # with the other columns a line of 80
 class FilePlan:
     """What becomes of a file; rates in frames per second, None for an image. `why` says what the lost seconds are.
 
-    `frames_lost` are stored, and do not decode; `reading` is what is done to the pixels, as `MediaInfo` has it.
+    `frames_lost` are stored, and do not decode; `reading` is what is done to the pixels, as `MediaInfo` has it;
+    `partners` is what goes with the file.
     """
 
     path: str
@@ -41,6 +43,7 @@ class FilePlan:
     why: str
     frames_lost: int = 0
     reading: tuple[str, ...] = ()
+    partners: PartnersPlan = field(default_factory=PartnersPlan)
 
     @property
     def seconds_lost(self) -> float:
@@ -89,7 +92,8 @@ def _describe_plan(plan: ClipPlan, sizes: Mapping[Bucket, int]) -> DatasetPlan:
     by_item: dict[Item, list[Clip]] = defaultdict(list)
     for clip in plan.clips:
         by_item[clip.item].append(clip)
-    files = tuple(_describe_file(item, by_item[item], plan.infos.get(item)) for item in plan.items)
+    described = ((_describe_file(item, by_item[item], plan.infos.get(item)), item) for item in plan.items)
+    files = tuple(replace(file, partners=describe_partners(item)) for file, item in described)
     counts = Counter((clip.size, clip.num_frames) for clip in plan.clips)
     buckets = []
     for (size, frames), count in sorted(counts.items()):
@@ -215,6 +219,7 @@ def format_table(datasets: Sequence[DatasetPlan]) -> str:
 def _format_dataset(dataset: DatasetPlan) -> list[str]:
     titles = _row("file", "fps in > out", "frames", "clips", "w x h", "used s", "lost s")
     lines = [dataset.name, titles, *map(_format_file, dataset.files)]
+    lines += [f"with {Path(file.path).name}: {file.partners}" for file in dataset.files if str(file.partners)]
     lost: dict[str, float] = defaultdict(float)
     for file in dataset.files:
         lost[file.why] += file.seconds_lost if file.clips else 0

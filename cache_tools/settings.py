@@ -13,6 +13,7 @@ _SKIP_HELP = "Accepted for old commands: what is cached and up to date is always
 _KEEP_HELP = "Accepted for old commands: nothing is deleted without --prune."
 _PRUNE_HELP = "Delete the caches that belong to nothing in the dataset file, and the stale ones, which are made again."
 SHOWN = ("image", "console", "video")
+MADE = ("canny", "gray", "blur", "tile")
 CONSOLE_COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the order of ANSI
 
 
@@ -48,6 +49,18 @@ class InspectSettings:
     console_back: str = option("", "A rim of this colour around --debug_mode console.", choices=CONSOLE_COLOURS)
     console_num_images: int | None = option(
         None, "At most so many clips of each dataset with --debug_mode; without it all.", minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class MakeControlSettings:
+    """Making control videos."""
+
+    make_control: str = option(
+        "",
+        "Write a control for each video or image that has none, into control_directory or a folder beside the media's,"
+        " and end: its edges, its grey values, or what is left of it when blurred or in tiles. Needs no model.",
+        choices=MADE,
     )
 
 
@@ -90,6 +103,7 @@ class CacheLatentsSettings:
     pictures: PictureSettings
     run: LatentRunSettings
     inspect: InspectSettings
+    controls: MakeControlSettings
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def settle_conditions(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     control, loss_masks = values["control"], values.get("loss_mask_directory")
     if control is not None and control.vace:
         settled["vace_mask_directory"] = settled.pop("mask_directory", None)
-    elif loss_masks and "mask_directory" in values:
+    elif control is not None and loss_masks and "mask_directory" in values:
         raise InputError(f"{place}: mask_directory and loss_mask_directory both hold loss masks: give one of them")
     if loss_masks:
         settled["mask_directory"] = loss_masks

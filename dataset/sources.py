@@ -48,14 +48,15 @@ class ClipPlan:
     infos: Mapping[Item, MediaInfo] = field(default_factory=dict)
 
 
-def list_items(config: DatasetConfig, *, allow_missing_captions: bool) -> list[Item]:
-    """Every image or video of a dataset with its captions, in the order of `find_entries`.
+def list_items(config: DatasetConfig, *, allow_missing_captions: bool, with_partners: bool = True) -> list[Item]:
+    """Every image or video of a dataset with its captions, in the order of `find_entries`; and with what else goes with
+    it, unless `with_partners` is false.
 
     Raises InputError as that does, for two files of one stem (their caches would collide) and for missing captions,
     which `allow_missing_captions` turns into empty text and a warning. `caption_prefix` goes before all of them.
     """
     entries = find_entries(config)
-    _refuse_equal_stems(config, [entry.path for entry in entries])
+    refuse_equal_stems(config, [entry.path for entry in entries])
     missing = [entry.path.name for entry in entries if not entry.captions]
     if missing and not allow_missing_captions:
         what = "caption" if config.listing else f"{config.caption_extension} caption"
@@ -72,7 +73,9 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool) -> list[I
         logger.warning("%s: %d files are not read: %s", config, len(unread), name_some(map(str, unread)))
     prefix = config.caption_prefix
     captions = [tuple(f"{prefix}{caption}".strip() for caption in entry.captions or ("",)) for entry in entries]
-    return _with_partners(config, entries, captions)
+    if with_partners:
+        return _with_partners(config, entries, captions)
+    return [Item(config, entry.path, texts) for entry, texts in zip(entries, captions, strict=True)]
 
 
 def _with_partners(config: DatasetConfig, entries: Sequence[Entry], captions: Sequence[tuple[str, ...]]) -> list[Item]:
@@ -88,7 +91,7 @@ def _with_partners(config: DatasetConfig, entries: Sequence[Entry], captions: Se
     if config.mask_directory:
         _warn_without(config, paths, masks, "mask", "all of their picture counts")
     if config.vace_mask_directory:
-        _warn_without(config, paths, vace_masks, "VACE mask", "all of their picture is generated")
+        _warn_without(config, paths, vace_masks, "VACE mask", "VACE generates all of them")
     if config.reference_directory:
         _warn_without(config, paths, references, "reference", "they are trained without one")
     return [
@@ -216,7 +219,8 @@ def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
     return [Clip(item, start, kept[start : start + length], size, source_size, reading) for start, length in positions]
 
 
-def _refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
+def refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
+    """Raise InputError for files whose caches, or controls, would have one name."""
     stems = defaultdict(list)
     for path in paths:
         stems[path.stem].append(path)

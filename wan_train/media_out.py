@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -53,30 +53,33 @@ CODECS: dict[str, Codec] = {
 
 def write_video(
     path: str | os.PathLike[str],
-    frames: np.ndarray,
+    frames: Iterable[np.ndarray],
     *,
-    fps: int,
+    fps: int | Fraction,
     codec: str = "h264",
     quality: int | None = None,
     comment: str = "",
 ) -> None:
-    """Write frames (F, H, W, 3) uint8 as mp4, in BT.709 unless the codec takes RGB; H and W must be even.
+    """Write frames, each (H, W, 3) uint8, as mp4, in BT.709 unless the codec takes RGB; H and W must be even then.
 
+    At least one; each is encoded before the next is taken, so that a video need not be held as a whole.
     `quality` is the codec's constant rate factor, lower is better; `comment` goes into the file's metadata.
     """
     chosen = choose("codec", codec, CODECS)
     rate_factor = chosen.quality if quality is None else min(quality, chosen.worst)
+    remaining = iter(frames)
+    first = next(remaining)
     with replacing(Path(path)) as temporary, av.open(str(temporary), mode="w", format="mp4") as container:
         if comment:
             container.metadata["comment"] = comment
         stream = container.add_stream(chosen.encoder, rate=Fraction(fps))
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = first.shape[:2]
         stream.pix_fmt = chosen.pixel_format
         stream.options = {"crf": str(rate_factor), **chosen.options}
         is_yuv = chosen.pixel_format != RGB
         if is_yuv:
             _tag(stream.codec_context)
-        for image in frames:
+        for image in itertools.chain([first], remaining):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format=RGB)
             container.mux(stream.encode(_to_bt709(frame, chosen.pixel_format) if is_yuv else frame))
         container.mux(stream.encode())

@@ -50,17 +50,25 @@ _GIVEN = {
 }
 
 
+# DiffSynth-Studio's, and ours for the same, by what a task reads.
+_OF_VIDEO, _OF_REFERENCE = {"control_video": _CONTROL}, {"reference_image": _REFERENCE}
+_OF_VACE = {"vace_video": _CONTROL, "vace_video_mask": _VACE_MASK, "vace_reference_image": _REFERENCE}
+_OF_CAMERA = {"camera_control_direction": _DIRECTION, "camera_control_speed": _SPEED}
+OF_SOME_TASKS = frozenset({**_OF_VIDEO, **_OF_REFERENCE, **_OF_VACE, **_OF_CAMERA})
+
+
 def _foreign_names(control: ControlInputs | None) -> dict[str, str]:
     """DiffSynth-Studio's columns that a task reads, and ours for the same."""
     if control is None:
         return {}
-    names = {"control_video": _CONTROL} if control.video else {}
-    if control.reference:
-        names |= {"reference_image": _REFERENCE}
-    if control.vace:
-        names |= {"vace_video": _CONTROL, "vace_video_mask": _VACE_MASK, "vace_reference_image": _REFERENCE}
-    if control.camera:
-        names |= {"camera_control_direction": _DIRECTION, "camera_control_speed": _SPEED}
+    names: dict[str, str] = {}
+    for is_read, columns in (
+        (control.video, _OF_VIDEO),
+        (control.reference, _OF_REFERENCE),
+        (control.vace, _OF_VACE),
+        (control.camera, _OF_CAMERA),
+    ):
+        names |= columns if is_read else {}
     return names
 
 

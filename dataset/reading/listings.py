@@ -10,7 +10,7 @@ from typing import Any
 from dataset.config import DatasetConfig
 from dataset.config_parsing import reading_text
 from dataset.reading.captions import find_caption_files, read_captions, split_variants
-from dataset.reading.columns import Columns, read_columns, read_names
+from dataset.reading.columns import OF_SOME_TASKS, Columns, read_columns, read_names
 from dataset.reading.media import VIDEO_SUFFIXES, is_video
 from dataset.reading.stills import IMAGE_SUFFIXES
 from wan_train.errors import InputError
@@ -152,5 +152,8 @@ def _read_lines(listing: Path) -> list[str]:
 
 
 def _warn_unread(config: DatasetConfig, names: Collection[str]) -> None:
-    if unread := set(names) - read_names(names, config.control):
-        logger.warning("%s: not read from it: %s", config, ", ".join(sorted(unread)))
+    unread = set(names) - read_names(names, config.control)
+    if unknown := sorted(unread - OF_SOME_TASKS):
+        logger.warning("%s: not read from it: %s", config, ", ".join(unknown))
+    if of_others := sorted(unread & OF_SOME_TASKS):
+        logger.info("%s: read from it under the tasks that they are for: %s", config, ", ".join(of_others))

@@ -12,6 +12,7 @@ from dataset.reading.media import load_clips
 from dataset.sources import list_items, plan_clips
 from tests.unit.dataset.drawing import cut_at_key, draw_image, draw_video, make_clips, write_toml
 from wan_train.cli import run
+from wan_train.conditions.camera import ORIGIN
 
 TOML = """
 [general]
@@ -171,6 +172,62 @@ def test_what_is_done_to_pixels_and_what_is_not_read_is_named(folder, capsys):
     videos, stills = json.loads(capsys.readouterr().out)["datasets"]
     assert [file["reading"] for file in videos["files"]] == [[], [], ["pixels 2:1"]]
     assert stills["unread"] == [{"path": "stills/phone.heic", "reason": ".heic is not read"}]
+
+
+def test_what_goes_with_each_file_is_told(folder, capsys):
+    for name in ("controls", "references", "masks", "losses"):
+        (folder / name).mkdir()
+    draw_video(folder / "controls/a.mp4", 32)
+    draw_video(folder / "masks/a.mp4", 32)
+    for name in ("references/a.png", "references/a_1.png", "losses/a.png", "masks/b.png"):
+        draw_image(folder / name)
+    keys = 'target_frames = [5]\ncontrol_directory = "controls"\nreference_directory = "references"\n'
+    keys += 'mask_directory = "masks"\nloss_mask_directory = "losses"\nmotion_bucket_id = 0\n'
+    write_toml(Path("data.toml"), TOML + keys)
+    assert tell("--plan", "--task", "vace-1.3B") == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = "control controls/a.mp4; reference references/a.png, references/a_1.png; loss mask losses/a.png"
+    assert f"with a.mp4: {told}; VACE mask masks/a.mp4; motion bucket 0" in lines
+    assert "with b.mp4: VACE mask masks/b.png; motion bucket 0" in lines
+    assert tell("--plan_json", "-", "--task", "vace-1.3B") == 0
+    found = json.loads(capsys.readouterr().out)
+    a, b = (file["partners"] for file in found["datasets"][0]["files"])
+    assert found["version"] == 1
+    assert a == {
+        "controls": ["controls/a.mp4"],
+        "references": ["references/a.png", "references/a_1.png"],
+        "mask": "losses/a.png",
+        "vace_mask": "masks/a.mp4",
+        "camera": None,
+        "motion_bucket_id": 0,
+    }
+    assert (b["controls"], b["references"], b["mask"], b["vace_mask"]) == ([], [], None, "masks/b.png")
+
+
+def test_the_camera_path_of_each_file_is_told(folder, capsys):
+    (folder / "cameras").mkdir()
+    (folder / "cameras/a.txt").write_text((" ".join(map(str, ORIGIN)) + "\n") * 32)
+    keys = 'target_frames = [5]\ncamera_directory = "cameras"\ncamera_direction = "LeftUp"\ncamera_speed = 0.02\n'
+    write_toml(Path("data.toml"), TOML + keys)
+    assert tell("--plan", "--task", "fun-camera-A14B") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "with a.mp4: camera cameras/a.txt" in lines and "with b.mp4: camera LeftUp at 0.02" in lines
+    assert tell("--plan_json", "-", "--task", "fun-camera-A14B") == 0
+    files = json.loads(capsys.readouterr().out)["datasets"][0]["files"]
+    assert files[0]["partners"]["camera"]["path"] == "cameras/a.txt"
+    assert files[1]["partners"]["camera"] == {"path": None, "direction": "LeftUp", "speed": 0.02}
+
+
+def test_a_misfit_and_a_key_that_the_task_does_not_read_end_the_plan(folder, capsys):
+    (folder / "controls").mkdir()
+    for name, frames in (("a", 32), ("b", 4)):
+        draw_video(folder / f"controls/{name}.mp4", frames)
+    write_toml(Path("data.toml"), TOML + 'target_frames = [5]\ncontrol_directory = "controls"\n')
+    assert tell("--plan", "--task", "fun-control-1.3B") == 2
+    assert "controls/b.mp4 has 4 frames, and the clips of clips/b.mp4 take 5 of its 6" in capsys.readouterr().err
+    assert tell("--plan", "--task", "fun-camera-A14B") == 2
+    assert "control_directory: the task reads no control video" in capsys.readouterr().err
+    assert tell("--plan") == 0
 
 
 def test_frames_that_do_not_decode_are_told_in_the_plan(folder, capsys):

@@ -89,9 +89,11 @@ def test_masks_are_those_of_vace_under_its_tasks_and_loss_masks_elsewhere(folder
                 (None, Path("masks/a.mp4")),
                 (None, Path("masks/b.png")),
             ]
+    both = keys + 'loss_mask_directory = "losses"'
+    assert [item.mask for item in items_of(both)] == [Path("losses/a.png"), None]
     capsys.readouterr()
     with pytest.raises(InputError, match="mask_directory and loss_mask_directory both hold loss masks"):
-        items_of(keys + 'loss_mask_directory = "losses"', "fun-control-1.3B")
+        items_of(both, "fun-control-1.3B")
 
 
 def test_a_missing_vace_mask_and_control_are_named_and_no_error(folder, capsys):
@@ -100,6 +102,17 @@ def test_a_missing_vace_mask_and_control_are_named_and_no_error(folder, capsys):
     assert (a.controls, b.controls) == ((Path("controls/a.mp4"),), ())
     told = capsys.readouterr().err
     assert "2 of 2 files have no VACE mask (a.mp4, b.mp4)" in told and "1 of 2 files have no control (b.mp4)" in told
+
+
+def test_captions_alone_ask_for_no_partner(folder, capsys):
+    """The text encoder's tool does not know the task, and VACE's controls may be missing."""
+    config = configure('control_directory = "controls"\nmask_directory = "masks"')
+    items = list_items(config, allow_missing_captions=True, with_partners=False)
+    assert [(item.captions, item.controls, item.mask) for item in items] == [
+        (("caption of a",), (), None),
+        (("caption of b",), (), None),
+    ]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_control_task_without_any_control_says_so(capsys):
@@ -212,7 +225,10 @@ def test_diffsynths_metadata_works_as_it_is(folder, capsys):
 
     bare = item_for("t2v-1.3B")
     assert (bare.controls, bare.references, bare.camera) == ((), (), None)
-    assert "not read from it: camera_control_direction, camera_control_speed, control_video" in capsys.readouterr().err
+    assert (
+        "tasks that they are for: camera_control_direction, camera_control_speed, control_video"
+        in capsys.readouterr().err
+    )
     for task in ("fun-control-1.3B", "fun-control-A14B", "i2v-14B-FC"):
         item = item_for(task)
         assert item == replace(bare, controls=(Path("data/control.mp4"),), references=(Path("data/r.png"),))
@@ -221,7 +237,7 @@ def test_diffsynths_metadata_works_as_it_is(folder, capsys):
     assert (item.vace_mask, item.mask, item.camera) == (Path("data/m.png"), None, None)
     capsys.readouterr()
     assert item_for("fun-camera-A14B") == replace(bare, camera=CameraSource(None, "LeftUp", 0.018518518))
-    assert "not read from it: control_video, reference_image, vace_reference_image" in capsys.readouterr().err
+    assert "tasks that they are for: control_video, reference_image, vace_reference_image" in capsys.readouterr().err
 
 
 def test_empty_cells_of_a_table_give_nothing(folder):

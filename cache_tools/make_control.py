@@ -1,0 +1,114 @@
+"""Control videos and images made of a dataset's own media, without a model: what OpenCV draws of each frame."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dataset.caching.remains import remove_remains
+from dataset.config import DatasetConfig, read_config
+from dataset.reading.listings import find_entries
+from dataset.reading.media import probe, read_frames
+from dataset.reading.partners import match_controls
+from dataset.settings import DatasetSettings
+from dataset.sources import refuse_equal_stems
+from wan_train.distributed.ranks import find_place
+from wan_train.errors import InputError
+from wan_train.log import get_logger
+from wan_train.media_out import write_image, write_video
+from wan_train.storage import check_writable
+
+logger = get_logger(__name__)
+
+Picture = NDArray[np.uint8]
+
+_EDGES = (100, 200)  # Canny's thresholds, as in OpenCV's tutorial and the preprocessors of ControlNet
+_BLUR = 5.0  # pixels, the standard deviation of the Gaussian
+_TILE = 8  # pixels to a side of a tile
+_MOST_DENOMINATOR = 1001  # of frame rates: 30000/1001 and its kin
+
+
+def _grey(picture: Picture) -> Picture:
+    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), np.uint8)
+
+
+def _in_three(grey: Picture) -> Picture:
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _blur(picture: Picture) -> Picture:
+    return np.asarray(cv2.GaussianBlur(picture, (0, 0), sigmaX=_BLUR), np.uint8)
+
+
+def _tile(picture: Picture) -> Picture:
+    height, width = picture.shape[:2]
+    small = cv2.resize(picture, (-(-width // _TILE), -(-height // _TILE)), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)
+
+
+# By the names that `MakeControlSettings` takes: a picture (H, W, 3) as its control, of the same shape.
+MAKERS: dict[str, Callable[[Picture], Picture]] = {
+    "canny": lambda picture: _in_three(np.asarray(cv2.Canny(_grey(picture), *_EDGES), np.uint8)),
+    "gray": lambda picture: _in_three(_grey(picture)),
+    "blur": _blur,
+    "tile": _tile,
+}
+
+
+def make_controls(settings: DatasetSettings, kind: str) -> None:
+    """Write a control of this `kind`, one of `MAKERS`, for each media file of each dataset that has none.
+
+    They go into `control_directory`, or into a folder beside that of the media, or the listing, with `_control` behind
+    its name: videos as lossless mp4 with all frames of the file at its rate and size, images as PNG. Each appears whole
+    or not at all. Raises InputError for files that cannot be read, which `skip_broken` names and leaves out.
+    """
+    # The folder of controls need not be there yet.
+    for config in read_config(settings.dataset_config, with_sources=False):
+        folder = config.control_directory or _folder_beside(config)
+        check_writable(folder)
+        remove_remains(folder)
+        # With it a folder of controls below that of the media is passed over.
+        paths = [entry.path for entry in find_entries(replace(config, control_directory=folder))]
+        refuse_equal_stems(config, paths)
+        there = match_controls(folder, paths, video=config.is_video)
+        due = [path for path, controls in zip(paths, there, strict=True) if not controls]
+        num_made = 0
+        for path in tqdm(find_place().share(due), desc=kind, unit="file", delay=2, leave=False):
+            num_made += _make(path, folder, kind, config, skip_broken=settings.skip_broken)
+        hint = "" if config.control_directory else f'; add control_directory = "{folder}" to the dataset'
+        logger.info(
+            "%s: %d controls written to %s, %d were there%s", config, num_made, folder, len(paths) - len(due), hint
+        )
+
+
+def _folder_beside(config: DatasetConfig) -> Path:
+    media = config.directory if config.listing is None else config.listing.with_suffix("")
+    return media.with_name(f"{media.name or media.resolve().name}_control")
+
+
+def _make(path: Path, folder: Path, kind: str, config: DatasetConfig, *, skip_broken: bool) -> bool:
+    """Write the control of a file; whether it could be made."""
+    try:
+        frames = map(MAKERS[kind], _read(path, config))
+        if config.is_video:
+            rate = Fraction(probe(path).fps or config.space.fps).limit_denominator(_MOST_DENOMINATOR)
+            write_video(folder / f"{path.stem}.mp4", frames, fps=rate, codec="lossless")
+        else:
+            write_image(folder / f"{path.stem}.png", next(frames))
+    except InputError as problem:
+        if not skip_broken:
+            raise
+        logger.warning("skipped: %s", problem)
+        return False
+    return True
+
+
+def _read(path: Path, config: DatasetConfig) -> Iterator[Picture]:
+    """All frames of a file as they are shown; one that is damaged raises InputError."""
+    wanted = range(probe(path).num_frames)
+    return (picture for _, picture in read_frames(path, wanted, config.alpha_background))
