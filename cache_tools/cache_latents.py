@@ -2,85 +2,46 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 import wan_train
-from cache_tools.extras import (
-    LATENTS,
-    ExtraPictures,
-    encode_extras,
-    load_extras,
-    one_frame_tensors,
-    to_pixels,
-)
+from cache_tools.encoding import LatentEncoder, LoadedClip, batch_clips, encode_batch, name_clip
+from cache_tools.extras import load_extras
 from cache_tools.fitting import encode_fitting
 from cache_tools.plan import show_plan
 from cache_tools.runner import rank_device, summarise_run, work_ahead
-from cache_tools.settings import CacheLatentsSettings, check_run, image_inputs
+from cache_tools.settings import CacheLatentsSettings, check_run, control_inputs, image_inputs
 from cache_tools.show import show_clips
 from cache_tools.survey import Survey, clear_remains, count_kinds, prune_caches, report_findings, survey_caches
 from dataset.batching.buckets import describe_size
-from dataset.caching.cache import latents_path, save_latents
-from dataset.caching.extras import CLIP
+from dataset.caching.cache import latents_path
+from dataset.caching.extras import WANTED
 from dataset.caching.manifest import Manifest
-from dataset.caching.recipe import Fingerprint, Recipe, gives_last, places_in_time, take_fingerprint
+from dataset.caching.recipe import take_fingerprint
 from dataset.caching.staleness import latents_state
 from dataset.config import DatasetConfig, read_config
 from dataset.items import Clip, Item
 from dataset.reading.media import load_clips
 from dataset.reading.probes import note_broken
 from dataset.settings import DatasetSettings
-from dataset.sources import ClipPlan, list_items, plan_clips, warn_too_short
+from dataset.sources import ClipPlan, list_items, name_some, plan_clips, warn_too_short
+from wan_train.conditions.kinds import CLIP_FEATURES
 from wan_train.distributed.ranks import Place, find_place
 from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.encoders.image import ImageEncoder, check_image_encoder
+from wan_train.models.encoders.image import check_image_encoder
 from wan_train.models.vae.vae import check_vae
 from wan_train.models.variants import VARIANTS, WAN21
-from wan_train.precision import dtype_of, name_of
+from wan_train.precision import dtype_of
 from wan_train.sampling.decode import set_up
 from wan_train.sampling.encode import open_image_encoder
-from wan_train.sampling.pictures import to_picture
 from wan_train.storage import check_writable
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class LoadedClip:
-    """A clip with its pictures (F, H, W, 3) in uint8, the file that they are from, and what goes with them."""
-
-    clip: Clip
-    pictures: NDArray[np.uint8]
-    source: Fingerprint
-    extras: ExtraPictures = field(default_factory=ExtraPictures)
-
-
-@dataclass(frozen=True)
-class LatentEncoder:
-    """A VAE, the file that it is from, where it computes, and the dtype of what it leaves; for models that read
-    pictures through CLIP that too."""
-
-    vae: Any
-    model: Fingerprint
-    device: torch.device
-    dtype: torch.dtype
-    images: ImageEncoder | None = None
-    image_model: Fingerprint | None = None
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Latents (B, C, F', H', W') of pixels (B, 3, F, H, W) from anywhere."""
-        latents: Tensor = self.vae.encode(pixels.to(self.device))
-        return latents
 
 
 def main(settings: CacheLatentsSettings) -> None:
@@ -89,7 +50,13 @@ def main(settings: CacheLatentsSettings) -> None:
     images = image_inputs(settings)
     task, one_frame = settings.pictures.task, settings.pictures.one_frame
     space = VARIANTS[task].space if task else WAN21
-    configs = read_config(settings.dataset.dataset_config, images=images, space=space, one_frame=one_frame)
+    configs = read_config(
+        settings.dataset.dataset_config,
+        images=images,
+        control=control_inputs(settings),
+        space=space,
+        one_frame=one_frame,
+    )
     if settings.inspect.plan or settings.inspect.plan_json:
         show_plan(make_plans(configs, settings.dataset), settings.inspect.plan_json)
         return
@@ -99,13 +66,14 @@ def main(settings: CacheLatentsSettings) -> None:
     if not settings.vae.vae:
         raise InputError(f"--vae is missing: name the VAE's file, such as {space.vae_file}")
     check_vae(settings.vae.vae, latent_channels=space.channels)
-    if images and images.clip:
+    if settings.image.clip:
         check_image_encoder(settings.image.clip)
     place = find_place()
     for config in configs:
         check_writable(config.cache_directory)
         clear_remains(config)
     plans = make_plans(configs, settings.dataset)
+    _check_clip(plans, settings)
     surveys = [survey_plan(plan, settings, place) for plan in plans]
     for survey in surveys:
         (prune_caches if settings.run.prune else report_findings)(survey)
@@ -132,11 +100,35 @@ def make_plans(configs: Sequence[DatasetConfig], settings: DatasetSettings) -> l
     ]
 
 
+def _check_clip(plans: Sequence[ClipPlan], settings: CacheLatentsSettings) -> None:
+    """InputError where images are read through CLIP and there is no `--clip`; say where none is."""
+    for plan in plans:
+        images = plan.config.images
+        if images is None or not images.clip:
+            continue
+        seen = [item.path.name for item in plan.items if _sees(item)]
+        if seen and not settings.image.clip:
+            raise InputError(
+                f"{plan.config}: --clip is missing: --task {settings.pictures.task} reads the start or reference images"
+                f" of {len(seen)} files through CLIP ({name_some(seen)}); give"
+                " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+            )
+        if len(seen) < len(plan.items):
+            without = len(plan.items) - len(seen)
+            logger.info(
+                "%s: %d files are cached without CLIP tokens: no start or reference image", plan.config, without
+            )
+
+
+def _sees(item: Item) -> bool:
+    return WANTED[CLIP_FEATURES](item)
+
+
 def survey_plan(plan: ClipPlan, settings: CacheLatentsSettings, place: Place) -> Survey[Clip]:
     """What there is for a dataset's clips, and which of them this process has to encode."""
     mine = set(place.share(plan.items))
     dtype, model = dtype_of(settings.vae.vae_dtype), Path(settings.vae.vae)
-    seen = Path(settings.image.clip) if plan.config.images and plan.config.images.clip else None
+    seen = Path(settings.image.clip) if settings.image.clip else None
     return survey_caches(
         plan.config,
         [clip for clip in plan.clips if clip.item in mine],
@@ -149,7 +141,8 @@ def survey_plan(plan: ClipPlan, settings: CacheLatentsSettings, place: Place) ->
 def _encode(surveys: Sequence[Survey[Clip]], settings: CacheLatentsSettings, place: Place) -> list[Clip]:
     """Encode what is due; the clips that could be."""
     device, dtype = rank_device(settings.run.device, place), dtype_of(settings.vae.vae_dtype)
-    encoder = _open_encoder(surveys[0].config, settings, device, dtype)
+    sees = any(_sees(clip.item) for survey in surveys for clip in survey.due)
+    encoder = _open_encoder(surveys[0].config, settings, device, dtype, sees=sees)
     num_due = sum(len(survey.due) for survey in surveys)
     num_kept = sum(len(survey.states) for survey in surveys) - num_due
     encoded: list[Clip] = []
@@ -163,7 +156,7 @@ def _encode(surveys: Sequence[Survey[Clip]], settings: CacheLatentsSettings, pla
                 skipped = broken if settings.dataset.skip_broken else None
                 loaded = _load(survey.due, manifest, settings.run.num_workers, skipped=skipped)
                 for batch in batch_clips(loaded, batch_size):
-                    encode_fitting(encoder.vae, batch, functools.partial(_encode_batch, encoder), name=_name)
+                    encode_fitting(encoder.vae, batch, functools.partial(encode_batch, encoder), name=name_clip)
                     encoded += [one.clip for one in batch]
                     bar.set_postfix(kept=num_kept, skipped=len(broken), refresh=False)
                     bar.update(len(batch))
@@ -171,33 +164,14 @@ def _encode(surveys: Sequence[Survey[Clip]], settings: CacheLatentsSettings, pla
 
 
 def _open_encoder(
-    config: DatasetConfig, settings: CacheLatentsSettings, device: torch.device, dtype: torch.dtype
+    config: DatasetConfig, settings: CacheLatentsSettings, device: torch.device, dtype: torch.dtype, *, sees: bool
 ) -> LatentEncoder:
-    sees = config.images is not None and config.images.clip
     with Manifest(config.cache_directory) as manifest:
         model = take_fingerprint(Path(settings.vae.vae), manifest)
         image_model = take_fingerprint(Path(settings.image.clip), manifest) if sees else None
     vae = set_up(wan_train.load_vae(settings.vae.vae, device=device, dtype=dtype), settings.vae)
     images = open_image_encoder(settings.image, device) if sees else None
     return LatentEncoder(vae, model, device, dtype, images, image_model)
-
-
-def batch_clips(loaded: Iterable[LoadedClip], batch_size: int) -> Iterator[list[LoadedClip]]:
-    """Gather clips of one size and length, at most `batch_size` together.
-
-    Where clips come sorted by size, no more than one unfinished batch for each length is held.
-    """
-    pending: dict[int, list[LoadedClip]] = {}
-    size = None
-    for one in loaded:
-        if one.clip.size != size:
-            yield from pending.values()
-            pending, size = {}, one.clip.size
-        batch = pending.setdefault(one.clip.num_frames, [])
-        batch.append(one)
-        if len(batch) == batch_size:
-            yield pending.pop(one.clip.num_frames)
-    yield from pending.values()
 
 
 def _load(
@@ -233,50 +207,6 @@ def _load(
 
     for loaded in work_ahead(load, list(by_item.values()), num_workers):
         yield from loaded
-
-
-@torch.no_grad()
-def _encode_batch(encoder: LatentEncoder, batch: Sequence[LoadedClip]) -> None:
-    pictures = torch.from_numpy(np.stack([one.pictures for one in batch])).to(encoder.device)
-    images = batch[0].clip.item.config.images
-    # One at a time where a clip's own first frame is what it is given: bit for bit what previews encode of that.
-    apart = 1 if images is not None and images.fused else len(batch)
-    latents = torch.cat([encoder.encode(part) for part in to_pixels(pictures).split(apart)])
-    if one_frame := batch[0].clip.item.config.one_frame:
-        for one, its in zip(batch, latents, strict=True):
-            others = [to_picture(picture) for picture in one.extras.others]
-            tensors = one_frame_tensors(one_frame, its, others, encode=encoder.encode, see=encoder.images)
-            whole = tensors.pop(LATENTS)
-            save_latents(one.clip, whole, encoder.dtype, _make_recipe(one, encoder), extras=tensors)
-        return
-    extras = encode_extras(
-        [one.clip for one in batch],
-        pictures,
-        [one.extras for one in batch],
-        encode=encoder.encode,
-        see=encoder.images,
-    )
-    for one, its, beside in zip(batch, latents, extras, strict=True):
-        save_latents(one.clip, its, encoder.dtype, _make_recipe(one, encoder), extras=beside)
-
-
-def _name(one: LoadedClip) -> str:
-    return f"{one.clip.item.path} from frame {one.clip.start}"
-
-
-def _make_recipe(one: LoadedClip, encoder: LatentEncoder) -> Recipe:
-    clip = one.clip
-    return Recipe(
-        model=encoder.model,
-        dtype=name_of(encoder.dtype),
-        source=one.source,
-        start=clip.start,
-        frames=clip.frames,
-        size=clip.size,
-        positions=places_in_time(clip.item.config),
-        last=gives_last(clip.item.config),
-        extras=dict(one.extras.sources) | ({CLIP: encoder.image_model} if encoder.image_model else {}),
-    )
 
 
 def _describe(clips: Sequence[Clip], *, num_all: int) -> str:

@@ -3,6 +3,7 @@ given of it, and its loss mask."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,30 +12,36 @@ from einops import rearrange, reduce
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_tools.conditions import Encoders, Given, build_conditions, stacked_tokens
 from dataset.batching.buckets import resize_to_bucket
 from dataset.caching.extras import (
     CLIP,
-    CLIP_FLIPPED,
     CONTROL,
     CONTROL_FLIPPED,
     FLIPPED,
     IMAGE,
-    IMAGE_FLIPPED,
     MASK,
     POSITIONS,
     extra_sources,
+    read_references,
+    wanted_conditions,
     wanted_extras,
 )
 from dataset.caching.manifest import Manifest
 from dataset.caching.recipe import Fingerprint, take_fingerprint
 from dataset.items import Clip
+from dataset.reading.info import BLACK, Colour
 from dataset.reading.media import is_video, probe, read_frames
 from dataset.reading.probes import extra_reading, mask_background
 from dataset.reading.stills import read_image
-from wan_train.conditions.images import Encode, See, given_latents, one_frame_latents, seen_tokens
+from wan_train.conditions.camera import camera_path, read_camera_file
+from wan_train.conditions.control import control_latents
+from wan_train.conditions.images import Encode, See, one_frame_latents
+from wan_train.conditions.kinds import CAMERA, KINDS
 from wan_train.errors import InputError
 from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VAE_STRIDE
+from wan_train.sampling.pictures import to_picture
 
 LATENTS = "latents"
 
@@ -44,19 +51,23 @@ class ExtraPictures:
     """What goes with a clip: the pictures (F, H, W, 3) of its control, uint8; the mask (F, h, w) of its latent cells.
 
     `sources` are the files that these are from, by what they are for; `others` the pictures (H, W, 3) that a picture is
-    trained beside as one frame of several.
+    trained beside as one frame of several; `references` images (H, W, 3), fitted to the clip but for VACE; `vace_mask`
+    (F, H, W) in [0, 1]; `camera` an entry (F, 19) for each frame.
     """
 
     sources: Mapping[str, Fingerprint] = field(default_factory=dict)
     control: NDArray[np.uint8] | None = None
     mask: NDArray[np.float32] | None = None
     others: tuple[NDArray[np.uint8], ...] = ()
+    references: tuple[NDArray[np.uint8], ...] = ()
+    vace_mask: NDArray[np.float32] | None = None
+    camera: Tensor | None = None
 
 
 def load_extras(clips: Sequence[Clip], manifest: Manifest) -> list[ExtraPictures]:
-    """The controls and masks of clips of one item, in their size and at their frames; one decode for all.
+    """What goes with clips of one item, in their size and at their frames; one decode for all.
 
-    Raises InputError where one cannot be read, or a mask is too short or has no white in it.
+    Raises InputError where a file cannot be read, a mask or a camera path is too short, or a loss mask has no white.
     """
     (item,) = {clip.item for clip in clips}
     sources = {
@@ -68,9 +79,14 @@ def load_extras(clips: Sequence[Clip], manifest: Manifest) -> list[ExtraPictures
         stills = [read_image(path, background) for path in item.controls]
         others = [tuple(resize_to_bucket(still, clip.size) for still in stills) for clip in clips]
         return [ExtraPictures(sources, others=pictures) for pictures in others]
-    controls = _load_control(clips) if item.control else [None] * len(clips)
+    controls = load_controls(clips) if item.control else [None] * len(clips)
     masks = _load_mask(clips) if item.mask else [None] * len(clips)
-    return [ExtraPictures(sources, control, mask) for control, mask in zip(controls, masks, strict=True)]
+    references = _load_references(clips[0])
+    vace_masks = _load_vace_mask(clips) if "vace_mask" in sources else [None] * len(clips)
+    return [
+        ExtraPictures(sources, control, mask, (), references, vace_mask, _load_camera(clip))
+        for clip, control, mask, vace_mask in zip(clips, controls, masks, vace_masks, strict=True)
+    ]
 
 
 def encode_extras(
@@ -79,49 +95,39 @@ def encode_extras(
     """The tensors that each clip's file holds beside its latents, by kind.
 
     `pictures` (B, F, H, W, 3) in uint8 are those of the clips; `encode` makes pixels latents, `see` is there where the
-    model reads pictures through CLIP. Clips are of one dataset, so that all of them want the same but masks.
+    model reads pictures through CLIP. Clips are of one dataset, so that all of them are mirrored or none.
     """
     found: list[dict[str, Tensor]] = [{} for _ in clips]
-    kinds = wanted_extras(clips[0].item)
-    sources: dict[str, Tensor] = {}
-    if FLIPPED in kinds:
-        sources[FLIPPED] = pictures.flip(3)
-    if CONTROL in kinds:
-        controls = np.stack([extra.control for extra in loaded if extra.control is not None])
-        sources[CONTROL] = torch.from_numpy(controls).to(pictures.device)
-    if CONTROL_FLIPPED in kinds:
-        sources[CONTROL_FLIPPED] = sources[CONTROL].flip(3)
-    for kind, source in sources.items():
-        for tensors, latents in zip(found, encode(to_pixels(source)), strict=True):
-            tensors[kind] = latents
-    for image, clip, shown in ((IMAGE, CLIP, pictures), (IMAGE_FLIPPED, CLIP_FLIPPED, sources.get(FLIPPED))):
-        if image in kinds:
-            assert shown is not None
-            for tensors, pixels in zip(found, to_pixels(shown), strict=True):
-                tensors |= _image_tensors(clips[0], pixels, (image, clip), encode, see)
-    for tensors, extra in zip(found, loaded, strict=True):
+    encoders = Encoders(encode, see)
+    if clips[0].item.config.flip_augment:
+        for tensors, latents in zip(found, encode(to_pixels(pictures.flip(3))), strict=True):
+            tensors[FLIPPED] = latents
+    for tensors, clip, pixels, extra in zip(found, clips, to_pixels(pictures), loaded, strict=True):
+        given, kinds = _given_of(clip, pixels, extra), wanted_extras(clip.item)
+        for flipped, control in ((False, CONTROL), (True, CONTROL_FLIPPED)):
+            if FLIPPED in kinds or not flipped:
+                tensors |= build_conditions(given, encoders, flipped=flipped)
+            # It is cached for whatever task, as musubi-tuner caches it.
+            if control in kinds and control not in tensors:
+                shown = (given.mirrored() if flipped else given).control
+                assert shown is not None
+                tensors[control] = control_latents(shown, encode)
         if extra.mask is not None:
             tensors[MASK] = torch.from_numpy(extra.mask)
     return found
 
 
+def _given_of(clip: Clip, pixels: Tensor, extra: ExtraPictures) -> Given:
+    """What a clip's conditions are built from, its control and references as pixels too."""
+    control = None if extra.control is None else to_pixels(torch.from_numpy(extra.control)[None])[0].to(pixels.device)
+    references = tuple(to_picture(image) for image in extra.references)
+    mask = None if extra.vace_mask is None else torch.from_numpy(extra.vace_mask)
+    return Given(clip, pixels, control, references, mask, extra.camera)
+
+
 def to_pixels(pictures: Tensor) -> Tensor:
     """Pictures (B, F, H, W, 3) in uint8 as the VAE takes them: (B, 3, F, H, W), float32 in [-1, 1]."""
     return rearrange(pictures, "b f h w c -> b c f h w").float().div_(127.5).sub_(1.0)
-
-
-def _image_tensors(
-    clip: Clip, pixels: Tensor, kinds: tuple[str, str], encode: Encode, see: See | None
-) -> dict[str, Tensor]:
-    """What a model for images is given of a clip with these pixels (3, F, H, W), under the names of its latents and
-    its tokens."""
-    images = clip.item.config.images
-    assert images is not None
-    given = [pixels[:, 0].cpu(), pixels[:, -1].cpu()][: 1 + images.last]
-    tensors = {kinds[0]: given_latents(given, clip.num_frames, encode)}
-    if images.clip:
-        tensors[kinds[1]] = _tokens(given[: images.num_clip_images], see)
-    return tensors
 
 
 def one_frame_tensors(
@@ -133,14 +139,7 @@ def one_frame_tensors(
     whole, place = given[FRAME_STEP:].clone(), one_frame.target_place
     whole[:, place : place + 1] = latents.to(whole)
     places = torch.tensor(one_frame.positions, dtype=torch.int32)
-    return {LATENTS: whole, IMAGE: given, CLIP: _tokens(controls, see), POSITIONS: places}
-
-
-def _tokens(pictures: Sequence[Tensor], see: See | None) -> Tensor:
-    """CLIP's tokens as files hold them: (tokens, width) of a picture, of several one above the other."""
-    assert see is not None
-    tokens = seen_tokens(pictures, see)
-    return tokens.unflatten(0, (len(pictures), -1)) if len(pictures) > 1 else tokens
+    return {LATENTS: whole, IMAGE: given, CLIP: stacked_tokens(controls, see), POSITIONS: places}
 
 
 def average_cells(pictures: NDArray[np.uint8], stride: int = VAE_STRIDE) -> NDArray[np.float32]:
@@ -155,7 +154,8 @@ def average_cells(pictures: NDArray[np.uint8], stride: int = VAE_STRIDE) -> NDAr
     return np.concatenate([cells[:1], later])
 
 
-def _load_control(clips: Sequence[Clip]) -> list[NDArray[np.uint8]]:
+def load_controls(clips: Sequence[Clip]) -> list[NDArray[np.uint8]]:
+    """The pictures (F, H, W, 3) of the control of each of an item's clips."""
     clip, path = clips[0], clips[0].item.control
     assert path is not None
     background = clip.item.config.alpha_background
@@ -171,20 +171,9 @@ def _load_control(clips: Sequence[Clip]) -> list[NDArray[np.uint8]]:
 def _load_mask(clips: Sequence[Clip]) -> list[NDArray[np.float32]]:
     clip, path = clips[0], clips[0].item.mask
     assert path is not None
-    background = mask_background(clip.item)
-    if clip.item.config.is_video and is_video(path):
-        wanted = {index for clip in clips for index in clip.frames}
-        num_frames = probe(path).num_frames
-        if max(wanted) >= num_frames:
-            raise InputError(f"{path}: a mask of {num_frames} frames for {clip.item.path}, which is longer: redo it")
-        fitted: Mapping[int, NDArray[np.uint8]] = {
-            index: _fit_mask(picture, clip) for index, picture in read_frames(path, wanted, background)
-        }
-    else:
-        still = _fit_mask(read_image(path, background), clip)
-        fitted = {index: still for clip in clips for index in clip.frames}
+    fitted = _fitted_masks(clips, path, mask_background(clip.item))
     stride = clip.item.config.space.stride
-    masks = [average_cells(np.stack([fitted[index] for index in clip.frames]), stride) for clip in clips]
+    masks = [average_cells(frames, stride) for frames in fitted]
     for clip, mask in zip(clips, masks, strict=True):
         if not mask.any():
             if path == clip.item.path:
@@ -197,6 +186,54 @@ def _load_mask(clips: Sequence[Clip]) -> list[NDArray[np.float32]]:
                 " paint what counts white, or take the mask or the file out of its folder"
             )
     return masks
+
+
+def _load_vace_mask(clips: Sequence[Clip]) -> list[NDArray[np.float32]]:
+    path = clips[0].item.vace_mask
+    assert path is not None
+    return [frames.mean(axis=3, dtype=np.float32) / 255 for frames in _fitted_masks(clips, path, BLACK)]
+
+
+def _fitted_masks(clips: Sequence[Clip], path: Path, background: Colour | None) -> list[NDArray[np.uint8]]:
+    """The pictures (F, H, W, 3) of a mask at the frames of each clip; an image is the mask of all frames."""
+    clip = clips[0]
+    if clip.item.config.is_video and is_video(path):
+        wanted = {index for clip in clips for index in clip.frames}
+        num_frames = probe(path).num_frames
+        if max(wanted) >= num_frames:
+            raise InputError(f"{path}: a mask of {num_frames} frames for {clip.item.path}, which is longer: redo it")
+        fitted: Mapping[int, NDArray[np.uint8]] = {
+            index: _fit_mask(picture, clip) for index, picture in read_frames(path, wanted, background)
+        }
+    else:
+        still = _fit_mask(read_image(path, background), clip)
+        fitted = {index: still for clip in clips for index in clip.frames}
+    return [np.stack([fitted[index] for index in clip.frames]) for clip in clips]
+
+
+def _load_references(clip: Clip) -> tuple[NDArray[np.uint8], ...]:
+    """The reference images that the model reads, cropped like clips; a VACE context has them whole."""
+    control, background = clip.item.config.control, clip.item.config.alpha_background
+    images = [read_image(path, background) for path in read_references(clip.item)]
+    whole = control is not None and control.vace
+    return tuple(image if whole else resize_to_bucket(image, clip.size) for image in images)
+
+
+def _load_camera(clip: Clip) -> Tensor | None:
+    """The camera's entry at each frame of a clip: of its file those of the frames that the clip has, else by direction
+    and speed from the clip's first frame on."""
+    camera = clip.item.camera
+    if camera is None or KINDS[CAMERA] not in wanted_conditions(clip.item):
+        return None
+    if camera.path is None:
+        return camera_path(camera.direction, clip.num_frames, camera.speed)
+    entries = read_camera_file(camera.path)
+    if max(clip.frames) >= len(entries):
+        raise InputError(
+            f"{camera.path} has {len(entries)} camera entries and {clip.item.path} more frames: it takes one for each"
+            " frame of the video"
+        )
+    return entries[list(clip.frames)]
 
 
 def _fit_mask(picture: NDArray[np.uint8], clip: Clip) -> NDArray[np.uint8]:

@@ -93,8 +93,10 @@ def _describe_plan(plan: ClipPlan, sizes: Mapping[Bucket, int]) -> DatasetPlan:
     counts = Counter((clip.size, clip.num_frames) for clip in plan.clips)
     buckets = []
     for (size, frames), count in sorted(counts.items()):
-        samples = sizes[Bucket(config.number, size, frames)]
-        buckets.append(BucketPlan(size, frames, count, samples, count_batches(samples, config)))
+        # Those with other conditions are batches of their own.
+        samples = [number for bucket, number in sizes.items() if bucket[:3] == (config.number, size, frames)]
+        num_batches = sum(count_batches(number, config) for number in samples)
+        buckets.append(BucketPlan(size, frames, count, sum(samples), num_batches))
     wanted = () if config.frame_extraction == "full" or not config.is_video else config.target_frames
     empty = tuple(frames for frames in wanted if frames not in {frames for _, frames in counts})
     unread = find_unread(config, [item.path for item in plan.items])

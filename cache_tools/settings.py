@@ -6,7 +6,7 @@ from dataset.settings import DatasetSettings
 from wan_train.cli import Tool, option
 from wan_train.errors import InputError
 from wan_train.models.settings import ImageEncoderSettings, TextEncoderSettings, VaeSettings
-from wan_train.models.variants import VARIANTS, ImageInputs
+from wan_train.models.variants import VARIANTS, ControlInputs, ImageInputs
 
 _DEVICE_HELP = "Device to encode on, such as cuda or cpu; without it the first accelerator there is."
 _SKIP_HELP = "Accepted for old commands: what is cached and up to date is always kept, what is stale made again."
@@ -58,7 +58,7 @@ class PictureSettings:
     task: str = option(
         "",
         "What the caches are for: with an i2v or flf2v task they hold what it reads of a clip's first, or first and"
-        " last frame.",
+        " last frame; with a fun or vace task what it reads of controls, reference images, masks and camera paths.",
         choices=VARIANTS,
     )
     i2v: bool = option(False, "Cache what i2v tasks read of each clip's first frame; --clip alone means this too.")
@@ -107,8 +107,17 @@ def check_run(run: LatentRunSettings | TextRunSettings) -> None:
         raise InputError("--keep_cache keeps every cache and --prune deletes some: give one of them")
 
 
+def control_inputs(settings: CacheLatentsSettings) -> ControlInputs | None:
+    """What else than images the caches are to hold conditions of."""
+    task = settings.pictures.task
+    return VARIANTS[task].control if task else None
+
+
 def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:
-    """Which pictures the caches are to hold conditions of. InputError for options that contradict each other."""
+    """Which pictures the caches are to hold conditions of. InputError for options that contradict each other.
+
+    `--clip` may be missing where a model goes without a start image: what the dataset file gives it decides.
+    """
     task, clip, i2v = settings.pictures.task, bool(settings.image.clip), settings.pictures.i2v
     if not task:
         return ImageInputs(clip=clip) if i2v or clip else None
@@ -119,7 +128,7 @@ def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:
     if clip and not VARIANTS[task].reads_clip:
         raise InputError(f"--clip: --task {task} reads no pictures through CLIP: leave it out")
     looking = settings.inspect.plan or settings.inspect.plan_json or settings.inspect.debug_mode
-    if images is not None and images.clip and not clip and not looking:
+    if images is not None and images.clip and not images.optional and not clip and not looking:
         raise InputError(
             f"--clip is missing: --task {task} reads its pictures through CLIP too; give"
             " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"

@@ -4,19 +4,18 @@ Keys and defaults are those that musubi-tuner's users have in their files; a val
 that does not set it.
 """
 
-import json
 import os
-import tomllib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dataset.config_conditions import settle_conditions
 from dataset.config_keys import IMAGE_KEYS, MEDIA_KEYS, SHARED_KEYS, SOURCE_KEYS, VIDEO_KEYS
+from dataset.config_parsing import convert, parse_file, refuse_unknown
 from dataset.reading.frames import floor_frames
 from dataset.reading.info import WHITE, Colour
-from wan_train.cli import nearest
+from wan_train.conditions.camera import SPEED
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.one_frame import OneFrame
@@ -33,6 +32,8 @@ class DatasetConfig:
     `listing` is a JSONL or CSV file that names the media in place of `directory`, which is then the file's folder.
     `images`, `control` and `space` are not in the file: which of a clip's frames the model is given as images, what
     else it is given, and its latents.
+    `mask_directory` is that of the loss masks, whatever its key is; `camera_direction` and `camera_speed` are for files
+    without a camera file; `start_image`: a model that may go without one is given the first frame.
     `one_frame` is there where pictures are trained as one frame of several, which the two keys before it describe.
     `shares_folder` says that another dataset of the file reads the folder's media of the other kind.
     """
@@ -58,6 +59,13 @@ class DatasetConfig:
     recursive: bool = False
     control_directory: Path | None = None
     mask_directory: Path | None = None
+    vace_mask_directory: Path | None = None
+    reference_directory: Path | None = None
+    camera_directory: Path | None = None
+    camera_direction: str = ""
+    camera_speed: float = SPEED
+    motion_bucket_id: int | None = None
+    start_image: bool = False
     caption_prefix: str = ""
     caption_variants: str = "none"
     caption_dropout_rate: float = 0.0
@@ -83,6 +91,18 @@ class DatasetConfig:
             return 0
         return self.images.num_clip_images if self.one_frame is None else len(self.one_frame.controls)
 
+    @property
+    def partner_directories(self) -> tuple[tuple[str, Path], ...]:
+        """The folders of what goes with the media, each with its key."""
+        folders = (
+            ("mask_directory", self.mask_directory),
+            ("mask_directory", self.vace_mask_directory),
+            ("control_directory", self.control_directory),
+            ("reference_directory", self.reference_directory),
+            ("camera_directory", self.camera_directory),
+        )
+        return tuple((key, folder) for key, folder in folders if folder)
+
     def __str__(self) -> str:
         return f"dataset {self.number} ({self.listing or self.directory})"
 
@@ -104,8 +124,8 @@ def read_config(
     share a cache folder; the message names dataset and key. Without `with_sources` the media need not be there.
     """
     source = Path(path)
-    document = _parse(source)
-    _refuse_unknown(document, ("general", "datasets"), f"{source}", "table")
+    document = parse_file(source)
+    refuse_unknown(document, ("general", "datasets"), f"{source}", "table")
     general, tables = document.get("general", {}), document.get("datasets", [])
     if not isinstance(general, dict):
         raise InputError(f"{source}: general is a table: write [general]")
@@ -117,8 +137,8 @@ def read_config(
     for key in general:
         if key in SOURCE_KEYS or key in VIDEO_KEYS or key in IMAGE_KEYS:
             raise InputError(f"{place}: {key} is each dataset's own: move it below [[datasets]]")
-    _refuse_unknown(general, SHARED_KEYS, place, "key")
-    defaults = _convert(general, place)
+    refuse_unknown(general, SHARED_KEYS, place, "key")
+    defaults = convert(general, place)
     defaults |= {"images": images, "control": control, "space": space}
     configs = _mark_shared([_read_dataset(source, number, table, defaults) for number, table in enumerate(tables, 1)])
     for config in configs if with_sources else ():
@@ -127,35 +147,10 @@ def read_config(
     return tuple(map(_as_one_frame, configs)) if one_frame else configs
 
 
-@contextmanager
-def reading_text(source: Path) -> Iterator[None]:
-    """InputError where the text file that is read inside cannot be opened, or is not UTF-8."""
-    try:
-        yield
-    except OSError as problem:
-        raise InputError(f"cannot read {source}: {problem.strerror or problem}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{source} is not text in UTF-8: save it as UTF-8") from None
-
-
-def _parse(source: Path) -> dict[str, Any]:
-    with reading_text(source):
-        text = source.read_text(encoding="utf-8-sig")
-    try:
-        document = json.loads(text) if source.suffix.lower() == ".json" else tomllib.loads(text)
-    except tomllib.TOMLDecodeError as problem:
-        raise InputError(f"{source} is not valid TOML: {problem}") from None
-    except json.JSONDecodeError as problem:
-        raise InputError(f"{source} is not valid JSON: {problem}") from None
-    if not isinstance(document, dict):
-        raise InputError(f'{source}: takes an object with "datasets"')
-    return document
-
-
 def _read_dataset(source: Path, number: int, table: Mapping[str, Any], defaults: Mapping[str, Any]) -> DatasetConfig:
     place = f"{source}: dataset {number}"
-    _refuse_unknown(table, {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS, **IMAGE_KEYS}, place, "key")
-    values = {**defaults, **_convert(table, place)}
+    refuse_unknown(table, {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS, **IMAGE_KEYS}, place, "key")
+    values = {**defaults, **convert(table, place)}
     media = [key for key in MEDIA_KEYS if key in values]
     if len(media) != 1:
         raise InputError(f"{place}: takes one of {', '.join(MEDIA_KEYS)}")
@@ -165,6 +160,7 @@ def _read_dataset(source: Path, number: int, table: Mapping[str, Any], defaults:
     if is_video and (misplaced := sorted(table.keys() & IMAGE_KEYS.keys())):
         raise InputError(f"{place}: {misplaced[0]} is for images and this dataset has {media[0]}: remove it")
     values |= _find_media(media[0], values.pop(media[0]), values, place)
+    values = settle_conditions(values, place)
     config = DatasetConfig(source=source, number=number, is_video=is_video, **values)
     if config.listing and "recursive" in table:
         raise InputError(f"{place}: recursive is for folders and this dataset has {media[0]}: remove it")
@@ -188,14 +184,12 @@ def _refuse_missing(config: DatasetConfig) -> None:
     place = f"{config.source}: dataset {config.number}"
     if config.listing and not config.listing.is_file():
         raise InputError(f"{place}: no such file: {config.listing} (relative paths start at {Path.cwd()})")
-    folders = {
-        "": None if config.listing else config.directory,
-        "mask_directory: ": config.mask_directory,
-        "control_directory: ": config.control_directory,
-    }
-    for key, folder in folders.items():
-        if folder and not folder.is_dir():
-            raise InputError(f"{place}: {key}no such folder: {folder} (relative folders start at {Path.cwd()})")
+    media = () if config.listing else (("", config.directory),)
+    for key, folder in (*media, *config.partner_directories):
+        if not folder.is_dir():
+            raise InputError(
+                f"{place}: {f'{key}: ' if key else ''}no such folder: {folder} (relative folders start at {Path.cwd()})"
+            )
 
 
 def _check_size(config: DatasetConfig, place: str) -> None:
@@ -273,21 +267,3 @@ def _refuse_shared_caches(configs: tuple[DatasetConfig, ...]) -> None:
                 f"{config.source}: datasets {other.number} and {config.number} share the cache folder"
                 f" {config.cache_directory}: give each a cache_directory of its own"
             )
-
-
-def _refuse_unknown(table: Mapping[str, Any], known: Collection[str], place: str, kind: str) -> None:
-    for key in table:
-        if key not in known:
-            hint = nearest(key, known) or f"; known are {', '.join(known)}"
-            raise InputError(f"{place}: unknown {kind} {key}{hint}")
-
-
-def _convert(table: Mapping[str, Any], place: str) -> dict[str, Any]:
-    readers = {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS, **IMAGE_KEYS}
-    values = {}
-    for key, value in table.items():
-        try:
-            values[key] = readers[key](value)
-        except ValueError as problem:
-            raise InputError(f"{place}: {key} = {value!r}: takes {problem}") from None
-    return values

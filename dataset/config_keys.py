@@ -11,7 +11,10 @@ from dataset.reading.captions import VARIANTS
 from dataset.reading.frames import EXTRACTIONS, floor_frames
 from dataset.reading.info import Colour
 from wan_train.cli import nearest
+from wan_train.conditions.camera import DIRECTIONS
 from wan_train.models.variants import SIZE_STEP
+
+MOST_MOTION = 100  # the greatest motion bucket id of DiffSynth-Studio's speed control model
 
 
 def _whole(value: Any, what: str, minimum: int = 1) -> int:
@@ -137,6 +140,26 @@ def _read_rate(value: Any) -> float | str:
     return float(value)
 
 
+def read_direction(value: Any) -> str:
+    """Return one of `DIRECTIONS`; ValueError with what a direction is for another value."""
+    return _read_word(*DIRECTIONS)(value)
+
+
+def read_speed(value: Any) -> float:
+    """Return what a camera moves by in each frame, 0 or more; ValueError with what it is for another value."""
+    if not _is_number(value) or value < 0:
+        raise ValueError("what the camera moves by in each frame, a number of 0 or more")
+    return float(value)
+
+
+def read_motion_bucket(value: Any) -> int:
+    """Return the id of a motion bucket, 0 slow to 100 fast; ValueError with what it is for another value."""
+    what = f"a whole number from 0, slow, to {MOST_MOTION}, fast"
+    if _whole(value, what, 0) > MOST_MOTION:
+        raise ValueError(what)
+    return int(value)
+
+
 SHARED_KEYS: dict[str, Callable[[Any], Any]] = {
     "resolution": _read_size,
     "caption_extension": _read_extension,
@@ -152,6 +175,10 @@ SHARED_KEYS: dict[str, Callable[[Any], Any]] = {
     "drop_last": _read_switch,
     "alpha_background": _read_colour,
     "alpha_mask": _read_switch,
+    "camera_direction": read_direction,
+    "camera_speed": read_speed,
+    "motion_bucket_id": read_motion_bucket,
+    "start_image": _read_switch,
 }
 # One of them says where a dataset's media are, and of which kind they are.
 MEDIA_KEYS: dict[str, Callable[[Any], Any]] = {
@@ -169,6 +196,9 @@ SOURCE_KEYS: dict[str, Callable[[Any], Any]] = {
     "is_reg": _read_switch,
     "loss_weight": _read_weight,
     "mask_directory": _read_folder,
+    "loss_mask_directory": _read_folder,
+    "reference_directory": _read_folder,
+    "camera_directory": _read_folder,
     "control_directory": _read_folder,
 }
 VIDEO_KEYS: dict[str, Callable[[Any], Any]] = {

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.config import DatasetConfig
+from wan_train.conditions.camera import SPEED
 from wan_train.models.variants import FRAME_STEP
 
 
@@ -13,7 +14,7 @@ class CameraSource:
 
     path: Path | None = None
     direction: str = ""
-    speed: float = 1 / 54
+    speed: float = SPEED
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Item:
     """One image or video of a dataset, and its captions: one or more, of which training takes one each time.
 
     `controls` and `mask` are the pictures, videos or folders of frames that go with it: one control, or for a picture
-    that is trained as one frame of several those others. A mask that is the file itself is its alpha.
+    that is trained as one frame of several those others. A mask that is the file itself is its alpha. `references` are
+    images, `vace_mask` is like a mask and says what VACE makes anew.
     """
 
     config: DatasetConfig

@@ -17,8 +17,9 @@ from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
 from dataset.reading.frames import clip_positions, kept_frames, timed_frames
 from dataset.reading.info import MediaInfo, recipe_words
-from dataset.reading.listings import find_entries
-from dataset.reading.partners import find_controls, find_masks
+from dataset.reading.listings import Entry, find_entries
+from dataset.reading.pairs import check_pairs
+from dataset.reading.partners import find_cameras, find_controls, find_masks, find_references, find_vace_masks
 from dataset.reading.probes import recall_header
 from dataset.reading.unread import find_unread
 from wan_train.errors import InputError
@@ -70,24 +71,59 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool) -> list[I
     if unread := find_unread(config, [entry.path for entry in entries]):
         logger.warning("%s: %d files are not read: %s", config, len(unread), name_some(map(str, unread)))
     prefix = config.caption_prefix
-    masks = find_masks(config, [entry.path for entry in entries])
-    unmasked = [entry.path.name for entry, mask in zip(entries, masks, strict=True) if mask is None]
-    if config.mask_directory and unmasked:
-        told = f"{len(unmasked)} of {len(entries)} files have no mask ({name_some(unmasked)})"
-        logger.warning("%s: %s: all of their picture counts", config, told)
-    controls = find_controls(config, entries)
+    captions = [tuple(f"{prefix}{caption}".strip() for caption in entry.captions or ("",)) for entry in entries]
+    return _with_partners(config, entries, captions)
+
+
+def _with_partners(config: DatasetConfig, entries: Sequence[Entry], captions: Sequence[tuple[str, ...]]) -> list[Item]:
+    """The items of entries, each with what goes with it; what is optional and missing is named in a warning."""
+    paths = [entry.path for entry in entries]
+    controls, cameras = find_controls(config, entries), find_cameras(config, entries)
+    masks, vace_masks = find_masks(config, paths), find_vace_masks(config, entries)
+    references = find_references(config, entries)
+    if config.control is not None and config.control.video and not any(controls):
+        logger.warning("%s: no control_directory and no control_path: the model is given no control video", config)
+    if config.control is not None and config.control.vace and config.control_directory:
+        _warn_without(config, paths, controls, "control", "VACE reads the clip under its mask, or no video")
+    if config.mask_directory:
+        _warn_without(config, paths, masks, "mask", "all of their picture counts")
+    if config.vace_mask_directory:
+        _warn_without(config, paths, vace_masks, "VACE mask", "all of their picture is generated")
+    if config.reference_directory:
+        _warn_without(config, paths, references, "reference", "they are trained without one")
     return [
         Item(
-            config, entry.path, tuple(f"{prefix}{caption}".strip() for caption in entry.captions or ("",)), beside, mask
+            config,
+            path,
+            texts,
+            controls=controls[place],
+            mask=masks[place],
+            references=references[place],
+            vace_mask=vace_masks[place],
+            camera=cameras[place],
+            motion_bucket_id=config.motion_bucket_id if bucket is None else bucket,
         )
-        for entry, beside, mask in zip(entries, controls, masks, strict=True)
+        for place, (path, texts, bucket) in enumerate(
+            zip(paths, captions, (entry.columns.motion_bucket_id for entry in entries), strict=True)
+        )
     ]
+
+
+def _warn_without(
+    config: DatasetConfig, paths: Sequence[Path], found: Sequence[object], what: str, consequence: str
+) -> None:
+    """Name the files for which nothing is `found`."""
+    without = [path.name for path, partner in zip(paths, found, strict=True) if not partner]
+    if without:
+        told = f"{len(without)} of {len(paths)} files have no {what} ({name_some(without)})"
+        logger.warning("%s: %s: %s", config, told, consequence)
 
 
 def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: bool = False) -> ClipPlan:
     """The clips that a dataset's items yield, from the headers of the files alone; those known are not read again.
 
-    Raises InputError when there is none, or for a file that cannot be read, which `skip_broken` leaves out.
+    Raises InputError when there is none, or for a file that cannot be read, which `skip_broken` leaves out; and, where
+    the model reads controls, for one that does not go with its file, see `check_pairs`.
     """
     with Manifest(config.cache_directory) as manifest, ThreadPoolExecutor(_NUM_PROBES) as pool:
         with_times = config.source_fps == "auto"
@@ -96,11 +132,12 @@ def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: boo
         # The bar appears only when there is time to look at it.
         shown = tqdm(headers, desc="reading headers", total=len(items), unit="file", delay=2, leave=False)
         infos = {item: header for item, header in zip(items, shown, strict=True) if header}
+        clips = {item: _clips_of(item, header) for item, header in infos.items()}
+        check_pairs(clips, infos, manifest, pool)
     broken = tuple(item for item in items if item not in infos)
     if broken:
         names = name_some(item.path.name for item in broken)
         logger.warning("%s: %d files cannot be read and are skipped (%s)", config, len(broken), names)
-    clips = {item: _clips_of(item, header) for item, header in infos.items()}
     _warn_other_rate(config, infos)
     _warn_lost_frames(config, infos)
     found = tuple(clip for of_item in clips.values() for clip in of_item)

@@ -13,14 +13,16 @@ from torch.utils.data import Dataset
 
 from dataset.batching.order import Pick, SampleKey, draw_flip, draw_variant
 from dataset.caching.cache import latents_path, read_extra, read_latents, read_text
-from dataset.caching.extras import FLIPPED, MASK, wanted_conditions
+from dataset.caching.extras import FLIPPED, MASK, read_references, wanted_conditions
 from dataset.caching.trusted import plan_from_caches
 from dataset.config import DatasetConfig
 from dataset.items import Clip
 from dataset.reading.opening import check_caches
 from dataset.sources import ClipPlan, list_items, plan_clips, warn_too_short
-from wan_train.conditions.kinds import FRAME_POSITIONS, KINDS
+from wan_train.conditions.kinds import CAMERA, CONTROL_LATENTS, FRAME_POSITIONS, KINDS, MOTION
 from wan_train.errors import InputError
+
+_OF_ITEMS = (CONTROL_LATENTS, CAMERA, MOTION)  # beside references
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,21 @@ class Batch:
 
 
 class Bucket(NamedTuple):
-    """What samples share that can be stacked: the dataset's number, (width, height) and frames, in pixels."""
+    """What samples share that can be stacked: the dataset's number, (width, height) and frames, in pixels, and which
+    conditions they have of those that one item has and another has not."""
 
     dataset: int
     size: tuple[int, int]
     num_frames: int
+    conditions: tuple[str, ...] = ()
+
+
+def bucket_of(clip: Clip) -> Bucket:
+    """The bucket that a clip's samples are in."""
+    item = clip.item
+    conditions = [kind.name for kind in wanted_conditions(item) if kind.name in _OF_ITEMS]
+    conditions += [f"reference {number}" for number in range(1, len(read_references(item)) + 1)]
+    return Bucket(item.config.number, clip.size, clip.num_frames, tuple(conditions))
 
 
 class CachedDataset(Dataset[Sample]):
@@ -90,8 +102,7 @@ class CachedDataset(Dataset[Sample]):
         folders = _short_names([plan.config.cache_directory.resolve() for plan in plans])
         for folder, plan in zip(folders, plans, strict=True):
             for clip, repeat in itertools.product(plan.clips, range(plan.config.num_repeats)):
-                bucket = Bucket(plan.config.number, clip.size, clip.num_frames)
-                self.buckets.setdefault(bucket, []).append(len(self.keys))
+                self.buckets.setdefault(bucket_of(clip), []).append(len(self.keys))
                 self.keys.append(SampleKey(f"{folder}/{latents_path(clip).stem}", repeat))
                 self._clips.append(clip)
         self._positions = {key: position for position, key in enumerate(self.keys)}

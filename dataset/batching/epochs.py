@@ -44,7 +44,7 @@ class EpochBatches:
     def __iter__(self) -> Iterator[list[Pick]]:
         batches: list[list[Pick]] = []
         for bucket, size in self._sizes.items():
-            key = f"{self._seed} {bucket.dataset} {bucket.size} {bucket.num_frames}"
+            key = " ".join(map(str, (self._seed, *bucket[:3], *bucket.conditions)))
             share = take_share(self._dataset.buckets[bucket], key, epoch=self._epoch, size=size)
             picks = [self._dataset.pick(*taken, seed=self._seed, epoch=self._epoch) for taken in share]
             step = self._config(bucket).batch_size

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.caching.extras import extra_dtype, extra_key, extra_pattern
+from dataset.caching.extras import STAND_INS, extra_dtype, extra_key, extra_pattern
 from dataset.caching.recipe import RECIPE_KEY, Recipe, write_recipe
 from dataset.items import Clip, Item
 from wan_train.errors import InputError
+from wan_train.models.variants import FRAME_STEP
 from wan_train.precision import name_of
 from wan_train.storage import read_tensors, save_tensors
 
@@ -126,8 +127,16 @@ def read_latents(clip: Clip) -> Tensor:
 
 
 def read_extra(clip: Clip, kind: str) -> Tensor:
-    """What a clip's file holds of a kind that `extras.wanted_extras` names for it, in the dtype of the file."""
-    return _read(latents_path(clip), extra_pattern(kind))
+    """What a clip's file holds of a kind that `extras.wanted_extras` names for it, in the dtype of the file.
+
+    Where a file of another tool has none of a start image, it is the first frame, without mask, of what stands for it.
+    """
+    path = latents_path(clip)
+    if (tensor := _find(path, extra_pattern(kind))) is not None:
+        return tensor
+    if kind in STAND_INS:
+        return _read(path, extra_pattern(STAND_INS[kind]))[FRAME_STEP:, :1]
+    raise _gone(path)
 
 
 def read_text(item: Item, variant: int | None = 0) -> Tensor:
@@ -160,8 +169,16 @@ def _latents_key(clip: Clip, dtype: torch.dtype) -> str:
     return f"latents_{'x'.join(map(str, clip.latent_shape[1:]))}_{name_of(dtype)}"
 
 
+def _find(path: Path, key: re.Pattern[str]) -> Tensor | None:
+    return next((tensor for name, tensor in read_tensors(path) if key.fullmatch(name)), None)
+
+
 def _read(path: Path, key: re.Pattern[str]) -> Tensor:
-    for name, tensor in read_tensors(path):
-        if key.fullmatch(name):
-            return tensor
-    raise InputError(f"{path} no longer holds what training read in it at the start: make the cache again")
+    tensor = _find(path, key)
+    if tensor is None:
+        raise _gone(path)
+    return tensor
+
+
+def _gone(path: Path) -> InputError:
+    return InputError(f"{path} no longer holds what training read in it at the start: make the cache again")

@@ -92,7 +92,10 @@ def _made_of(recipe: Recipe) -> list[object]:
 
     extras = sorted((kind, content(extra)) for kind, extra in recipe.extras.items())
     files = [content(recipe.model), content(recipe.source), extras]
-    return [*files, recipe.dtype, recipe.start, recipe.frames, recipe.size, recipe.positions, recipe.last]
+    made = [*files, recipe.dtype, recipe.start, recipe.frames, recipe.size, recipe.positions, recipe.last]
+    # Nothing is added for a sample without them: states that are older know it by what is above.
+    beside = {"camera": recipe.camera, "motion_bucket": recipe.motion_bucket}
+    return made + [[name, value] for name, value in beside.items() if value not in ("", None)]
 
 
 def _digest(value: object) -> str:

@@ -3,8 +3,9 @@
 `latents_flipped` are the latents of the mirrored clip, `latents_control` (and `latents_control_flipped`) those of its
 control, `mask` the weight of each latent cell. `latents_image` (4 channels of mask before those of the latents) and
 `clip`, CLIP's tokens of each picture, are what a model for images is given of the clip's first frame, or of first and
-last; `f_indices` is where the frames are in time of a picture that is trained as one of several. musubi-tuner
-reads such names and uses what it knows.
+last; `f_indices` is where the frames are in time of a picture that is trained as one of several. Control models are
+given `latents_start` and `latents_reference`, latents of one image each, `vace_context`, `camera`, an entry for each
+pixel frame, and `motion_bucket`. musubi-tuner reads such names and uses what it knows.
 """
 
 import re
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import torch
 
+from dataset.config import DatasetConfig
 from dataset.items import Clip, Item
+from wan_train.conditions.camera import ENTRY_LENGTH
 from wan_train.conditions.kinds import (
     CAMERA,
     CLIP_FEATURES,
@@ -27,30 +30,69 @@ from wan_train.conditions.kinds import (
     VACE_CONTEXT,
     ConditionKind,
 )
-from wan_train.models.variants import FRAME_STEP
+from wan_train.conditions.vace import CONTEXT_CHANNELS
+from wan_train.models.variants import FRAME_STEP, ControlInputs
 from wan_train.precision import name_of
 
-FLIPPED, CONTROL, CONTROL_FLIPPED, MASK = "latents_flipped", "latents_control", "latents_control_flipped", "mask"
+FLIPPED, MASK = "latents_flipped", "mask"
+CONTROL, CONTROL_FLIPPED = KINDS[CONTROL_LATENTS].key, KINDS[CONTROL_LATENTS].mirrored_key
 IMAGE, IMAGE_FLIPPED = KINDS[IMAGE_LATENTS].key, KINDS[IMAGE_LATENTS].mirrored_key
 CLIP, CLIP_FLIPPED = KINDS[CLIP_FEATURES].key, KINDS[CLIP_FEATURES].mirrored_key
 POSITIONS = KINDS[FRAME_POSITIONS].key
 MASK_DTYPE = torch.float16
-_OF_TOKENS = (CLIP, CLIP_FLIPPED)
-_OF_IMAGES = (IMAGE, IMAGE_FLIPPED)
-_WITHOUT_SIZE = (*_OF_TOKENS, POSITIONS)
+
+
+def _keys(name: str) -> tuple[str, ...]:
+    return tuple(filter(None, (KINDS[name].key, KINDS[name].mirrored_key)))
+
+
+_OF_TOKENS, _OF_IMAGES, _OF_CAMERAS = _keys(CLIP_FEATURES), _keys(IMAGE_LATENTS), _keys(CAMERA)
+_OF_VACE, _OF_ONE_FRAME = _keys(VACE_CONTEXT), (*_keys(START_LATENTS), *_keys(REFERENCE))
+_WITHOUT_SIZE = (*_OF_TOKENS, *_OF_CAMERAS, *_keys(MOTION), POSITIONS)
+_DTYPES = {MASK: MASK_DTYPE, **dict.fromkeys((POSITIONS, *_keys(MOTION)), torch.int32)}
+_DTYPES |= dict.fromkeys(_OF_CAMERAS, torch.float32)
+# What musubi-tuner caches holds it: the latents of a start image are those of the first frame of a video that begins
+# with it.
+STAND_INS = dict(zip(_keys(START_LATENTS), _OF_IMAGES, strict=True))
+
+
+def has_start(config: DatasetConfig) -> bool:
+    """Whether a model is given the first frame of a dataset's clips as an image."""
+    images = config.images
+    return images is not None and not images.fused and (not images.optional or config.start_image)
+
+
+def read_references(item: Item) -> tuple[Path, ...]:
+    """The reference images of an item that its model reads: all in a VACE context, else one."""
+    control = item.config.control or ControlInputs()
+    return item.references if control.vace else item.references[: int(control.reference)]
+
+
+def _wants_start(item: Item, *, alone: bool) -> bool:
+    images = item.config.images
+    return images is not None and images.alone == alone and has_start(item.config)
+
+
+def _wants_clip(item: Item) -> bool:
+    images = item.config.images
+    return images is not None and images.clip and (has_start(item.config) or bool(read_references(item)))
+
+
+def _is_vace(item: Item) -> bool:
+    return item.config.control is not None and item.config.control.vace
 
 
 # Which items want a kind of condition.
 WANTED: dict[str, Callable[[Item], bool]] = {
-    IMAGE_LATENTS: lambda item: item.config.images is not None and not item.config.images.fused,
-    CLIP_FEATURES: lambda item: item.config.images is not None and item.config.images.clip,
+    IMAGE_LATENTS: lambda item: _wants_start(item, alone=False),
+    CLIP_FEATURES: _wants_clip,
     FRAME_POSITIONS: lambda item: item.config.one_frame is not None,
-    CONTROL_LATENTS: lambda item: False,
-    START_LATENTS: lambda item: False,
-    REFERENCE: lambda item: False,
-    CAMERA: lambda item: False,
-    VACE_CONTEXT: lambda item: False,
-    MOTION: lambda item: False,
+    CONTROL_LATENTS: lambda item: item.config.control is not None and item.config.control.video and bool(item.controls),
+    START_LATENTS: lambda item: _wants_start(item, alone=True),
+    REFERENCE: lambda item: not _is_vace(item) and bool(read_references(item)),
+    CAMERA: lambda item: item.config.control is not None and item.config.control.camera and item.camera is not None,
+    VACE_CONTEXT: _is_vace,
+    MOTION: lambda item: item.motion_bucket_id is not None,
 }
 
 
@@ -62,7 +104,8 @@ def wanted_conditions(item: Item) -> list[ConditionKind]:
 def wanted_extras(item: Item) -> tuple[str, ...]:
     """The kinds of tensors that an item's files hold beside the latents, by their keys."""
     flips = item.config.flip_augment
-    controlled = item.control is not None and item.config.one_frame is None  # as one frame of several it is among them
+    # As one frame of several a control is among these, and in a VACE context it is a part of that.
+    controlled = item.control is not None and item.config.one_frame is None and not _is_vace(item)
     kinds = {FLIPPED: flips, CONTROL: controlled, CONTROL_FLIPPED: controlled and flips, MASK: item.mask is not None}
     for kind in wanted_conditions(item):
         kinds |= {kind.key: True} | ({kind.mirrored_key: flips} if kind.mirrored_key else {})
@@ -71,14 +114,25 @@ def wanted_extras(item: Item) -> tuple[str, ...]:
 
 def extra_sources(item: Item) -> dict[str, Path]:
     """The files beside its own that an item's caches are made from, by what they are for."""
-    controls = {f"control_{number}" if number else "control": path for number, path in enumerate(item.controls)}
-    sources = {**controls, "mask": item.mask}
+    control = item.config.control or ControlInputs()
+    camera = item.camera.path if control.camera and item.camera else None
+    sources = {
+        **_numbered("control", item.controls),
+        "mask": item.mask,
+        **_numbered("reference", read_references(item)),
+        "vace_mask": item.vace_mask if control.vace else None,
+        "camera": camera,
+    }
     return {kind: path for kind, path in sources.items() if path is not None}
+
+
+def _numbered(name: str, paths: Sequence[Path]) -> dict[str, Path]:
+    return {f"{name}_{number}" if number else name: path for number, path in enumerate(paths)}
 
 
 def extra_key(kind: str, clip: Clip, dtype: torch.dtype) -> str:
     """The name of a tensor: its kind, the latent's frames, height and width unless it is of tokens, and its dtype."""
-    size = "" if kind in _WITHOUT_SIZE else f"{'x'.join(map(str, clip.latent_shape[1:]))}_"
+    size = "" if kind in _WITHOUT_SIZE else f"{'x'.join(map(str, _shape_of(kind, clip)[-3:]))}_"
     return f"{kind}_{size}{name_of(extra_dtype(kind, dtype))}"
 
 
@@ -87,7 +141,7 @@ def extra_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
     them."""
     if kind in _OF_TOKENS:
         return torch.float32 if dtype is torch.float32 else torch.float16
-    return {MASK: MASK_DTYPE, POSITIONS: torch.int32}.get(kind, dtype)
+    return _DTYPES.get(kind, dtype)
 
 
 def extra_pattern(kind: str) -> re.Pattern[str]:
@@ -101,6 +155,8 @@ def find_extras_misfit(clip: Clip, shapes: Mapping[str, Sequence[int]], dtype: t
     Without `dtype` any will do.
     """
     for kind in wanted_extras(clip.item):
+        if kind in STAND_INS and not _keys_like(kind, shapes) and _has_any(STAND_INS[kind], clip, shapes):
+            continue
         # Tokens that other tools cached are in another dtype than their name says, and good.
         exact = None if dtype is None or kind in _OF_TOKENS else re.escape(extra_key(kind, clip, dtype))
         pattern = extra_pattern(kind) if exact is None else re.compile(exact)
@@ -108,8 +164,22 @@ def find_extras_misfit(clip: Clip, shapes: Mapping[str, Sequence[int]], dtype: t
         if not found:
             return f"no {kind} in it"
         if not any(_has_shape(kind, clip, shape) for shape in found):
-            return f"its {kind} is of another task, or of other pictures" if kind in _OF_TOKENS else f"no {kind} in it"
+            return _describe_misfit(kind)
     return ""
+
+
+def _describe_misfit(kind: str) -> str:
+    if kind in _OF_TOKENS:
+        return f"its {kind} is of another task, or of other pictures"
+    return f"its {kind} has another number of references" if kind in _OF_VACE else f"no {kind} in it"
+
+
+def _keys_like(kind: str, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    return list(filter(extra_pattern(kind).fullmatch, shapes))
+
+
+def _has_any(kind: str, clip: Clip, shapes: Mapping[str, Sequence[int]]) -> bool:
+    return any(_has_shape(kind, clip, tuple(shapes[key])) for key in _keys_like(kind, shapes))
 
 
 def _has_shape(kind: str, clip: Clip, shape: tuple[int, ...]) -> bool:
@@ -117,10 +187,19 @@ def _has_shape(kind: str, clip: Clip, shape: tuple[int, ...]) -> bool:
     if kind in _OF_TOKENS:
         pictures = shape[0] if len(shape) == 3 else 1
         return len(shape) in (2, 3) and pictures == clip.item.config.num_clip_images
-    channels, *size = clip.latent_shape
+    return shape == _shape_of(kind, clip)
+
+
+def _shape_of(kind: str, clip: Clip) -> tuple[int, ...]:
+    """The shape of a kind's tensor beside the clip's latents; of CLIP's tokens it is not known."""
+    channels, frames, *size = clip.latent_shape
     wanted: dict[str, tuple[int, ...]] = {
-        MASK: (*size,),
-        POSITIONS: (size[0],),
-        **dict.fromkeys(_OF_IMAGES, (channels + FRAME_STEP, *size)),
+        MASK: (frames, *size),
+        POSITIONS: (frames,),
+        KINDS[MOTION].key: (),
+        **dict.fromkeys(_OF_IMAGES, (channels + FRAME_STEP, frames, *size)),
+        **dict.fromkeys(_OF_ONE_FRAME, (channels, 1, *size)),
+        **dict.fromkeys(_OF_CAMERAS, (clip.num_frames, ENTRY_LENGTH)),
+        **dict.fromkeys(_OF_VACE, (CONTEXT_CHANNELS, len(read_references(clip.item)) + frames, *size)),
     }
-    return shape == wanted.get(kind, clip.latent_shape)
+    return wanted.get(kind, clip.latent_shape)

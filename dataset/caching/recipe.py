@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dataset.caching.manifest import Manifest
 from dataset.config import DatasetConfig
+from dataset.items import Item
 from wan_train.models.fingerprint import file_hash
 from wan_train.shards import INDEX, expand
 
@@ -39,7 +40,8 @@ class Recipe:
 
     `frames` are indices of decoded frames, `size` the bucket (width, height) in pixels, `extras` what else went into
     the file, by what it is for; `positions` where in time the pictures of a one-frame sample are, its own last;
-    `last` whether the clip's last frame is given beside the first.
+    `last` whether the clip's last frame is given beside the first; `camera` direction and speed of a camera's path that
+    is of no file; `motion_bucket` the speed that a motion controller is given.
     """
 
     model: Fingerprint
@@ -51,6 +53,8 @@ class Recipe:
     extras: Mapping[str, Fingerprint] = dataclasses.field(default_factory=dict)
     positions: tuple[int, ...] = ()
     last: bool = False
+    camera: str = ""
+    motion_bucket: int | None = None
 
 
 def places_in_time(config: DatasetConfig) -> tuple[int, ...]:
@@ -62,6 +66,14 @@ def places_in_time(config: DatasetConfig) -> tuple[int, ...]:
 def gives_last(config: DatasetConfig) -> bool:
     """`Recipe.last` of a dataset's samples."""
     return config.images is not None and config.images.last
+
+
+def names_camera(item: Item) -> str:
+    """`Recipe.camera` of an item."""
+    control, camera = item.config.control, item.camera
+    if control is None or not control.camera or camera is None or camera.path:
+        return ""
+    return f"{camera.direction} {camera.speed!r}"
 
 
 def write_recipe(recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ import torch
 from dataset.caching.cache import ARCHITECTURE, LATENTS_KEY, find_key, find_text_misfit, latents_path, text_path
 from dataset.caching.extras import CLIP, extra_sources, find_extras_misfit
 from dataset.caching.manifest import Manifest
-from dataset.caching.recipe import RECIPE_KEY, Recipe, gives_last, is_same, places_in_time, read_recipe
+from dataset.caching.recipe import RECIPE_KEY, Recipe, gives_last, is_same, names_camera, places_in_time, read_recipe
 from dataset.items import Clip, Item
 from dataset.reading.probes import extra_reading
 from wan_train.errors import InputError
@@ -162,12 +162,29 @@ def _compare_recipe(
         known, now = recipe.extras[kind].reading, extra_reading(clip.item, kind, extra, manifest)
         if known != now:
             return _compare_reading(kind, known, now)
+    if told := _compare_conditions(clip.item, recipe):
+        return told
     if model and not is_same(recipe.model, model, manifest):
         return f"another VAE ({recipe.model.name})"
     seen = recipe.extras.get(CLIP)
     if image_model and seen and not is_same(seen, image_model, manifest):
         return f"another CLIP ({seen.name})"
     return ""
+
+
+def _compare_conditions(item: Item, recipe: Recipe) -> str:
+    """Why what an item's conditions are made of beside files is not as it was, or a file is gone; nothing otherwise."""
+    camera, control = names_camera(item), item.config.control
+    if camera and recipe.camera != camera:
+        return "camera changed"
+    if item.motion_bucket_id is not None and recipe.motion_bucket != item.motion_bucket_id:
+        return "motion bucket changed"
+    if control is None:
+        return ""
+    # Of the other files nothing is read any more that was made of them.
+    read = ("reference", "vace_mask", *(("control",) if control.vace else ()))
+    gone = sorted(kind for kind in recipe.extras.keys() - extra_sources(item).keys() if kind.startswith(read))
+    return f"{gone[0]} removed" if gone else ""
 
 
 def _compare_reading(kind: str, known: str, now: str) -> str:

@@ -2,15 +2,19 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from dataset.caching.cache import LATENTS_KEY, find_key, find_text_misfit, latents_path, text_path
-from dataset.caching.extras import CONTROL, MASK, extra_pattern, find_extras_misfit
+from dataset.caching.extras import MASK, extra_pattern, find_extras_misfit
 from dataset.caching.manifest import Manifest
 from dataset.caching.recipe import RECIPE_KEY, gives_last, read_recipe
 from dataset.caching.staleness import LATENTS_NAME, Facts, list_orphans, read_facts
 from dataset.config import DatasetConfig
-from dataset.items import Clip, Item
+from dataset.items import CameraSource, Clip, Item
 from dataset.sources import ClipPlan, name_some
+from wan_train.conditions.kinds import CAMERA, CONTROL_LATENTS, KINDS, MOTION, REFERENCE, VACE_CONTEXT
 from wan_train.errors import InputError
 from wan_train.models.variants import FRAME_STEP
 
@@ -53,16 +57,35 @@ def _read_item(config: DatasetConfig, stem: str, latents: Facts, manifest: Manif
     """The item that latents and text of this stem are of, or what is amiss."""
     # Its suffix is not known and not needed: caches are named by the stem.
     path = config.directory / f"{stem}.{'mp4' if config.is_video else 'png'}"
-    has = {kind: bool(find_key(extra_pattern(kind), latents.shapes)) for kind in (CONTROL, MASK)}
-    bare = Item(config, path, ("",), controls=(path,) * has[CONTROL], mask=path if has[MASK] else None)
+    bare = Item(config, path, ("",), **_partners_of(config, path, latents))
     try:
         facts = read_facts(text_path(bare), manifest)
     except OSError:
         return f"no {text_path(bare).name} beside it"
     if facts is None:
         return f"{text_path(bare).name} is truncated"
-    item = Item(config, path, _read_captions(facts.metadata), bare.controls, bare.mask)
+    item = replace(bare, captions=_read_captions(facts.metadata))
     return find_text_misfit(item, facts.shapes, facts.metadata) or item
+
+
+def _partners_of(config: DatasetConfig, path: Path, latents: Facts) -> dict[str, Any]:
+    """What stands in an item for what went with it, where latents tell that something did: it is read no more."""
+    found = {name: find_key(extra_pattern(kind.key), latents.shapes) for name, kind in KINDS.items()}
+    return {
+        "controls": (path,) * bool(found[CONTROL_LATENTS]),
+        "mask": path if find_key(extra_pattern(MASK), latents.shapes) else None,
+        "references": (path,) * _num_references(config, latents, found[REFERENCE], found[VACE_CONTEXT]),
+        "camera": CameraSource() if found[CAMERA] else None,
+        "motion_bucket_id": 0 if found[MOTION] else None,
+    }
+
+
+def _num_references(config: DatasetConfig, latents: Facts, reference: str | None, context: str | None) -> int:
+    main = find_key(LATENTS_KEY, latents.shapes)
+    if config.control is None or not config.control.vace:
+        return int(reference is not None)
+    # The context has frames of its own for them, in front of those of the video.
+    return max(latents.shapes[context][1] - latents.shapes[main][1], 0) if context and main else 0
 
 
 def _read_captions(metadata: Mapping[str, str]) -> tuple[str, ...]:

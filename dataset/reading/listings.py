@@ -2,14 +2,15 @@
 
 import csv
 import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.config import DatasetConfig, reading_text
+from dataset.config import DatasetConfig
+from dataset.config_parsing import reading_text
 from dataset.reading.captions import find_caption_files, read_captions, split_variants
+from dataset.reading.columns import Columns, read_columns, read_names
 from dataset.reading.media import VIDEO_SUFFIXES, is_video
 from dataset.reading.stills import IMAGE_SUFFIXES
 from wan_train.errors import InputError
@@ -20,11 +21,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """A media file with its captions, none where none is given, and the controls that a listing names for it."""
+    """A media file with its captions, none where none is given, and what else a listing gives for it."""
 
     path: Path
     captions: tuple[str, ...]
-    controls: tuple[Path, ...] = ()
+    columns: Columns = field(default_factory=Columns)
 
 
 def find_entries(config: DatasetConfig) -> list[Entry]:
@@ -37,7 +38,7 @@ def find_entries(config: DatasetConfig) -> list[Entry]:
         found = [Entry(path, captions) for path, captions in _in_folder(config)]
     else:
         read = _read_csv if config.listing.suffix.lower() == ".csv" else _read_jsonl
-        found = [_read_row(config, *row) for row in read(config, config.listing)]
+        found = [_read_row(config, row) for row in read(config, config.listing)]
     if not found:
         kind, suffixes = ("videos", VIDEO_SUFFIXES) if config.is_video else ("images", IMAGE_SUFFIXES)
         where = "folder" if config.listing is None else "file"
@@ -64,10 +65,10 @@ def _is_image(path: Path) -> bool:
 def walk_folder(config: DatasetConfig) -> Iterator[Path]:
     """Files and folders of a dataset's folder, and with `recursive` below it, each real folder entered once.
 
-    Folders of controls and of masks are passed over, hidden ones too; a folder of frames is one video.
+    Folders of controls, masks, references and camera paths are passed over, hidden ones too; a folder of frames is one
+    video.
     """
-    folders = (config.directory, config.control_directory, config.mask_directory)
-    apart = {folder.resolve() for folder in folders if folder}
+    apart = {config.directory.resolve(), *(folder.resolve() for _, folder in config.partner_directories)}
     waiting = [config.directory]
     while waiting:
         for path in waiting.pop().iterdir():
@@ -81,13 +82,18 @@ def walk_folder(config: DatasetConfig) -> Iterator[Path]:
                     waiting.append(path)
 
 
-# The line's number, and the path, the captions and the controls' paths in it, as they stand there.
-Row = tuple[int, Any, tuple[Any, ...], tuple[Any, ...]]
-_CONTROL = re.compile(r"control_path(_\d+)?")
+@dataclass(frozen=True)
+class _Row:
+    """A line of a listing: its number, and the path, the captions and the other cells in it, as they stand there."""
+
+    number: int
+    path: Any
+    captions: tuple[Any, ...]
+    cells: Mapping[str, Any]
 
 
-def _read_jsonl(config: DatasetConfig, listing: Path) -> Iterator[Row]:
-    key, unread = "video_path" if config.is_video else "image_path", set[str]()
+def _read_jsonl(config: DatasetConfig, listing: Path) -> Iterator[_Row]:
+    key, names = "video_path" if config.is_video else "image_path", set[str]()
     for number, line in enumerate(_read_lines(listing), 1):
         if not line.strip():
             continue
@@ -97,15 +103,14 @@ def _read_jsonl(config: DatasetConfig, listing: Path) -> Iterator[Row]:
             raise InputError(f"{listing} line {number} is not JSON: {problem.msg} at column {problem.colno}") from None
         if not isinstance(row, dict) or key not in row:
             raise InputError(f'{listing} line {number}: takes {{"{key}": ..., "caption": ...}}')
-        controls = sorted(filter(_CONTROL.fullmatch, row), key=lambda name: (len(name), name))
-        unread |= row.keys() - {key, "caption", *controls}
+        names |= row.keys() - {key, "caption"}
         caption = row.get("caption")
         captions = tuple(caption) if isinstance(caption, list) else () if caption is None else (caption,)
-        yield number, row[key], captions, tuple(row[name] for name in controls if row[name] is not None)
-    _warn_unread(config, unread)
+        yield _Row(number, row[key], captions, row)
+    _warn_unread(config, names)
 
 
-def _read_csv(config: DatasetConfig, listing: Path) -> Iterator[Row]:
+def _read_csv(config: DatasetConfig, listing: Path) -> Iterator[_Row]:
     key = "video" if config.is_video else "image"
     reader = csv.DictReader(_read_lines(listing), strict=True)
     try:
@@ -115,36 +120,30 @@ def _read_csv(config: DatasetConfig, listing: Path) -> Iterator[Row]:
         for row in reader:
             if row[key] is None or row["prompt"] is None or None in row:
                 raise InputError(f"{listing} line {reader.line_num}: takes one cell for each column of the first line")
-            path = row[key].strip()
-            yield reader.line_num, str(listing.parent / path) if path else "", (row["prompt"],), ()
+            cells = {name: (cell or "").strip() or None for name, cell in row.items()}
+            media = row[key].strip()
+            path = str(listing.parent / media) if media else ""
+            yield _Row(reader.line_num, path, (row["prompt"],), cells)
     except csv.Error as problem:
         raise InputError(f"{listing} line {reader.line_num + 1} is not CSV: {problem}") from None
     _warn_unread(config, columns - {key, "prompt"})
 
 
-def _read_row(
-    config: DatasetConfig, number: int, given: Any, captions: tuple[Any, ...], controls: tuple[Any, ...]
-) -> Entry:
-    place = f"{config.listing} line {number}"
-    if not isinstance(given, str) or not given:
+def _read_row(config: DatasetConfig, row: _Row) -> Entry:
+    assert config.listing is not None
+    place = f"{config.listing} line {row.number}"
+    if not isinstance(row.path, str) or not row.path:
         raise InputError(f"{place}: the path of the {'video' if config.is_video else 'image'} is no text")
-    if not all(isinstance(caption, str) for caption in captions):
+    if not all(isinstance(caption, str) for caption in row.captions):
         raise InputError(f"{place}: the caption is no text, nor a list of texts")
-    path = Path(given).expanduser()
+    path = Path(row.path).expanduser()
     if not path.is_file() and not (config.is_video and path.is_dir()):
         start = "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
         raise InputError(f"{place}: no such file: {path}{start}")
     if not config.is_video and path.suffix.lower() not in IMAGE_SUFFIXES:
         raise InputError(f"{place}: {path.name} is no image that can be read: read are {', '.join(IMAGE_SUFFIXES)}")
-    found = tuple(_read_control(control, place) for control in controls)
-    return Entry(path, split_variants(captions, config.caption_variants), found)
-
-
-def _read_control(given: Any, place: str) -> Path:
-    path = Path(given).expanduser() if isinstance(given, str) and given else None
-    if path is None or not path.exists():
-        raise InputError(f"{place}: control_path {given!r}: no such file (relative paths start at {Path.cwd()})")
-    return path
+    columns = read_columns(row.cells, config, place)
+    return Entry(path, split_variants(row.captions, config.caption_variants), columns)
 
 
 def _read_lines(listing: Path) -> list[str]:
@@ -152,6 +151,6 @@ def _read_lines(listing: Path) -> list[str]:
         return list(file)
 
 
-def _warn_unread(config: DatasetConfig, names: set[str]) -> None:
-    if names:
-        logger.warning("%s: not read from it: %s", config, ", ".join(sorted(names)))
+def _warn_unread(config: DatasetConfig, names: Collection[str]) -> None:
+    if unread := set(names) - read_names(names, config.control):
+        logger.warning("%s: not read from it: %s", config, ", ".join(sorted(unread)))

@@ -1,4 +1,4 @@
-"""Which file of another folder goes with a clip: its loss mask and its control, matched by name."""
+"""Which files of other folders go with a clip, matched by name: its masks, its control, references and camera path."""
 
 import os
 import re
@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.config import DatasetConfig
+from dataset.items import CameraSource
 from dataset.reading.listings import Entry
 from dataset.reading.media import VIDEO_SUFFIXES, is_video
 from dataset.reading.stills import IMAGE_SUFFIXES
 from wan_train.errors import InputError
 
 _NUMBERED = re.compile(r"(.+)_\d+")
+_CAMERA = ".txt"  # as the files of RealEstate10K are called
 
 
 def find_masks(config: DatasetConfig, paths: Sequence[Path]) -> list[Path | None]:
@@ -22,9 +24,23 @@ def find_masks(config: DatasetConfig, paths: Sequence[Path]) -> list[Path | None
     alone: list[Path | None] = [path if config.alpha_mask else None for path in paths]
     if config.mask_directory is None:
         return alone
-    known = _find_partners(config.mask_directory, paths)
-    found = [next(_choices(path, known, video=config.is_video, still=True), None) for path in paths]
+    found = _match_masks(config.mask_directory, paths, video=config.is_video)
     return [mask or other for mask, other in zip(found, alone, strict=True)]
+
+
+def find_vace_masks(config: DatasetConfig, entries: Sequence[Entry]) -> list[Path | None]:
+    """The VACE mask of each media file, or None: what its listing names, else the video, folder of frames or image in
+    the folder of VACE masks."""
+    found: list[Path | None] = [None] * len(entries)
+    if config.vace_mask_directory:
+        paths = [entry.path for entry in entries]
+        found = _match_masks(config.vace_mask_directory, paths, video=config.is_video)
+    return [entry.columns.vace_mask or mask for entry, mask in zip(entries, found, strict=True)]
+
+
+def _match_masks(folder: Path, paths: Sequence[Path], *, video: bool) -> list[Path | None]:
+    known = _find_partners(folder, paths)
+    return [next(_choices(path, known, video=video, still=True), None) for path in paths]
 
 
 def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple[Path, ...]]:
@@ -32,23 +48,73 @@ def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple
 
     A video takes the video of its whole name, else a folder of frames or a video with its stem; an image takes the
     picture with its stem, then `stem_0`, `stem_1` and so on, unless there is an image of that stem: one, or as many as
-    it is trained beside as one frame. Raises InputError with the names of those without.
+    it is trained beside as one frame. Raises InputError with the names of those without; under a VACE task each may be.
     """
     wanted = 1 if config.one_frame is None else len(config.one_frame.controls)
-    if config.one_frame is None and config.control_directory is None and not any(entry.controls for entry in entries):
+    given = [entry.columns.controls for entry in entries]
+    if config.one_frame is None and config.control_directory is None and not any(given):
         return [()] * len(entries)
-    known = _find_partners(config.control_directory, [entry.path for entry in entries])
-    is_still = not config.is_video
-    found = [
-        entry.controls or tuple(_choices(entry.path, known, video=config.is_video, still=is_still)) for entry in entries
-    ]
-    missing = [entry.path.name for entry, controls in zip(entries, found, strict=True) if len(controls) < wanted]
-    if missing:
-        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+    matched = match_controls(config.control_directory, [entry.path for entry in entries], video=config.is_video)
+    found = [named or beside for named, beside in zip(given, matched, strict=True)]
+    if config.control is None or not config.control.vace:
         where = f"in {config.control_directory}" if config.control_directory else f"as control_path in {config.listing}"
         what = "no control" if wanted == 1 else f"fewer than {wanted} controls"
-        raise InputError(f"{config}: {len(missing)} of {len(entries)} files have {what} {where} ({shown})")
+        _refuse_missing(config, entries, [len(controls) >= wanted for controls in found], f"{what} {where}")
     return [controls[:wanted] for controls in found]
+
+
+def match_controls(folder: Path | None, paths: Sequence[Path], *, video: bool) -> list[tuple[Path, ...]]:
+    """The controls that a folder has for each media file, the best first; see `find_controls`."""
+    known = _find_partners(folder, paths)
+    return [tuple(_choices(path, known, video=video, still=not video)) for path in paths]
+
+
+def find_references(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple[Path, ...]]:
+    """The reference images of each media file: what its listing names, else the image with its stem and then `stem_0`,
+    `stem_1` and so on in `reference_directory`.
+
+    Raises InputError for a file with several under a task that reads one.
+    """
+    known = _find_partners(config.reference_directory, [entry.path for entry in entries])
+    found = [
+        entry.columns.references or tuple(_choices(entry.path, known, video=False, still=True)) for entry in entries
+    ]
+    reads_one = config.control is not None and config.control.reference
+    for entry, references in zip(entries, found, strict=True):
+        if reads_one and len(references) > 1:
+            names = ", ".join(map(str, references))
+            raise InputError(f"{config}: {entry.path} has {len(references)} references and the task reads one: {names}")
+    return found
+
+
+def find_cameras(config: DatasetConfig, entries: Sequence[Entry]) -> list[CameraSource | None]:
+    """The camera path of each media file: what its listing gives, else the file `stem.txt` in `camera_directory`, else
+    the dataset's direction and speed.
+
+    Raises InputError with the names of those without, under a task that reads one.
+    """
+    known = _find_partners(config.camera_directory, [entry.path for entry in entries])
+    found: list[CameraSource | None] = []
+    for entry in entries:
+        columns, files = entry.columns, [p for p in known.by_stem.get(entry.path.stem, ()) if p.suffix == _CAMERA]
+        if files and not (columns.camera_path or columns.camera_direction):
+            found.append(CameraSource(files[0]))
+        else:
+            found.append(columns.camera(config.camera_direction, config.camera_speed))
+    if config.control is not None and config.control.camera:
+        where = f" in {config.camera_directory}" if config.camera_directory else ""
+        hint = ": give camera_direction, camera_directory or camera_path"
+        _refuse_missing(config, entries, [camera is not None for camera in found], f"no camera path{where}", hint)
+    return found
+
+
+def _refuse_missing(
+    config: DatasetConfig, entries: Sequence[Entry], is_there: Sequence[bool], what: str, hint: str = ""
+) -> None:
+    missing = [entry.path.name for entry, there in zip(entries, is_there, strict=True) if not there]
+    if missing:
+        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise InputError(f"{config}: {len(missing)} of {len(entries)} files have {what} ({shown}){hint}")
 
 
 class _Partners(NamedTuple):

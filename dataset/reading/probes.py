@@ -41,13 +41,16 @@ def recall_header(
 
 
 def extra_reading(item: Item, kind: str, path: Path, manifest: Manifest) -> str:
-    """How a file beside an item's own is read, in a recipe's words; nothing for one that cannot be."""
+    """How a file beside an item's own is read, in a recipe's words; nothing for one that cannot be, or of no pixels."""
+    if kind == "camera":
+        return ""
     try:
         header = recall_header(path, manifest)
     except InputError:
         return ""
-    if kind == "mask":
-        return recipe_words(header.reading if header else (), mask_background(item), is_video=False)
+    if kind in ("mask", "vace_mask"):
+        background = mask_background(item) if kind == "mask" else BLACK
+        return recipe_words(header.reading if header else (), background, is_video=False)
     return recipe_words(header.reading if header else (), item.config.alpha_background, is_video=item.config.is_video)
 
 

@@ -1,6 +1,8 @@
 """What control models read: latents of a control video, a start image and a reference image (VideoX-Fun), and from
 all kinds of conditions to the arguments of `Dit.forward`.
 
+What is encoded is contiguous, as elsewhere in this room: convolutions of other layouts differ in the last bits.
+
 Legend: B batch, C channels of latents, F latent frames, H W latent size, N pixel frames, X Y pixel height and width.
 """
 
@@ -17,17 +19,17 @@ from wan_train.models.variants import FRAME_STEP, Variant
 
 def start_latents(image: Tensor, encode: Encode) -> Tensor:
     """Return `start_latents` (C, 1, H, W), on the CPU, of a video's first frame (3, X, Y) in [-1, 1], by itself."""
-    return encode(image[None, :, None])[0].cpu()
+    return encode(image[None, :, None].contiguous())[0].cpu()
 
 
 def reference_latents(image: Tensor, encode: Encode) -> Tensor:
     """Return `reference_latents` (C, 1, H, W), on the CPU, of an image (3, X, Y) in [-1, 1] of the video's size."""
-    return encode(image[None, :, None])[0].cpu()
+    return encode(image[None, :, None].contiguous())[0].cpu()
 
 
 def control_latents(pixels: Tensor, encode: Encode) -> Tensor:
     """Return `control_latents` (C, F, H, W), on the CPU, of a control video (3, N, X, Y) in [-1, 1]."""
-    return encode(pixels[None])[0].cpu()
+    return encode(pixels[None].contiguous())[0].cpu()
 
 
 def dit_arguments(

@@ -38,11 +38,12 @@ def vace_context(
     """
     if video is None:
         video, mask = torch.zeros(3, *shape), None
+    video = video.contiguous()  # convolutions of other layouts differ in the last bits
     made = torch.ones(shape) if mask is None else (mask > _THRESHOLD).float()
     made = made.to(video.device)
     kept_latents, made_latents = (encode((video * part)[None])[0].cpu() for part in (1 - made, made))
     context = torch.cat([kept_latents, made_latents, packed_mask(made.cpu()).to(kept_latents)])
-    before = [encode(letterboxed(image, *shape[1:])[None, :, None])[0].cpu() for image in references]
+    before = [encode(letterboxed(image, *shape[1:])[None, :, None].contiguous())[0].cpu() for image in references]
     absent = CONTEXT_CHANNELS - LATENT_CHANNELS
     return torch.cat([*(F.pad(latents, (0, 0, 0, 0, 0, 0, 0, absent)) for latents in before), context], dim=1)
 

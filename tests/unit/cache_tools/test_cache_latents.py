@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import wan_train
-from cache_tools.cache_latents import to_pixels
+from cache_tools.extras import to_pixels
 from cache_tools.settings import LATENTS_TOOL
 from dataset.batching.batches import open_cached
 from dataset.caching.cache import latents_path, read_latents

@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cache_tools.cache_latents import to_pixels
-from cache_tools.extras import average_cells
+from cache_tools.extras import average_cells, to_pixels
 from cache_tools.settings import LATENTS_TOOL
 from dataset.batching.batches import CachedDataset, collate
 from dataset.batching.order import Pick

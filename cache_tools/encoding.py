@@ -1,0 +1,114 @@
+"""From loaded clips to cache files: the encoders, and what is written of a batch."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_tools.extras import LATENTS, ExtraPictures, encode_extras, one_frame_tensors, to_pixels
+from dataset.caching.cache import save_latents
+from dataset.caching.extras import CLIP, wanted_extras
+from dataset.caching.recipe import Fingerprint, Recipe, gives_last, names_camera, places_in_time
+from dataset.items import Clip
+from wan_train.models.encoders.image import ImageEncoder
+from wan_train.precision import name_of
+from wan_train.sampling.pictures import to_picture
+
+
+@dataclass(frozen=True)
+class LoadedClip:
+    """A clip with its pictures (F, H, W, 3) in uint8, the file that they are from, and what goes with them."""
+
+    clip: Clip
+    pictures: NDArray[np.uint8]
+    source: Fingerprint
+    extras: ExtraPictures = field(default_factory=ExtraPictures)
+
+
+@dataclass(frozen=True)
+class LatentEncoder:
+    """A VAE, the file that it is from, where it computes, and the dtype of what it leaves; for models that read
+    pictures through CLIP that too."""
+
+    vae: Any
+    model: Fingerprint
+    device: torch.device
+    dtype: torch.dtype
+    images: ImageEncoder | None = None
+    image_model: Fingerprint | None = None
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents (B, C, F', H', W') of pixels (B, 3, F, H, W) from anywhere."""
+        latents: Tensor = self.vae.encode(pixels.to(self.device))
+        return latents
+
+
+def batch_clips(loaded: Iterable[LoadedClip], batch_size: int) -> Iterator[list[LoadedClip]]:
+    """Gather clips of one size and length, at most `batch_size` together.
+
+    Where clips come sorted by size, no more than one unfinished batch for each length is held.
+    """
+    pending: dict[int, list[LoadedClip]] = {}
+    size = None
+    for one in loaded:
+        if one.clip.size != size:
+            yield from pending.values()
+            pending, size = {}, one.clip.size
+        batch = pending.setdefault(one.clip.num_frames, [])
+        batch.append(one)
+        if len(batch) == batch_size:
+            yield pending.pop(one.clip.num_frames)
+    yield from pending.values()
+
+
+@torch.no_grad()
+def encode_batch(encoder: LatentEncoder, batch: Sequence[LoadedClip]) -> None:
+    """Encode clips of one size and length and write their files."""
+    pictures = torch.from_numpy(np.stack([one.pictures for one in batch])).to(encoder.device)
+    images = batch[0].clip.item.config.images
+    # One at a time where a clip's own first frame is what it is given: bit for bit what previews encode of that.
+    apart = 1 if images is not None and images.fused else len(batch)
+    latents = torch.cat([encoder.encode(part) for part in to_pixels(pictures).split(apart)])
+    if one_frame := batch[0].clip.item.config.one_frame:
+        for one, its in zip(batch, latents, strict=True):
+            others = [to_picture(picture) for picture in one.extras.others]
+            tensors = one_frame_tensors(one_frame, its, others, encode=encoder.encode, see=encoder.images)
+            whole = tensors.pop(LATENTS)
+            save_latents(one.clip, whole, encoder.dtype, _make_recipe(one, encoder), extras=tensors)
+        return
+    extras = encode_extras(
+        [one.clip for one in batch],
+        pictures,
+        [one.extras for one in batch],
+        encode=encoder.encode,
+        see=encoder.images,
+    )
+    for one, its, beside in zip(batch, latents, extras, strict=True):
+        save_latents(one.clip, its, encoder.dtype, _make_recipe(one, encoder), extras=beside)
+
+
+def name_clip(one: LoadedClip) -> str:
+    """A clip in words: its file and where in it it begins."""
+    return f"{one.clip.item.path} from frame {one.clip.start}"
+
+
+def _make_recipe(one: LoadedClip, encoder: LatentEncoder) -> Recipe:
+    clip = one.clip
+    seen = encoder.image_model if CLIP in wanted_extras(clip.item) else None
+    return Recipe(
+        model=encoder.model,
+        dtype=name_of(encoder.dtype),
+        source=one.source,
+        start=clip.start,
+        frames=clip.frames,
+        size=clip.size,
+        positions=places_in_time(clip.item.config),
+        last=gives_last(clip.item.config),
+        extras=dict(one.extras.sources) | ({CLIP: seen} if seen else {}),
+        camera=names_camera(clip.item),
+        motion_bucket=clip.item.motion_bucket_id,
+    )

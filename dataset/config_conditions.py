@@ -1,0 +1,68 @@
+"""The keys of a dataset about what a model is given beside text: what they mean for the task, and which do not fit."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from wan_train.errors import InputError
+from wan_train.models.variants import ControlInputs
+
+
+@dataclass(frozen=True)
+class ConditionKey:
+    """What a key or a listing's column gives: `name` in words, which models read it, and the tasks that they are of."""
+
+    name: str
+    is_read: Callable[[ControlInputs], bool]
+    tasks: str
+
+
+CONTROL = ConditionKey("control video", lambda control: control.video or control.vace, "fun-control and vace")
+REFERENCES = ConditionKey("reference image", lambda control: control.reference or control.vace, "fun-control and vace")
+VACE_MASK = ConditionKey("VACE mask", lambda control: control.vace, "vace")
+CAMERA = ConditionKey("camera path", lambda control: control.camera, "fun-camera")
+_KEYS = {
+    "control_directory": CONTROL,
+    "reference_directory": REFERENCES,
+    "camera_directory": CAMERA,
+    "camera_direction": CAMERA,
+    "camera_speed": CAMERA,
+}
+
+
+def refuse_idle(key: str, given: ConditionKey, control: ControlInputs | None, place: str) -> None:
+    """Raise InputError for a key or column that gives what the task does not read; None: the task is not known."""
+    if control is not None and not given.is_read(control):
+        raise InputError(
+            f"{place}: {key}: the task reads no {given.name}: remove it, or give a task that does ({given.tasks} tasks)"
+        )
+
+
+def settle_conditions(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return the values of a dataset with the keys about conditions as `DatasetConfig` has them.
+
+    Under a VACE task `mask_directory` holds VACE's masks, elsewhere loss masks; `loss_mask_directory` always these.
+    Raises InputError for keys that the task does not read, and for `start_image` where the task leaves no choice.
+    """
+    settled = {key: value for key, value in values.items() if key != "loss_mask_directory"}
+    control, loss_masks = values["control"], values.get("loss_mask_directory")
+    if control is not None and control.vace:
+        settled["vace_mask_directory"] = settled.pop("mask_directory", None)
+    elif loss_masks and "mask_directory" in values:
+        raise InputError(f"{place}: mask_directory and loss_mask_directory both hold loss masks: give one of them")
+    if loss_masks:
+        settled["mask_directory"] = loss_masks
+    for key, given in _KEYS.items():
+        if key in values:
+            refuse_idle(key, given, control, place)
+    if "start_image" in values and (control or values["images"]) is not None:
+        _refuse_start_image(values, place)
+    return settled
+
+
+def _refuse_start_image(values: Mapping[str, Any], place: str) -> None:
+    images = values["images"]
+    if images is None:
+        raise InputError(f"{place}: start_image: the task reads no start image: remove it")
+    if not images.optional:
+        raise InputError(f"{place}: start_image: the task always reads a start image: remove it")

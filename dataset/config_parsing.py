@@ -1,0 +1,58 @@
+"""From the text of a dataset file to the values of its keys; errors name the file, the table and the key."""
+
+import json
+import tomllib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dataset.config_keys import IMAGE_KEYS, SHARED_KEYS, SOURCE_KEYS, VIDEO_KEYS
+from wan_train.cli import nearest
+from wan_train.errors import InputError
+
+
+@contextmanager
+def reading_text(source: Path) -> Iterator[None]:
+    """InputError where the text file that is read inside cannot be opened, or is not UTF-8."""
+    try:
+        yield
+    except OSError as problem:
+        raise InputError(f"cannot read {source}: {problem.strerror or problem}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{source} is not text in UTF-8: save it as UTF-8") from None
+
+
+def parse_file(source: Path) -> dict[str, Any]:
+    """Return the tables of a TOML or `.json` file. Raises InputError, with the line, for one that does not parse."""
+    with reading_text(source):
+        text = source.read_text(encoding="utf-8-sig")
+    try:
+        document = json.loads(text) if source.suffix.lower() == ".json" else tomllib.loads(text)
+    except tomllib.TOMLDecodeError as problem:
+        raise InputError(f"{source} is not valid TOML: {problem}") from None
+    except json.JSONDecodeError as problem:
+        raise InputError(f"{source} is not valid JSON: {problem}") from None
+    if not isinstance(document, dict):
+        raise InputError(f'{source}: takes an object with "datasets"')
+    return document
+
+
+def refuse_unknown(table: Mapping[str, Any], known: Collection[str], place: str, kind: str) -> None:
+    """Raise InputError for a key or table that is not among the known ones, with the nearest of these."""
+    for key in table:
+        if key not in known:
+            hint = nearest(key, known) or f"; known are {', '.join(known)}"
+            raise InputError(f"{place}: unknown {kind} {key}{hint}")
+
+
+def convert(table: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return the values of a table, each as the reader of its key makes it. Raises InputError for wrong ones."""
+    readers = {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS, **IMAGE_KEYS}
+    values = {}
+    for key, value in table.items():
+        try:
+            values[key] = readers[key](value)
+        except ValueError as problem:
+            raise InputError(f"{place}: {key} = {value!r}: takes {problem}") from None
+    return values
