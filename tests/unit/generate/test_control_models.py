@@ -221,6 +221,24 @@ def test_the_record_makes_it_again(
     assert torch.equal(latents, load_file(second)["latent"])
 
 
+def test_lines_of_a_file_have_inputs_of_their_own(
+    make: Make, control_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ("", f" --vace_reference {IMAGE}", f" --vace_video {CONTROL}", f" --vace_reference {IMAGE} --vace_scale 0")
+    (tmp_path / "lines.txt").write_text("".join(f"a red circle{line}\n" for line in lines))
+    monkeypatch.chdir(control_models)
+    words = [
+        *("--task", "vace-1.3B", "--dit", "vace.safetensors", "--vae", VAE, "--t5", T5, "--device", "cpu"),
+        *("--video_size", "48", "32", "--video_length", "5", "--infer_steps", "2", "--seed", "1"),
+        *("--from_file", str(tmp_path / "lines.txt"), "--output_type", "latent"),
+        *("--save_path", str(tmp_path / "{index}_latent.safetensors")),
+    ]
+    main(parse(GenerateSettings, words))
+    found = [load_file(tmp_path / f"{index:03d}_latent.safetensors")["latent"] for index in range(len(lines))]
+    assert {latents.shape for latents in found} == {(16, 2, 4, 6)}
+    assert not any(torch.equal(one, other) for i, one in enumerate(found) for other in found[:i])
+
+
 @pytest.mark.parametrize("task", ["fun-control-1.3B", "vace-1.3B", "fun-camera-1.3B"])
 def test_a_preview_is_the_generators_video(task: str, make: Make) -> None:
     """Previews take their requests from lines, and sample with the model in training."""
