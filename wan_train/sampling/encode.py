@@ -1,4 +1,4 @@
-"""From prompts and pictures to conditions: each encoder is there for as long as this takes and no longer."""
+"""From prompts, images and controls to conditions: each encoder is there for as long as this takes and no longer."""
 
 from collections.abc import Sequence
 
@@ -59,7 +59,7 @@ def open_image_encoder(settings: ImageEncoderSettings, device: torch.device) -> 
 def see_requests(
     requests: Sequence[SampleRequest], settings: ImageEncoderSettings, device: torch.device
 ) -> list[Tensor | None]:
-    """CLIP's tokens (I, width) of each request's pictures, in main memory, where its model reads them."""
+    """CLIP's tokens (I, width) of each request's pictures, in host memory, where its model reads them."""
     if not any(request.clip_paths for request in requests):
         return [None] * len(requests)
     encoder = open_image_encoder(settings, device)
@@ -67,7 +67,7 @@ def see_requests(
 
 
 def see_pictures(request: SampleRequest, encoder: See) -> Tensor:
-    """CLIP's tokens (I, width), in main memory, of a request's pictures."""
+    """CLIP's tokens (I, width), in host memory, of a request's pictures."""
     return seen_tokens(load_pictures(request.clip_paths, request.size), encoder)
 
 
