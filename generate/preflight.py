@@ -15,10 +15,9 @@ from networks.formats.files import check_deltas
 from wan_train.assemble import WeightedLora, check_model
 from wan_train.errors import InputError, first_given
 from wan_train.log import get_logger
-from wan_train.models.additions import extended_header
 from wan_train.models.dit.experts import FLAGS, HIGH, experts_of
 from wan_train.models.encoders.text import check_text_encoder
-from wan_train.models.loading import linear_shapes, num_blocks, official_shapes
+from wan_train.models.loading import linear_shapes, num_blocks
 from wan_train.models.vae.vae import check_vae
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.encode import check_encodable, check_given_clip
@@ -107,10 +106,9 @@ def fitted_jobs(jobs: Sequence[Job], settings: GenerateSettings) -> list[Job]:
     """The jobs with as many frames as the videos that they begin with have. InputError for one that does not read, and
     for what the models lack: blocks to skip, layers for a control, an image encoder."""
     variant, blocks = VARIANTS[settings.dit.task], num_blocks(settings.dit.dit)
-    experts = [model_settings(settings, expert).dit for expert in experts_of(variant)]
-    models = {f"--dit {dit.dit}": official_shapes(extended_header(dit).shapes) for dit in experts}
+    dits = [model_settings(settings, expert).dit for expert in experts_of(variant)]
     for job in jobs:
-        check_encodable(job.request, settings.image, models)
+        check_encodable(job.request, settings.image, dits)
         beyond = [layer for layer in job.request.slg_layers if layer >= blocks]
         if beyond:
             raise InputError(f"--slg_layers {beyond[0]} is not there: the model has blocks 0 to {blocks - 1}")

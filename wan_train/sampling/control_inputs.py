@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dataset.batching.buckets import resize_to_bucket
+from dataset.reading.info import BLACK
 from dataset.reading.media import probe, read_frames
 from dataset.reading.stills import read_image
 from wan_train.conditions.camera import camera_path
@@ -73,7 +74,8 @@ def _video(flag: str, path: str, request: SampleRequest, size: Size) -> Tensor:
 
 
 def _mask(request: SampleRequest, num_frames: int, size: Size) -> Tensor:
-    """The mask (N, X, Y) in [0, 1] of so many frames of `vace_video`: stretched over it and then cropped like it."""
+    """The mask (N, X, Y) in [0, 1] of so many frames of `vace_video`: stretched over it and then cropped like it, and
+    black where it is transparent, as when clips are cached."""
     assert request.vace_mask and request.vace_video
     path, info = Path(request.vace_mask), probe(Path(request.vace_video))
 
@@ -83,7 +85,7 @@ def _mask(request: SampleRequest, num_frames: int, size: Size) -> Tensor:
         return resize_to_bucket(image, size).mean(axis=2, dtype=np.float32) / 255
 
     if is_still(request.vace_mask):
-        return torch.from_numpy(fitted(read_image(path))).expand(num_frames, -1, -1)
+        return torch.from_numpy(fitted(read_image(path, BLACK))).expand(num_frames, -1, -1)
     indices = frame_indices("--vace_mask", request.vace_mask, request.variant.fps)[:num_frames]
-    frames = {index: fitted(image) for index, image in read_frames(path, set(indices))}
+    frames = {index: fitted(image) for index, image in read_frames(path, set(indices), BLACK)}
     return torch.stack([torch.from_numpy(frames[index]) for index in indices])

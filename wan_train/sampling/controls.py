@@ -164,7 +164,7 @@ def _shortened(frames: int, path: str, available: int) -> int:
     fitting = floor_frames(max(available, 1))
     if fitting >= frames:
         return frames
-    log.info("%s has %d frames: making %d", path, available, fitting)
+    log.info("%s has %d frame%s: making %d", path, available, "" if available == 1 else "s", fitting)
     return fitting
 
 

@@ -1,6 +1,6 @@
-"""From prompts and pictures to conditions: each encoder is there for as long as this takes and no longer."""
+"""From prompts, images and controls to conditions: each encoder is there for as long as this takes and no longer."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from wan_train.conditions.images import Encode, See, given_latents, one_frame_la
 from wan_train.conditions.kinds import CLIP_FEATURES, FRAME_POSITIONS, IMAGE_LATENTS, START_LATENTS
 from wan_train.errors import InputError
 from wan_train.log import get_logger
+from wan_train.models.additions import NO_INIT, extended_header
 from wan_train.models.encoders.image import ImageEncoder, check_image_encoder, load_image_encoder
 from wan_train.models.encoders.text import TextEncoder, load_text_encoder
-from wan_train.models.loading import image_width
-from wan_train.models.settings import ImageEncoderSettings, TextEncoderSettings
+from wan_train.models.loading import image_width, official_shapes
+from wan_train.models.settings import DitSettings, ImageEncoderSettings, InitSettings, TextEncoderSettings
 from wan_train.models.vae.vae import WanVAE
 from wan_train.models.variants import Variant
 from wan_train.precision import published_dtype
@@ -58,7 +59,7 @@ def open_image_encoder(settings: ImageEncoderSettings, device: torch.device) -> 
 def see_requests(
     requests: Sequence[SampleRequest], settings: ImageEncoderSettings, device: torch.device
 ) -> list[Tensor | None]:
-    """CLIP's tokens (I, width) of each request's pictures, in main memory, where its model reads them."""
+    """CLIP's tokens (I, width) of each request's pictures, in host memory, where its model reads them."""
     if not any(request.clip_paths for request in requests):
         return [None] * len(requests)
     encoder = open_image_encoder(settings, device)
@@ -66,7 +67,7 @@ def see_requests(
 
 
 def see_pictures(request: SampleRequest, encoder: See) -> Tensor:
-    """CLIP's tokens (I, width), in main memory, of a request's pictures."""
+    """CLIP's tokens (I, width), in host memory, of a request's pictures."""
     return seen_tokens(load_pictures(request.clip_paths, request.size), encoder)
 
 
@@ -131,20 +132,23 @@ def check_given_clip(settings: ImageEncoderSettings, variant: Variant, dit: str)
 
 
 def check_encodable(
-    request: SampleRequest, settings: ImageEncoderSettings, models: Mapping[str, Collection[str]]
+    request: SampleRequest, clip: ImageEncoderSettings, dits: Sequence[DitSettings], init: InitSettings = NO_INIT
 ) -> None:
     """InputError for a request with images that its model reads through an image encoder which is not given, or with
-    what a model has no layers for: `models` are the names of their weights, by what a message calls them."""
-    if request.clip_paths and not settings.clip:
+    what one of the models has no layers for, from their headers alone."""
+    if request.clip_paths and not clip.clip:
         raise _clip_missing(request.variant)
-    for what, names in models.items():
+    if request.reference_image is None and request.motion_bucket_id is None:
+        return
+    for dit in dits:
+        names = official_shapes(extended_header(dit, init).shapes)
         if request.reference_image and "ref_conv.weight" not in names:
             raise InputError(
-                f"--reference_image: {what} has no layers for one (ref_conv): give a Fun-Control model of V1.1, or"
+                f"--reference_image: {dit.dit} has no layers for one (ref_conv): give a Fun-Control model of V1.1, or"
                 " leave it out"
             )
         if request.motion_bucket_id is not None and "motion_controller.linear.0.weight" not in names:
-            raise InputError(f"--motion_bucket_id: {what} has no motion controller: give --motion_controller")
+            raise InputError(f"--motion_bucket_id: {dit.dit} has no motion controller: give --motion_controller")
 
 
 def _clip_missing(variant: Variant) -> InputError:

@@ -28,7 +28,8 @@ class SampleRequest(ControlOptions, SampleOptions, StartOptions):
     itself begins with `image_path` and ends with `end_image_path`; it takes the first's proportions at the area that
     width and height say, unless `exact_size`. With `one_frame` a picture is made in place of a video, as a frame beside
     `control_images`. Of two experts `guidance` is the low-noise one's; `guidance_high_noise` and `boundary`, a t in
-    [0, 1], are the variant's where they are None.
+    [0, 1], are the variant's where they are None. What control models read beside that is said by the fields of
+    `ControlOptions`; `vace_pad` is (left, top, right, bottom), `camera_origin` an entry of 19 numbers, or empty.
     """
 
     prompt: str

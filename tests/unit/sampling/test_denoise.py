@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -113,3 +114,70 @@ def test_noise_is_drawn_where_the_request_says(monkeypatch: pytest.MonkeyPatch) 
         where = replace(request, rand_device=place)
         denoise.sample_latents(Meta(), where, nothing, nothing, device=torch.device("meta"), quiet=True)
         assert drawn == (["cpu"] if place == "cpu" else ["cpu", "meta"])
+
+
+class ControlRecorder(nn.Module):
+    """A model that keeps the control's channels and the scale of VACE of each call, and makes velocities of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.controls: list[float] = []
+        self.starts: list[float] = []
+        self.scales: list[float | None] = []
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def forward(self, latents: Tensor, timestep: Tensor, context: list[Tensor], **inputs: Any) -> Tensor:
+        if "image_latents" in inputs:
+            self.controls.append(float(inputs["image_latents"][:, :16].mean()))
+            self.starts.append(float(inputs["image_latents"][:, 16:, 0].mean()))
+        self.scales.append(inputs.get("vace_scale"))
+        self.shapes.add(tuple(latents.shape))
+        return torch.zeros_like(latents)
+
+
+def sample_controlled(task: str, extras: dict[str, Tensor], **changes: Any) -> tuple[ControlRecorder, Tensor]:
+    request = replace(preview_defaults(VARIANTS[task]), prompt="a", seed=3, frames=5, width=32, height=32, steps=4)
+    request = replace(request, solver="euler", **changes)
+    model = ControlRecorder()
+    both = (Conditions((torch.full((1, 4), value),), extras) for value in (1.0, 0.0))
+    return model, sample_latents(model, request, *both, device=CPU, quiet=True)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_control_video_acts_between_its_shares_of_the_steps(merge: bool) -> None:
+    extras = {"control_latents": torch.ones(1, 16, 2, 4, 4), "start_latents": torch.full((1, 16, 1, 4, 4), 2.0)}
+    window = {"control_start": 0.25, "control_end": 0.75, "cfg_merge": merge}
+    model, _ = sample_controlled("fun-control-14B", extras, **window)
+    each = 1 if merge else 2  # passes of a step
+    assert model.controls == [value for value in (0.0, 1.0, 1.0, 0.0) for _ in range(each)]
+    assert model.starts == [2.0] * 4 * each  # the start image is there all the time
+
+
+def test_vace_acts_between_its_shares_of_the_steps_and_references_are_dropped() -> None:
+    context = torch.zeros(1, 96, 2 + 2, 4, 4)
+    model, latents = sample_controlled("vace-14B", {"vace_context": context}, control_end=0.5, vace_scale=0.75)
+    assert model.scales == [0.75] * 4 + [0.0] * 4
+    assert model.shapes == {(1, 16, 4, 4, 4)} and latents.shape == (16, 2, 4, 4)
+    assert torch.equal(latents, initial_noise((16, 4, 4, 4), seeded(3))[0, :, 2:])  # velocities are zeros
+
+
+def test_control_models_without_a_control_read_zeros() -> None:
+    model, _ = sample_controlled("fun-control-14B", {})
+    assert model.controls == model.starts == [0.0] * 8
+
+
+def test_two_experts_share_the_window_and_the_conditions() -> None:
+    class Pair:
+        def __init__(self) -> None:
+            self.asked: dict[str, ControlRecorder] = {}
+
+        def of(self, expert: str) -> ControlRecorder:
+            return self.asked.setdefault(expert, ControlRecorder())
+
+    request = replace(preview_defaults(VARIANTS["fun-control-A14B"]), prompt="a", seed=3, frames=5, width=32, height=32)
+    request = replace(request, steps=8, solver="euler", guidance=1.0, guidance_high_noise=1.0, control_end=0.75)
+    pair, extras = Pair(), {"control_latents": torch.ones(1, 16, 2, 4, 4)}
+    text = Conditions((torch.ones(1, 4),), extras)
+    sample_latents(pair, request, text, text, device=CPU, quiet=True)
+    controls = [value for model in pair.asked.values() for value in model.controls]
+    assert len(pair.asked) == 2 and controls == [1.0] * 6 + [0.0] * 2

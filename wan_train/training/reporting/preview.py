@@ -13,9 +13,7 @@ from wan_train.errors import InputError
 from wan_train.file_names import check_name
 from wan_train.log import get_logger
 from wan_train.media_out import write_image, write_video
-from wan_train.models.additions import extended_header
 from wan_train.models.encoders.text import check_text_encoder
-from wan_train.models.loading import official_shapes
 from wan_train.models.vae.vae import WanVAE, check_vae
 from wan_train.models.variants import Variant
 from wan_train.placement.report import release_memory
@@ -47,9 +45,8 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
             raise InputError(f"previews need {flag}: give it, or leave out --sample_prompts")
     check_vae(settings.vae.vae, latent_channels=variant.space.channels)
     check_given_clip(settings.image, variant, settings.dit.dit)
-    models = {f"--dit {settings.dit.dit}": official_shapes(extended_header(settings.dit, settings.init).shapes)}
     for request in requests:
-        check_encodable(request, settings.image, models)
+        check_encodable(request, settings.image, [settings.dit], settings.init)
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
     for index, request in enumerate(requests):
         seed = f"the run's seed + {index}" if request.seed is None else f"seed {request.seed}"
