@@ -9,6 +9,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
+from cache_tools.extras import load_controls
 from cache_tools.settings import CONSOLE_COLOURS, InspectSettings
 from dataset.batching.buckets import describe_size
 from dataset.caching.cache import latents_path
@@ -23,7 +24,7 @@ _CELL_ASPECT = 2  # a character is about twice as high as wide, and shows two pi
 
 
 def show_clips(plans: Sequence[ClipPlan], settings: InspectSettings) -> None:
-    """Show the clips of each dataset, each with its caption, the way that `debug_mode` names.
+    """Show the clips of each dataset, each with its caption and beside its control, the way that `debug_mode` names.
 
     "image" writes a sheet of each clip's frames and "video" an mp4, below `debug_dir`; "console" prints first frames.
     """
@@ -31,6 +32,8 @@ def show_clips(plans: Sequence[ClipPlan], settings: InspectSettings) -> None:
         folder = Path(settings.debug_dir) / f"dataset_{plan.config.number}"
         for clip in plan.clips[: settings.console_num_images]:
             (pictures,) = load_clips([clip])
+            if clip.item.control and not plan.config.one_frame:
+                pictures = np.concatenate([pictures, *load_controls([clip])], axis=2)
             print(f"{clip.item.path} from frame {clip.start}: {describe_size(clip.size)}, {clip.num_frames} frames")
             print(f"  {clip.item.caption}")
             if settings.debug_mode == "console":

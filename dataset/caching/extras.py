@@ -161,17 +161,13 @@ def find_extras_misfit(clip: Clip, shapes: Mapping[str, Sequence[int]], dtype: t
         exact = None if dtype is None or kind in _OF_TOKENS else re.escape(extra_key(kind, clip, dtype))
         pattern = extra_pattern(kind) if exact is None else re.compile(exact)
         found = [tuple(shape) for key, shape in shapes.items() if pattern.fullmatch(key)]
+        if kind in _OF_VACE and _keys_like(kind, shapes) and not _has_any(kind, clip, shapes):
+            return f"its {kind} has another number of references"
         if not found:
             return f"no {kind} in it"
         if not any(_has_shape(kind, clip, shape) for shape in found):
-            return _describe_misfit(kind)
+            return f"its {kind} is of another task, or of other pictures" if kind in _OF_TOKENS else f"no {kind} in it"
     return ""
-
-
-def _describe_misfit(kind: str) -> str:
-    if kind in _OF_TOKENS:
-        return f"its {kind} is of another task, or of other pictures"
-    return f"its {kind} has another number of references" if kind in _OF_VACE else f"no {kind} in it"
 
 
 def _keys_like(kind: str, shapes: Mapping[str, Sequence[int]]) -> list[str]:

@@ -48,6 +48,16 @@ def test_pictures_are_sheets_of_all_frames(folder):
     assert numbers == [5, 6, 7, 8, 9, 0]  # the last place is empty
 
 
+def test_a_control_is_shown_beside_its_clip(folder):
+    make_clips(folder / "controls", {"a": 12, "b": 9})
+    (folder / "data.toml").write_text((folder / "data.toml").read_text() + '\ncontrol_directory = "controls"')
+    assert show("image", "--console_num_images", "1") == 0
+    (file,) = (folder / "cache_debug/dataset_1").iterdir()
+    sheet = np.asarray(Image.open(file))
+    assert sheet.shape == (2 * 48, 3 * 128, 3)
+    assert read_number(sheet[:48, 128:192]) == read_number(sheet[:48, 192:256]) == 1
+
+
 def test_a_wide_sheet_is_made_smaller():
     assert make_sheet(np.zeros((81, 480, 832, 3), np.uint8)).shape == (9 * 130, 9 * 227, 3)
     assert make_sheet(np.zeros((1, 544, 3000, 3), np.uint8)).shape == (544, 3000, 3)
