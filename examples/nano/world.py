@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 SIZE, FRAMES, FPS = 32, 17, 16
 RADIUS, TRAVEL = 6.0, 12.0  # pixels: half the width of a shape, and how far a moving one goes in a clip
+OUTLINE = 1.0  # pixels: half the width of an outline
 
 Colour = tuple[int, int, int]
 
@@ -94,17 +95,37 @@ def draw(scene: Scene, seed: int) -> NDArray[np.uint8]:
 
 def draw_clip(shape: str, motion: tuple[int, int], colour: Colour, background: Colour, seed: int) -> NDArray[np.uint8]:
     """The clip (17, 32, 32, 3) of a shape of any colour on any ground, wholly inside the picture all the time."""
-    place = np.random.Generator(np.random.PCG64(seed)).random(2)
     frames = np.empty((FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
-    ends = [(RADIUS + 1 + max(0, -step) * TRAVEL, SIZE - RADIUS - 1 - max(0, step) * TRAVEL) for step in motion]
-    start = [low + (high - low) * part for (low, high), part in zip(ends, place, strict=True)]
-    rows, columns = np.mgrid[0:SIZE, 0:SIZE] + 0.5
-    for index in range(FRAMES):
-        way = TRAVEL * index / (FRAMES - 1)
-        x, y = columns - (start[0] + motion[0] * way), rows - (start[1] + motion[1] * way)
-        inside = np.clip(0.5 - _distance(shape, x, y), 0, 1)[..., None]
+    for index, distance in enumerate(_distances(shape, motion, seed)):
+        inside = np.clip(0.5 - distance, 0, 1)[..., None]
         frames[index] = (np.array(background) * (1 - inside) + np.array(colour) * inside + 0.5).astype(np.uint8)
     return frames
+
+
+def draw_outline(scene: Scene, seed: int) -> NDArray[np.uint8]:
+    """The outline (17, 32, 32, 3) of the shape that `draw` draws for this scene and seed, white on black."""
+    distances = np.stack(_distances(scene.shape, MOTIONS[scene.motion], seed))
+    line = np.clip(OUTLINE - abs(distances) + 0.5, 0, 1)
+    return np.repeat((255 * line + 0.5).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def path_of(scene: Scene, seed: int) -> NDArray[np.float64]:
+    """Where that shape is in every frame: (17, 2), right and down, in pixels."""
+    return _path(MOTIONS[scene.motion], seed)
+
+
+def _path(motion: tuple[int, int], seed: int) -> NDArray[np.float64]:
+    place = np.random.Generator(np.random.PCG64(seed)).random(2)
+    ends = [(RADIUS + 1 + max(0, -step) * TRAVEL, SIZE - RADIUS - 1 - max(0, step) * TRAVEL) for step in motion]
+    start = [low + (high - low) * part for (low, high), part in zip(ends, place, strict=True)]
+    ways = [TRAVEL * index / (FRAMES - 1) for index in range(FRAMES)]
+    return np.array([[start[0] + motion[0] * way, start[1] + motion[1] * way] for way in ways])
+
+
+def _distances(shape: str, motion: tuple[int, int], seed: int) -> list[NDArray[np.float64]]:
+    """`_distance` of each pixel to the shape, frame by frame."""
+    rows, columns = np.mgrid[0:SIZE, 0:SIZE] + 0.5
+    return [_distance(shape, columns - x, rows - y) for x, y in _path(motion, seed)]
 
 
 def _distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
