@@ -156,6 +156,18 @@ MANIFESTS = [
     ("wan2.2-t2v-A14B", "t2v-A14B"),
     ("wan2.2-i2v-A14B", "i2v-A14B"),
     ("wan2.2-ti2v-5B", "ti2v-5B"),
+    ("wan2.1-fun-control-1.3B", "fun-control-1.3B"),
+    ("wan2.1-fun-control-14B", "fun-control-14B"),
+    ("wan2.1-fun-control-14B", "i2v-14B-FC"),
+    ("wan2.1-fun-v1.1-control-1.3B", "t2v-1.3B-FC"),
+    ("wan2.1-fun-v1.1-control-14B", "fun-control-14B"),
+    ("wan2.1-fun-v1.1-control-camera-1.3B", "fun-camera-1.3B"),
+    ("wan2.1-fun-v1.1-control-camera-14B", "fun-camera-14B"),
+    ("wan2.1-vace-1.3B", "vace-1.3B"),
+    ("wan2.1-vace-14B", "vace-14B"),
+    ("wan2.1-vace-14B", "vace-fun-A14B"),
+    ("wan2.2-fun-A14B-control", "fun-control-A14B"),
+    ("wan2.2-i2v-A14B", "fun-inp-A14B"),
 ]
 
 

@@ -1,29 +1,27 @@
-"""Models of other kinds are told by what they have, and refused by name; others lead to the task that they are for."""
-
-import json
+"""Models are told by what they have: those that no task is for are refused by name, others lead to their task."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.parity.golden import DATA, load_manifest
+from tests.parity.golden import load_manifest
 from wan_train.errors import InputError
-from wan_train.models.loading import check_dit, load_dit
+from wan_train.models.loading import check_dit
 from wan_train.models.variants import VARIANTS
 from wan_train.models.weights import diffusers_name
 
-# Names and shapes of published files, of the first block alone.
-OTHERS: dict[str, dict[str, list[int]]] = json.loads((DATA / "checkpoints" / "not-supported.json").read_text())
-KINDS = {
-    "wan2.1-fun-control-1.3B": "Fun-Control",
-    "wan2.1-fun-control-14B": "Fun-Control",
-    "wan2.1-fun-v1.1-control-1.3B": "Fun-V1.1-Control",
-    "wan2.1-fun-v1.1-control-14B": "Fun-V1.1-Control",
-    "wan2.1-fun-v1.1-control-camera-1.3B": "Fun Control-Camera",
-    "wan2.1-fun-v1.1-control-camera-14B": "Fun Control-Camera",
-    "wan2.1-vace-1.3B": "VACE",
-    "wan2.1-vace-14B": "VACE",
-    "wan2.2-fun-A14B-control": "Wan2.2 Fun-Control",
+# Of each published control model the tasks that it is for, of whatever size.
+CONTROL = ("fun-control-1.3B", "fun-control-14B", "i2v-14B-FC", "t2v-1.3B-FC", "t2v-14B-FC")
+TASKS = {
+    "wan2.1-fun-control-1.3B": CONTROL,
+    "wan2.1-fun-control-14B": CONTROL,
+    "wan2.1-fun-v1.1-control-1.3B": CONTROL,
+    "wan2.1-fun-v1.1-control-14B": CONTROL,
+    "wan2.1-fun-v1.1-control-camera-1.3B": ("fun-camera-1.3B", "fun-camera-14B"),
+    "wan2.1-fun-v1.1-control-camera-14B": ("fun-camera-1.3B", "fun-camera-14B"),
+    "wan2.1-vace-1.3B": ("vace-1.3B", "vace-14B", "vace-fun-A14B"),
+    "wan2.1-vace-14B": ("vace-1.3B", "vace-14B", "vace-fun-A14B"),
+    "wan2.2-fun-A14B-control": ("fun-control-A14B",),
 }
 
 
@@ -32,15 +30,33 @@ def empty(shapes: dict[str, list[int]] | dict[str, tuple[int, ...]]) -> dict[str
         return {name: torch.empty(tuple(shape), dtype=torch.bfloat16) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("task", list(VARIANTS))
-@pytest.mark.parametrize("name", list(KINDS))
-def test_a_model_of_another_kind_is_refused_by_name_for_every_task(name: str, task: str) -> None:
-    with pytest.raises(InputError, match=f"--dit the state dict is a {KINDS[name]} model, which is not supported yet"):
-        check_dit(empty(OTHERS[name]), VARIANTS[task])
+@pytest.mark.parametrize("name", list(TASKS))
+def test_a_control_model_is_for_its_tasks_and_every_other_leads_to_them(name: str) -> None:
+    state = empty(load_manifest(name))
+    for task, variant in VARIANTS.items():
+        if task in TASKS[name]:
+            warning = check_dit(state, variant)
+            assert (warning is None) == (
+                name.rpartition("-")[2] in task or (variant.dim == 5120 and "1.3B" not in name)
+            )
+            continue
+        with pytest.raises(InputError, match=f"use --task {TASKS[name][0].rpartition('-')[0]}") as refused:
+            check_dit(state, variant)
+        size = "1.3B" if "1.3B" in name else "14B"
+        assert str(refused.value).endswith(size) and f"--task {variant.name} is" in str(refused.value)
 
 
-def test_no_published_file_is_missing() -> None:
-    assert set(OTHERS) == set(KINDS)
+@pytest.mark.parametrize(
+    ("removed", "told"),
+    [
+        ("vace_blocks.0.before_proj.weight", "missing vace_blocks.0.before_proj.weight"),
+        ("vace_blocks.14.ffn.0.weight", "missing vace_blocks.14.ffn.0.weight"),
+    ],
+)
+def test_a_control_model_that_lacks_a_part_is_not_whole(removed: str, told: str) -> None:
+    shapes = load_manifest("wan2.1-vace-1.3B")
+    with pytest.raises(InputError, match=told):
+        check_dit(empty({name: shape for name, shape in shapes.items() if name != removed}), VARIANTS["vace-1.3B"])
 
 
 @pytest.mark.parametrize(
@@ -57,12 +73,12 @@ def test_models_that_are_driven_by_sound_or_a_face_are_told_by_their_submodules(
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_other_names_and_loading_without_a_task_make_no_difference(prefix: str) -> None:
-    vace = empty(OTHERS["wan2.1-vace-1.3B"])
-    with pytest.raises(InputError, match="VACE"):
-        load_dit({prefix + name: tensor for name, tensor in vace.items()}, device="meta")
-    with pytest.raises(InputError, match="VACE"):
-        load_dit({diffusers_name(name): tensor for name, tensor in vace.items()}, device="meta")
+def test_other_names_make_no_difference(prefix: str) -> None:
+    vace = empty(load_manifest("wan2.1-vace-1.3B"))
+    assert check_dit({prefix + name: tensor for name, tensor in vace.items()}, VARIANTS["vace-1.3B"]) is None
+    theirs = {diffusers_name(name): tensor for name, tensor in vace.items()}
+    assert "vace_blocks.3.attn1.to_q.weight" in theirs
+    assert check_dit(theirs, VARIANTS["vace-1.3B"]) is None
 
 
 @pytest.mark.parametrize(
