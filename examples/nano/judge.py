@@ -1,5 +1,6 @@
 """What a clip of the small world shows, told from its pixels by rules: the measure of everything that is claimed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ _CONTRAST = 45.0  # of a pixel to the ground, Euclidean in RGB: what belongs to 
 _AREAS = (0.5 * 1.8 * RADIUS**2, 1.5 * 4 * RADIUS**2)  # pixels, from half a triangle to one and a half squares
 _SOLID = 0.8  # share of its convex hull that a whole shape fills
 _MOVED = 4.0  # pixels: a third of what a moving shape goes
+_NEAR = 3.0  # pixels: half a shape's radius
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ def judge(frames: NDArray[np.uint8], palette: Mapping[str, Colour] = PALETTE) ->
     mean = np.mean([spot.colour for spot in found], axis=0)
     colour = min(palette, key=lambda name: float(np.linalg.norm(mean - palette[name])))
     return Verdict(whole, colour, _motion(found[-1].x - found[0].x, found[-1].y - found[0].y))
+
+
+def centres(frames: NDArray[np.uint8]) -> list[tuple[float, float] | None]:
+    """Where the one whole shape of each frame (F, 32, 32, 3) is, right and down in pixels; None where there is none."""
+    spots = [_find(frame) for frame in frames]
+    return [None if spot is None else (spot.x, spot.y) for spot in spots]
+
+
+def follows(frames: NDArray[np.uint8], shown: NDArray[np.uint8]) -> bool:
+    """Whether a clip's shape goes the way of another's: within 3 pixels of it in 3 of 4 frames."""
+    pairs = zip(centres(frames), centres(shown), strict=True)
+    near = [here is not None and there is not None and math.dist(here, there) <= _NEAR for here, there in pairs]
+    return sum(near) >= 0.75 * len(near)
 
 
 def _find(frame: NDArray[np.uint8]) -> _Spot | None:

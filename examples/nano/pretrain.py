@@ -93,8 +93,9 @@ def make_samples(folder: Path, work: Path) -> Samples:
     return Samples(latents, torch.arange(len(scenes)).repeat_interleave(CLIPS_PER_SCENE), context, lengths)
 
 
-def save_dit(folder: Path, state: dict[str, Tensor]) -> None:
+def save_dit(folder: Path, state: dict[str, Tensor], *, in_dim: int = GEOMETRY.in_dim) -> None:
     """Write the DiT and its configuration, as the published folders hold them."""
+    folder.mkdir(parents=True, exist_ok=True)
     _save(folder / DIT, state)
     about = {
         "_class_name": "WanModel",
@@ -102,7 +103,7 @@ def save_dit(folder: Path, state: dict[str, Tensor]) -> None:
         "dim": GEOMETRY.dim,
         "ffn_dim": GEOMETRY.ffn_dim,
         "freq_dim": GEOMETRY.freq_dim,
-        "in_dim": GEOMETRY.in_dim,
+        "in_dim": in_dim,
         "out_dim": GEOMETRY.out_dim,
         "num_heads": GEOMETRY.num_heads,
         "num_layers": GEOMETRY.num_layers,

@@ -23,6 +23,7 @@ from wan_train.models.variants import TEXT_LENGTH
 CONFIG = DitConfig(dim=192, ffn_dim=768, num_heads=4, num_layers=4, text_dim=64)
 SHIFT = 3.0
 NO_TEXT = 0.1  # share of samples that get the empty caption, for guidance
+NO_CONTROL = 0.1  # share of samples that get zeros for their control
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Samples:
     """What is learnt: latents (N, 16, 5, 4, 4), the caption of each by number, and the captions' embeddings.
 
     `context` (captions, T, text_dim) with zeros behind each caption, `lengths` (captions,); the last is the empty one.
+    `controls` (N, 16, 5, 4, 4) are the latents of each clip's control video, of a model that reads one.
     """
 
     latents: Tensor
     captions: Tensor
     context: Tensor
     lengths: Tensor
+    controls: Tensor | None = None
 
 
 def pad_captions(embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -97,9 +100,9 @@ def make_dit(seed: int = 0) -> Dit:
     return model
 
 
-def train_dit(work: Path, samples: Samples, settings: DitSettings, trail: Trail) -> Dit:
-    """The average of the trained weights; goes on from what `work` holds."""
-    model = make_dit()
+def train_dit(work: Path, samples: Samples, settings: DitSettings, trail: Trail, *, start: Dit | None = None) -> Dit:
+    """Return the average of the trained weights, of `start` or of a new model; resumes from what `work` holds."""
+    model = make_dit() if start is None else start
     text = ShortText(model)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -142,4 +145,12 @@ def _loss(model: Dit, text: ShortText, samples: Samples, draw: torch.Generator, 
     t = shift(torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4)).sigmoid(), SHIFT)
     lengths, context = samples.lengths[captions], samples.context[captions]
     text.begin(lengths, context.shape[1])
-    return F.mse_loss(model(interpolate(data, noise, t), 1000 * t, context), velocity(data, noise))
+    beside = {} if samples.controls is None else {"image_latents": _control(samples.controls[chosen], draw)}
+    return F.mse_loss(model(interpolate(data, noise, t), 1000 * t, context, **beside), velocity(data, noise))
+
+
+def _control(latents: Tensor, draw: torch.Generator) -> Tensor:
+    """What a Fun-Control model reads behind noisy latents: (B, 32, F, H, W), the control's latents, zeros in some
+    samples, then zeros for the start image that there is none of."""
+    kept = torch.rand(len(latents), generator=draw) >= NO_CONTROL
+    return torch.cat([latents * kept.view(-1, 1, 1, 1, 1), torch.zeros_like(latents)], dim=1)
