@@ -19,7 +19,9 @@ from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.placement.settings import CompileSettings
 
-TOKENS = ((0, 1), (3, 1))  # of a block's arguments, x (B, L, d) and turns (2, L, 1, D): which, and its dimension of L
+# Of a block's arguments x (B, L, d), turns (2, L, 1, D) and, in VACE's first block, start (B, L, d): which, and its
+# dimension of L.
+TOKENS = ((0, 1), (3, 1), (4, 1))
 DYNAMIC = {"true": True, "false": False, "auto": None}
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record and replay them
 
@@ -106,6 +108,8 @@ def _configure(limit: int | None) -> None:
     # Else the backward pass would get what products read, a stored matrix that was widened among it, kept by the
     # forward pass: that is memory for the whole model in its wide form.
     torch._functorch.config.ban_recompute_materialized_backward = False
+    # Where several graphs fit, a pass that is recomputed takes the one that the first pass took, not the last one used.
+    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
     if limit is not None:
         config.recompile_limit = limit
         config.accumulated_recompile_limit = max(limit, config.accumulated_recompile_limit)
@@ -125,7 +129,8 @@ def _called(forward: Callable[..., Any], tokens: Sequence[tuple[int, int]], *, r
     @wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         for argument, dimension in tokens:
-            torch._dynamo.maybe_mark_dynamic(args[argument], dimension)
+            if argument < len(args):
+                torch._dynamo.maybe_mark_dynamic(args[argument], dimension)
         out = forward(*args, **kwargs)
         # What a CUDA graph returns lies where its next run, the next block's, writes again.
         return tree_map(Tensor.clone, out) if replays else out
