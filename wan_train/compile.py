@@ -108,8 +108,8 @@ def _configure(limit: int | None) -> None:
     # Else the backward pass would get what products read, a stored matrix that was widened among it, kept by the
     # forward pass: that is memory for the whole model in its wide form.
     torch._functorch.config.ban_recompute_materialized_backward = False
-    # Where several graphs fit, a pass that is recomputed takes the one that the first pass took, not the last one used.
-    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
+    # Else a Linear with a LoRA takes the graph of one without, whose branch is a hook.
+    config.skip_nnmodule_hook_guards = False
     if limit is not None:
         config.recompile_limit = limit
         config.accumulated_recompile_limit = max(limit, config.accumulated_recompile_limit)
