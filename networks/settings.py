@@ -23,8 +23,8 @@ class NetworkSettings:
     )
     network_args: tuple[str, ...] = option(
         (),
-        "Further arguments of the network module; of a LoRA exclude_patterns, include_patterns, rank_dropout, "
-        "module_dropout, loraplus_lr_ratio and verbose.",
+        "Further arguments of the network module; of a LoRA exclude_patterns, include_patterns, conv_dim, "
+        "conv_alpha, rank_dropout, module_dropout, loraplus_lr_ratio and verbose.",
         metavar="KEY=VALUE",
     )
     network_weights: str | None = option(None, "LoRA file to start from; it must fit the network in every part.")
