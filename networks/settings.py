@@ -114,8 +114,9 @@ class ConvertSettings:
     output: str = option("", "Safetensors file to write.", required=True)
     target: str = option(
         "",
-        "Naming to write: other is lora_A/lora_B with alpha folded in, default is lora_unet_ with alpha.",
-        choices=("other", "default"),
+        "Naming to write: other is lora_A/lora_B with alpha folded in, default is lora_unet_ with alpha, "
+        "diffusers is other with its own names of modules, which it needs for VACE.",
+        choices=("other", "default", "diffusers"),
         required=True,
     )
     diffusers_prefix: str = option("diffusion_model", "First part of the names under --target other.", metavar="PREFIX")

@@ -61,6 +61,12 @@ STYLES = {
     "lightx2v": Style("diffusion_model.{M}", "lora_down.weight", "lora_up.weight"),
     "diffusers": Style("transformer.{D}", "lora_A.weight", "lora_B.weight"),
     "DiffSynth": Style("{M}", "lora_A.default.weight", "lora_B.default.weight"),
+    "bare": Style("{M}", "lora_A.weight", "lora_B.weight"),
+}
+WRITTEN = {
+    "ComfyUI": ("--target", "other"),
+    "diffusers": ("--target", "diffusers"),
+    "bare": ("--target", "other", "--diffusers_prefix", ""),
 }
 KEYS = {
     "kohya": ("lora_unet_vace_blocks_0_self_attn_q.lora_down.weight", "lora_unet_vace_blocks_0_before_proj.alpha"),
@@ -72,6 +78,7 @@ KEYS = {
         "transformer.vace_blocks.0.proj_in.lora_A.weight",
         "transformer.vace_blocks.1.proj_out.lora_B.weight",
     ),
+    "bare": ("vace_blocks.0.before_proj.lora_A.weight",),
     "DiffSynth": ("vace_blocks.0.self_attn.q.lora_A.default.weight", "ref_conv.lora_B.default.weight"),
 }
 OWN = ()
@@ -131,12 +138,10 @@ def test_every_naming_is_read_and_converted_there_and_back(
     assert run(TOOL, ["--input", str(path), "--output", str(kohya), "--target", "default"]) == 0
     assert dict(read_tensors(kohya)).keys() == written(deltas, STYLES["kohya"]).keys()
     assert_same(read_lora(kohya, shapes), deltas)
-    for prefix in ("diffusion_model", "transformer", ""):
-        there, back = tmp_path / f"there{prefix}.safetensors", tmp_path / f"back{prefix}.safetensors"
-        to = ("--target", "other", "--diffusers_prefix", prefix)
-        assert run(TOOL, ["--input", str(kohya), "--output", str(there), *to]) == 0
-        names = {f"{prefix}.{module}.lora_{half}.weight".lstrip(".") for module in deltas for half in "AB"}
-        assert dict(read_tensors(there)).keys() == names
+    for style, target in WRITTEN.items():
+        there, back = tmp_path / f"there_{style}.safetensors", tmp_path / f"back_{style}.safetensors"
+        assert run(TOOL, ["--input", str(kohya), "--output", str(there), *target]) == 0
+        assert dict(read_tensors(there)).keys() == written(deltas, STYLES[style]).keys()
         assert run(TOOL, ["--input", str(there), "--output", str(back), "--target", "default"]) == 0
         assert dict(read_tensors(back)).keys() == dict(read_tensors(kohya)).keys()
         assert_same(read_lora(back, shapes), deltas)
