@@ -14,11 +14,15 @@ from networks.formats.files import check_deltas, read_lora
 from networks.merge import merged
 from networks.settings import EXTRACT, TOOL, NetworkSettings
 from tests.tiny.make import Shapes, dit_shapes, draw_weight
+from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, attach_adapter, finish_dit
 from wan_train.cli import run
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit
 from wan_train.models.loading import linears_of, load_dit
+from wan_train.models.settings import DitSettings
+from wan_train.placement.settings import CompileSettings, RecomputeSettings, StreamSettings
 from wan_train.precision import Conv2d
+from wan_train.quantization.settings import WeightSettings
 from wan_train.storage import read_tensors, save_tensors
 
 CPU = torch.device("cpu")
@@ -30,6 +34,11 @@ WINDOWS = {
     "control_adapter.residual_blocks.0.conv2": (DIM, DIM, 3, 3),
 }
 REQUEST = r"include_patterns=['ref_conv','control_adapter\..*']"
+WAYS: dict[str, dict[str, Any]] = {
+    "recomputed": {"activations": RecomputeSettings(recompute="full")},
+    "streamed": {"stream": StreamSettings(blocks_to_swap=1), "activations": RecomputeSettings(recompute="full")},
+    "compiled": {"compile": CompileSettings(compile=True, compile_backend="eager")},
+}
 ALONE = (REQUEST, r"exclude_patterns=['.*']")
 
 
@@ -229,3 +238,43 @@ def test_the_convolution_computes_in_its_inputs_dtype() -> None:
     assert torch.equal(conv(x), wanted)
     torch.testing.assert_close(conv.double()(x), wanted, rtol=0, atol=1e-6)
     assert conv.bfloat16()(x).dtype == torch.float32
+
+
+def kept(dit: Dit) -> list[Tensor]:
+    """The output and the gradients of a LoRA on everything."""
+    out = velocity(dit.train())
+    out.square().mean().backward()
+    return [out.detach(), *(p.grad for _, p in dit.named_parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_memory_options_change_nothing(tmp_path, way: str) -> None:
+    path = tmp_path / "dit.safetensors"
+    save_tensors(path, weights())
+
+    def learnt(parts: dict[str, Any]) -> list[Tensor]:
+        given: dict[str, Any] = {"activations": RecomputeSettings()} | parts
+        made = ModelSettings(DitSettings(dit=str(path), task="fun-camera-1.3B"), **given)
+        dit = assemble_dit(made, device=CPU)
+        adapter = attach_adapter(dit, settings(REQUEST), made.stream, seed=0, device=CPU)
+        generator = torch.Generator().manual_seed(3)
+        for _, parameter in adapter.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+        finish_dit(dit, made, CPU)
+        return kept(dit)
+
+    plain, saved = learnt({}), learnt(WAYS[way])
+    assert len(plain) == 1 + 2 * 24
+    for ours, theirs in zip(plain, saved, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", [WeightSettings(fp8_base=True, fp8_scaled=True), WeightSettings(int8_base=True)])
+def test_a_file_is_merged_into_a_quantised_model(tmp_path, precision: WeightSettings) -> None:
+    path, lora = tmp_path / "dit.safetensors", tmp_path / "lora.safetensors"
+    save_tensors(path, weights())
+    save_tensors(lora, trained(model(), *ALONE).export())
+    made = ModelSettings(DitSettings(dit=str(path), task="fun-camera-1.3B"), weights=precision)
+    summed = assemble_dit(made, device=CPU, loras=[WeightedLora(str(lora))])
+    wanted = dict(merged(weights().items(), [(read_lora(lora, linears_of(shapes())), 1.0)]))
+    assert all(torch.equal(summed.state_dict()[f"{name}.weight"], wanted[f"{name}.weight"]) for name in WINDOWS)
