@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from networks import lora_wan
+from networks.deltas.branch import branch_targets
 from networks.formats.kinds import Shape
 from networks.full import Full
 from networks.lora_adapter import Lora
@@ -47,8 +48,7 @@ class Both:
     """The two as one `Adapter`; `parts` are what is saved apart, by what is added to the file's name."""
 
     def __init__(self, full: Full, model: nn.Module, settings: NetworkSettings, *, seed: int) -> None:
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        rest = without_trained(linears, dict(full.named_parameters()))
+        rest = without_trained(branch_targets(model), dict(full.named_parameters()))
         self.full, self.lora = full, lora_wan.attach_to(rest, lora_settings(settings), seed=seed)
         self.parts: dict[str | None, Full | Lora] = {None: self.full, LORA: self.lora}
 

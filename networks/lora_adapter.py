@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.deltas.branch import attach_branch, disabled
+from networks.deltas.branch import Target, attach_branch, branch_targets, disabled, weight_shape
 from networks.deltas.lora import LoraBranch, LoraDelta, initial_down
 from networks.formats.files import kohya_state, read_lora, require_fit
 from networks.lora_arguments import lora_arguments
@@ -47,20 +47,21 @@ class Lora:
 
     def __init__(
         self,
-        targets: Mapping[str, nn.Linear],
+        targets: Mapping[str, Target],
         settings: NetworkSettings,
         *,
         seed: int,
         sizes: Mapping[str, Size] | None = None,
     ) -> None:
-        assert targets, "the model has no Linear to adapt"
+        assert targets, "the model has nothing to adapt"
         self.settings, self.arguments = settings, lora_arguments(settings)
         self.sizes = sizes or dict.fromkeys(targets, Size.of(settings.dim, settings.network_alpha))
         self.branches: dict[str, LoraBranch] = {}
-        for name, linear in targets.items():
-            size, device = self.sizes[name], linear.weight.device
-            down = initial_down(name, (size.dim, linear.in_features), seed).to(device)
-            up = torch.zeros(linear.out_features, size.dim, device=device)
+        for name, target in targets.items():
+            size, device = self.sizes[name], target.weight.device
+            num_outputs, num_inputs, *window = weight_shape(target)
+            down = initial_down(name, (size.dim, num_inputs, *window), seed).to(device)
+            up = torch.zeros(num_outputs, size.dim, *(1 for _ in window), device=device)
             branch = LoraBranch(
                 down,
                 up,
@@ -69,7 +70,7 @@ class Lora:
                 rank_dropout=self.arguments.rank_dropout,
                 module_dropout=self.arguments.module_dropout,
             )
-            attach_branch(linear, branch.train(linear.training))
+            attach_branch(target, branch.train(target.training))
             self.branches[name] = branch
         self._groups = by_shape(self.branches.values())
 
@@ -86,7 +87,7 @@ class Lora:
         ]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Each pair's `{module}.lora.down.weight` (r, in) and `.up.weight` (out, r), in the model's order."""
+        """Each pair's `{module}.lora.down.weight` and `.up.weight`, in the model's order."""
         for name, branch in self.branches.items():
             yield f"{name}.lora.down.weight", branch.down.weight
             yield f"{name}.lora.up.weight", branch.up.weight
@@ -94,10 +95,9 @@ class Lora:
     def act_on(self, model: nn.Module) -> None:
         """Change another model of the same geometry too, by the same pairs."""
         model.requires_grad_(False)
+        targets = branch_targets(model)
         for name, branch in self.branches.items():
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            attach_branch(linear, branch)
+            attach_branch(targets[name], branch)
 
     def disabled(self) -> AbstractContextManager[None]:
         """While it lasts the model computes as if it had no branches; see `networks.deltas.branch.disabled`."""
@@ -112,7 +112,8 @@ class Lora:
         return limit_norms(self._groups, limit)
 
     def export(self, read: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-        """`lora_unet_{module}.lora_down.weight` (r, in), `.lora_up.weight` (out, r) and `.alpha`, float32."""
+        """`lora_unet_{module}.lora_down.weight` (r, in) or (r, in, k, k), `.lora_up.weight` (out, r) or (out, r, 1, 1)
+        and `.alpha`, float32."""
         return kohya_state(
             {
                 name: LoraDelta(read(branch.down.weight), read(branch.up.weight), branch.scale)
@@ -144,6 +145,9 @@ class Lora:
             text += f"dims {min(dims)} to {max(dims)}, each with its own alpha"
         else:
             text += f"dim {common.dim}, alpha {self._alpha(common):g}, alpha/dim {common.scale:g}"
+            text += "".join(
+                f", convolutions dim {size.dim}, alpha {size.alpha:g}" for size in set(self.sizes.values()) - {common}
+            )
             if common.scale < SMALL_SCALE:
                 text += (
                     f"\nwhat is learnt counts alpha/dim, and --network_alpha is 1 unless given: if the result is too "
@@ -177,7 +181,9 @@ class Lora:
                 branch.up.weight.mul_(delta.scale / branch.scale)
 
     def _common_size(self) -> Size | None:
-        """The size of all pairs, if it is the same."""
+        """The size of all pairs, if it is the same; a conv_dim and a conv_alpha of the settings aside."""
+        if not self.settings.dim_from_weights:
+            return Size.of(self.settings.dim, self.settings.network_alpha)
         sizes = set(self.sizes.values())
         return sizes.pop() if len(sizes) == 1 else None
 
@@ -190,5 +196,5 @@ def _require_size(name: str, delta: LoraDelta, branch: LoraBranch) -> None:
     given, wanted = delta.down.shape[0], branch.down.weight.shape[0]
     if given != wanted:
         raise InputError(f"the LoRA's {name} has dim {given}, the network {wanted}: set --network_dim {given}")
-    ours = (branch.up.weight.shape[0], branch.down.weight.shape[1])
+    ours = (branch.up.weight.shape[0], *branch.down.weight.shape[1:])
     require_fit(name, delta.shape, ours, "the LoRA")

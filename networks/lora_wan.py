@@ -1,9 +1,11 @@
-"""LoRA on a Wan DiT: the Linears inside its blocks, all or some."""
+"""LoRA on a Wan DiT: the Linears inside its blocks, all or some, and on request the convolutions of a control model."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from networks.deltas.branch import Target, branch_targets
 from networks.deltas.lora import LoraDelta
 from networks.formats.files import check_lora, read_lora
 from networks.formats.kinds import Shape
@@ -18,6 +20,7 @@ from wan_train.models.stacks import BASE, VACE, read_block_name
 log = get_logger(__name__)
 
 _NOT_OF_VACE = (rf"{BASE}\..*", r".*\.(before|after)_proj")
+_CONVOLUTIONS = r"ref_conv|control_adapter\..*"
 
 
 def check(settings: NetworkSettings) -> None:
@@ -36,22 +39,24 @@ def check_model(settings: NetworkSettings, linears: Mapping[str, Shape]) -> None
     """InputError for patterns and `--network_weights` that do not fit a model with these Linears, (out, in) by name;
     a warning for arguments that change nothing on it."""
     arguments, path = lora_arguments(settings), settings.network_weights
-    if arguments.conv_dim is not None or arguments.conv_alpha is not None:
-        log.warning("conv_dim and conv_alpha change nothing: the blocks of Wan have no convolutions")
     if settings.dim_from_weights:
         assert path is not None
         check_lora(path, linears)
+        _warn_of_conv_sizes(arguments, "--dim_from_weights takes the sizes of the file")
         return
-    names = _chosen(linears, arguments)
-    exclude = [*arguments.exclude_patterns, *not_by_default(in_blocks(linears))]
-    for pattern in without_effect(in_blocks(linears), exclude, arguments.include_patterns):
+    sizes = _sizes(linears, settings)
+    if not any(map(_is_convolution, sizes)):
+        _warn_of_conv_sizes(arguments, "no convolutions are trained, which include_patterns alone choose")
+    names = _selectable(linears)
+    exclude = [*arguments.exclude_patterns, *not_by_default(names)]
+    for pattern in without_effect(names, exclude, arguments.include_patterns):
         log.warning(
             "include_patterns: %r changes nothing, since it only brings back what exclude_patterns leave out; to train "
             "these modules alone add \"exclude_patterns=['.*']\"",
             pattern,
         )
     if path is not None:
-        _require_same(check_lora(path, linears), names, settings)
+        _require_same(check_lora(path, linears), sizes, settings)
 
 
 def attach(model: nn.Module, settings: NetworkSettings, *, seed: int = 0) -> Lora:
@@ -59,22 +64,20 @@ def attach(model: nn.Module, settings: NetworkSettings, *, seed: int = 0) -> Lor
     with the LoRA of `--network_weights`."""
     check(settings)
     model.requires_grad_(False)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return attach_to(linears, settings, seed=seed)
+    return attach_to(branch_targets(model), settings, seed=seed)
 
 
-def attach_to(linears: Mapping[str, nn.Linear], settings: NetworkSettings, *, seed: int) -> Lora:
-    """The same for these Linears of a model, by their names, whoever froze what of it."""
-    deltas = None if settings.network_weights is None else read_lora(settings.network_weights, linears)
+def attach_to(modules: Mapping[str, Target], settings: NetworkSettings, *, seed: int) -> Lora:
+    """The same for these modules of a model, by their names, whoever froze what of it."""
+    deltas = None if settings.network_weights is None else read_lora(settings.network_weights, modules)
     if settings.dim_from_weights:
         assert deltas is not None
-        sizes = {name: _size(name, deltas[name]) for name in linears if name in deltas}
-        chosen, lora_sizes = list(sizes), sizes
+        sizes = {name: _size(name, deltas[name]) for name in modules if name in deltas}
     else:
-        chosen, lora_sizes = _chosen(linears, lora_arguments(settings)), None
+        sizes = _sizes(modules, settings)
         if deltas is not None:
-            _require_same({name: len(delta.down) for name, delta in deltas.items()}, chosen, settings)
-    adapter = Lora({name: linears[name] for name in chosen}, settings, seed=seed, sizes=lora_sizes)
+            _require_same({name: len(delta.down) for name, delta in deltas.items()}, sizes, settings)
+    adapter = Lora({name: modules[name] for name in sizes}, settings, seed=seed, sizes=sizes)
     if deltas is not None:
         adapter.take(deltas)
     return adapter
@@ -92,15 +95,33 @@ def in_blocks(names: Iterable[str]) -> list[str]:
 
 
 def not_by_default(names: Iterable[str]) -> tuple[str, ...]:
-    """Patterns of what `include_patterns` alone choose: of a VACE model the base's blocks and the projections between
-    both stacks (DiffSynth-Studio's recipe)."""
+    """Patterns of what `include_patterns` alone choose: convolutions, and of a VACE model the base's blocks and the
+    projections between both stacks (DiffSynth-Studio's recipe)."""
     is_vace = any(part.stack == VACE for part in map(read_block_name, names) if part is not None)
-    return _NOT_OF_VACE if is_vace else ()
+    return (_CONVOLUTIONS, *(_NOT_OF_VACE if is_vace else ()))
 
 
-def _chosen(linears: Iterable[str], arguments: LoraArguments) -> list[str]:
-    names = in_blocks(linears)
-    return trained_modules(names, arguments.exclude_patterns, arguments.include_patterns, not_by_default(names))
+def _selectable(names: Iterable[str]) -> list[str]:
+    """The names that patterns choose from."""
+    return [name for name in names if read_block_name(name) is not None or _is_convolution(name)]
+
+
+def _is_convolution(name: str) -> bool:
+    return re.fullmatch(_CONVOLUTIONS, name) is not None
+
+
+def _warn_of_conv_sizes(arguments: LoraArguments, reason: str) -> None:
+    if arguments.conv_dim is not None or arguments.conv_alpha is not None:
+        log.warning("conv_dim and conv_alpha change nothing: %s", reason)
+
+
+def _sizes(modules: Iterable[str], settings: NetworkSettings) -> dict[str, Size]:
+    """The size of the pair of each module that the settings choose of these."""
+    arguments, names = lora_arguments(settings), _selectable(modules)
+    plain = Size.of(settings.dim, settings.network_alpha)
+    convolution = Size.of(arguments.conv_dim or settings.dim, arguments.conv_alpha or settings.network_alpha)
+    chosen = trained_modules(names, arguments.exclude_patterns, arguments.include_patterns, not_by_default(names))
+    return {name: convolution if _is_convolution(name) else plain for name in chosen}
 
 
 def _size(module: str, delta: LoraDelta) -> Size:
@@ -110,17 +131,17 @@ def _size(module: str, delta: LoraDelta) -> Size:
     return Size.of(rank, delta.scale * rank)
 
 
-def _require_same(ranks: Mapping[str, int], names: list[str], settings: NetworkSettings) -> None:
-    """InputError unless a file with these ranks by module holds just the modules `names`, of the settings' dim."""
+def _require_same(ranks: Mapping[str, int], sizes: Mapping[str, Size], settings: NetworkSettings) -> None:
+    """InputError unless a file with these ranks by module holds just the modules of these sizes."""
     what = f"--network_weights {settings.network_weights}"
     way = "choose the same with exclude_patterns, or give --dim_from_weights"
-    for few, many, text in ((ranks, names, "lacks"), (names, ranks, "has")):
+    for few, many, text in ((ranks, sizes, "lacks"), (sizes, ranks, "has")):
         if odd := [name for name in many if name not in few]:
             whose = "that this network has" if text == "lacks" else "that this network does not train"
             listed = ", ".join(odd[:10])
             raise InputError(f"{what} {text} {len(odd)} modules {whose}: {listed}; {way}")
-    dims = sorted(set(ranks.values()))
-    if dims != [settings.dim]:
-        shown = ", ".join(map(str, dims))
-        one = f"set --network_dim {dims[0]}, or " if len(dims) == 1 else ""
-        raise InputError(f"{what} has dim {shown}, the network {settings.dim}: {one}give --dim_from_weights")
+    if any(ranks[name] != size.dim for name, size in sizes.items()):
+        dims, ours = set(ranks.values()), {size.dim for size in sizes.values()}
+        shown, wanted = (", ".join(map(str, sorted(each))) for each in (dims, ours))
+        one = f"set --network_dim {shown}, or " if len(dims) == len(ours) == 1 else ""
+        raise InputError(f"{what} has dim {shown}, the network {wanted}: {one}give --dim_from_weights")

@@ -34,8 +34,8 @@ def delta_norms(groups: Sequence[Sequence[LoraBranch]]) -> Tensor:
     """||scale * up @ down|| of every branch, group by group (n,), float32 on the parameters' device."""
     norms = []
     for group in groups:
-        down = torch.stack([branch.down.weight for branch in group])
-        up = torch.stack([branch.up.weight for branch in group])
+        down = torch.stack([branch.down.weight.flatten(1) for branch in group])
+        up = torch.stack([branch.up.weight.flatten(1) for branch in group])
         scales = torch.tensor([branch.scale for branch in group], device=down.device)
         norms.append(_product_norms(up, down) * scales.abs())
     return torch.cat(norms)

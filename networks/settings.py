@@ -23,8 +23,8 @@ class NetworkSettings:
     )
     network_args: tuple[str, ...] = option(
         (),
-        "Further arguments of the network module; of a LoRA exclude_patterns, include_patterns, rank_dropout, "
-        "module_dropout, loraplus_lr_ratio and verbose.",
+        "Further arguments of the network module; of a LoRA exclude_patterns, include_patterns, conv_dim, "
+        "conv_alpha, rank_dropout, module_dropout, loraplus_lr_ratio and verbose.",
         metavar="KEY=VALUE",
     )
     network_weights: str | None = option(None, "LoRA file to start from; it must fit the network in every part.")
@@ -114,8 +114,9 @@ class ConvertSettings:
     output: str = option("", "Safetensors file to write.", required=True)
     target: str = option(
         "",
-        "Naming to write: other is lora_A/lora_B with alpha folded in, default is lora_unet_ with alpha.",
-        choices=("other", "default"),
+        "Naming to write: other is lora_A/lora_B with alpha folded in, default is lora_unet_ with alpha, "
+        "diffusers is other with its own names of modules, which it needs for VACE.",
+        choices=("other", "default", "diffusers"),
         required=True,
     )
     diffusers_prefix: str = option("diffusion_model", "First part of the names under --target other.", metavar="PREFIX")

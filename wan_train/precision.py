@@ -88,6 +88,14 @@ class Linear(nn.Linear):
         return FrozenProduct.apply(x, self.weight, self.scale_weight, bias)  # type: ignore[no-untyped-call]
 
 
+class Conv2d(nn.Conv2d):
+    """A Conv2d that computes in its input's dtype, whatever its weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+
+
 _CHUNK = 2**22  # numbers that are widened at once in float32: 16 MB
 
 

@@ -1,4 +1,4 @@
-"""What acts beside a Linear: a child module of it, called by its hooks.
+"""What acts beside a Linear or a convolution: a child module of it, called by its hooks.
 
 The Linear stays what it was: its parameters keep their names, and however it stores or streams its weight, it does so
 unaware of the branch.
@@ -6,10 +6,13 @@ unaware of the branch.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
+from wan_train.precision import Conv2d
+
+Target = nn.Linear | Conv2d  # what a branch can act on
 CHILD = "lora"  # of branches of every kind: saved states name their parameters by it
 
 
@@ -24,6 +27,15 @@ class Branch(Protocol):
 
     def after(self, x: Tensor, output: Tensor) -> Tensor:
         """Return the Linear's output (..., out) with the change added, in place or not; x is what `before` gave."""
+        ...
+
+
+@runtime_checkable
+class ConvolutionBranch(Branch, Protocol):
+    """A branch that may also act on a convolution: x is (N, in, h, w) then, and the output (N, out, h', w')."""
+
+    def follow(self, conv: Conv2d) -> None:
+        """Take over the stride and the padding of the convolution."""
         ...
 
 
@@ -53,13 +65,28 @@ def chained(branches: Sequence[Branch]) -> Branch:
     return branches[0] if len(branches) == 1 else Chain(branches)
 
 
-def attach_branch(linear: nn.Linear, branch: Branch) -> nn.Module:
-    """Let `branch` act on `linear`, as its child `lora`; return that child."""
-    assert not hasattr(linear, CHILD), "a Linear takes one branch"
+def branch_targets(model: nn.Module) -> dict[str, Target]:
+    """What branches can act on, by dotted name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Target)}
+
+
+def weight_shape(target: Target) -> tuple[int, ...]:
+    """(out, in) of a Linear, (out, in, k, k) of a convolution, however the weight is stored."""
+    if isinstance(target, nn.Linear):
+        return target.out_features, target.in_features
+    return target.out_channels, target.in_channels, *target.kernel_size
+
+
+def attach_branch(target: Target, branch: Branch) -> nn.Module:
+    """Let `branch` act on `target`, as its child `lora`; return that child."""
+    assert not hasattr(target, CHILD), "a Linear takes one branch"
+    if isinstance(target, Conv2d):
+        assert isinstance(branch, ConvolutionBranch), "a branch of this kind acts on Linears alone"
+        branch.follow(target)
     module = _module(branch)
-    linear.add_module(CHILD, module)
-    linear.register_forward_pre_hook(_before)
-    linear.register_forward_hook(_after)
+    target.add_module(CHILD, module)
+    target.register_forward_pre_hook(_before)
+    target.register_forward_hook(_after)
     return module
 
 

@@ -9,15 +9,18 @@ from networks.deltas.branch import Branch
 
 
 class Delta(Protocol):
-    """The change of one matrix (out, in), as a file holds it. Changes of one matrix add up."""
+    """The change of one matrix (out, in), or of the weight (out, in, k, k) of a convolution, as a file holds it.
+
+    Changes of one weight add up.
+    """
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the matrix that it changes."""
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) of the matrix that it changes, (out, in, k, k) of a convolution's weight."""
         ...
 
     def add_to(self, total: Tensor, multiplier: float) -> None:
-        """Add multiplier * the change to `total` (out, in), float32 on any device, in place."""
+        """Add multiplier * the change to `total`, of this shape, float32 on any device, in place."""
         ...
 
     @classmethod

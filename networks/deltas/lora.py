@@ -1,6 +1,7 @@
 """Low-rank adaptation (Hu et al. 2021): W x becomes W x + alpha/r * up (down x), r the rank.
 
-Legend: down (r, in), up (out, r), x (..., in), hidden (..., r), output (..., out).
+Legend: down (r, in), up (out, r), x (..., in), hidden (..., r), output (..., out); of a convolution down (r, in, k, k),
+up (out, r, 1, 1), x (N, in, h, w), hidden (N, r, h', w'), output (N, out, h', w').
 
 Both products of a branch are added into tensors that exist anyway, the output on the way forward and the input's
 gradient on the way back: for wide layers another tensor of that size would cost more than the products themselves.
@@ -17,24 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from wan_train.precision import Conv2d
+
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """A `Delta`: scale * up @ down, with down (r, in) and up (out, r) as the file has them."""
+    """A `Delta`: scale * up @ down, as the file has them; of a convolution each is flattened from dimension 1 on."""
 
     down: Tensor
     up: Tensor
     scale: float
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.up.shape[0], self.down.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """(out, in), or (out, in, k, k)."""
+        return self.up.shape[0], *self.down.shape[1:]
 
     def add_to(self, total: Tensor, multiplier: float) -> None:
-        """Add multiplier * scale * up @ down to `total` (out, in), float32, in place."""
-        down, up = (factor.to(total.device, torch.float32) for factor in (self.down, self.up))
-        total.addmm_(up, down, alpha=multiplier * self.scale)
+        """Add multiplier * scale * up @ down to `total`, float32, in place."""
+        down, up = (factor.to(total.device, torch.float32).flatten(1) for factor in (self.down, self.up))
+        total.view(len(total), -1).addmm_(up, down, alpha=multiplier * self.scale)
 
     @classmethod
     def branch(cls, changes: "Sequence[tuple[LoraDelta, float]]") -> "LoraBranch":
@@ -70,8 +73,16 @@ class Dropouts:
     module: float = 0.0
 
 
+@dataclass(frozen=True)
+class Window:
+    """How a convolution slides, by height and width."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+
 class LoraBranch(nn.Module):
-    """The pair of one Linear: `before` takes its input, `after` its output. It acts while it is `enabled`."""
+    """The pair of one Linear or convolution: `before` takes its input, `after` its output. It acts while `enabled`."""
 
     def __init__(
         self,
@@ -88,12 +99,19 @@ class LoraBranch(nn.Module):
         self.scale = scale
         self.dropouts = Dropouts(dropout, rank_dropout, module_dropout)
         self.enabled = True
+        self.window: Window | None = None  # of a convolution
         self.hidden: Tensor | None = None  # on its way from `before` to `after`
+
+    def follow(self, conv: Conv2d) -> None:
+        """Act on a convolution: take over its stride and its padding."""
+        assert not isinstance(conv.padding, str)
+        self.window = Window(conv.stride, conv.padding)
 
     def before(self, x: Tensor) -> Tensor:
         """x (..., in) as the Linear shall get it; keeps the rank's activations of it."""
         x = x.to(_product_dtype(x))
-        if torch.compiler.is_compiling():  # then `after` does it all: a graph leaves nothing behind on a module
+        # In these cases `after` does it all: a graph leaves nothing behind on a module, a convolution adds nothing up.
+        if torch.compiler.is_compiling() or self.window is not None:
             return x
         down = self.down.weight.to(x.dtype)
         if x.requires_grad and torch.is_grad_enabled():
@@ -105,6 +123,8 @@ class LoraBranch(nn.Module):
 
     def after(self, x: Tensor, output: Tensor) -> Tensor:
         """The Linear's output (..., out) for x, what `before` returned, with the branch added in place."""
+        if self.window is not None:
+            return self._convolved(x, output, self.window)
         up = self.up.weight.to(output.dtype)
         if torch.compiler.is_compiling():  # a compiler fuses the plain form by itself
             hidden = self._dropped(F.linear(x, self.down.weight.to(x.dtype)))
@@ -113,6 +133,11 @@ class LoraBranch(nn.Module):
         hidden, self.hidden = self.hidden.to(output.dtype), None
         added: Tensor = _Up.apply(output, hidden, up, self.scale)  # type: ignore[no-untyped-call]
         return added
+
+    def _convolved(self, x: Tensor, output: Tensor, window: Window) -> Tensor:
+        hidden = F.conv2d(x, self.down.weight.to(x.dtype), stride=window.stride, padding=window.padding)
+        hidden = self._dropped(hidden.movedim(1, -1)).movedim(-1, 1).to(output.dtype)
+        return torch.add(output, F.conv2d(hidden, self.up.weight.to(output.dtype)), alpha=self.scale)
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         return drop(hidden, self.dropouts) if self.training else hidden
@@ -187,8 +212,8 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
-def initial_down(name: str, shape: tuple[int, int], seed: int) -> Tensor:
-    """The first `down` (r, in) of the module `name`: the same whatever was drawn before, on whichever process."""
+def initial_down(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """The first `down`, of this shape, of the module `name`: the same whatever was drawn before, on any process."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

@@ -13,6 +13,7 @@ from networks.formats.keys import Choose, Group, Match, match_keys
 from networks.formats.kinds import KINDS, LORA, Scale, Shape
 from networks.formats.peft_config import declared_scale
 from wan_train.errors import InputError
+from wan_train.models.weights import diffusers_name
 from wan_train.storage import Header, TensorSource, read_header, read_tensors
 
 
@@ -79,6 +80,11 @@ def peft_state(deltas: Mapping[str, LoraDelta], prefix: str) -> dict[str, Tensor
         state[f"{name}.lora_A.weight"] = folded.down
         state[f"{name}.lora_B.weight"] = folded.up
     return state
+
+
+def diffusers_state(deltas: Mapping[str, LoraDelta]) -> dict[str, Tensor]:
+    """The pairs as `peft_state` has them, under diffusers' own names of the modules of its `transformer`."""
+    return peft_state({diffusers_name(module): delta for module, delta in deltas.items()}, "transformer")
 
 
 def require_fit(module: str, given: Shape, wanted: Shape, what: str) -> None:

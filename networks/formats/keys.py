@@ -18,10 +18,12 @@ Choose = Callable[[Iterable[str]], Iterable[str]]  # of the official names of a 
 _UNDERSCORED = re.compile(r"lora_(?:unet__?|prior_unet_)(.+)")
 _WRAPPERS = ("base_model.model.", "pipe.dit.")
 
-# The Linears of every published Wan model: outside its blocks, and in each block.
+# The Linears and Conv2d layers of every published Wan model: outside its blocks, and in each block.
 _OUTER = (
     *("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1"),
     *("img_emb.proj.1", "img_emb.proj.3", "head.head"),
+    *("ref_conv", "control_adapter.conv"),
+    *(f"control_adapter.residual_blocks.0.{leaf}" for leaf in ("conv1", "conv2")),
 )
 _INNER = (
     *(f"{part}.{leaf}" for part in ("self_attn", "cross_attn") for leaf in "qkvo"),
@@ -37,7 +39,7 @@ _FOREIGN = tuple(
         (r"\.lokr_\w+$", "LoKr"),
         (r"\.(dora_scale$|lora_magnitude_vector\b)", "DoRA"),
         (r"\.(diff|diff_b|diff_m|set_weight|reshape_weight|w_norm|b_norm)$", "full differences (diff)"),
-        (r"\.lora_mid\.", "LoRA of convolutions"),
+        (r"\.lora_mid\.", "LoRA of convolutions with a middle factor"),
         (r"\.lora_(B|up)(\.default)?\.bias$", "LoRA with biases"),
         (r"\.[ab][12]\.weight$", "GLoRA"),
     )
@@ -80,7 +82,7 @@ class Match:
 
 
 def possible_modules(names: Iterable[str]) -> list[str]:
-    """The official names of all Linears that a Wan model with the blocks named in these keys may have."""
+    """The official names of what a LoRA can change in a Wan model with the blocks named in these keys."""
     blocks = sorted({(match[1], int(match[2])) for name in names if (match := _BLOCK.search(name))})
     return [*_OUTER, *(f"{stem}.{index}.{leaf}" for stem, index in blocks for leaf in _INNER)]
 

@@ -23,9 +23,9 @@ class DeltaKind:
     """How files keep the changes of one kind.
 
     `split` takes a key apart into its module as written and the name of the part that the tensor is, None for keys of
-    other kinds; `required` are the parts that every change has. `measure(module, shapes, source)` returns (out, in) of
-    the matrix that parts of these shapes change, InputError where they do not belong together; `parse` makes a change
-    of parts that were measured. `source` is what messages call the file.
+    other kinds; `required` are the parts that every change has. `measure(module, shapes, source)` returns the shape of
+    the weight that parts of these shapes change, (out, in) or (out, in, k, k), InputError where they do not belong
+    together; `parse` makes a change of parts that were measured. `source` is what messages call the file.
     """
 
     split: Callable[[str], tuple[str, str] | None]
@@ -67,12 +67,14 @@ def _split_lora(key: str) -> tuple[str, str] | None:
 
 def _measure_lora(module: str, shapes: Mapping[str, Shape], source: str) -> Shape:
     down, up = shapes["down"], shapes["up"]
-    if len(down) > 2 or len(up) > 2:
-        raise InputError(f"{source} changes a convolution, {module}, which is not supported: give a LoRA of Linears")
-    if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[0] == 0:
+    is_convolution = len(down) == len(up) == 4 and up[2:] == (1, 1)
+    if not is_convolution and (len(down) > 2 or len(up) > 2):
+        shown = f"{module}, by {list(down)} and {list(up)}, which is not supported"
+        raise InputError(f"{source} changes a convolution, {shown}: give a LoRA of Linears and Conv2d layers")
+    if min(len(down), len(up)) < 2 or down[0] != up[1] or down[0] == 0:
         shown = f"{list(down)} and {list(up)}, does not multiply"
         raise InputError(f"{source}: the pair of {module}, {shown}: the file is broken, get it again")
-    return up[0], down[1]
+    return up[0], *down[1:]
 
 
 def _parse_lora(parts: Mapping[str, Tensor], scale: Scale) -> LoraDelta:

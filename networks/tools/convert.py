@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from networks.deltas.lora import LoraDelta
-from networks.formats.files import kohya_state, peft_state, read_lora
+from networks.formats.files import diffusers_state, kohya_state, peft_state, read_lora
 from networks.formats.hashes import add_hashes
 from networks.formats.keys import possible_modules
 from networks.formats.peft_config import METADATA_KEY
@@ -23,6 +23,7 @@ log = get_logger(__name__)
 WRITERS: dict[str, Callable[[Mapping[str, LoraDelta], str], dict[str, Tensor]]] = {
     "other": peft_state,
     "default": lambda deltas, prefix: kohya_state(deltas),
+    "diffusers": lambda deltas, prefix: diffusers_state(deltas),
 }
 
 

@@ -66,11 +66,12 @@ def main(settings: ExtractLoraSettings) -> None:
 
 @torch.no_grad()
 def truncate(before: Tensor, after: Tensor, rank: int, *, device: torch.device, dtype: torch.dtype) -> Extracted:
-    """The pair of at most `rank` for after - before, (out, in) each, rounded to `dtype`, its scale 1.
+    """The pair of at most `rank` for after - before, (out, in) or (out, in, k, k), rounded to `dtype`, its scale 1.
 
     The root of each singular value goes to either side. Equal matrices give equal pairs: nothing is left to chance.
     """
-    change = after.to(device, torch.float32) - before.to(device, torch.float32)
+    window = after.shape[2:]  # (k, k) of a convolution
+    change = (after.to(device, torch.float32) - before.to(device, torch.float32)).flatten(1)
     rank = min(rank, *change.shape)
     left, values, right = _decompose(change, rank)
     roots = values[:rank].sqrt()
@@ -78,6 +79,7 @@ def truncate(before: Tensor, after: Tensor, rank: int, *, device: torch.device, 
     down = (roots[:, None] * right[:, :rank].T).to(dtype).contiguous()
     total = float(change.square().sum())
     LoraDelta(down, up, 1.0).add_to(change, -1.0)
+    down, up = down.view(rank, -1, *window), up.view(*up.shape, *(1 for _ in window))
     return Extracted(LoraDelta(down.cpu(), up.cpu(), 1.0), total, float(change.square().sum()))
 
 

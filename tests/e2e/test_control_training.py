@@ -43,6 +43,11 @@ OWN = {
     "t2v-1.3B": "motion_controller.linear.0.weight",
 }
 
+CONVOLUTIONS = {  # by a submodule, what asks for a LoRA on it
+    "ref_conv": ("--network_args", "include_patterns=['ref_conv']", "conv_dim=3"),
+    "control_adapter": ("--network_args", r"include_patterns=['control_adapter\..*']"),
+}
+
 
 class Desk:
     """A folder with tiny control models and, for each task, caches of two clips and what controls them."""
@@ -104,7 +109,8 @@ def desk(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_here: Tool) -
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_lora_goes_on_to_the_bit(desk: Desk, task: str) -> None:
-    options = ("--network_module", "networks.lora_wan", "--network_dim", 2)
+    convolutions = CONVOLUTIONS.get(OWN[task].partition(".")[0], ())
+    options = ("--network_module", "networks.lora_wan", "--network_dim", 2, *convolutions)
     rates = {"fun-control-1.3B": 3, "vace-1.3B": 2, "fun-control-A14B": 3}.get(task, 0)
     names = ("--control_dropout_rate", "--reference_dropout_rate", "--image_dropout_rate")[:rates]
     dropping = [word for name in names for word in (name, 0.5)]
@@ -114,6 +120,7 @@ def test_a_lora_goes_on_to_the_bit(desk: Desk, task: str) -> None:
     parts = desk.train(task, f"{task}-parts", *options, *dropping, "--resume", state)
     assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
     assert all(tensor.any() for key, tensor in whole.items() if "lora_up" in key)
+    assert (f"lora_unet_{OWN[task].removesuffix('.weight').replace('.', '_')}.alpha" in whole) == bool(convolutions)
     if TASKS[task] == "vace":
         assert all(key.startswith("lora_unet_vace_blocks_0_") for key in whole) and not any("proj" in k for k in whole)
 

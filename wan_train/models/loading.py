@@ -168,14 +168,15 @@ def set_attention(
 
 
 def linear_shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
-    """The shapes (out, in) of a checkpoint's matrices by official module name, from its header."""
+    """The shapes of what a LoRA can change in a checkpoint by official module name, from its header: `linears_of`."""
     return linears_of(official_shapes(read_header(source).shapes))
 
 
 def linears_of(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """The shapes (out, in) of the matrices by module name, from the shapes of all weights by official name."""
-    matrices = {name: tuple(shape) for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2}
-    return {name.removesuffix(".weight"): shape for name, shape in matrices.items()}
+    """The shapes (out, in) of the matrices and (out, in, k, k) of the weights of Conv2d layers by module name, from the
+    shapes of all weights by official name."""
+    found = {name: tuple(shape) for name, shape in shapes.items() if name.endswith(".weight") and len(shape) in (2, 4)}
+    return {name.removesuffix(".weight"): shape for name, shape in found.items()}
 
 
 def describe(source: TensorSource) -> str:

@@ -9,15 +9,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan_train.models.dit.embedding import sinusoid
-from wan_train.precision import Linear
+from wan_train.precision import Conv2d, Linear
 
 CAMERA_SHRINK = 8  # pixels of a camera's map to a side of a latent cell
 MOTION_STEP = 10  # of the sinusoid's argument for each motion bucket
 
 
-def embed_reference(conv: nn.Conv2d, latents: Tensor, dtype: torch.dtype) -> Tensor:
+def embed_reference(conv: Conv2d, latents: Tensor, dtype: torch.dtype) -> Tensor:
     """Return tokens (B, H/2*W/2, d) float32 of a reference image's latents (B, C, 1, H, W) (VideoX-Fun's ref_conv)."""
-    return rearrange(_convolved(conv, latents[:, :, 0].to(dtype)), "B d h w -> B (h w) d").float()
+    return rearrange(conv(latents[:, :, 0].to(dtype)), "B d h w -> B (h w) d").float()
 
 
 class CameraAdapter(nn.Module):
@@ -28,14 +28,14 @@ class CameraAdapter(nn.Module):
 
     def __init__(self, dim_in: int, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim_in * CAMERA_SHRINK**2, dim, 2, stride=2)
+        self.conv = Conv2d(dim_in * CAMERA_SHRINK**2, dim, 2, stride=2)
         self.residual_blocks = nn.ModuleList([ResidualBlock(dim)])
 
     def forward(self, camera: Tensor, dtype: torch.dtype) -> Tensor:
         """camera (B, dim_in, F, 8H, 8W) -> (B, F*H/2*W/2, d) float32, products taken in `dtype`."""
         frames = rearrange(camera, "B C F X Y -> (B F) C X Y")
         cells = F.pixel_unshuffle(frames, CAMERA_SHRINK).to(dtype)
-        features = _convolved(self.conv, cells)
+        features = self.conv(cells)
         for block in self.residual_blocks:
             features = block(features)
         return rearrange(features, "(B F) d h w -> B (F h w) d", B=len(camera)).float()
@@ -46,11 +46,12 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(dim, dim, 3, padding=1) for _ in range(2))
+        self.conv1, self.conv2 = (Conv2d(dim, dim, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, d, h, w) -> like x."""
-        return x + _convolved(self.conv2, F.relu(_convolved(self.conv1, x)))
+        changed: Tensor = self.conv2(F.relu(self.conv1(x)))
+        return x + changed
 
 
 class MotionController(nn.Module):
@@ -66,9 +67,3 @@ class MotionController(nn.Module):
         embedded = sinusoid(motion_bucket_id * MOTION_STEP, self.freq_dim)
         added: Tensor = self.linear(embedded)
         return rearrange(added, "B (six d) -> B 1 six d", six=6)
-
-
-def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The convolution in the dtype of x, whatever its weights are stored in."""
-    assert conv.bias is not None and not isinstance(conv.padding, str)
-    return F.conv2d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), conv.stride, conv.padding)

@@ -25,7 +25,7 @@ from wan_train.models.dit.layers import GELU, ImageEmbedding
 from wan_train.models.dit.layers import DitConfig as DitConfig
 from wan_train.models.dit.rope import rotations
 from wan_train.models.dit.vace import VaceState, add_hint, make_vace_blocks
-from wan_train.precision import Linear
+from wan_train.precision import Conv2d, Linear
 
 NUM_CLIP_TOKENS = 257  # of an image
 
@@ -79,7 +79,7 @@ class Dit(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         if config.reference:
-            self.ref_conv = nn.Conv2d(config.out_dim, dim, config.patch_size[1:], stride=config.patch_size[1:])
+            self.ref_conv = Conv2d(config.out_dim, dim, config.patch_size[1:], stride=config.patch_size[1:])
         if config.camera_dim:
             self.control_adapter = CameraAdapter(config.camera_dim, dim)
         if config.vace_layers:
