@@ -120,6 +120,23 @@ def test_each_task_caches_what_it_reads(
     assert encoded(capsys) == 0
 
 
+@pytest.mark.parametrize(
+    ("task", "line", "told"),
+    [
+        ("t2v-1.3B", CONTROL, "control_directory: the task reads no control video: remove it"),
+        ("i2v-A14B", CONTROL, "control_directory: the task reads no control video: remove it"),
+        ("fun-inp-A14B", REFERENCE, "reference_directory: the task reads no reference image: remove it"),
+        ("t2v-1.3B", 'camera_direction = "Left"\n', "camera_direction: the task reads no camera path: remove it"),
+        ("t2v-1.3B", "start_image = true\n", "start_image: the task reads no start image: remove it"),
+    ],
+)
+def test_what_a_plain_task_does_not_read_is_refused(
+    cache: Cache, task: str, line: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cache(task, line) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_mirrored_conditions_are_those_of_mirrored_files(cache: Cache, folder: Path) -> None:
     """The mirrored context is that of a dataset in which every file is mirrored."""
     lines = CONTROL + MASK + REFERENCE
@@ -300,7 +317,7 @@ def test_trusted_caches_give_the_same_samples(cache: Cache, task: str, lines: st
 @pytest.mark.parametrize("key", ["latents_control", "latents_image"])
 def test_caches_of_musubi_tuner(cache: Cache, key: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Files with its names and without a recipe: the start image is the first frame of `latents_image`."""
-    assert cache("i2v-A14B", CONTROL) == 0
+    assert cache("", CONTROL, "--i2v") == 0
     plan = plan_of("i2v-14B-FC")
     for clip in plan.clips:
         path = latents_path(clip)
