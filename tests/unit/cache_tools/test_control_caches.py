@@ -1,6 +1,7 @@
 """Caches of control models: what is in them, when they are stale, which samples share a batch, and old ones."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,10 +18,12 @@ from dataset.batching.order import Pick
 from dataset.caching.cache import latents_path, read_extra, save_text
 from dataset.caching.contents import changes, read_contents
 from dataset.config import DatasetConfig, read_config
+from dataset.reading.opening import check_caches
 from dataset.sources import ClipPlan, list_items, plan_clips
 from tests.unit.dataset.drawing import draw_noise, draw_video, make_clips, write_toml
 from wan_train.cli import run
 from wan_train.conditions.camera import camera_path, mirrored
+from wan_train.errors import InputError
 from wan_train.models.variants import VARIANTS
 from wan_train.storage import read_header, read_tensors, save_tensors
 
@@ -118,6 +121,25 @@ def test_each_task_caches_what_it_reads(
     assert names_in(plan) == {"latents", *names} | (mirrored_names if flips else set())
     assert cache(task, lines) == 0
     assert encoded(capsys) == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        ("fun-control-14B", "--task fun-control-1.3B --clip ...`"),
+        ("i2v-14B-FC", "--task i2v-14B-FC --clip ...`"),
+        ("fun-camera-14B", "--task fun-camera-1.3B --clip ...`"),
+        ("vace-14B", "--task vace-1.3B`"),
+        ("fun-control-A14B", "--task fun-control-A14B`"),
+        ("fun-camera-A14B", "--task fun-camera-A14B`"),
+        ("fun-inp-A14B", "--task i2v-A14B`"),
+        ("t2v-14B", "--vae ...`"),
+    ],
+)
+def test_training_names_the_command_that_makes_what_is_missing(folder: Path, task: str, told: str) -> None:
+    write_toml(folder / "data.toml", TOML + CAMERAS * ("camera" in task))
+    with pytest.raises(InputError, match=re.escape(told)):
+        check_caches([plan_of(task)], "--dataset_config data.toml")
 
 
 @pytest.mark.parametrize(
