@@ -122,9 +122,11 @@ def check_run(run: LatentRunSettings | TextRunSettings) -> None:
 
 
 def control_inputs(settings: CacheLatentsSettings) -> ControlInputs | None:
-    """What else than images the caches are to hold conditions of."""
-    task = settings.pictures.task
-    return VARIANTS[task].control if task else None
+    """What else than images the caches are to hold conditions of; None: the task is not known."""
+    task, one_frame = settings.pictures.task, settings.pictures.one_frame
+    if not task or one_frame:  # one frame is made beside the images of a control_directory
+        return VARIANTS[task].control if task else None
+    return VARIANTS[task].control or ControlInputs()
 
 
 def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:

@@ -179,7 +179,7 @@ def _compare_conditions(item: Item, recipe: Recipe) -> str:
         return "camera changed"
     if item.motion_bucket_id is not None and recipe.motion_bucket != item.motion_bucket_id:
         return "motion bucket changed"
-    if control is None:
+    if control is None or not (control.reference or control.vace):
         return ""
     # Of the other files nothing is read any more that was made of them.
     read = ("reference", "vace_mask", *(("control",) if control.vace else ()))

@@ -43,22 +43,24 @@ def check_caches(plans: Sequence[ClipPlan], options: str) -> None:
             problems.append(
                 f"{len(bad)} of {len(states)} {tool.kind} caches are missing or not for what the TOML describes now"
                 f" ({name_some(map(str, bad))}): run `python {tool.program} {options} {tool.model} ..."
-                f"{_pictures(plans, tool)}`"
+                f"{_conditions(plans, tool)}`"
             )
     if problems:
         raise InputError("; ".join(problems))
 
 
-def _pictures(plans: Sequence[ClipPlan], tool: _Tool) -> str:
-    """What the command for latents says of pictures."""
+def _conditions(plans: Sequence[ClipPlan], tool: _Tool) -> str:
+    """What the command for latents says of images and controls."""
     config = plans[0].config
-    images = config.images
-    if tool is not _LATENTS or images is None:
+    if tool is not _LATENTS or (config.images is None and config.control is None):
         return ""
     # The first of those that such caches are for.
-    task = next(v.name for v in VARIANTS.values() if (v.images, v.space) == (images, config.space))
-    one_frame = config.one_frame is not None
-    return f" --task {task}" + " --clip ..." * images.clip + " --one_frame" * one_frame
+    read = config.images, config.space, config.control
+    task = next(
+        variant.name for variant in VARIANTS.values() if (variant.images, variant.space, variant.control) == read
+    )
+    clip = config.images is not None and config.images.clip
+    return f" --task {task}" + " --clip ..." * clip + " --one_frame" * (config.one_frame is not None)
 
 
 def _look_up(

@@ -30,6 +30,8 @@ def extended_header(dit: DitSettings, init: InitSettings = NO_INIT, *, flag: str
     header = read_header(dit.dit)
     if init.init_control is None and not dit.motion_controller:
         return header
+    if dit.motion_controller:
+        _check_controller_task(dit, init)
     rename = dit_rename(header.shapes)
     shapes = {rename(name): shape for name, shape in header.shapes.items()}
     dtypes = {rename(name): dtype for name, dtype in header.dtypes.items()}
@@ -61,6 +63,20 @@ def _new_layers(header: Header, dit: DitSettings, init: InitSettings, flag: str)
     if storage_dtype(header).itemsize == 1:
         raise InputError(f"--init_control: {what} is stored in 8 bits, too few to train: give a bf16 or fp32 file")
     return new_layers(official_shapes(header.shapes), VARIANTS[dit.task], init.init_control, what)
+
+
+def _check_controller_task(dit: DitSettings, init: InitSettings) -> None:
+    """InputError for a controller beside a task whose model takes none, or beside a new one."""
+    variant = VARIANTS[dit.task]
+    if variant.control or variant.images or variant.experts:
+        raise InputError(
+            f"--motion_controller: --task {dit.task} reads no motion bucket: take a t2v task of Wan2.1, or leave it out"
+        )
+    if init.init_control == "motion":
+        raise InputError(
+            f"--init_control motion makes a motion controller beside that of --motion_controller"
+            f" {dit.motion_controller}: leave out one of them"
+        )
 
 
 def _with_controller(header: Header, dit: DitSettings) -> Header:

@@ -55,14 +55,16 @@ def check_options(given: ControlOptions) -> None:
     for name in ("vace_mask", "vace_pad"):
         if getattr(given, name) and not given.vace_video:
             raise InputError(f"--{name} says what of --vace_video is made anew: give that too, or leave out --{name}")
-    if given.camera_path:
-        of_direction = {
-            "camera_direction": bool(given.camera_direction),
-            "camera_speed": given.camera_speed != CAMERA_SPEED,
-            "camera_origin": bool(given.camera_origin),
-        }
-        if beside := [name for name, there in of_direction.items() if there]:
-            raise InputError(f"--{beside[0]} and --camera_path both say where the camera goes: give one of them")
+    of_direction = {
+        "camera_direction": bool(given.camera_direction),
+        "camera_speed": given.camera_speed != CAMERA_SPEED,
+        "camera_origin": bool(given.camera_origin),
+    }
+    beside = [name for name, there in of_direction.items() if there]
+    if beside and given.camera_path:
+        raise InputError(f"--{beside[0]} and --camera_path both say where the camera goes: give one of them")
+    if beside and not given.camera_direction:
+        raise InputError(f"--{beside[0]} goes with --camera_direction: give that too, or leave out --{beside[0]}")
     if given.camera_direction:
         try:
             camera_path(given.camera_direction, 1, given.camera_speed, given.camera_origin or None)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Caches of control models: what is in them, when they are stale, which samples share a batch, and old ones."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,10 +18,12 @@ from dataset.batching.order import Pick
 from dataset.caching.cache import latents_path, read_extra, save_text
 from dataset.caching.contents import changes, read_contents
 from dataset.config import DatasetConfig, read_config
+from dataset.reading.opening import check_caches
 from dataset.sources import ClipPlan, list_items, plan_clips
 from tests.unit.dataset.drawing import draw_noise, draw_video, make_clips, write_toml
 from wan_train.cli import run
 from wan_train.conditions.camera import camera_path, mirrored
+from wan_train.errors import InputError
 from wan_train.models.variants import VARIANTS
 from wan_train.storage import read_header, read_tensors, save_tensors
 
@@ -118,6 +121,42 @@ def test_each_task_caches_what_it_reads(
     assert names_in(plan) == {"latents", *names} | (mirrored_names if flips else set())
     assert cache(task, lines) == 0
     assert encoded(capsys) == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        ("fun-control-14B", "--task fun-control-1.3B --clip ...`"),
+        ("i2v-14B-FC", "--task i2v-14B-FC --clip ...`"),
+        ("fun-camera-14B", "--task fun-camera-1.3B --clip ...`"),
+        ("vace-14B", "--task vace-1.3B`"),
+        ("fun-control-A14B", "--task fun-control-A14B`"),
+        ("fun-camera-A14B", "--task fun-camera-A14B`"),
+        ("fun-inp-A14B", "--task i2v-A14B`"),
+        ("t2v-14B", "--vae ...`"),
+    ],
+)
+def test_training_names_the_command_that_makes_what_is_missing(folder: Path, task: str, told: str) -> None:
+    write_toml(folder / "data.toml", TOML + CAMERAS * ("camera" in task))
+    with pytest.raises(InputError, match=re.escape(told)):
+        check_caches([plan_of(task)], "--dataset_config data.toml")
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "told"),
+    [
+        ("t2v-1.3B", CONTROL, "control_directory: the task reads no control video: remove it"),
+        ("i2v-A14B", CONTROL, "control_directory: the task reads no control video: remove it"),
+        ("fun-inp-A14B", REFERENCE, "reference_directory: the task reads no reference image: remove it"),
+        ("t2v-1.3B", 'camera_direction = "Left"\n', "camera_direction: the task reads no camera path: remove it"),
+        ("t2v-1.3B", "start_image = true\n", "start_image: the task reads no start image: remove it"),
+    ],
+)
+def test_what_a_plain_task_does_not_read_is_refused(
+    cache: Cache, task: str, line: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cache(task, line) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_mirrored_conditions_are_those_of_mirrored_files(cache: Cache, folder: Path) -> None:
@@ -300,7 +339,7 @@ def test_trusted_caches_give_the_same_samples(cache: Cache, task: str, lines: st
 @pytest.mark.parametrize("key", ["latents_control", "latents_image"])
 def test_caches_of_musubi_tuner(cache: Cache, key: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Files with its names and without a recipe: the start image is the first frame of `latents_image`."""
-    assert cache("i2v-A14B", CONTROL) == 0
+    assert cache("", CONTROL, "--i2v") == 0
     plan = plan_of("i2v-14B-FC")
     for clip in plan.clips:
         path = latents_path(clip)

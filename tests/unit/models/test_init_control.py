@@ -196,3 +196,20 @@ def test_a_wrong_controller_is_refused(tmp_path: Path) -> None:
         save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
         with pytest.raises(InputError, match=told):
             extended_header(replace(own.dit, motion_controller=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "told"),
+    [
+        ("vace-1.3B", None, "--motion_controller: --task vace-1.3B reads no motion bucket: take a t2v task"),
+        ("i2v-14B", None, "--motion_controller: --task i2v-14B reads no motion bucket"),
+        ("t2v-A14B", None, "--motion_controller: --task t2v-A14B reads no motion bucket"),
+        ("t2v-1.3B", "motion", "--init_control motion makes a motion controller beside that of --motion_controller"),
+    ],
+)
+def test_a_controller_without_use_is_refused(task: str, kind: str | None, told: str, tmp_path: Path) -> None:
+    own = settings(base(tmp_path, dit_shapes()), task, kind)
+    file = tmp_path / "controller.safetensors"
+    save_file({name: draw_weight(name, shape) for name, shape in controller_shapes().items()}, file)
+    with pytest.raises(InputError, match=told):
+        extended_header(replace(own.dit, motion_controller=str(file)), own.init)

@@ -65,6 +65,8 @@ def read(task: str, line: str) -> SampleRequest:
             "--i image.png --camera_path camera.txt --camera_speed 1",
             "--camera_speed and --camera_path",
         ),
+        ("t2v-14B", "--camera_speed 0.1", "--camera_speed goes with --camera_direction: give that too, or leave out"),
+        ("fun-camera-14B", f"--i image.png --camera_origin {','.join(CAMERA_LINE.split())}", "origin goes with"),
         ("fun-camera-14B", "--i image.png --camera_direction In --camera_origin 1,2", "takes 19 numbers"),
         ("fun-camera-14B", "--i image.png --camera_path short.txt", r"--camera_path: short.txt, line 1: .*19 numbers"),
         ("fun-camera-14B", "--i image.png --camera_path absent.txt", "--camera_path absent.txt: no such file"),
