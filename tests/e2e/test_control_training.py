@@ -170,6 +170,19 @@ def test_a_motion_controller_is_trained_and_read_by_itself(desk: Desk) -> None:
     assert not all(torch.equal(one[key], tensor) for key, tensor in desk.train(task, "other", *other, dit=DIT).items())
 
 
+def test_a_motion_controller_is_not_trained_on_clips_without_motion(
+    desk: Desk, capfd: pytest.CaptureFixture[str]
+) -> None:
+    task = "t2v-1.3B"
+    words = desk.training(task, "still", "--network_module", "networks.full", dit="speed.safetensors")
+    desk.data(task, "")
+    desk.cached.discard(task)
+    desk.run_tool("wan_train_network.py", *words, "--trainable", "motion_controller.*", expect=2)
+    told = " ".join(capfd.readouterr().err.split())
+    assert "the motion controller is trained, and 3 of 3 clips have no motion_bucket_id" in told
+    desk.run_tool("wan_train_network.py", *words, "--trainable", "blocks.*")
+
+
 REFUSED = {
     "i2v-14B-FC": ("", "reads a control video, and no clip has one: give control_directory"),
     "vace-fun-A14B": ("", "reads a video, a mask or reference images, and no clip has any"),

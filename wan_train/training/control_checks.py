@@ -86,6 +86,22 @@ def check_controls(dataset: CachedDataset, settings: TrainSettings) -> None:
         )
 
 
+def check_controller(dataset: CachedDataset, settings: TrainSettings) -> None:
+    """InputError where a motion controller is trained on clips that it has no part in: a batch of them gives it no
+    gradient, and alone, or in several processes, there has to be one."""
+    if not trains_weights(settings.network) or not settings.dit.dit:
+        return
+    trained = chosen_names(settings.network, model_shapes(settings, settings.dit.dit))
+    items = [clip.item for plan in dataset.plans for clip in plan.clips]
+    lacking = sum(not _has(MOTION)(item) for item in items)
+    if lacking and any(name.startswith(CONTROLLER) for name in trained):
+        raise InputError(
+            f"the motion controller is trained, and {lacking} of {len(items)} clips have no motion_bucket_id: give each"
+            " one in the dataset file or its listing and cache again, or --trainable patterns without"
+            f" {CONTROLLER}*"
+        )
+
+
 def _has(name: str) -> Callable[[Item], bool]:
     return lambda item: any(kind.name == name for kind in wanted_conditions(item))
 
