@@ -10,7 +10,7 @@ from dataset.reading.frames import floor_frames
 from dataset.reading.media import probe
 from dataset.reading.stills import read_image
 from wan_train.conditions.camera import camera_path, read_camera_file
-from wan_train.errors import InputError
+from wan_train.errors import InputError, first_given
 from wan_train.log import get_logger
 from wan_train.models.variants import ControlInputs, Variant
 from wan_train.sampling.control_settings import CAMERA_SPEED, ControlOptions
@@ -55,14 +55,15 @@ def check_options(given: ControlOptions) -> None:
     for name in ("vace_mask", "vace_pad"):
         if getattr(given, name) and not given.vace_video:
             raise InputError(f"--{name} says what of --vace_video is made anew: give that too, or leave out --{name}")
-    if given.camera_path:
-        of_direction = {
-            "camera_direction": bool(given.camera_direction),
-            "camera_speed": given.camera_speed != CAMERA_SPEED,
-            "camera_origin": bool(given.camera_origin),
-        }
-        if beside := [name for name, there in of_direction.items() if there]:
-            raise InputError(f"--{beside[0]} and --camera_path both say where the camera goes: give one of them")
+    _check_camera(given)
+
+
+def _check_camera(given: ControlOptions) -> None:
+    beside = {"--camera_speed": given.camera_speed != CAMERA_SPEED, "--camera_origin": given.camera_origin}
+    if given.camera_path and (flag := first_given({"--camera_direction": given.camera_direction, **beside})):
+        raise InputError(f"{flag} and --camera_path both say where the camera goes: give one of them")
+    if not (given.camera_path or given.camera_direction) and (flag := first_given(beside)):
+        raise InputError(f"{flag} is for --camera_direction: give that too, or leave it out")
     if given.camera_direction:
         try:
             camera_path(given.camera_direction, 1, given.camera_speed, given.camera_origin or None)  # type: ignore[arg-type]

@@ -66,6 +66,7 @@ def read(task: str, line: str) -> SampleRequest:
             "--camera_speed and --camera_path",
         ),
         ("fun-camera-14B", "--i image.png --camera_direction In --camera_origin 1,2", "takes 19 numbers"),
+        ("vace-1.3B", "--camera_speed 0.5", "--camera_speed is for --camera_direction: give that too, or leave it out"),
         ("fun-camera-14B", "--i image.png --camera_path short.txt", r"--camera_path: short.txt, line 1: .*19 numbers"),
         ("fun-camera-14B", "--i image.png --camera_path absent.txt", "--camera_path absent.txt: no such file"),
         ("fun-control-14B", "--control_start 0.5 --control_end 0.5", "--control_start 0.5 leaves nothing before"),
