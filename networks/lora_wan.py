@@ -98,6 +98,13 @@ def not_by_default(names: Iterable[str]) -> tuple[str, ...]:
     return _NOT_OF_VACE if is_vace else ()
 
 
+def chosen_modules(settings: NetworkSettings, linears: Mapping[str, Shape]) -> list[str]:
+    """The Linears that get a pair, of a model with these, (out, in) by name. InputError for what does not fit it."""
+    if settings.dim_from_weights and settings.network_weights is not None:
+        return list(check_lora(settings.network_weights, linears))
+    return _chosen(linears, lora_arguments(settings))
+
+
 def _chosen(linears: Iterable[str], arguments: LoraArguments) -> list[str]:
     names = in_blocks(linears)
     return trained_modules(names, arguments.exclude_patterns, arguments.include_patterns, not_by_default(names))

@@ -8,12 +8,13 @@ from dataset.batching.batches import CachedDataset
 from dataset.caching.extras import CONTROL, wanted_conditions, wanted_extras
 from dataset.items import Item
 from networks.adapter import trains_weights
+from networks.both import weights_of_lora
 from networks.full import chosen_names
 from wan_train.conditions.kinds import CAMERA, CONTROL_LATENTS, MOTION, REFERENCE
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.additions import CONTROLLER, extended_header, idle_weights
-from wan_train.models.loading import official_shapes
+from wan_train.models.loading import linears_of, official_shapes
 from wan_train.models.stacks import read_block_name
 from wan_train.models.variants import VARIANTS, ControlInputs, Variant
 from wan_train.models.weights import Shapes
@@ -38,6 +39,8 @@ def check_new_layers(settings: TrainSettings, shapes: Shapes) -> None:
         return
     idle = idle_weights(settings.dit, settings.init)
     trained = chosen_names(network, shapes) if trains_weights(network) else set()
+    if network.train_also is not None:
+        trained |= weights_of_lora(network, linears_of(shapes), trained)
     left = [name for name in idle if name not in trained]
     if not left:
         return
