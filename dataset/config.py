@@ -228,7 +228,7 @@ def _warn_idle(table: Mapping[str, Any], config: DatasetConfig, place: str) -> N
 def _as_one_frame(config: DatasetConfig) -> DatasetConfig:
     """The dataset with `one_frame`. InputError for one that cannot be trained so."""
     place = f"{config.source}: dataset {config.number}"
-    if config.images is None or not config.images.clip:
+    if config.images is None or not config.images.clip or config.control is not None:
         raise InputError("--one_frame is for Wan2.1's tasks with pictures: give --task i2v-14B or flf2v-14B")
     if config.is_video:
         raise InputError(f"{place} has videos, and --one_frame trains pictures: leave it out of the file")

@@ -55,7 +55,7 @@ def check_generation(settings: GenerateSettings, device: torch.device, *, wants_
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
     if variant.images or variant.control:
         check_given_vae(settings)
-        check_given_clip(settings.image, variant, settings.dit.dit)
+        check_given_clip(settings.image, variant, settings.dit)
     elif wants_frames:
         check_given_vae(settings, ", or --output_type latent")
     if settings.output.text_cache:

@@ -39,6 +39,12 @@ def check_both(settings: NetworkSettings, linears: Mapping[str, Shape], trained:
     lora_wan.check_model(lora_settings(settings), rest)
 
 
+def weights_of_lora(settings: NetworkSettings, linears: Mapping[str, Shape], trained: Collection[str]) -> set[str]:
+    """The weights that the LoRA beside the `trained` tensors changes, of a model with these `linears`."""
+    modules = lora_wan.chosen_modules(lora_settings(settings), without_trained(linears, trained))
+    return {f"{module}.weight" for module in modules}
+
+
 def without_trained(linears: Mapping[str, Any], trained: Collection[str]) -> dict[str, Any]:
     """Those of the `linears`, by module name, whose weight is not among the `trained` tensors."""
     return {name: linear for name, linear in linears.items() if f"{name}.weight" not in trained}

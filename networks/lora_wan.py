@@ -124,6 +124,13 @@ def _sizes(modules: Iterable[str], settings: NetworkSettings) -> dict[str, Size]
     return {name: convolution if _is_convolution(name) else plain for name in chosen}
 
 
+def chosen_modules(settings: NetworkSettings, modules: Mapping[str, Shape]) -> list[str]:
+    """The modules that get a pair, of a model with these, by name. InputError for what does not fit it."""
+    if settings.dim_from_weights and settings.network_weights is not None:
+        return list(check_lora(settings.network_weights, modules))
+    return list(_sizes(modules, settings))
+
+
 def _size(module: str, delta: LoraDelta) -> Size:
     rank = delta.down.shape[0]
     if delta.scale == 0:

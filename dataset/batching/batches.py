@@ -30,7 +30,8 @@ class Sample:
     """One cached clip: normalised latents (C, F, H, W) and text (L, dim), in the dtypes of their files.
 
     `weights` (F, H, W), in float32 and 1 in the mean, say how much each latent cell counts; without them all the same.
-    `loss_weight` and `is_reg` are the dataset's. `extras` are what else the model reads, by name of `KINDS`.
+    `loss_weight` and `is_reg` are the dataset's. `extras` are what else the model reads, by name of `KINDS`;
+    `has_vace_mask`: some of the VACE video may be kept, which the packed mask alone does not tell of every frame.
     """
 
     key: SampleKey
@@ -40,6 +41,7 @@ class Sample:
     loss_weight: float = 1.0
     is_reg: bool = False
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    has_vace_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Batch:
 
     `weights` (B, 1, F, H, W) are there where one of the samples has some; those of the others are 1. The loss counts
     `loss_weight` times; `is_reg`: what the model knows already and shall keep. `extras` as of samples, stacked unless
-    they are shared.
+    they are shared; `has_vace_mask` of each sample, () for none.
     """
 
     keys: tuple[SampleKey, ...]
@@ -58,6 +60,7 @@ class Batch:
     loss_weight: float = 1.0
     is_reg: bool = False
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    has_vace_mask: tuple[bool, ...] = ()
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory; a DataLoader with `pin_memory` calls this."""
@@ -129,7 +132,8 @@ class CachedDataset(Dataset[Sample]):
         text = read_text(clip.item, pick.variant)
         weights, config = _read_weights(clip, flipped=pick.flipped), clip.item.config
         extras = _read_conditions(clip, flipped=pick.flipped)
-        return Sample(self.key_of(pick), latents, text, weights, config.loss_weight, config.is_reg, extras)
+        masked, key = clip.item.vace_mask is not None, self.key_of(pick)
+        return Sample(key, latents, text, weights, config.loss_weight, config.is_reg, extras, masked)
 
     def key_of(self, pick: Pick) -> SampleKey:
         """What a picked sample is called; when one is taken again in an epoch its repeats are counted on."""
@@ -191,6 +195,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         loss_weight=first.loss_weight,
         is_reg=first.is_reg,
         extras=extras,
+        has_vace_mask=tuple(sample.has_vace_mask for sample in samples),
     )
 
 

@@ -71,10 +71,12 @@ def _read_item(config: DatasetConfig, stem: str, latents: Facts, manifest: Manif
 def _partners_of(config: DatasetConfig, path: Path, latents: Facts) -> dict[str, Any]:
     """What stands in an item for what went with it, where latents tell that something did: it is read no more."""
     found = {name: find_key(extra_pattern(kind.key), latents.shapes) for name, kind in KINDS.items()}
+    recipe = read_recipe(latents.metadata.get(RECIPE_KEY, ""))
     return {
         "controls": (path,) * bool(found[CONTROL_LATENTS]),
         "mask": path if find_key(extra_pattern(MASK), latents.shapes) else None,
         "references": (path,) * _num_references(config, latents, found[REFERENCE], found[VACE_CONTEXT]),
+        "vace_mask": path if found[VACE_CONTEXT] and recipe and "vace_mask" in recipe.extras else None,
         "camera": CameraSource() if found[CAMERA] else None,
         "motion_bucket_id": 0 if found[MOTION] else None,
     }

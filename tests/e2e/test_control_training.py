@@ -151,6 +151,19 @@ def test_a_plain_base_becomes_a_control_model(desk: Desk, task: str) -> None:
     assert after.keys() == made.keys() and not torch.equal(after[OWN[task]], made[OWN[task]])
 
 
+def test_a_lora_trains_new_layers_too(desk: Desk) -> None:
+    """As docs/control.md has it: the values of images in cross-attention are zeros, to which the LoRA adds."""
+    task = "fun-control-1.3B"
+    words = desk.training(task, "recipe", "--network_module", "networks.full", "--init_control", "auto", dit=DIT)
+    desk.cache_latents(task, desk.data(task, CONTROLS))
+    desk.cached.discard(task)
+    trained = ("--trainable", "patch_embedding.*", "--train_also", "networks.lora_wan", "--network_dim", 2)
+    desk.run_tool("wan_train_network.py", *words, *trained)
+    lora = load_file(desk.folder / "out" / "recipe_lora.safetensors")
+    assert "lora_unet_blocks_0_cross_attn_v_img.lora_up.weight" in lora
+    desk.run_tool("wan_train_network.py", *words, *trained, "--network_args", "exclude_patterns=['.*v_img']", expect=2)
+
+
 def test_new_layers_that_nothing_trains_are_refused(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:
     desk.train("vace-1.3B", "refused", "--init_control", "auto", dit=DIT, expect=2)
     told = capfd.readouterr().err
@@ -175,6 +188,19 @@ def test_a_motion_controller_is_trained_and_read_by_itself(desk: Desk) -> None:
     one = desk.train(task, "beside", *file, dit=DIT)
     other = ("--motion_controller", desk.folder / CONTROLLER)
     assert not all(torch.equal(one[key], tensor) for key, tensor in desk.train(task, "other", *other, dit=DIT).items())
+
+
+def test_a_motion_controller_is_not_trained_on_clips_without_motion(
+    desk: Desk, capfd: pytest.CaptureFixture[str]
+) -> None:
+    task = "t2v-1.3B"
+    words = desk.training(task, "still", "--network_module", "networks.full", dit="speed.safetensors")
+    desk.data(task, "")
+    desk.cached.discard(task)
+    desk.run_tool("wan_train_network.py", *words, "--trainable", "motion_controller.*", expect=2)
+    told = " ".join(capfd.readouterr().err.split())
+    assert "the motion controller is trained, and 3 of 3 clips have no motion_bucket_id" in told
+    desk.run_tool("wan_train_network.py", *words, "--trainable", "blocks.*")
 
 
 REFUSED = {

@@ -197,3 +197,22 @@ def previewed(line: str, task: str, options: list[str]) -> dict[str, Tensor]:
     vae = open_vae(VaeSettings(vae=options[1], vae_dtype="fp32"), CPU)
     built = encode_pictures(request, vae, tokens, CPU)
     return {} if built is None else dict(built.extras)
+
+
+def test_transparency_is_one_thing_for_cache_and_generator(models: Path, folder: Path) -> None:
+    """Of a VACE mask it is black, of a reference white."""
+    task, files = "vace-1.3B", write_media(folder, "vace-1.3B", 5)
+    files["masks"].unlink()
+    files["masks"] = folder / "masks" / "a.png"
+    alpha = Image.fromarray(draw_noise(7, *SOURCE)).convert("L").point(lambda value: 255 * (value > 127))
+    for path, size in ((files["masks"], SOURCE), *((path, (60, 80)) for path in (folder / "references").iterdir())):
+        image = Image.new("RGB", size, "white" if path == files["masks"] else "blue")
+        image.putalpha(alpha.resize(size))
+        image.save(path)
+    write_toml(folder, CONTROL + MASK + REFERENCE, 5)
+    options = ["--vae", str(models / VAE), "--vae_dtype", "fp32", "--clip", ""]
+    assert run(LATENTS_TOOL, ["--dataset_config", "data.toml", "--task", task, "--device", "cpu", *options]) == 0
+    given = "--vace_video CONTROL --vace_mask MASK --vace_reference REFERENCE --vace_reference ANOTHER"
+    line = f"a --w {BUCKET[0]} --h {BUCKET[1]} --f 5 --d 1 {fill_in(given, folder, files)}"
+    built, trained = generated(line, task, options)["vace_context"], read_batch(task)["vace_context"][0]
+    assert torch.equal(built, trained) and 0.2 < float(built[32:, 2:].mean()) < 0.8

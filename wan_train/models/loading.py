@@ -151,9 +151,9 @@ def num_blocks(source: TensorSource) -> int:
     return _count_blocks(official_shapes(read_header(source).shapes))
 
 
-def image_width(source: TensorSource) -> int:
-    """How wide the CLIP tokens are that a checkpoint reads, from its header; 0 where it reads none."""
-    return official_shapes(read_header(source).shapes).get("img_emb.proj.0.weight", (0,))[0]
+def image_width(shapes: Shapes) -> int:
+    """How wide the CLIP tokens are that a DiT with these `shapes`, official names, reads; 0 where it reads none."""
+    return shapes.get("img_emb.proj.0.weight", (0,))[0]
 
 
 def set_attention(

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from dataset.reading.frames import floor_frames
 from dataset.reading.media import probe
-from dataset.reading.stills import read_image
 from wan_train.conditions.camera import camera_path, read_camera_file
-from wan_train.errors import InputError
+from wan_train.errors import InputError, first_given
 from wan_train.log import get_logger
 from wan_train.models.variants import ControlInputs, Variant
 from wan_train.sampling.control_settings import CAMERA_SPEED, ControlOptions
+from wan_train.sampling.pictures import check_image
 from wan_train.sampling.videos import Size, frame_indices, is_still
 
 log = get_logger(__name__)
@@ -55,16 +55,15 @@ def check_options(given: ControlOptions) -> None:
     for name in ("vace_mask", "vace_pad"):
         if getattr(given, name) and not given.vace_video:
             raise InputError(f"--{name} says what of --vace_video is made anew: give that too, or leave out --{name}")
-    of_direction = {
-        "camera_direction": bool(given.camera_direction),
-        "camera_speed": given.camera_speed != CAMERA_SPEED,
-        "camera_origin": bool(given.camera_origin),
-    }
-    beside = [name for name, there in of_direction.items() if there]
-    if beside and given.camera_path:
-        raise InputError(f"--{beside[0]} and --camera_path both say where the camera goes: give one of them")
-    if beside and not given.camera_direction:
-        raise InputError(f"--{beside[0]} goes with --camera_direction: give that too, or leave out --{beside[0]}")
+    _check_camera(given)
+
+
+def _check_camera(given: ControlOptions) -> None:
+    beside = {"--camera_speed": given.camera_speed != CAMERA_SPEED, "--camera_origin": given.camera_origin}
+    if given.camera_path and (flag := first_given({"--camera_direction": given.camera_direction, **beside})):
+        raise InputError(f"{flag} and --camera_path both say where the camera goes: give one of them")
+    if not (given.camera_path or given.camera_direction) and (flag := first_given(beside)):
+        raise InputError(f"{flag} is for --camera_direction: give that too, or leave it out")
     if given.camera_direction:
         try:
             camera_path(given.camera_direction, 1, given.camera_speed, given.camera_origin or None)  # type: ignore[arg-type]
@@ -100,7 +99,7 @@ def check_inputs(given: ControlOptions, variant: Variant) -> None:
         log.warning("--task %s gets no --control_path (--cn): nothing controls the video", variant.name)
     for flag, paths in (("--reference_image", [given.reference_image]), ("--vace_reference", given.vace_reference)):
         for path in filter(None, paths):
-            _check_image(flag, path)
+            check_image(flag, path)
 
 
 def fit_frames(given: ControlOptions, variant: Variant, *, size: Size, frames: int) -> int:
@@ -117,7 +116,7 @@ def fit_frames(given: ControlOptions, variant: Variant, *, size: Size, frames: i
         if given.vace_mask and not is_still(given.vace_mask):  # it may go on behind the video, which it extends
             length, longest = len(frame_indices("--vace_mask", given.vace_mask, variant.fps)), given.vace_mask
         elif given.vace_mask:
-            _check_image("--vace_mask", given.vace_mask)
+            check_image("--vace_mask", given.vace_mask)
         frames = _shortened(frames, longest, length)
     if given.camera_path:
         frames = _shortened(frames, given.camera_path, len(read_camera(given.camera_path)))
@@ -168,12 +167,3 @@ def _shortened(frames: int, path: str, available: int) -> int:
         return frames
     log.info("%s has %d frame%s: making %d", path, available, "" if available == 1 else "s", fitting)
     return fitting
-
-
-def _check_image(flag: str, path: str) -> None:
-    if not Path(path).exists():
-        raise InputError(f"{flag} {path}: no such file")
-    try:
-        read_image(Path(path))
-    except InputError as problem:
-        raise InputError(f"{flag} {problem}") from None

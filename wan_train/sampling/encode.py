@@ -110,10 +110,12 @@ def _pictures(request: SampleRequest) -> list[Tensor]:
     return load_pictures(request.picture_paths, request.size)
 
 
-def check_given_clip(settings: ImageEncoderSettings, variant: Variant, dit: str) -> None:
+def check_given_clip(
+    settings: ImageEncoderSettings, variant: Variant, dit: DitSettings, init: InitSettings = NO_INIT
+) -> None:
     """InputError for an image encoder that a task needs and has not, that is none, or that is of another width than
     the DiT reads; headers alone are looked at. Tasks that do without images need it for those of a request alone, which
-    `check_clip_of` says."""
+    `check_encodable` says."""
     if not variant.reads_clip:
         if settings.clip:
             log.info("--clip is not used: --task %s reads no CLIP tokens", variant.name)
@@ -123,10 +125,11 @@ def check_given_clip(settings: ImageEncoderSettings, variant: Variant, dit: str)
         if variant.images.optional:
             return
         raise _clip_missing(variant)
-    found, read = check_image_encoder(settings.clip), image_width(dit)
+    shapes = official_shapes(extended_header(dit, init).shapes)
+    found, read = check_image_encoder(settings.clip), image_width(shapes)
     if found != read:
         raise InputError(
-            f"--clip {settings.clip} gives tokens {found} wide, and --dit {dit} reads {read}: give the encoder that"
+            f"--clip {settings.clip} gives tokens {found} wide, and --dit {dit.dit} reads {read}: give the encoder that"
             " belongs to it"
         )
 

@@ -38,7 +38,7 @@ def check_pictures(variant: Variant, first: str | None, last: str | None) -> Non
         )
     for flag, path in (("--image_path", first), ("--end_image_path", last)):
         if path:
-            _read(flag, path)
+            check_image(flag, path)
 
 
 def check_controls(variant: Variant, one_frame: OneFrame, pictures: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ def check_controls(variant: Variant, one_frame: OneFrame, pictures: Sequence[str
             f" {len(pictures)}: give one --control_image_path for each index (--ci in a line of prompts)"
         )
     for path in pictures:
-        _read("--control_image_path", path)
+        check_image("--control_image_path", path)
 
 
 def size_like(picture: str, size: tuple[int, int], variant: Variant) -> tuple[int, int]:
@@ -87,7 +87,8 @@ def to_picture(rgb: NDArray[np.uint8]) -> Tensor:
     return rearrange(torch.from_numpy(rgb.copy()), "h w c -> c h w").float().div_(127.5).sub_(1.0)
 
 
-def _read(flag: str, path: str) -> None:
+def check_image(flag: str, path: str) -> None:
+    """InputError that names the option for an image that is missing or does not read."""
     if not Path(path).exists():
         raise InputError(f"{flag} {path}: no such file")
     try:

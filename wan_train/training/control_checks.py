@@ -8,12 +8,13 @@ from dataset.batching.batches import CachedDataset
 from dataset.caching.extras import CONTROL, wanted_conditions, wanted_extras
 from dataset.items import Item
 from networks.adapter import trains_weights
+from networks.both import weights_of_lora
 from networks.full import chosen_names
 from wan_train.conditions.kinds import CAMERA, CONTROL_LATENTS, MOTION, REFERENCE
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.additions import CONTROLLER, extended_header, idle_weights
-from wan_train.models.loading import official_shapes
+from wan_train.models.loading import linears_of, official_shapes
 from wan_train.models.stacks import read_block_name
 from wan_train.models.variants import VARIANTS, ControlInputs, Variant
 from wan_train.models.weights import Shapes
@@ -38,6 +39,8 @@ def check_new_layers(settings: TrainSettings, shapes: Shapes) -> None:
         return
     idle = idle_weights(settings.dit, settings.init)
     trained = chosen_names(network, shapes) if trains_weights(network) else set()
+    if network.train_also is not None:
+        trained |= weights_of_lora(network, linears_of(shapes), trained)
     left = [name for name in idle if name not in trained]
     if not left:
         return
@@ -83,6 +86,22 @@ def check_controls(dataset: CachedDataset, settings: TrainSettings) -> None:
         raise InputError(
             f"--task {settings.dit.task} reads a video, a mask or reference images, and no clip has any: give"
             f" control_directory, mask_directory or reference_directory in the dataset file and {rerun}"
+        )
+
+
+def check_controller(dataset: CachedDataset, settings: TrainSettings) -> None:
+    """InputError where a motion controller is trained on clips that it has no part in: a batch of them gives it no
+    gradient, and alone, or in several processes, there has to be one."""
+    if not trains_weights(settings.network) or not settings.dit.dit:
+        return
+    trained = chosen_names(settings.network, model_shapes(settings, settings.dit.dit))
+    items = [clip.item for plan in dataset.plans for clip in plan.clips]
+    lacking = sum(not _has(MOTION)(item) for item in items)
+    if lacking and any(name.startswith(CONTROLLER) for name in trained):
+        raise InputError(
+            f"the motion controller is trained, and {lacking} of {len(items)} clips have no motion_bucket_id: give each"
+            " one in the dataset file or its listing and cache again, or --trainable patterns without"
+            f" {CONTROLLER}*"
         )
 
 

@@ -26,6 +26,7 @@ from wan_train.storage import check_writable, read_header
 from wan_train.training.accelerator import check_launcher, launched_device, launched_dtype
 from wan_train.training.control_checks import (
     check_control_settings,
+    check_controller,
     check_controls,
     check_new_layers,
     model_shapes,
@@ -206,6 +207,7 @@ def open_data(settings: TrainSettings, configs: tuple[DatasetConfig, ...]) -> Da
         settings.validation,
         lambda path: open_dataset(read_configs(path, settings), settings),
     )
+    check_controller(data.training, settings)
     stride = VARIANTS[settings.dit.task].space.stride
     sizes = {(bucket.size[1] // stride, bucket.size[0] // stride) for bucket in data.training.buckets}
     check_timesteps(settings.timesteps, sizes, limits_of(settings, plan_experts(settings)))

@@ -333,6 +333,7 @@ def test_trusted_caches_give_the_same_samples(cache: Cache, task: str, lines: st
     assert known.buckets.keys() == trusted.buckets.keys()
     for one, other in zip(known, trusted, strict=True):
         assert one.extras.keys() == other.extras.keys() and one.extras
+        assert one.has_vace_mask == other.has_vace_mask == ("mask" in lines)
         assert all(torch.equal(value, other.extras[name]) for name, value in one.extras.items())
 
 

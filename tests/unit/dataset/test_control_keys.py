@@ -371,3 +371,10 @@ def test_images_take_controls_and_references_too(folder):
     config = configure('reference_directory = "references"', "fun-control-1.3B", toml)
     (clip,) = plan_clips(config, list_items(config, allow_missing_captions=True)).clips
     assert (clip.item.control, clip.item.references) == (Path("controls/s.png"), (Path("references/s.png"),))
+
+
+def test_control_models_are_not_trained_on_one_frame_of_several():
+    row = VARIANTS["i2v-14B-FC"]
+    path = write_toml(Path("data.toml"), '[[datasets]]\nimage_directory = "clips"\nresolution = [64, 48]\n')
+    with pytest.raises(InputError, match="--one_frame is for"):
+        read_config(path, images=row.images, control=row.control, one_frame=True)

@@ -7,10 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from tests.parity.golden import DATA, load_case, relative_error
+from tests.tiny.make import dit_shapes, save
+from wan_train.errors import InputError
 from wan_train.models.encoders.text import load_text_encoder
-from wan_train.models.settings import TextEncoderSettings
+from wan_train.models.settings import DitSettings, ImageEncoderSettings, InitSettings, TextEncoderSettings
+from wan_train.models.variants import VARIANTS
 from wan_train.sampling import encode
-from wan_train.sampling.encode import encode_texts
+from wan_train.sampling.encode import check_given_clip, encode_texts
 
 CPU = torch.device("cpu")
 
@@ -45,6 +48,16 @@ def test_fp8_t5_encodes_in_fp8_and_nearly_the_same(t5: str, monkeypatch: pytest.
     assert [any(p.dtype is torch.float8_e4m3fn for p in encoder.parameters()) for encoder in made] == [False, True]
     assert plain.dtype is eight.dtype
     assert 0 < relative_error(eight, plain) < 0.2
+
+
+def test_layers_that_init_control_adds_read_the_image_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "t2v.safetensors", dit_shapes(), torch.bfloat16)
+    monkeypatch.setattr(encode, "check_image_encoder", lambda path: 1280)
+    task, clip = "fun-control-1.3B", ImageEncoderSettings(clip="clip.safetensors")
+    dit = DitSettings(task=task, dit=str(tmp_path / "t2v.safetensors"))
+    check_given_clip(clip, VARIANTS[task], dit, InitSettings(init_control="auto"))
+    with pytest.raises(InputError, match="reads 0: give the encoder that belongs to it"):
+        check_given_clip(clip, VARIANTS[task], dit)
 
 
 def settings(t5: str, *, fp8_t5: bool = False) -> TextEncoderSettings:

@@ -53,7 +53,7 @@ def conditions_of(batch: Batch, variant: Variant, device: torch.device, *, dropp
         first = batch.latents[:, :, :1].float()
         has_first = given & (batch.latents.shape[2] > 1)
         return Conditions(tuple(batch.context), first_frame=first, has_first=has_first).to(device)
-    extras = _without(dict(batch.extras), batch.latents, dropped)
+    extras = _without(batch, dropped)
     placed = {name: value if KINDS[name].is_shared else value.to(device) for name, value in extras.items()}
     shape: Any = tuple(batch.latents.shape)
     return Conditions(tuple(batch.context), dit_arguments(placed, variant, shape)).to(device)
@@ -78,9 +78,10 @@ def drop(keys: Sequence[SampleKey], rates: Rates, *, seed: int, epoch: int) -> D
     )
 
 
-def _without(extras: dict[str, Tensor], latents: Tensor, dropped: Dropped) -> dict[str, Tensor]:
+def _without(batch: Batch, dropped: Dropped) -> dict[str, Tensor]:
     """The kinds of a batch, with nothing in place of what is dropped. CLIP reads the reference image if there is one,
     else the first of the others."""
+    extras = dict(batch.extras)
     of_images = {name for name in extras if KINDS[name].is_dropped}
     if REFERENCE in extras:
         of_images -= {CLIP_FEATURES}
@@ -90,23 +91,25 @@ def _without(extras: dict[str, Tensor], latents: Tensor, dropped: Dropped) -> di
         if any(samples):
             extras |= {name: _where(_kept(samples), extras[name]) for name in names & extras.keys()}
     if VACE_CONTEXT in extras:
-        extras[VACE_CONTEXT] = _vace_without(extras[VACE_CONTEXT], latents, dropped)
+        extras[VACE_CONTEXT] = _vace_without(batch, dropped)
     return extras
 
 
-def _vace_without(context: Tensor, latents: Tensor, dropped: Dropped) -> Tensor:
-    """A VACE context (B, 96, R+F, H, W) with zeros for dropped references, and for a dropped video what stands for
+def _vace_without(batch: Batch, dropped: Dropped) -> Tensor:
+    """The VACE context (B, 96, R+F, H, W) with zeros for dropped references, and for a dropped video what stands for
     none: all is made anew, of a grey video where its latents are known, else of zeros.
 
-    They are the inactive latents of a video of which all is made anew.
+    They are the inactive latents of a video without a mask. One with a mask may keep a frame of which the packed mask
+    has nothing, such as the first.
     """
-    channels, num_before = latents.shape[1], num_references(context, latents)
+    context, channels = batch.extras[VACE_CONTEXT], batch.latents.shape[1]
+    num_before = num_references(context, batch.latents)
     before, video = context[:, :, :num_before], context[:, :, num_before:]
     if any(dropped.reference):
         before = _where(_kept(dropped.reference), before)
     if any(dropped.control):
         inactive, mask = video[:, :channels], video[:, 2 * channels :]
-        grey = _where((mask > 0).flatten(1).all(1), inactive)
+        grey = _where(_kept(batch.has_vace_mask or [False] * len(video)), inactive)
         without = torch.cat([grey, grey, torch.ones_like(mask)], dim=1)
         video = torch.where(_kept(dropped.control).to(video.device).view(-1, 1, 1, 1, 1), video, without)
     return torch.cat([before, video], dim=2)

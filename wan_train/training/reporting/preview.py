@@ -44,7 +44,7 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
         if not value:
             raise InputError(f"previews need {flag}: give it, or leave out --sample_prompts")
     check_vae(settings.vae.vae, latent_channels=variant.space.channels)
-    check_given_clip(settings.image, variant, settings.dit.dit)
+    check_given_clip(settings.image, variant, settings.dit, settings.init)
     for request in requests:
         check_encodable(request, settings.image, [settings.dit], settings.init)
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")

@@ -51,7 +51,7 @@ INDIFFERENT = {
 # The keys of a dataset that decide how its samples are batched, captioned and weighed.
 OF_DATASETS = (
     *("batch_size", "num_repeats", "weight", "drop_last", "is_reg", "loss_weight"),
-    *("caption_variants", "caption_dropout_rate", "flip_augment"),
+    *("caption_variants", "caption_dropout_rate", "flip_augment", "start_image"),
 )
 SAMPLES = "samples of the dataset"
 

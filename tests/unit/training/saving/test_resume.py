@@ -42,6 +42,7 @@ def test_which_differences_count(tmp_path: Path) -> None:
         *(of(keys=[SampleKey("b", 0)]), of(mixed_precision="bf16"), of(prior_captions=["a cat"])),
         of("--prior_loss_weight", "2", "--prior_captions", "kept.txt"),
         *(dataset(batch_size=2), dataset(weight=2.0), dataset(loss_weight=0.5), dataset(flip_augment=True)),
+        dataset(start_image=True),
     )
     assert all(other != plain for other in others)
     for option in (("--lr_scheduler", "cosine"), ("--lr_warmup_steps", "5%")):
