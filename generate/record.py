@@ -16,6 +16,7 @@ from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.media_out import read_comment
 from wan_train.models.fingerprint import file_hash, fingerprint
+from wan_train.sampling.control_settings import REPLACED
 from wan_train.sampling.options import named_files
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.settings import SamplingSettings
@@ -106,7 +107,9 @@ def with_recorded_options(argv: Sequence[str], alone: Mapping[str, bool]) -> lis
     if not path:
         return list(argv)
     recorded = read_record(path).options
-    words = words_of(recorded.items(), alone, f"{FLAG} {path}")
+    replaced = {other for one, others in REPLACED.items() if named_file(argv, f"--{one}") for other in others}
+    kept = [(name, value) for name, value in recorded.items() if name not in replaced]
+    words = words_of(kept, alone, f"{FLAG} {path}")
     kind = named_file(argv, "--output_type") or recorded.get("output_type", "video")
     return [*words, f"--save_path={_again(Path(path), kind)}", *argv]
 

@@ -11,6 +11,11 @@ from wan_train.sampling.values import read_camera, read_pad
 
 CAMERA_SPEED = 1 / 54  # of DiffSynth-Studio's presets
 NUM_MOTION_BUCKETS = 100
+# The options that each takes the place of where they are given earlier, in a record or for all lines.
+REPLACED = {
+    "camera_direction": ("camera_path",),
+    "camera_path": ("camera_direction", "camera_speed", "camera_origin"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

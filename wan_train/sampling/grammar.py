@@ -9,6 +9,7 @@ from typing import Any
 
 from wan_train.errors import InputError
 from wan_train.log import get_logger
+from wan_train.sampling.control_settings import REPLACED, ControlOptions
 from wan_train.sampling.options import first_of, sampling_options
 from wan_train.sampling.prompt_files import read_entries
 from wan_train.sampling.prompt_line import Given, split_line, strays
@@ -199,9 +200,9 @@ def _request(
         )
     if "steps" in changes and "timesteps" not in changes:
         changes["timesteps"] = ()  # a number of steps takes the place of levels that hold for all lines
-    for one, other in (("camera_direction", "camera_path"), ("camera_path", "camera_direction")):
-        if one in changes and other not in changes:
-            changes[other] = None  # what a line says of the camera takes the place of what holds for all
+    # What a line says of the camera takes the place of what holds for all.
+    replaced = {other for one in REPLACED.keys() & changes.keys() for other in REPLACED[one]}
+    changes = {name: getattr(ControlOptions, name) for name in replaced} | changes
     return fitted(checked(replace(defaults, **changes)))
 
 

@@ -17,6 +17,7 @@ from wan_train.cli import parse
 from wan_train.errors import InputError
 from wan_train.media_out import write_image, write_images, write_video
 from wan_train.sampling.request import STRENGTH
+from wan_train.sampling.settings import SamplingSettings
 
 FRAMES = np.zeros((5, 32, 32, 3), dtype=np.uint8)
 WORDS = (
@@ -58,6 +59,24 @@ def test_what_is_given_beside_wins(given: Given, tmp_path: Path) -> None:
     again = parse(GenerateSettings, words)
     assert (again.sampling.seed, again.sampling.infer_steps, again.output.save_path) == (6, 9, "y.mp4")
     assert again.sampling.prompt == "a cat"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "beside"),
+    [
+        (("camera_direction", "camera_speed", "camera_origin"), ("camera_path", "c.txt")),
+        (("camera_path",), ("camera_direction", "In")),
+    ],
+)
+def test_a_camera_given_beside_takes_the_place_of_the_recorded_one(
+    recorded: tuple[str, ...], beside: tuple[str, str], tmp_path: Path
+) -> None:
+    said = {"camera_path": "old.txt", "camera_direction": "Left", "camera_speed": 0.5, "camera_origin": [0.0] * 19}
+    options = {"task": "fun-camera-1.3B", "prompt": "a cat", **{name: said[name] for name in recorded}}
+    path = write_all(tmp_path, json.dumps({"wan_train": "0.1.0", "options": options, "hashes": {}}))[0]
+    sampling = parse(GenerateSettings, ["--from_metadata", str(path), f"--{beside[0]}", beside[1]]).sampling
+    assert getattr(sampling, beside[0]) == beside[1]
+    assert all(getattr(sampling, name) == getattr(SamplingSettings, name) for name in recorded)
 
 
 def test_files_without_a_record_are_refused(tmp_path: Path) -> None:

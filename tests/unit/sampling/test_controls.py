@@ -1,5 +1,6 @@
 """Control options of a prompt: what is refused, and how long and large they make the video."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from wan_train.errors import InputError
 from wan_train.media_out import write_image, write_images, write_video
 from wan_train.models.variants import VARIANTS
+from wan_train.sampling.control_settings import ControlOptions
 from wan_train.sampling.grammar import GENERATOR, parse_line, parse_table
 from wan_train.sampling.request import SampleRequest, preview_defaults
 
@@ -157,3 +159,11 @@ def test_what_a_line_says_of_the_camera_takes_the_place_of_what_holds_for_all(fo
     assert (by_direction.camera_direction, by_direction.camera_path) == ("In", None)
     again = parse_line("a dog --camera_path camera.txt", by_direction, GENERATOR)
     assert (again.camera_direction, again.camera_path) == (None, "camera.txt")
+
+
+def test_a_camera_file_in_a_line_takes_the_place_of_a_speed_that_holds_for_all(folder: Path) -> None:
+    faster = replace(preview_defaults(VARIANTS["fun-camera-14B"]), camera_speed=0.1)
+    made = parse_line("a cat --f 5 --w 96 --h 64 --i image.png --camera_path camera.txt", faster, GENERATOR)
+    assert (made.camera_path, made.camera_speed) == ("camera.txt", ControlOptions.camera_speed)
+    told = parse_line("a cat --f 5 --w 96 --h 64 --i image.png --camera_direction In", faster, GENERATOR)
+    assert (told.camera_direction, told.camera_speed) == ("In", 0.1)
