@@ -68,7 +68,15 @@ def read(task: str, line: str) -> SampleRequest:
             "--camera_speed and --camera_path",
         ),
         ("t2v-14B", "--camera_speed 0.1", "--camera_speed is for --camera_direction: give that too, or leave it out"),
-        ("fun-camera-14B", f"--i image.png --camera_origin {','.join(CAMERA_LINE.split())}", "camera_origin is for --camera_direction"),
+        (
+            "fun-camera-14B",
+            (
+                "fun-camera-14B",
+                f"--i image.png --camera_origin {','.join(CAMERA_LINE.split())}",
+                "camera_origin is for --camera_direction",
+            ),
+            "camera_origin is for --camera_direction",
+        ),
         ("fun-camera-14B", "--i image.png --camera_direction In --camera_origin 1,2", "takes 19 numbers"),
         ("vace-1.3B", "--camera_speed 0.5", "--camera_speed is for --camera_direction: give that too, or leave it out"),
         ("fun-camera-14B", "--i image.png --camera_path short.txt", r"--camera_path: short.txt, line 1: .*19 numbers"),
