@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.unit.models.test_dit import CONFIG
+from tests.unit.models.dit.test_dit import CONFIG
 from wan_train import precision
 from wan_train.models.dit.dit import Dit
 from wan_train.models.dit.embedding import sinusoid

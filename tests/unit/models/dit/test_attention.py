@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from tests.unit.models.test_dit import CONFIG, inputs, state
+from tests.unit.models.dit.test_dit import CONFIG, inputs, state
 from wan_train.cli import parse
 from wan_train.errors import InputError
 from wan_train.models.dit import attention as backends

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.models.vaes import WAN21, WAN22, SmallVae
+from tests.unit.models.vae.vaes import WAN21, WAN22, SmallVae
 from wan_train.models.vae.vae import WanVAE, load_vae
 
 

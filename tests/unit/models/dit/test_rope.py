@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.models.test_dit import inputs, state
+from tests.unit.models.dit.test_dit import inputs, state
 from wan_train.models.dit import rope
 from wan_train.models.dit.rope import MAX_TABLES, axis_widths, rotations
 from wan_train.models.loading import load_dit

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.parity.golden import relative_error
-from tests.unit.models.vaes import WAN21, SmallVae, draw_smooth
+from tests.unit.models.vae.vaes import WAN21, SmallVae, draw_smooth
 from wan_train.errors import InputError
 from wan_train.models.settings import VaeSettings
 from wan_train.models.vae.tiling import Tiling, blend_tiles, tile_starts, tile_weights

@@ -10,7 +10,7 @@ import torch
 from tests.parity.golden import load_case, load_manifest
 from tests.tiny.make import save, vae_shapes
 from tests.tiny.vae22 import VAE22, vae22_shapes
-from tests.unit.models.vaes import draw_latents
+from tests.unit.models.vae.vaes import draw_latents
 from wan_train.errors import InputError
 from wan_train.models.vae.coders import fold_patches, unfold_patches
 from wan_train.models.vae.geometry import GEOMETRIES, KIND22

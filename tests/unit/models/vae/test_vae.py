@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.parity.golden import load_manifest, relative_error
-from tests.unit.models.vaes import WAN21, SmallVae, draw_pixels
+from tests.unit.models.vae.vaes import WAN21, SmallVae, draw_pixels
 from wan_train.errors import InputError
 from wan_train.models.vae.layers import FeatureCache
 from wan_train.models.vae.vae import WanVAE, check_vae, denormalise, load_vae, normalise

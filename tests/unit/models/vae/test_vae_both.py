@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.parity.golden import relative_error
-from tests.unit.models.vaes import WAN21, WAN22, SmallVae, draw_smooth
+from tests.unit.models.vae.vaes import WAN21, WAN22, SmallVae, draw_smooth
 from wan_train.models.vae.layers import FeatureCache
 from wan_train.models.vae.names import diffusers_name
 from wan_train.models.vae.tiling import Tiling
