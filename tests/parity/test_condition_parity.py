@@ -30,7 +30,7 @@ from wan_train.training.objective.conditioning import conditions_of
 
 CPU = torch.device("cpu")
 SOURCE, BUCKET = (120, 80), (96, 64)
-FRAMES = (1, 5, 13, 81)
+FRAMES = (1, 5, 13, pytest.param(81, marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,13 @@ def test_a_control_outside_of_its_steps_is_none(make: Make) -> None:
     assert np.array_equal(ended, make("vace-1.3B", vace_scale=0.0))
 
 
-@pytest.mark.parametrize("task", ["fun-control-1.3B", "fun-camera-1.3B", "vace-1.3B", "fun-control-A14B", "t2v-1.3B"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        *("vace-1.3B", "fun-control-A14B"),
+        *(pytest.param(task, marks=pytest.mark.slow) for task in ("fun-control-1.3B", "fun-camera-1.3B", "t2v-1.3B")),
+    ],
+)
 def test_merged_guidance_is_the_same_and_skipped_guidance_works(task: str, make: Make) -> None:
     given = GIVEN[task][-1]
     plain = make(task, **given).astype(int)

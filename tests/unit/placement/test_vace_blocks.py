@@ -100,7 +100,12 @@ def plain(path: Path, weights: str, network: NetworkSettings) -> list[Tensor]:
 
 
 # Compilation takes long, and meets no other products with other weights.
-CASES = [(way, weights) for way in WAYS for weights in WEIGHTS if weights == "plain" or "compile" not in WAYS[way]]
+CASES = [
+    pytest.param(way, weights, marks=[pytest.mark.slow] if way == "all" else [])
+    for way in WAYS
+    for weights in WEIGHTS
+    if weights == "plain" or "compile" not in WAYS[way]
+]
 
 
 @pytest.mark.parametrize(("way", "weights"), CASES)

@@ -70,11 +70,7 @@ def read(task: str, line: str) -> SampleRequest:
         ("t2v-14B", "--camera_speed 0.1", "--camera_speed is for --camera_direction: give that too, or leave it out"),
         (
             "fun-camera-14B",
-            (
-                "fun-camera-14B",
-                f"--i image.png --camera_origin {','.join(CAMERA_LINE.split())}",
-                "camera_origin is for --camera_direction",
-            ),
+            f"--i image.png --camera_origin {','.join(CAMERA_LINE.split())}",
             "camera_origin is for --camera_direction",
         ),
         ("fun-camera-14B", "--i image.png --camera_direction In --camera_origin 1,2", "takes 19 numbers"),
