@@ -82,7 +82,12 @@ def make_controls(settings: DatasetSettings, kind: str) -> None:
             num_made += _make(path, folder, kind, config, skip_broken=settings.skip_broken)
         hint = "" if config.control_directory else f'; add control_directory = "{folder}" to the dataset'
         logger.info(
-            "%s: %d controls written to %s, %d were there%s", config, num_made, folder, len(paths) - len(due), hint
+            "%s: %d controls written to %s, %d kept that were there%s",
+            config,
+            num_made,
+            folder,
+            len(paths) - len(due),
+            hint,
         )
 
 

@@ -59,7 +59,8 @@ def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple
     if config.control is None or not config.control.vace:
         where = f"in {config.control_directory}" if config.control_directory else f"as control_path in {config.listing}"
         what = "no control" if wanted == 1 else f"fewer than {wanted} controls"
-        _refuse_missing(config, entries, [len(controls) >= wanted for controls in found], f"{what} {where}")
+        hint = ": add them, or take these files out of the dataset"
+        _refuse_missing(config, entries, [len(controls) >= wanted for controls in found], f"{what} {where}", hint)
     return [controls[:wanted] for controls in found]
 
 

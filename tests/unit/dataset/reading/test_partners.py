@@ -62,7 +62,7 @@ def test_a_numbered_partner_belongs_to_the_item_of_its_name_if_there_is_one(fold
     for name in ("shot_1", "shot_2", "walk_1"):
         draw_image(folder / f"controls/{name}.png")
     lines = f'control_directory = "{folder / "controls"}"'
-    with pytest.raises(InputError, match=r"1 of 4 files have no control in .*controls \(shot\.png\)"):
+    with pytest.raises(InputError, match=r"1 of 4 files have no control in .*controls \(shot\.png\): add them, or"):
         items_of(lines, "image_directory")
     draw_image(folder / "controls/shot_0.png")
     found = [item.control.name for item in items_of(lines, "image_directory")]
