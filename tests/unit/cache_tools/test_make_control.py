@@ -1,6 +1,7 @@
 """Control videos that are made of the clips: what they show, where they go, and that none is ever half there."""
 
 import os
+import signal
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,18 +9,17 @@ import cv2
 import numpy as np
 import pytest
 
-from cache_tools import make_control
-from cache_tools.make_control import MAKERS, make_controls
+from cache_tools.make_control import MAKERS
 from cache_tools.settings import LATENTS_TOOL, MADE
 from dataset.config import read_config
 from dataset.reading.media import probe, read_frames
-from dataset.settings import DatasetSettings
 from dataset.sources import list_items, plan_clips
+from tests import processes
 from tests.unit.dataset.drawing import draw_frame, draw_image, draw_noise, draw_video, make_clips, write_toml
-from tests.unit.killing import killed_at
 from wan_train.cli import run
 from wan_train.models.variants import VARIANTS
 
+KILLED = "tests/unit/cache_tools/make_controls_killed.py"
 TOML = '[[datasets]]\nvideo_directory = "clips"\nresolution = [64, 48]\ntarget_frames = [5]\n'
 
 
@@ -179,13 +179,12 @@ def test_files_of_one_name_are_refused(folder, capsys):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_moment_a_control_is_whole_or_not_there(folder):
     make_clips(folder / "clips", {"b": 5})
-    settings = DatasetSettings("data.toml")
-    changes = ((os, "replace"), (make_control, "write_video"))
-    for moment in range(9):
-        finished = killed_at(moment, changes, lambda: make_controls(settings, "canny"))
+    write_toml(folder / "whole.toml", TOML.replace('"clips"', f'"{folder}/clips"'))
+    codes = []
+    while not codes or codes[-1]:
+        started = processes.start(KILLED, folder / "whole.toml", len(codes))
+        codes.append(started.wait())
         visible = sorted((folder / "clips_control").glob("[!.]*"))
         assert [probe(path).num_frames for path in visible] == [9, 5][: len(visible)]
-        if finished:
-            break
-    assert finished and moment >= 1
+    assert codes[:-1] == [-signal.SIGKILL] * (len(codes) - 1) and len(codes) > 2
     assert [path.name for path in sorted((folder / "clips_control").iterdir())] == ["a.mp4", "b.mp4"]
