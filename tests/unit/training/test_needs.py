@@ -200,7 +200,7 @@ def test_what_cannot_fit_is_refused_with_the_ways_out(tiny: Path) -> None:
         assert "--fused_backward_pass" in said and "--full_bf16" not in said and "\n" not in said
 
 
-def published(path: str, dtype: torch.dtype | None) -> Dit:
+def published(path: str, dtype: torch.dtype | None, header: object) -> Dit:
     with torch.device("meta"):
         model = Dit(DitConfig(5120, 13824, 40, 40, text_dim=4096)).bfloat16()
     return outline_dit(model.state_dict(), dtype=dtype)
