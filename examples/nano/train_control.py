@@ -73,7 +73,7 @@ def train(folder: Path, *, minutes: float, clips: int) -> None:
     shapes = {name: tuple(shape) for name, shape in read_header(path).shapes.items()}
     new = new_layers(shapes, VARIANTS[TASK], "auto", str(path))
     state = {name: tensor.float() for name, tensor in initialised(read_tensors(path), new)}
-    # What reads CLIP adds nothing where there is no image, and is left as it is: the same model, without it.
+    # The layers for CLIP add nothing without an image: a model that lacks them computes the same.
     model = Dit(replace(CONFIG, in_dim=state["patch_embedding.weight"].shape[1]))
     model.load_state_dict({name: state[name] for name in model.state_dict()})
     settings = DitSettings(minutes=minutes, rate=1e-3, batch=32)

@@ -76,8 +76,8 @@ class Match:
         if self.unmatched:
             more = f" and {len(self.unmatched) - 10} more" if len(self.unmatched) > 10 else ""
             raise InputError(
-                f"{what} does not fit the model: {len(self.groups)} modules match, but nothing answers to "
-                f"{len(self.unmatched)} keys: {', '.join(self.unmatched[:10])}{more}; give a LoRA of this model"
+                f"{what} does not fit the model: {len(self.groups)} modules match, "
+                f"{len(self.unmatched)} keys do not: {', '.join(self.unmatched[:10])}{more}; give a LoRA of this model"
             )
 
 

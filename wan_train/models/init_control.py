@@ -31,7 +31,7 @@ REFERENCE, MOTION = "reference", "motion"  # kinds beside "auto"
 CLIP_WIDTH = 1280  # of the published image encoder
 CAMERA_CHANNELS = 24  # six Pluecker coordinates for each of four pixel frames
 VACE_MASK_CHANNELS = 64  # of the VACE context, behind inactive and reactive latents
-DEEP = 40  # from so many blocks on VACE hints to every fifth, else to every second, as in the published models
+DEEP = 40  # number of blocks from which VACE hints to every fifth, below to every second, as in published models
 PATCH = "patch_embedding.weight"
 
 Pairs = Iterable[tuple[str, Tensor]]

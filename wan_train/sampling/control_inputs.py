@@ -74,7 +74,7 @@ def _video(flag: str, path: str, request: SampleRequest, size: Size) -> Tensor:
 
 
 def _mask(request: SampleRequest, num_frames: int, size: Size) -> Tensor:
-    """The mask (N, X, Y) in [0, 1] of so many frames of `vace_video`: stretched over it and then cropped like it, and
+    """The mask (N, X, Y) in [0, 1] of the first N frames of `vace_video`: stretched over it, then cropped like it, and
     black where it is transparent, as when clips are cached."""
     assert request.vace_mask and request.vace_video
     path, info = Path(request.vace_mask), probe(Path(request.vace_video))

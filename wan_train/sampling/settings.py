@@ -38,44 +38,44 @@ class TaskSettings:
     prompt: str = option("", "What the video shows.", traits=Sampled(always=True))
     negative_prompt: str | None = option(
         None,
-        "What it must not show; without it the task's own text.",
+        "What it must not show; default: the task's own text.",
         traits=Sampled(letter="n", task="negative_prompt", always=True),
     )
     video_size: tuple[int, int] | None = option(
         None,
-        "Width and height in pixels; without it the task's.",
+        "Width and height in pixels; default: the task's.",
         minimum=16,
         metavar="WIDTH HEIGHT",
         traits=Sampled(field="size", task="size", always=True, maximum=8192),
     )
     video_length: int | None = option(
         None,
-        "Frames, 4n+1; without it the task's.",
+        "Number of frames, 4n+1; default: the task's.",
         minimum=1,
         traits=Sampled(letter="f", table="frame_count", field="frames", task="frames", always=True, maximum=4096),
     )
     infer_steps: int | None = option(
         None,
-        "Sampling steps; without it the task's.",
+        "Number of sampling steps; default: the task's.",
         minimum=1,
         maximum=1000,
         traits=Sampled(letter="s", table="sample_steps", field="steps", task="steps", always=True),
     )
     guidance_scale: float | None = option(
         None,
-        "Classifier-free guidance; 1 does without the negative prompt; without it the task's.",
+        "Classifier-free guidance; 1 leaves out the negative prompt; default: the task's.",
         minimum=0,
         traits=Sampled(letter="l", table="cfg_scale", field="guidance", task="guidance", always=True, maximum=1000),
     )
     guidance_scale_high_noise: float | None = option(
         None,
-        "Guidance of the expert for high noise; without it the task's.",
+        "Guidance of the expert for high noise; default: the task's.",
         minimum=0,
         traits=Sampled(field="guidance_high_noise", maximum=1000),
     )
     flow_shift: float | None = option(
         None,
-        "Shift of the noise levels; without it the task's, which for some goes by the size.",
+        "Shift of the noise levels; default: the task's, which for some depends on the size.",
         minimum=1e-3,
         traits=Sampled(
             letter="fs", table="discrete_flow_shift", field="shift", recorded="noise_shift", always=True, maximum=1000

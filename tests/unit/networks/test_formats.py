@@ -148,7 +148,7 @@ def test_keys_that_match_nothing_are_listed_with_the_number_that_match(make_mode
     model, larger = make_model(), make_model(image=True)
     state = peft_state(make_deltas(larger), "diffusion_model")
     with pytest.raises(
-        InputError, match=r"20 modules match.* 8 keys: .*blocks\.0\.cross_attn\.k_img\.lora_A"
+        InputError, match=r"20 modules match.* 8 keys do not: .*blocks\.0\.cross_attn\.k_img\.lora_A"
     ) as caught:
         read_lora(state, linear_names(model))
     assert str(caught.value).count("_img") == 8
