@@ -18,6 +18,7 @@ from wan_train.flow.path import interpolate
 from wan_train.flow.solvers import make_solver
 from wan_train.models.dit.experts import expert_at
 from wan_train.sampling.guidance import StepPlan, guide, plan_steps
+from wan_train.sampling.passes import ALONE, Sharing
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.text_memory import remembering_texts
 
@@ -48,6 +49,7 @@ class Sampling:
         negative: Conditions,
         *,
         source: Tensor | None = None,
+        sharing: Sharing = ALONE,
         device: torch.device,
     ) -> None:
         """Begin a request whose seed is set, at noise, or with `source`, latents (C, F, H, W), at
@@ -62,6 +64,7 @@ class Sampling:
         if source is not None and context is not None:
             source = with_references(source.cpu()[None], context)[0]
         self.request, self.positive, self.negative, self.device = request, positive, negative, device
+        self._sharing = sharing
         self.solver = make_solver(
             request.solver,
             steps=request.steps,
@@ -85,11 +88,19 @@ class Sampling:
         guidance = request.guided(expert)
         positive = self._with_arguments()
         negative = replace(self.negative, extras=positive.extras)
-        predict = guide(model, positive, negative, guidance, acting=request.acting, device=self.device)
+        predict = guide(
+            model,
+            positive,
+            negative,
+            guidance,
+            acting=request.acting,
+            sharing=self._sharing,
+            device=self.device,
+        )
         plans = plan_steps(request.steps, guidance, request.acting)
         steps = list(itertools.takewhile(lambda step: self._expert(step[0]) == expert, self._coming(plans)))
         num_tokens = math.prod(request.latent_shape[1:]) // 4  # patches are 2 x 2
-        with remembering_texts(model, num_tokens):
+        with remembering_texts(model, num_tokens), self._sharing.around(model):
             for timestep, plan in tqdm(steps, desc=_words(expert), disable=quiet, leave=False):
                 velocity = predict(self._x, timestep, plan).float().cpu()
                 self._x = self._with_first(self.solver.step(velocity, timestep, self._x))

@@ -4,7 +4,7 @@ Classifier-free guidance (Ho and Salimans 2022) leads away from the negative pro
 it from Stable Diffusion 3.5, away from what the model makes of that prompt with some of its blocks left out.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -18,6 +18,7 @@ from wan_train.conditions.conditions import Conditions
 from wan_train.conditions.kinds import IMAGE_LATENTS, VACE_CONTEXT
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit, Embedded, RunBlocks, wrap_run_blocks
+from wan_train.sampling.passes import ALONE, BOTH, NEGATIVE, POSITIVE, Pass, PassName, Prompts, Sharing, Wrap, run_model
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,14 @@ ALWAYS = Acting()
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step consists of: guided at all, with layers skipped, and with controls acting."""
+    """What a step consists of: guided at all, with layers skipped, and with controls acting; its `index` of all."""
 
     guided: bool
     skipping: bool = False
     controlled: bool = True
+    index: int = 0
 
 
-Prompts = tuple[str, ...]
-POSITIVE: Prompts = ("positive",)
-NEGATIVE: Prompts = ("negative",)
-BOTH = POSITIVE + NEGATIVE
 Predict = Callable[[Tensor, Tensor, StepPlan], Tensor]
 
 
@@ -80,7 +78,10 @@ def plan_steps(steps: int, guidance: Guidance, acting: Acting = ALWAYS) -> list[
     window = range(int(guidance.slg_start * steps), int(guidance.slg_end * steps))
     skips = bool(guidance.slg_layers)
     acted = range(int(acting.start * steps), int(acting.end * steps))
-    return [StepPlan(guide, skips and guide and index in window, index in acted) for index, guide in enumerate(guided)]
+    return [
+        StepPlan(guide, skips and guide and index in window, index in acted, index)
+        for index, guide in enumerate(guided)
+    ]
 
 
 def guide(
@@ -90,35 +91,46 @@ def guide(
     guidance: Guidance,
     *,
     acting: Acting = ALWAYS,
+    wraps: Sequence[Wrap] = (),
+    sharing: Sharing = ALONE,
     device: torch.device,
 ) -> Predict:
-    """The velocity (1, C, F, H, W) of a step of x, which is anywhere; one pass of the model for a step not guided."""
+    """The velocity (1, C, F, H, W) of a step of x, which is anywhere; one pass of the model for a step not guided.
+
+    `wraps` act around each pass, the last outermost; `sharing` says which process runs which.
+    """
     conditions = cache(partial(_conditions, positive.to(device), negative.to(device)))
     inputs = cache(lambda prompts: _step_inputs(model, conditions(prompts), device))
     acted = cache(lambda prompts, controlled: _acted(inputs(prompts), acting, controlled=controlled))
+    split = (BOTH,) if guidance.merge else (POSITIVE, NEGATIVE)
+    call = run_model(model)
+    for wrap in wraps:
+        call = wrap(call)
 
-    def run(x: Tensor, timestep: Tensor, prompts: Prompts, plan: StepPlan) -> Tensor:
+    def run(x: Tensor, timestep: Tensor, prompts: Prompts, plan: StepPlan, *, skips: bool = False) -> Tensor:
         size = len(prompts)
         latents, time = x.to(device).expand(size, *x.shape[1:]), timestep.to(device).expand(size)
         latents, time = conditions(prompts).fuse(latents, time.float())
-        return model(latents, time, **acted(prompts, plan.controlled))
+        return call(Pass(PassName(prompts, skips), plan.index, latents, time, acted(prompts, plan.controlled)))
 
     def run_skipped(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
         with without_blocks(cast(Dit, model), guidance.slg_layers):
-            return run(x, timestep, NEGATIVE, plan)
+            return run(x, timestep, NEGATIVE, plan, skips=True)
 
     def predict(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
         if not plan.guided:
-            return run(x, timestep, POSITIVE, plan)
+            return sharing.together([partial(run, x, timestep, POSITIVE, plan)])[0]
+        skipped = partial(run_skipped, x, timestep, plan)
         if plan.skipping and guidance.slg_mode == "uncond":
-            conditioned, unconditioned = run(x, timestep, POSITIVE, plan), run_skipped(x, timestep, plan)
-        elif guidance.merge:
-            conditioned, unconditioned = run(x, timestep, BOTH, plan).split(1)
+            runs = [partial(run, x, timestep, POSITIVE, plan), skipped]
         else:
-            conditioned, unconditioned = (run(x, timestep, prompts, plan) for prompts in (POSITIVE, NEGATIVE))
-        velocity = unconditioned + guidance.scale * (conditioned - unconditioned)
+            runs = [partial(run, x, timestep, prompts, plan) for prompts in split]
         if plan.skipping and guidance.slg_mode == "original":
-            velocity = velocity + guidance.slg_scale * (conditioned - run_skipped(x, timestep, plan))
+            runs.append(skipped)
+        conditioned, unconditioned, *led_from = (part for out in sharing.together(runs) for part in out.split(1))
+        velocity = unconditioned + guidance.scale * (conditioned - unconditioned)
+        for part in led_from:
+            velocity = velocity + guidance.slg_scale * (conditioned - part)
         return velocity
 
     return predict
