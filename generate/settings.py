@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from wan_train.cli import Tool, option
+from wan_train.distributed.settings import ParallelSettings
 from wan_train.models.settings import (
     DitSettings,
     ExpertSettings,
@@ -114,6 +115,7 @@ class GenerateSettings:
     lora: LoraSettings
     sampling: SamplingSettings
     batch: BatchSettings
+    parallel: ParallelSettings
     output: OutputSettings
 
 
