@@ -34,6 +34,7 @@ _ELSEWHERE = (
     "interactive",
     "from_metadata",
     "save_path",
+    "local_output_dir",
     "text_cache",
     "device",
     "no_metadata",

@@ -23,12 +23,14 @@ from generate.output import (
     writes_latents,
 )
 from generate.record import make_record
+from generate.remote_output import deliver
 from generate.settings import GenerateSettings
 from generate.source import read_source
 from wan_train.errors import RunError
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import experts_of
 from wan_train.models.variants import VARIANTS
+from wan_train.remote.mirror import Mirror
 from wan_train.sampling.denoise import Sampling
 from wan_train.storage import read_tensors
 
@@ -153,8 +155,10 @@ class Failures:
 class OnDisk:
     """Delivery into files: latents as they come, and what `--output_type` names once there are frames."""
 
-    def __init__(self, settings: GenerateSettings, hashes: Mapping[str, object], *, several: bool) -> None:
-        self.settings, self.hashes, self.several = settings, hashes, several
+    def __init__(
+        self, settings: GenerateSettings, hashes: Mapping[str, object], *, several: bool, mirror: Mirror | None = None
+    ) -> None:
+        self.settings, self.hashes, self.several, self.mirror = settings, hashes, several, mirror
         self.wants_frames = settings.output.output_type != "latent"
         self._stems: dict[int, Path] = {}
 
@@ -171,7 +175,7 @@ class OnDisk:
         stem, metadata = self._stems[job.index], latent_metadata(job.request)
         product = Product(latents, trimmed(frames, output), fps, stem, self._comment(job), metadata, output)
         for path in write_outputs(product):
-            log.info("wrote %s", path)
+            deliver(path, self.mirror)
         if not writes_latents(output):
             self._kept(job.index).unlink()
         del self._stems[job.index]

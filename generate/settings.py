@@ -75,7 +75,16 @@ class OutputSettings:
     """Output."""
 
     save_path: str = option(
-        "", "Where to write: a file, or a folder. {seed} and {index} stand for those of each video.", metavar="PATH"
+        "",
+        "Where to write: a file or a folder, also by a URL that fsspec takes, such as gs://bucket/folder. {seed} and"
+        " {index} stand for those of each video.",
+        metavar="PATH",
+    )
+    local_output_dir: str | None = option(
+        None,
+        "With a remote --save_path, local folder in which the results are written first, and stay; default: a folder"
+        " in ~/.cache/wan-train/remote from which they are removed once uploaded.",
+        metavar="FOLDER",
     )
     output_type: str = option(
         "video",

@@ -168,7 +168,7 @@ def make_previews(
 ) -> None:
     """Make the previews, each process its share, and wait for all of them."""
     made: dict[int, Path] = {}
-    previewer, writer = reporting.previewer, reporting.writer
+    previewer, writer, mirror = reporting.previewer, reporting.writer, reporting.mirror
     if previewer is not None:
         averaged = optimizing.ema if reporting.preview.sample_with_ema else None
         applied = averaged.applied(optimizing.stepping.forget) if averaged is not None else nullcontext()
@@ -177,5 +177,8 @@ def make_previews(
     others = {index: path for paths in from_all(made) for index, path in paths.items() if index not in made}
     for _, path in sorted(others.items()):
         log.info("preview %s", path)
+    if mirror is not None:
+        for path in (made | others).values():
+            mirror.upload(path)
     if writer is not None and previewer is not None:
         writer.write_previews(made | others, step, fps=previewer.fps)
