@@ -41,7 +41,7 @@ def uploading(mirror: Mirror | None) -> Iterator[None]:
             mirror.finish()
     if mirror is not None and mirror.failed:
         named = ", ".join(map(str, mirror.failed))
-        raise RunError(f"{len(mirror.failed)} results could not be uploaded to {shown(mirror.remote.url)}: {named}")
+        raise RunError(f"{len(mirror.failed)} result(s) could not be uploaded to {shown(mirror.remote.url)}: {named}")
 
 
 def deliver(path: Path, mirror: Mirror | None) -> None:

@@ -58,12 +58,19 @@ class RemoteFolder:
 
     def names(self, under: str = "") -> list[str]:
         """Return the names of what is in the folder, or in the folder `under` in it."""
+        return sorted(self.sizes(under))
+
+    def sizes(self, under: str = "") -> dict[str, int]:
+        """Return the sizes in bytes, by name, of what is in the folder, or in the folder `under` in it; of folders they
+        mean nothing. Nothing where there is no folder."""
         self.filesystem.invalidate_cache()
         try:
-            found = self.filesystem.ls(self._at(under), detail=False)
+            found = self.filesystem.ls(self._at(under), detail=True)
         except FileNotFoundError:
-            return []
-        return sorted({str(path).rstrip("/").rpartition("/")[2] for path in found} - {""})
+            return {}
+        named = {str(row["name"]).rstrip("/").rpartition("/")[2]: int(row.get("size") or 0) for row in found}
+        # Some object stores list an empty object for the folder itself.
+        return {name: size for name, size in named.items() if name}
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file, None where there is none."""
@@ -71,10 +78,6 @@ class RemoteFolder:
             return bytes(self.filesystem.cat_file(self._at(name)))
         except FileNotFoundError:
             return None
-
-    def size(self, name: str) -> int:
-        """Return the size of a file in bytes. Raises FileNotFoundError where there is none."""
-        return int(self.filesystem.info(self._at(name))["size"])
 
     def fetch(self, name: str, target: Path) -> None:
         """Download a file to a local path, whole or not at all. Raises what the filesystem raises."""

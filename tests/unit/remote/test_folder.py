@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.unit.remote.conftest import Flaky
+from tests.filesystems import Flaky
 from wan_train.errors import InputError
 from wan_train.remote.addresses import is_remote, local_folder, shown, split
 from wan_train.remote.folder import RemoteFolder, open_remote
@@ -77,7 +77,7 @@ def test_what_is_put_is_there_and_can_be_fetched(
     folder.put(state / "a.bin", "sample/a.bin")
     folder.put(state, "name-state", last=(MANIFEST,))
     assert folder.read("sample/a.bin") == b"new a.bin" and folder.read("absent") is None
-    assert folder.size("sample/a.bin") == 9
+    assert folder.sizes("sample") == {"a.bin": 9}
     assert folder.names() == ["name-state", "sample"]
     folder.fetch_folder("name-state", tmp_path / "back")
     assert {path.name: path.read_text() for path in (tmp_path / "back").iterdir()} == held(folder, "name-state")

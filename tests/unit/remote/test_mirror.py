@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import wan_train.remote.uploads
-from tests.unit.remote.conftest import Flaky
+from tests.filesystems import Flaky
 from wan_train.remote.folder import open_remote
 from wan_train.remote.mirror import Mirror
 from wan_train.remote.uploads import Uploads, retried

@@ -119,7 +119,13 @@ def fetch_named_state(url: str) -> Path:
             raise InputError(f"--resume {shown(url)} has no {MANIFEST}: give the URL of a whole state folder")
         here = folder / MANIFEST
         if not here.is_file() or here.read_bytes() != text:
-            fetch_state(remote, _read_state(remote, name, folder))
+            try:
+                state = _read_state(remote, name, folder)
+            except NewerState:
+                raise
+            except InputError:
+                raise InputError(f"--resume {shown(url)} is not whole: give the URL of another state") from None
+            fetch_state(remote, state)
     return folder
 
 
@@ -127,7 +133,8 @@ def _read_state(remote: RemoteFolder, name: str, folder: Path) -> State:
     text = remote.read(f"{name}/{MANIFEST}")
     if text is None:
         raise InputError(f"{name} has no {MANIFEST}")
-    return parse_state(folder, lambda: text, lambda file: remote.size(f"{name}/{file}"))
+    sizes = remote.sizes(name)
+    return parse_state(folder, lambda: text, lambda file: sizes.get(file, -1))
 
 
 def _age(state: State) -> tuple[float, int]:

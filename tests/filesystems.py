@@ -1,15 +1,10 @@
-"""Filesystems for remote folders: fsspec's own in memory, and a local one that fails when told to."""
+"""A filesystem for remote folders that fails when told to."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import pytest
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
-
-import wan_train.remote.uploads
 
 
 class Flaky(LocalFileSystem):
@@ -33,20 +28,8 @@ class Flaky(LocalFileSystem):
         super().put_file(lpath, rpath, **more)
 
 
-@pytest.fixture
-def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
-    """The filesystem of `flaky://FOLDER`, with tries that follow at once."""
+def register_flaky() -> type[Flaky]:
+    """Have fsspec open `flaky://FOLDER`; nothing has failed or been tried yet."""
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     Flaky.failures, Flaky.tried = 0, []
-    monkeypatch.setattr(wan_train.remote.uploads, "WAITS", (0.0, 0.0))
     return Flaky
-
-
-@pytest.fixture
-def memory() -> Iterator[MemoryFileSystem]:
-    """The filesystem of `memory://FOLDER`, empty."""
-    filesystem = fsspec.filesystem("memory")
-    filesystem.store.clear()
-    filesystem.pseudo_dirs[:] = [""]
-    yield filesystem
-    filesystem.store.clear()
