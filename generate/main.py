@@ -15,6 +15,7 @@ from generate.record import compare_hashes, input_hashes, model_hashes
 from generate.remote_output import uploading, with_local_save_path
 from generate.runs import OnDisk, run_jobs
 from generate.settings import GenerateSettings
+from wan_train.compile import tell_of_cache
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.variants import VARIANTS
@@ -28,10 +29,14 @@ log = get_logger(__name__)
 def main(settings: GenerateSettings) -> None:
     """Do what the settings ask for. Raises InputError, before a model is loaded, for what cannot work."""
     began, device = time.monotonic(), default_device(settings.output.device)
-    work = _WORK[_wanted(settings)]
+    wanted = _wanted(settings)
+    work = _WORK[wanted]
+    if settings.profile.profile and work in (_decode, _merge):
+        raise InputError(f"--profile traces sampling steps, and {wanted} takes none: leave out one of them")
     settings, mirror = with_local_save_path(settings)
     with uploading(mirror):
         work(settings, device, mirror)
+    tell_of_cache(settings.compile)
     log.info("done in %.1f s; at most %s", time.monotonic() - began, describe_peak(device))
 
 

@@ -35,6 +35,7 @@ _ELSEWHERE = (
     "from_metadata",
     "save_path",
     "local_output_dir",
+    "compile_cache",
     "text_cache",
     "device",
     "no_metadata",

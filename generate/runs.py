@@ -26,10 +26,12 @@ from generate.record import make_record
 from generate.remote_output import deliver
 from generate.settings import GenerateSettings
 from generate.source import read_source
+from wan_train.distributed.ranks import find_place
 from wan_train.errors import RunError
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import experts_of
 from wan_train.models.variants import VARIANTS
+from wan_train.profiling.profiler import Profiler
 from wan_train.remote.mirror import Mirror
 from wan_train.sampling.denoise import Sampling
 from wan_train.storage import read_tensors
@@ -68,6 +70,8 @@ def run_jobs(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
 
 def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     failures = Failures(alone=len(jobs) == 1)
+    is_first = find_place().rank == 0
+    profiler = Profiler(models.settings.profile.profile if is_first else None, "sampling")
     conditions = models.encode([text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)])
     beginnings = _begin(jobs, models, failures)
     samplings: dict[int, Sampling] = {}
@@ -78,9 +82,9 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     for expert in [e for e in experts_of(jobs[0].request.variant) if any(e in s.experts() for s in samplings.values())]:
         with models.dit(expert) as dit:
             for job in failures.others(jobs):
-                with failures.of(job):
+                with failures.of(job), profiler:
                     log.info("%s", describe(job))
-                    samplings[job.index].advance(dit.model, expert)
+                    samplings[job.index].advance(dit.model, expert, on_step=profiler.step)
                     if not samplings[job.index].experts():
                         delivery.put_latents(job, samplings.pop(job.index).latents)
     if delivery.wants_frames:

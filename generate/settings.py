@@ -12,6 +12,7 @@ from wan_train.models.settings import (
     VaeSettings,
 )
 from wan_train.placement.settings import ActivationSettings, CompileSettings, StreamSettings
+from wan_train.profiling.settings import ProfileSettings
 from wan_train.quantization.settings import FastWeightSettings
 from wan_train.sampling.settings import PromptSettings, SamplingSettings
 
@@ -126,6 +127,7 @@ class GenerateSettings:
     batch: BatchSettings
     parallel: ParallelSettings
     output: OutputSettings
+    profile: ProfileSettings
 
 
 TOOL = Tool(

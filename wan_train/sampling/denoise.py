@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,8 +82,15 @@ class Sampling:
         return list(dict.fromkeys(self._expert(timestep) for timestep in self.solver.timesteps[self._done :]))
 
     @torch.no_grad()
-    def advance(self, model: nn.Module, expert: str | None = None, *, quiet: bool = False) -> None:
-        """Take the next steps, as far as they are this expert's, the model being it."""
+    def advance(
+        self,
+        model: nn.Module,
+        expert: str | None = None,
+        *,
+        quiet: bool = False,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take the next steps, as far as they are this expert's, the model being it; `on_step` is called after each."""
         request = self.request
         guidance = request.guided(expert)
         positive = self._with_arguments()
@@ -105,6 +112,7 @@ class Sampling:
                 velocity = predict(self._x, timestep, plan).float().cpu()
                 self._x = self._with_first(self.solver.step(velocity, timestep, self._x))
                 self._done += 1
+                on_step()
 
     @property
     def latents(self) -> Tensor:

@@ -18,6 +18,7 @@ from wan_train.log import get_logger
 from wan_train.models.dit.experts import pair_of
 from wan_train.models.variants import VARIANTS
 from wan_train.placement.lanes import lane_from_host
+from wan_train.profiling.profiler import Profiler
 from wan_train.remote.mirror import Mirror
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
@@ -97,7 +98,8 @@ def build(
     )
     objective = make_objective(settings, plan, dataset, texts, seed)
     reporting = Reporting(settings.preview, previewer, writer, mirror)
-    return Run(model, optimizing, objective, fed, saving, reporting, validator)
+    profiler = Profiler(settings.profile.profile if is_first else None, settings.save.output_name)
+    return Run(model, optimizing, objective, fed, saving, reporting, validator, profiler)
 
 
 def make_optimization(

@@ -47,7 +47,7 @@ def train(run: Run) -> None:
         if position.step == 0:
             before_first_step(run)
         # The bar is closed on every way out, so that an error begins a line of its own.
-        with tqdm(total=steps, initial=position.step, desc="steps", disable=hidden) as bar:
+        with tqdm(total=steps, initial=position.step, desc="steps", disable=hidden) as bar, run.profiler:
             while position.step < steps and not has_learnt_enough(run.validator):
                 position = train_epoch(run, position, bar)
         evaluate(run, position)
@@ -76,6 +76,7 @@ def train_epoch(run: Run, position: Position, bar: Any) -> Position:
             window, position, model=model, optimizing=run.optimizing, objective=run.objective, stop=run.stop
         )
         report(run.reporting.writer, bar, metrics)
+        run.profiler.step()
         after_step(run, position)
         if asked_to_stop and step < steps:
             told = save_stopped(run.saving, position=position, model=model, optimizing=run.optimizing)

@@ -121,10 +121,17 @@ def preflight(settings: TrainSettings, remote: RemoteFolder | None = None) -> Ru
     requests = check_previews(settings, variant)
     if not settings.experts.allow_unused_timesteps:
         refuse_unused(experts, settings.timesteps)
+    check_folders(settings, remote)
+    return RunPlan(variant, configs, requests, captions, experts, find_state(fetched(settings), remote))
+
+
+def check_folders(settings: TrainSettings, remote: RemoteFolder | None) -> None:
+    """InputError for a folder that the run could not write to later."""
     check_writable(settings.save.output_dir)
+    if settings.profile.profile:
+        check_writable(settings.profile.profile)
     if remote is not None:
         remote.check_writable("--output_dir")
-    return RunPlan(variant, configs, requests, captions, experts, find_state(fetched(settings), remote))
 
 
 def float32_warning(device: torch.device, path: str, computing: torch.dtype, flag: str) -> str | None:

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from dataset.batching.batches import Batch
 from dataset.batching.epochs import EpochBatches
+from wan_train.profiling.profiler import Profiler
 from wan_train.remote.mirror import Mirror
 from wan_train.training.carried import Length
 from wan_train.training.evaluating.validation import Validator
@@ -61,4 +62,5 @@ class Run:
     saving: Saving
     reporting: Reporting
     validator: Validator | None
+    profiler: Profiler
     stop: StopRequest = field(default_factory=StopRequest)
