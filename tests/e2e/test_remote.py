@@ -1,8 +1,11 @@
 """Runs and videos that go to remote folders."""
 
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.filesystems import Flaky
 from tests.tiny.make import DIT, T5, VAE
+from wan_train.training import loop
 
 Tool = Callable[..., None]
 
@@ -119,6 +123,27 @@ def test_a_state_is_resumed_from_by_its_url(
     shutil.rmtree(tmp_path / "cache")
     train(tmp_path / "out", "--resume", "memory://runs/x-state", expect=2)
     assert "--resume memory://runs/x-state is not whole: give the URL" in capsys.readouterr().err
+
+
+def test_a_run_that_is_asked_to_stop_waits_for_its_uploads(
+    train: Callable[..., None], flaky: type[Flaky], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, report = Flaky.put_file, loop.report
+
+    def slow(self: Flaky, lpath: str, rpath: str, **more: Any) -> None:
+        time.sleep(0.05)
+        put(self, lpath, rpath, **more)
+
+    def stopping(*given: Any) -> None:
+        report(*given)
+        if given[2].step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Flaky, "put_file", slow)
+    monkeypatch.setattr(loop, "report", stopping)
+    train(f"flaky://{tmp_path}/there", "--local_output_dir", tmp_path / "here", expect=143)
+    assert {"x-step00000003.safetensors", "x-step00000003-state"} <= names(tmp_path / "here")
+    assert names(tmp_path / "there") == names(tmp_path / "here")
 
 
 def test_training_goes_on_where_uploads_fail(
