@@ -1,7 +1,9 @@
 """What the generator leaves on disk."""
 
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,13 +34,14 @@ _LATENT = "_latent"
 
 @dataclass(frozen=True)
 class Product:
-    """What there is to write: latents (C, F, H, W), frames (F, H, W, 3) or None, and the record of how it was made.
+    """What there is to write: latents (C, F, H, W), frames, each (H, W, 3), and the record of how it was made.
 
-    `stem` is the path without a suffix. `comment` is the record or empty, `metadata` what latent files say beside it.
+    The frames are None if they are not wanted, and may be an iterator: they are written as it gives them. `stem` is the
+    path without a suffix. `comment` is the record or empty, `metadata` what latent files say beside it.
     """
 
     latents: Tensor
-    frames: np.ndarray | None
+    frames: Iterable[np.ndarray] | None
     fps: int
     stem: Path
     comment: str
@@ -69,11 +72,13 @@ def named_stem(settings: OutputSettings, *, seed: str, index: int) -> Path:
     return path.with_name(path.stem.removesuffix(_LATENT) if path.suffix == ".safetensors" else path.stem)
 
 
-def trimmed(frames: np.ndarray | None, settings: OutputSettings) -> np.ndarray | None:
-    """The frames without those at the end that `--trim_tail_frames` leaves out."""
-    if frames is None or not settings.trim_tail_frames:
-        return frames
-    return frames[: -settings.trim_tail_frames]
+def trimmed(frames: Iterable[np.ndarray], settings: OutputSettings) -> Iterator[np.ndarray]:
+    """Give the frames without those at the end that `--trim_tail_frames` leaves out, of which as many are held back."""
+    held: deque[np.ndarray] = deque()
+    for frame in frames:
+        held.append(frame)
+        if len(held) > settings.trim_tail_frames:
+            yield held.popleft()
 
 
 def check_output(settings: OutputSettings, jobs: Sequence[Job] | None) -> None:
@@ -176,13 +181,16 @@ def latent_metadata(request: SampleRequest) -> dict[str, str]:
 
 def _write_video(product: Product) -> Path:
     assert product.frames is not None
-    picture = product.stem.with_name(product.stem.name + ".png")
-    if len(product.frames) == 1 and Path(product.settings.save_path).suffix.lower() != ".mp4":
-        write_image(picture, product.frames[0], comment=product.comment)
-        return picture
+    remaining = iter(product.frames)
+    first = list(itertools.islice(remaining, 2))
+    if len(first) == 1 and Path(product.settings.save_path).suffix.lower() != ".mp4":
+        image = product.stem.with_name(product.stem.name + ".png")
+        write_image(image, first[0], comment=product.comment)
+        return image
     video = product.stem.with_name(product.stem.name + ".mp4")
     codec, quality = product.settings.codec, product.settings.video_quality
-    write_video(video, product.frames, fps=product.fps, codec=codec, quality=quality, comment=product.comment)
+    frames = itertools.chain(first, remaining)
+    write_video(video, frames, fps=product.fps, codec=codec, quality=quality, comment=product.comment)
     return video
 
 
