@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from wan_train.cli import option
 from wan_train.models.one_frame import read_one_frame
 from wan_train.sampling.control_settings import ControlOptions
+from wan_train.sampling.length_settings import LengthOptions
 from wan_train.sampling.options import Sampled
 from wan_train.sampling.values import read_layers, read_numbers
 
@@ -211,5 +212,5 @@ class SampleOptions:
 
 # The fields of a dataclass begin with those of its last base.
 @dataclass(frozen=True)
-class SamplingSettings(ControlOptions, SampleOptions, OneFrameSettings, StartOptions, TaskSettings):
+class SamplingSettings(LengthOptions, ControlOptions, SampleOptions, OneFrameSettings, StartOptions, TaskSettings):
     """Sampling."""
