@@ -158,7 +158,7 @@ def _dits(content: _Folder, variant: Variant | None) -> list[Path]:
     return sized or list(fitting)
 
 
-def _of_expert(high: bool) -> Callable[[_Folder, Variant | None], list[Path]]:
+def _of_expert(*, high: bool) -> Callable[[_Folder, Variant | None], list[Path]]:
     """Finds the DiT of one expert, or the only one of a task that has no experts; where nothing tells the experts
     apart, both."""
 
