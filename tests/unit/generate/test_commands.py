@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import wan_train
 from generate.output import check_place
 from generate.settings import TOOL, GenerateSettings
 from tests.unit.generate.conftest import Given
@@ -53,6 +54,11 @@ def test_a_command_line_of_maxdiffusion_names_its_files(models: Path, tmp_path: 
     ]
     assert run(TOOL, [str(word) for word in command]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"wan_output_3_000.mp4", "wan_output_5_001.mp4"}
+
+
+def test_a_folder_of_checkpoints_and_a_size_in_one_word_from_python(models: Path) -> None:
+    given = {"task": "t2v-1.3B", "ckpt_dir": str(models), "infer_steps": 1, "video_length": 1, "device": "cpu"}
+    assert wan_train.generate(PROMPT, video_size="48*32", **given).shape == (1, 32, 48, 3)
 
 
 def test_a_pattern_without_a_folder_is_for_the_current_one(given: Given) -> None:
