@@ -23,6 +23,9 @@ def with_local_save_path(settings: GenerateSettings) -> tuple[GenerateSettings, 
     check_local_folder("--save_path", output.save_path, output.local_output_dir)
     if not is_remote(output.save_path):
         return settings, None
+    if output.output_pattern:
+        named = f"{output.save_path.rstrip('/')}/{output.output_pattern}"
+        output = replace(output, save_path=named, output_pattern=None)
     url, inside = _split(output)
     remote, local = open_remote(url, "--save_path"), local_folder(url, output.local_output_dir)
     remote.check_writable("--save_path")

@@ -169,6 +169,8 @@ def test_videos_go_to_the_remote_folder_and_leave_the_disk(
     generate(cached, run_here, "memory://runs/same.mp4", "--local_output_dir", tmp_path / "mine")
     assert memory.cat_file("/runs/same.mp4") == (tmp_path / "plain.mp4").read_bytes()
     assert names(tmp_path / "mine") == {"same.mp4"}
+    generate(cached, run_here, "memory://runs/all", "--output_pattern", "wan_output_{seed}_{index}.mp4")
+    assert "/runs/all/wan_output_3_000.mp4" in memory.store
 
 
 def test_a_video_that_cannot_be_uploaded_stays_and_is_named(
