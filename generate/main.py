@@ -12,9 +12,9 @@ from generate.output import check_output
 from generate.parallel import (
     Elsewhere,
     agree_on,
+    check_heads,
     check_parallel,
     check_shared_jobs,
-    dits_of,
     refuse_several,
     share_of,
 )
@@ -45,9 +45,10 @@ def main(settings: GenerateSettings) -> None:
 
 def _generate(settings: GenerateSettings, groups: Groups) -> None:
     jobs = agree_on(make_jobs(settings), groups)
+    check_parallel(settings)
     wants_frames = settings.output.output_type != "latent"
     loras = check_generation(settings, groups.device, wants_frames=wants_frames)
-    check_parallel(settings, dits_of(settings))
+    check_heads(settings)
     jobs = fitted_jobs(jobs, settings)
     check_shared_jobs(settings, jobs)
     delivery: Delivery

@@ -18,11 +18,8 @@ from wan_train.models.variants import VARIANTS
 log = get_logger(__name__)
 
 
-def check_parallel(settings: GenerateSettings, dits: Mapping[str, str]) -> None:
-    """Refuse options that do not go with several processes, and models whose heads do not divide, by their headers.
-
-    `dits` are the checkpoints by the option that names them.
-    """
+def check_parallel(settings: GenerateSettings) -> None:
+    """Refuse options that do not go with several processes."""
     parallel = settings.parallel
     if parallel.ring_size > 1 and settings.dit.attn_mode not in ("torch", "sdpa"):
         raise InputError(
@@ -34,6 +31,13 @@ def check_parallel(settings: GenerateSettings, dits: Mapping[str, str]) -> None:
             "--compile_fullgraph compiles a block as one graph, --ulysses_size and --ring_size exchange tokens within"
             " it: leave out --compile_fullgraph"
         )
+
+
+def check_heads(settings: GenerateSettings) -> None:
+    """Refuse models whose attention heads do not divide among the processes, by their headers."""
+    parallel, dits = settings.parallel, {"--dit": settings.dit.dit}
+    if VARIANTS[settings.dit.task].experts is not None:
+        dits["--dit_high_noise"] = settings.experts.dit_high_noise
     for flag, path in dits.items() if parallel.ulysses_size > 1 else ():
         heads = outline_dit(path).config.num_heads
         if heads % parallel.ulysses_size:
@@ -42,13 +46,6 @@ def check_parallel(settings: GenerateSettings, dits: Mapping[str, str]) -> None:
                 f"--ulysses_size {parallel.ulysses_size}: {flag} {path} has {heads} attention heads, which divide by"
                 f" {fitting}; use --ring_size or --cfg_size for the other processes"
             )
-
-
-def dits_of(settings: GenerateSettings) -> dict[str, str]:
-    """The DiT checkpoints of the task by the option that names them."""
-    if VARIANTS[settings.dit.task].experts is None:
-        return {"--dit": settings.dit.dit}
-    return {"--dit": settings.dit.dit, "--dit_high_noise": settings.experts.dit_high_noise}
 
 
 def refuse_several(groups: Groups, flag: str, reason: str) -> None:

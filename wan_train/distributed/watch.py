@@ -27,7 +27,7 @@ SILENCE = 40.0  # seconds without one after which a process is taken for gone; t
 LAST_WORDS = 20  # seconds that a process may take to end, once it has to
 GRACE = 1.0  # seconds by which processes that say nothing end after the one that does: launchers then kill the rest
 
-_DONE, _FAILED, _BEAT = "watch/done", "watch/failed", "watch/beat"
+_DONE, _LEFT, _FAILED, _BEAT = "watch/done", "watch/left", "watch/failed", "watch/beat"
 
 
 @dataclass
@@ -68,10 +68,21 @@ class Watch:
             return None
 
     def finish(self) -> None:
-        """Wait until all processes have come here: the store is one of theirs."""
+        """Wait until all processes have come here, then `stop` and `part`."""
         self.store.add(_DONE, 1)
         while self.store.add(_DONE, 0) < self.num_ranks:
             time.sleep(0.05)
+        self.stop()
+        self.part(self.store)
+
+    def part(self, store: Store) -> None:
+        """Need the store no more. The first process, whose it is, waits for the others to say so, as long as a process
+        takes that looks at it every now and then."""
+        with suppress(Exception):
+            left, deadline = store.add(_LEFT, 1), time.monotonic() + 3 * BEAT
+            while self.rank == 0 and left < self.num_ranks and time.monotonic() < deadline:
+                time.sleep(0.05)
+                left = store.add(_LEFT, 0)
 
     def find_missing(self) -> list[int]:
         """The processes that give no sign of life for three times as long as one should take; the first if that has
@@ -91,10 +102,10 @@ class Watch:
                 store.add(f"{_BEAT}/{self.rank}", 1)
                 beats, code = _beats(store, self.num_ranks), _failure(store)
             except Exception:
-                self._end("process 0", 1, speaks=self.rank == 1)
+                self._end(store, "process 0", 1, speaks=self.rank == 1)
                 return
             if code is not None:
-                self._end("", code, speaks=False)
+                self._end(store, "", code, speaks=False)
                 return
             now = time.monotonic()
             if now - last > 5 * BEAT:  # this process itself stood still: what it has not seen says nothing
@@ -103,15 +114,16 @@ class Watch:
             since = [now if beats[rank] != seen[rank] else since[rank] for rank in range(self.num_ranks)]
             seen = beats
             if silent := [rank for rank in range(self.num_ranks) if now - since[rank] > SILENCE]:
-                self._end(_named(silent), 1, speaks=self.claim(1))
+                self._end(store, _named(silent), 1, speaks=self.claim(1))
                 return
 
-    def _end(self, who: str, code: int, *, speaks: bool) -> None:
+    def _end(self, store: Store, who: str, code: int, *, speaks: bool) -> None:
         """End this process, whatever it is in, unless it ends by itself in time."""
         if self._over.wait(0 if speaks else GRACE):
             return
         if speaks:
             print(f"error: {gone(who)}", file=sys.stderr)
+        self.part(store)
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()
@@ -150,10 +162,9 @@ def working_together(settings: ParallelSettings, find_device: Callable[[], torch
         watch.finish()
     except BaseException as problem:
         # Whatever still waits inside of an exchange keeps no process longer than this.
-        signal.alarm(LAST_WORDS + int(3 * BEAT))
+        signal.alarm(LAST_WORDS + int(6 * BEAT))
         _leave(watch, problem)
         raise
-    watch.stop()
     dist.destroy_process_group()
 
 
@@ -164,9 +175,11 @@ def _leave(watch: Watch, problem: BaseException) -> None:
     missing = watch.find_missing() if lost and code is None else []
     code = watch.failure() if code is None else code
     speaks = code is None and watch.claim(_code_of(problem))
+    code = watch.failure() if code is None else code
     watch.stop()
+    watch.part(watch.store)
     if not speaks:
-        _leave_silently(code or watch.failure() or 1)
+        _leave_silently(code or 1)
     if lost:
         raise RunError(gone(_named(missing) if missing else "a process")) from None
 
