@@ -4,8 +4,8 @@ A process that waits for another in an exchange may not notice that the other ha
 that it is alive, in the store by which they have met, and looks whether the others do.
 """
 
+import faulthandler
 import os
-import signal
 import sys
 import threading
 import time
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
+from tqdm import tqdm
 
 from wan_train.distributed.groups import Groups, check_product, join_store, launched_device, make_groups
 from wan_train.distributed.ranks import find_place
@@ -122,7 +123,7 @@ class Watch:
         if self._over.wait(0 if speaks else GRACE):
             return
         if speaks:
-            print(f"error: {gone(who)}", file=sys.stderr)
+            tqdm.write(f"error: {gone(who)}", file=sys.stderr)  # above a bar that is on screen
         self.part(store)
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
@@ -162,7 +163,7 @@ def working_together(settings: ParallelSettings, find_device: Callable[[], torch
         watch.finish()
     except BaseException as problem:
         # Whatever still waits inside of an exchange keeps no process longer than this.
-        signal.alarm(LAST_WORDS + int(6 * BEAT))
+        faulthandler.dump_traceback_later(LAST_WORDS + 6 * BEAT, exit=True)
         _leave(watch, problem)
         raise
     dist.destroy_process_group()

@@ -2,8 +2,8 @@
 
     python tests/unit/sampling/shared_passes.py RESULT ULYSSES RING CFG [ULYSSES RING CFG ...]
 
-Writes RESULT.RANK: for each combination, by name, the relative difference and the largest attention that was computed
-here, in heads x queries x keys of all of them.
+Writes RESULT.RANK: for each combination, by name, the relative difference, the largest attention that was computed
+here, in heads x queries x keys, and the bytes that this process sent.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from tests import processes
 from tests.tiny.make import draw_weight
 from wan_train.conditions.conditions import Conditions
-from wan_train.distributed import ring
+from wan_train.distributed import ring, sequence
 from wan_train.distributed.groups import make_groups
 from wan_train.distributed.settings import ParallelSettings
 from wan_train.models.dit.attention import attend_torch
@@ -87,10 +88,28 @@ def sample(model: Dit, sharing: Any) -> Tensor:
 
 
 class Counted:
-    """Self-attention that notes the largest of what it is asked for."""
+    """Self-attention that notes the largest of what it is asked for, and exchanges that count what is sent."""
 
-    def __init__(self) -> None:
-        self.largest = 0
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.largest = self.sent = 0
+        all_to_all, gather, begin = dist.all_to_all_single, sequence._all_gather, dist.P2POp
+
+        def exchange(received: Tensor, parts: Tensor, group: Any) -> Any:
+            self.sent += parts[1:].nbytes  # one part stays
+            return all_to_all(received, parts, group=group)
+
+        def all_gather(gathered: Tensor, own: Tensor, group: Any) -> Any:
+            self.sent += gathered.nbytes - own.nbytes
+            return gather(gathered, own, group=group)
+
+        def operation(kind: Any, tensor: Tensor, **peers: Any) -> Any:
+            self.sent += tensor.nbytes if kind is dist.isend else 0
+            return begin(kind, tensor, **peers)
+
+        patch.setattr(dist, "all_to_all_single", exchange)
+        patch.setattr(sequence, "_all_gather", all_gather)
+        patch.setattr(dist, "P2POp", operation)
+        patch.setattr(ring, "attend_with_sums", self.with_sums(ring.attend_with_sums))
 
     def note(self, query: Tensor, key: Tensor) -> None:
         self.largest = max(self.largest, query.shape[2] * query.shape[1] * key.shape[1])
@@ -113,21 +132,21 @@ def difference(ours: Tensor, right: Tensor) -> float:
 
 @torch.no_grad()
 def compare(settings: ParallelSettings, models: dict[str, Dit]) -> dict[str, list[float]]:
-    groups, found = make_groups(settings, CPU), {}
-    sharing, counted, with_sums = Shared(groups), Counted(), ring.attend_with_sums
+    groups, found, patch = make_groups(settings, CPU), {}, pytest.MonkeyPatch()
+    sharing, counted = Shared(groups), Counted(patch)
     for kind, model in models.items():
         latents, timestep, context, beside = inputs_of(kind)
         alone = model(latents, timestep, context, **beside)
         for block in all_blocks(model):
             block.self_attn.attend = counted.attend  # type: ignore[union-attr]
-        ring.attend_with_sums, counted.largest = counted.with_sums(with_sums), 0
+        counted.largest = counted.sent = 0
         with sharing.around(model):
             shared = model(latents, timestep, context, **beside)
-        ring.attend_with_sums = with_sums
-        found[kind] = [difference(shared, alone), counted.largest]
+        found[kind] = [difference(shared, alone), counted.largest, counted.sent]
         again = model(latents, timestep, context, **beside)
         assert torch.equal(again, alone), "what was wrapped is as before"
-    found["sampling"] = [difference(sample(models["t2v"], sharing), sample(models["t2v"], ALONE)), 0]
+    found["sampling"] = [difference(sample(models["t2v"], sharing), sample(models["t2v"], ALONE)), 0, 0]
+    patch.undo()
     # The next combination meets at another port: this one's may still be in use.
     port: list[int | None] = [processes.free_port() if groups.place.rank == 0 else None]
     dist.broadcast_object_list(port, src=0)
