@@ -12,6 +12,7 @@ from generate.runs import InMemory, run_jobs
 from generate.settings import BatchSettings, GenerateSettings, OutputSettings
 from wan_train.cli import options
 from wan_train.config_file import from_values
+from wan_train.distributed.settings import ParallelSettings
 from wan_train.errors import InputError
 from wan_train.precision import default_device
 
@@ -30,6 +31,8 @@ def generate(prompt: str, **settings: Any) -> np.ndarray:
     if writing := sorted(_ON_DISK & settings.keys()):
         raise InputError(f"generate(): {writing[0]} is about files, and this returns frames: leave it out")
     chosen = from_values(GenerateSettings, {"prompt": prompt, **settings}, "generate()")
+    if chosen.parallel != ParallelSettings():
+        raise InputError("generate() works in one process: run wan_generate_video.py under torchrun for several")
     device = default_device(chosen.output.device)
     jobs = make_jobs(chosen)
     loras = check_generation(chosen, device, wants_frames=True)

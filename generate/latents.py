@@ -65,11 +65,17 @@ def check_latents(
 
 
 def decode_latents(files: Sequence[LatentFile], models: Models, mirror: Mirror | None = None) -> None:
-    """Decode and write each, under its own name where `--save_path` is a folder; `mirror` uploads the results."""
+    """Decode and write each, under its own name where `--save_path` is a folder; `mirror` uploads the results.
+
+    Groups of processes share the files out; the first process of each decodes.
+    """
+    groups = models.groups
+    if not groups.is_first:
+        return
     output = models.settings.output
     fps = output.fps or VARIANTS[models.settings.dit.task].fps
     with models.vae() as vae:
-        for index, file in enumerate(files):
+        for index, file in list(enumerate(files))[groups.index :: groups.num_groups]:
             latents, comment = file.read(), "" if output.no_metadata else file.metadata.get(KEY, "")
             stem = _stem_of(output, file, index)
             frames = trimmed(models.decode(vae, latents), output)

@@ -14,6 +14,8 @@ from generate.text_cache import TextCache
 from networks.attached import attach_loras
 from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, finish_dit
 from wan_train.conditions.conditions import Conditions, ImageConditions
+from wan_train.distributed.exchange import made_by_first
+from wan_train.distributed.groups import Groups
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import HIGH
 from wan_train.models.loading import linear_shapes
@@ -24,7 +26,9 @@ from wan_train.quantization.stored import storage_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import Sampling
 from wan_train.sampling.encode import encode_pictures, encode_with, open_image_encoder, open_text_encoder, see_pictures
+from wan_train.sampling.passes import ALONE, Sharing
 from wan_train.sampling.request import SampleRequest
+from wan_train.sampling.sharing import Shared
 from wan_train.storage import read_header
 
 log = get_logger(__name__)
@@ -59,11 +63,21 @@ class Models:
     loras: Loras
     device: torch.device
     keep: bool = False
+    groups: Groups = field(default_factory=Groups)
     _resting: dict[str, nn.Module] = field(default_factory=dict)
     _encoded: dict[str, Conditions] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.sharing: Sharing = Shared(self.groups) if self.groups.num_in_video > 1 else ALONE
+
     def encode(self, texts: Sequence[str]) -> dict[str, Conditions]:
-        """Conditions of texts, by text: each is encoded once, if the cache of texts has it not."""
+        """Conditions of texts, by text: each is encoded once, if the cache of texts has it not.
+
+        Of several processes that make a video together the first encodes, for all.
+        """
+        return made_by_first(self.groups.whole, lambda: self._encode(texts))
+
+    def _encode(self, texts: Sequence[str]) -> dict[str, Conditions]:
         wanted = list(dict.fromkeys(texts))
         cache = TextCache(self.settings.output.text_cache, self.settings.text, self.device)
         known = {text: self._encoded[text] for text in wanted if text in self._encoded}
@@ -82,7 +96,7 @@ class Models:
     def begin(self, request: SampleRequest, texts: dict[str, Conditions], beginning: Beginning) -> Sampling:
         """A run, at its beginning."""
         both = (texts[text].with_images(beginning.images) for text in (request.prompt, request.negative_prompt))
-        return Sampling(request, *both, source=beginning.source, device=self.device)
+        return Sampling(request, *both, source=beginning.source, sharing=self.sharing, device=self.device)
 
     @contextmanager
     def dit(self, expert: str | None = None) -> Iterator[Lent]:
