@@ -97,7 +97,7 @@ def start(
     environments = [names]
     if ranks > 1:
         place = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         environments = [names | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     return Started(script, [str(word) for word in words], environments, stdin)
 
@@ -151,7 +151,8 @@ def _signal_group(pid: int, number: int) -> None:
             os.kill(pid, number)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

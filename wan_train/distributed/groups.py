@@ -52,6 +52,7 @@ class Groups:
     ulysses: Split = ALONE
     index: int = 0
     num_groups: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     store: Store | None = None
 
     @property
@@ -123,7 +124,7 @@ def make_groups(settings: ParallelSettings, device: torch.device) -> Groups:
     place = find_place()
     check_product(settings, place.num_ranks)
     if place.num_ranks == 1:
-        return Groups()
+        return Groups(device=device)
     store, rank, size = next(rendezvous("env://", place.rank, place.num_ranks))
     store.set_timeout(TIMEOUT)
     backend, named = "gloo", None
@@ -132,10 +133,10 @@ def make_groups(settings: ParallelSettings, device: torch.device) -> Groups:
         torch.accelerator.set_device_index(device)
     prefixed = PrefixStore("groups", store)
     dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=TIMEOUT, device_id=named)
-    return _arranged(settings, place, store)
+    return _arranged(settings, place, device, store)
 
 
-def _arranged(settings: ParallelSettings, place: Place, store: Store) -> Groups:
+def _arranged(settings: ParallelSettings, place: Place, device: torch.device, store: Store) -> Groups:
     sizes = (settings.data_parallel, settings.cfg_size, settings.ring_size, settings.ulysses_size)
     data = place.rank // (place.num_ranks // settings.data_parallel)
     ranks = torch.arange(place.num_ranks).view(sizes)
@@ -161,5 +162,6 @@ def _arranged(settings: ParallelSettings, place: Place, store: Store) -> Groups:
         ulysses=split(ranks.flatten(0, 2)),
         index=data,
         num_groups=settings.data_parallel,
+        device=device,
         store=store,
     )
