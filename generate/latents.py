@@ -58,8 +58,10 @@ def check_latents(
         check_length(output, 1 + (file.shape[1] - 1) * FRAME_STEP)
         check_names(output, _stem_of(output, file, index), sampled=False)
     twice = [file for index, file in enumerate(files) if file.name in {other.name for other in files[:index]}]
-    if twice and "{index}" not in output.save_path:
-        raise InputError(f"--save_path {output.save_path}: two latents are called {twice[0].name}; put {{index}} in it")
+    if twice and "{index}" not in output.target:
+        raise InputError(
+            f"{output.target_flag} {output.target}: two latents are called {twice[0].name}; put {{index}} in it"
+        )
     return files
 
 

@@ -1,6 +1,6 @@
 """A run over jobs: prompts to conditions, videos to start from, sampling, then decoding, each with its own model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from generate.output import (
     writes_latents,
 )
 from generate.record import make_record
-from generate.settings import GenerateSettings
+from generate.settings import GenerateSettings, OutputSettings
 from generate.source import read_source
 from wan_train.errors import RunError
 from wan_train.log import get_logger
@@ -46,8 +46,8 @@ class Delivery(Protocol):
     def take_latents(self, job: Job) -> Tensor:
         """What `put_latents` has kept."""
 
-    def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
-        """Keep the result."""
+    def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
+        """Keep the result: frames (H, W, 3) uint8, decoded as they are taken."""
 
     def tell_left(self) -> None:
         """Say what has been put and will not be finished, and think of it no more."""
@@ -165,11 +165,12 @@ class OnDisk:
     def take_latents(self, job: Job) -> Tensor:
         return dict(read_tensors(self._kept(job.index)))["latent"].clone()
 
-    def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
+    def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
         output = self.settings.output
         fps = output.fps or VARIANTS[self.settings.dit.task].fps
         stem, metadata = self._stems[job.index], latent_metadata(job.request)
-        product = Product(latents, trimmed(frames, output), fps, stem, self._comment(job), metadata, output)
+        shown = None if frames is None else trimmed(frames, output)
+        product = Product(latents, shown, fps, stem, self._comment(job), metadata, output)
         for path in write_outputs(product):
             log.info("wrote %s", path)
         if not writes_latents(output):
@@ -194,11 +195,12 @@ class OnDisk:
 
 
 class InMemory:
-    """Delivery to a caller: `frames` (F, H, W, 3) uint8 by job."""
+    """Delivery to a caller: `frames` (F, H, W, 3) uint8 by job, without those that are trimmed."""
 
     wants_frames = True
 
-    def __init__(self) -> None:
+    def __init__(self, output: OutputSettings) -> None:
+        self._output = output
         self.frames: dict[int, np.ndarray] = {}
         self._latents: dict[int, Tensor] = {}
 
@@ -208,9 +210,9 @@ class InMemory:
     def take_latents(self, job: Job) -> Tensor:
         return self._latents.pop(job.index)
 
-    def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
+    def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
         assert frames is not None
-        self.frames[job.index] = frames
+        self.frames[job.index] = np.stack(list(trimmed(frames, self._output)))
 
     def tell_left(self) -> None:
         self._latents.clear()

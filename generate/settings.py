@@ -1,10 +1,12 @@
 """Settings of `wan_generate_video.py`."""
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from wan_train.cli import Tool, option
 from wan_train.distributed.settings import ParallelSettings
 from wan_train.models.settings import (
+    CheckpointFolderSettings,
     DitSettings,
     ExpertSettings,
     ImageEncoderSettings,
@@ -75,7 +77,16 @@ class OutputSettings:
     """Output."""
 
     save_path: str = option(
-        "", "Where to write: a file, or a folder. {seed} and {index} stand for those of each video.", metavar="PATH"
+        "",
+        "Where to write: a file, or a folder. {seed} and {index} stand for those of each video.",
+        flags=("--save_file",),
+        metavar="PATH",
+    )
+    output_pattern: str | None = option(
+        None,
+        "Name of each file, as in wan_output_{seed}_{index}.mp4, in the folder --save_path; default folder: the current"
+        " one.",
+        metavar="NAME",
     )
     output_type: str = option(
         "video",
@@ -98,12 +109,23 @@ class OutputSettings:
     )
     device: str | None = option(None, "Where to compute; without it the first accelerator, else the CPU.")
 
+    @property
+    def target(self) -> str:
+        """Where to write: `save_path`, or the files that `output_pattern` names in that folder."""
+        return self.save_path if self.output_pattern is None else str(PurePath(self.save_path, self.output_pattern))
+
+    @property
+    def target_flag(self) -> str:
+        """The option that names the files, for messages."""
+        return "--save_path" if self.output_pattern is None else "--output_pattern"
+
 
 @dataclass(frozen=True)
 class GenerateSettings:
     """All settings of the generator."""
 
     dit: DitSettings
+    folder: CheckpointFolderSettings
     experts: GenerateExpertSettings
     weights: FastWeightSettings
     stream: StreamSettings

@@ -17,10 +17,12 @@ from wan_train.conditions.vace import with_references
 from wan_train.flow.path import interpolate
 from wan_train.flow.solvers import make_solver
 from wan_train.models.dit.experts import expert_at
+from wan_train.models.dit.rope import Riflex
 from wan_train.sampling.guidance import StepPlan, guide, plan_steps
-from wan_train.sampling.passes import ALONE, Sharing
+from wan_train.sampling.passes import ALONE, Sharing, Wrap
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.text_memory import remembering_texts
+from wan_train.sampling.windows import lowering_frequency, sliding_windows, tell_length
 
 CPU = torch.device("cpu")
 
@@ -65,6 +67,7 @@ class Sampling:
             source = with_references(source.cpu()[None], context)[0]
         self.request, self.positive, self.negative, self.device = request, positive, negative, device
         self._sharing = sharing
+        tell_length(request, num_frames, request.variant.trained_frames)
         self.solver = make_solver(
             request.solver,
             steps=request.steps,
@@ -94,6 +97,7 @@ class Sampling:
             negative,
             guidance,
             acting=request.acting,
+            wraps=self._wraps(),
             sharing=self._sharing,
             device=self.device,
         )
@@ -114,6 +118,17 @@ class Sampling:
             return self._x[0][:, self._num_before :]
         place = self.request.one_frame.target_place
         return self._x[0][:, place : place + 1].clone()
+
+    def _wraps(self) -> list[Wrap]:
+        """What acts around each pass, the last outermost."""
+        request = self.request
+        wraps: list[Wrap] = []
+        if request.riflex:
+            wraps.append(lowering_frequency(Riflex(request.riflex_freq_index, request.variant.trained_frames)))
+        if request.sliding_window_size is not None:
+            size, stride = request.sliding_window_size, request.window_stride
+            wraps.append(sliding_windows(size, stride, num_before=self._num_before))
+        return wraps
 
     def _with_first(self, x: Tensor) -> Tensor:
         """x with the first frame that is given, where one is: no step of the solver changes it."""

@@ -264,4 +264,4 @@ def test_a_preview_is_the_generators_video(task: str, make: Make) -> None:
     assert isinstance(model, Dit)
     both = (texts[text].with_images(images) for text in (request.prompt, request.negative_prompt))
     latents = sample_latents(model, request, *both, device=cpu, quiet=True)
-    assert np.array_equal(decode_frames(vae, latents, cpu), make(task, **given))
+    assert np.array_equal(np.stack(list(decode_frames(vae, latents, cpu))), make(task, **given))
