@@ -1,5 +1,6 @@
 """Decoding latents that are on disk."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +67,23 @@ def check_latents(
 
 
 def decode_latents(files: Sequence[LatentFile], models: Models) -> None:
-    """Decode and write each, under its own name where `--save_path` is a folder."""
-    output = models.settings.output
+    """Decode and write each, under its own name where `--save_path` is a folder.
+
+    Groups of processes share the files out; the first process of each decodes and writes, with `--vae_parallel` all of
+    them decode.
+    """
+    groups, output = models.groups, models.settings.output
+    if not (groups.is_first or models.settings.parallel.vae_parallel):
+        return
     fps = output.fps or VARIANTS[models.settings.dit.task].fps
     with models.vae() as vae:
-        for index, file in enumerate(files):
+        for index, file in list(enumerate(files))[groups.index :: groups.num_groups]:
             latents, comment = file.read(), "" if output.no_metadata else file.metadata.get(KEY, "")
-            stem = _stem_of(output, file, index)
-            frames = trimmed(models.decode(vae, latents), output)
+            decoded = models.decode(vae, latents)
+            if not groups.is_first:
+                deque(decoded, maxlen=0)
+                continue
+            stem, frames = _stem_of(output, file, index), trimmed(decoded, output)
             for path in write_outputs(Product(latents, frames, fps, stem, comment, file.metadata, output)):
                 log.info("wrote %s", path)
 

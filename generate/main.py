@@ -1,8 +1,7 @@
 """The generator: check everything, then do what the command line asks for."""
 
+import logging
 import time
-
-import torch
 
 from generate.interactive import converse
 from generate.jobs import check_request, make_jobs
@@ -10,12 +9,23 @@ from generate.latents import check_latents, decode_latents
 from generate.merged import check_merged, save_merged_model
 from generate.models import Models
 from generate.output import check_output
+from generate.parallel import (
+    Elsewhere,
+    agree_on,
+    check_parallel,
+    check_shared_jobs,
+    dits_of,
+    refuse_several,
+    share_of,
+)
 from generate.preflight import check_generation, check_given_vae, fitted_jobs
 from generate.record import compare_hashes, input_hashes, model_hashes
-from generate.runs import OnDisk, run_jobs
+from generate.runs import Delivery, OnDisk, run_jobs
 from generate.settings import GenerateSettings
+from wan_train.distributed.groups import Groups
+from wan_train.distributed.watch import working_together
 from wan_train.errors import InputError
-from wan_train.log import get_logger
+from wan_train.log import get_logger, set_level
 from wan_train.models.variants import VARIANTS
 from wan_train.placement.report import describe_peak
 from wan_train.precision import default_device
@@ -25,36 +35,47 @@ log = get_logger(__name__)
 
 def main(settings: GenerateSettings) -> None:
     """Do what the settings ask for. Raises InputError, before a model is loaded, for what cannot work."""
-    began, device = time.monotonic(), default_device(settings.output.device)
-    work = _WORK[_wanted(settings)]
-    work(settings, device)
-    log.info("done in %.1f s; at most %s", time.monotonic() - began, describe_peak(device))
+    began = time.monotonic()
+    with working_together(settings.parallel, lambda: default_device(settings.output.device)) as groups:
+        if groups.all.size > 1:
+            set_level(logging.INFO if groups.is_first else logging.WARNING)
+        _WORK[_wanted(settings)](settings, groups)
+    log.info("done in %.1f s; at most %s", time.monotonic() - began, describe_peak(groups.device))
 
 
-def _generate(settings: GenerateSettings, device: torch.device) -> None:
-    jobs = make_jobs(settings)
-    loras = check_generation(settings, device, wants_frames=settings.output.output_type != "latent")
+def _generate(settings: GenerateSettings, groups: Groups) -> None:
+    jobs = agree_on(make_jobs(settings), groups)
+    wants_frames = settings.output.output_type != "latent"
+    loras = check_generation(settings, groups.device, wants_frames=wants_frames)
+    check_parallel(settings, dits_of(settings))
     jobs = fitted_jobs(jobs, settings)
-    check_output(settings.output, jobs)
-    hashes = _hashes(settings)
-    run_jobs(jobs, Models(settings, loras, device), OnDisk(settings, hashes, several=len(jobs) > 1))
+    check_shared_jobs(settings, jobs)
+    delivery: Delivery
+    if groups.is_first:
+        check_output(settings.output, jobs)
+        delivery = OnDisk(settings, _hashes(settings), several=len(jobs) > 1)
+    else:
+        delivery = Elsewhere(wants_frames=wants_frames and settings.parallel.vae_parallel)
+    run_jobs(share_of(jobs, groups), Models(settings, loras, groups.device, groups=groups), delivery)
 
 
-def _converse(settings: GenerateSettings, device: torch.device) -> None:
+def _converse(settings: GenerateSettings, groups: Groups) -> None:
+    refuse_several(groups, "--interactive", "lines are read from one keyboard")
     check_request(settings)
-    loras = check_generation(settings, device, wants_frames=settings.output.output_type != "latent")
+    loras = check_generation(settings, groups.device, wants_frames=settings.output.output_type != "latent")
     check_output(settings.output, None)
-    models = Models(settings, loras, device, keep=True)
+    models = Models(settings, loras, groups.device, keep=True)
     converse(models, OnDisk(settings, _hashes(settings), several=True))
 
 
-def _decode(settings: GenerateSettings, device: torch.device) -> None:
+def _decode(settings: GenerateSettings, groups: Groups) -> None:
     check_given_vae(settings)
     files = check_latents(settings.batch.latent_path, settings.output, VARIANTS[settings.dit.task])
-    decode_latents(files, Models(settings, {}, device))
+    decode_latents(files, Models(settings, {}, groups.device, groups=groups))
 
 
-def _merge(settings: GenerateSettings, device: torch.device) -> None:
+def _merge(settings: GenerateSettings, groups: Groups) -> None:
+    refuse_several(groups, "--save_merged_model", "tensors are merged and written one after the other")
     path = settings.output.save_merged_model
     assert path is not None
     save_merged_model(settings, check_merged(settings, path), path)

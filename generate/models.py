@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from generate.text_cache import TextCache
 from networks.attached import attach_loras
 from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, finish_dit
 from wan_train.conditions.conditions import Conditions, ImageConditions
-from wan_train.distributed.agreeing import union
+from wan_train.distributed.exchange import made_by_first
 from wan_train.distributed.groups import Groups
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import HIGH
@@ -29,7 +30,9 @@ from wan_train.quantization.stored import storage_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import Sampling
 from wan_train.sampling.encode import encode_pictures, encode_with, open_image_encoder, open_text_encoder, see_pictures
+from wan_train.sampling.passes import ALONE, Sharing
 from wan_train.sampling.request import SampleRequest
+from wan_train.sampling.sharing import Shared
 from wan_train.storage import read_header
 
 log = get_logger(__name__)
@@ -69,20 +72,32 @@ class Models:
     _resting: dict[str, nn.Module] = field(default_factory=dict)
     _encoded: dict[str, Conditions] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.sharing: Sharing = Shared(self.groups) if self.groups.num_in_video > 1 else ALONE
+
     def encode(self, texts: Sequence[str]) -> dict[str, Conditions]:
-        """Conditions of texts, by text: each is encoded once, if the cache of texts has it not."""
+        """Conditions of texts, by text: each is encoded once, if the cache of texts has it not.
+
+        Of several processes that make a video together the first encodes, for all; with `--t5_fsdp` all of them do.
+        """
+        if self.settings.parallel.t5_fsdp:
+            return self._encode(texts)
+        return made_by_first(self.groups.whole, lambda: self._encode(texts))
+
+    def _encode(self, texts: Sequence[str]) -> dict[str, Conditions]:
         wanted = list(dict.fromkeys(texts))
         cache = TextCache(self.settings.output.text_cache, self.settings.text, self.device)
         known = {text: self._encoded[text] for text in wanted if text in self._encoded}
-        known |= cache.find([text for text in wanted if text not in known])
+        find = partial(cache.find, [text for text in wanted if text not in known])
+        # Other groups may be writing texts into the cache: all that encode together have to lack the same ones.
+        known |= made_by_first(self.groups.whole, find) if self.settings.parallel.t5_fsdp else find()
         missing = [text for text in wanted if text not in known]
-        if self.settings.parallel.t5_fsdp:  # others may have found the cache at another time
-            missing = union(missing, self.groups.whole)
         if missing:
             log.info("encoding %d prompts with %s", len(missing), self.settings.text.t5)
             with self._lent("text encoder", self._open_text_encoder) as lent:
                 new = encode_with(lent.model, missing)
-            cache.keep(new)
+            if self.groups.is_first:
+                cache.keep(new)
             known |= new
         if self.keep:
             self._encoded |= known
@@ -91,7 +106,7 @@ class Models:
     def begin(self, request: SampleRequest, texts: dict[str, Conditions], beginning: Beginning) -> Sampling:
         """A run, at its beginning."""
         both = (texts[text].with_images(beginning.images) for text in (request.prompt, request.negative_prompt))
-        return Sampling(request, *both, source=beginning.source, device=self.device)
+        return Sampling(request, *both, source=beginning.source, sharing=self.sharing, device=self.device)
 
     @contextmanager
     def dit(self, expert: str | None = None) -> Iterator[Lent]:

@@ -22,10 +22,11 @@ from generate.output import (
     write_outputs,
     writes_latents,
 )
+from generate.parallel import report_failures
 from generate.record import make_record
 from generate.settings import GenerateSettings, OutputSettings
 from generate.source import read_source
-from wan_train.errors import RunError
+from wan_train.distributed.exchange import made_by_first
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import experts_of
 from wan_train.models.variants import VARIANTS
@@ -56,7 +57,8 @@ class Delivery(Protocol):
 def run_jobs(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     """Make every job. One that fails is reported, and the others are made; RunError at the end tells of it.
 
-    A job alone fails as it fails.
+    A job alone fails as it fails, and so does one that several processes make together: the others wait for the one
+    that fails.
     """
     try:
         _make(jobs, models, delivery)
@@ -65,9 +67,13 @@ def run_jobs(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
 
 
 def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
-    failures = Failures(alone=len(jobs) == 1)
+    groups = models.groups
+    failures = Failures(alone=groups.num_in_video > 1 or len(jobs) == groups.num_groups == 1)
     conditions = models.encode([text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)])
-    beginnings = _begin(jobs, models, failures)
+    if models.settings.parallel.vae_parallel:  # all of the processes encode together
+        beginnings = _begin(jobs, models, failures)
+    else:
+        beginnings = made_by_first(groups.whole, lambda: _begin(jobs, models, failures))
     samplings: dict[int, Sampling] = {}
     for job in failures.others(jobs):
         with failures.of(job):
@@ -78,7 +84,7 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
             for job in failures.others(jobs):
                 with failures.of(job):
                     log.info("%s", describe(job))
-                    samplings[job.index].advance(dit.model, expert)
+                    samplings[job.index].advance(dit.model, expert, quiet=groups.place.rank != 0)
                     if not samplings[job.index].experts():
                         delivery.put_latents(job, samplings.pop(job.index).latents)
     if delivery.wants_frames:
@@ -91,7 +97,7 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
         for job in failures.others(jobs):
             with failures.of(job):
                 delivery.finish(job, delivery.take_latents(job), None)
-    failures.report(len(jobs))
+    report_failures(failures.reasons, len(jobs), groups)
 
 
 def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, Beginning]:
@@ -142,12 +148,6 @@ class Failures:
     def others(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs that have not failed."""
         return [job for job in jobs if job.index not in self.reasons]
-
-    def report(self, total: int) -> None:
-        """RunError if there are any."""
-        if self.reasons:
-            listed = "; ".join(f"video {index}: {reason}" for index, reason in self.reasons.items())
-            raise RunError(f"{len(self.reasons)} of {total} videos failed ({listed}); the others are written")
 
 
 class OnDisk:

@@ -15,6 +15,11 @@ class _BarHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def set_level(level: int) -> None:
+    """Log what is of this level and above."""
+    logging.getLogger("wan_train_log").setLevel(level)
+
+
 def get_logger(name: str) -> logging.Logger:
     """A logger of this project: information and above on the first process, warnings and above on the others."""
     root = logging.getLogger("wan_train_log")

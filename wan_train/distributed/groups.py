@@ -4,6 +4,7 @@ Ranks are numbered with Ulysses innermost, then ring, then the halves of guidanc
 most often on one machine, exchange the most.
 """
 
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -15,11 +16,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from wan_train.distributed.ranks import Place, find_place
 from wan_train.distributed.settings import ParallelSettings
-from wan_train.errors import InputError
+from wan_train.errors import InputError, RunError
+from wan_train.packages import first_line
 
 # Longer than any wait in good order: the first process of a group may decode for as long as it takes, and others wait
 # for it. A process that has ended is noticed by `wan_train.distributed.watch`.
 TIMEOUT = timedelta(hours=12)
+MEETING = timedelta(minutes=10)  # within which all processes have started
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,13 @@ def check_product(settings: ParallelSettings, num_processes: int) -> None:
     asked = 1
     for size in sizes.values():
         asked *= size
+    if asked == 1 < num_processes:
+        raise InputError(
+            f"{num_processes} processes run, but no option shares the work: give --ulysses_size {num_processes} or"
+            f" --data_parallel {num_processes}, or start one process"
+        )
     if asked != num_processes:
-        shown = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1) or "--ulysses_size 1"
+        shown = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
         run = "1 process runs" if num_processes == 1 else f"{num_processes} processes run"
         raise InputError(
             f"{shown} = {asked}, but {run}: start {asked} with torchrun --nproc_per_node {asked}, or give sizes whose"
@@ -116,23 +124,38 @@ def launched_device(device: torch.device) -> torch.device:
     return torch.device(device.type, place.local_rank)
 
 
-def make_groups(settings: ParallelSettings, device: torch.device) -> Groups:
+def join_store(place: Place) -> Store:
+    """The store by which all processes meet. RunError if they do not."""
+    try:
+        store, _, _ = next(rendezvous("env://", place.rank, place.num_ranks, timeout=MEETING))
+    except (dist.DistError, ValueError) as problem:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(
+            f"process {place.rank} of {place.num_ranks} does not meet the others at {address}: {first_line(problem)}"
+        ) from None
+    store.set_timeout(TIMEOUT)
+    return store
+
+
+def make_groups(settings: ParallelSettings, device: torch.device, store: Store | None = None) -> Groups:
     """Start torch.distributed where several processes run, NCCL on GPUs and gloo on CPUs, and return this one's groups.
 
-    `device` is that of `launched_device`. InputError, before anything is started, from `check_product`.
+    `device` is that of `launched_device`, `store` that of `join_store` where it has been called. InputError, before
+    anything is started, from `check_product`.
     """
     place = find_place()
     check_product(settings, place.num_ranks)
     if place.num_ranks == 1:
         return Groups(device=device)
-    store, rank, size = next(rendezvous("env://", place.rank, place.num_ranks))
-    store.set_timeout(TIMEOUT)
+    store = store or join_store(place)
     backend, named = "gloo", None
     if device.type != "cpu":  # what is in host memory is exchanged too
         backend, named = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}", device
         torch.accelerator.set_device_index(device)
     prefixed = PrefixStore("groups", store)
-    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=TIMEOUT, device_id=named)
+    dist.init_process_group(
+        backend, store=prefixed, rank=place.rank, world_size=place.num_ranks, timeout=TIMEOUT, device_id=named
+    )
     return _arranged(settings, place, device, store)
 
 

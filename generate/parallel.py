@@ -1,0 +1,117 @@
+"""The generator on several processes: what cannot be shared out, who has which videos, and who writes them."""
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from generate.jobs import Job
+from generate.settings import GenerateSettings
+from wan_train.distributed.exchange import from_all, made_by_first
+from wan_train.distributed.groups import Groups
+from wan_train.errors import InputError, RunError
+from wan_train.log import get_logger
+from wan_train.models.loading import outline_dit
+from wan_train.models.variants import VARIANTS
+
+log = get_logger(__name__)
+
+
+def check_parallel(settings: GenerateSettings, dits: Mapping[str, str]) -> None:
+    """Refuse options that do not go with several processes, and models whose heads do not divide, by their headers.
+
+    `dits` are the checkpoints by the option that names them.
+    """
+    parallel = settings.parallel
+    if parallel.ring_size > 1 and settings.dit.attn_mode not in ("torch", "sdpa"):
+        raise InputError(
+            f"--ring_size {parallel.ring_size} with --attn_mode {settings.dit.attn_mode}: the ring needs the sums of"
+            " each softmax, which torch's own kernels give; use --sdpa, or --ulysses_size"
+        )
+    if parallel.ulysses_size * parallel.ring_size > 1 and settings.compile.compile_fullgraph:
+        raise InputError(
+            "--compile_fullgraph compiles a block as one graph, --ulysses_size and --ring_size exchange tokens within"
+            " it: leave out --compile_fullgraph"
+        )
+    for flag, path in dits.items() if parallel.ulysses_size > 1 else ():
+        heads = outline_dit(path).config.num_heads
+        if heads % parallel.ulysses_size:
+            fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            raise InputError(
+                f"--ulysses_size {parallel.ulysses_size}: {flag} {path} has {heads} attention heads, which divide by"
+                f" {fitting}; use --ring_size or --cfg_size for the other processes"
+            )
+
+
+def dits_of(settings: GenerateSettings) -> dict[str, str]:
+    """The DiT checkpoints of the task by the option that names them."""
+    if VARIANTS[settings.dit.task].experts is None:
+        return {"--dit": settings.dit.dit}
+    return {"--dit": settings.dit.dit, "--dit_high_noise": settings.experts.dit_high_noise}
+
+
+def refuse_several(groups: Groups, flag: str, reason: str) -> None:
+    """InputError for an option that only one process can do."""
+    if groups.all.size > 1:
+        raise InputError(f"{flag} with {groups.all.size} processes: {reason}; start one process")
+
+
+def check_shared_jobs(settings: GenerateSettings, jobs: Sequence[Job]) -> None:
+    """Refuse videos that cannot be shared out as the settings say."""
+    parallel = settings.parallel
+    if parallel.data_parallel > len(jobs):
+        raise InputError(
+            f"--data_parallel {parallel.data_parallel} shares out {len(jobs)} videos, so that some processes have none:"
+            f" give more prompts with --from_file, or --data_parallel {len(jobs)}"
+        )
+    merging = [job for job in jobs if job.request.cfg_merge]
+    if parallel.cfg_size > 1 and merging:
+        raise InputError(
+            "--cfg_merge takes both prompts in one pass, --cfg_size 2 on two halves of the processes: give one of them"
+            f" ({merging[0].shown})"
+        )
+    if parallel.cfg_size > 1 and (alone := [job for job in jobs if job.request.guidance == 1]):
+        log.warning("--cfg_size 2: %s has a guidance scale of 1, so half of the processes wait", alone[0].shown)
+
+
+def share_of(jobs: Sequence[Job], groups: Groups) -> list[Job]:
+    """The jobs of this process's group, with their numbers among all."""
+    return list(jobs[groups.index :: groups.num_groups])
+
+
+def agree_on(jobs: Sequence[Job], groups: Groups) -> list[Job]:
+    """The jobs as the first process has them, on all: it draws the seeds."""
+    return list(made_by_first(groups.all, lambda: list(jobs)))
+
+
+def report_failures(reasons: Mapping[int, str], total: int, groups: Groups) -> None:
+    """RunError if any of the jobs of all groups, `total` in this one, has failed."""
+    everyone = from_all(groups.all, (dict(reasons), total) if groups.is_first else ({}, 0))
+    failed = {index: reason for part, _ in everyone for index, reason in part.items()}
+    if failed:
+        listed = "; ".join(f"video {index}: {reason}" for index, reason in sorted(failed.items()))
+        wanted = sum(count for _, count in everyone)
+        raise RunError(f"{len(failed)} of {wanted} videos failed ({listed}); the others are written")
+
+
+class Elsewhere:
+    """Delivery of a process whose group's first process writes: latents are kept only to be decoded together."""
+
+    def __init__(self, *, wants_frames: bool) -> None:
+        self.wants_frames = wants_frames
+        self._latents: dict[int, Tensor] = {}
+
+    def put_latents(self, job: Job, latents: Tensor) -> None:
+        if self.wants_frames:
+            self._latents[job.index] = latents
+
+    def take_latents(self, job: Job) -> Tensor:
+        return self._latents.pop(job.index) if self.wants_frames else torch.empty(0)
+
+    def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
+        deque(frames or (), maxlen=0)  # taken, so that this process's strips are decoded: there are no whole ones
+
+    def tell_left(self) -> None:
+        self._latents.clear()

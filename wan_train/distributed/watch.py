@@ -1,0 +1,210 @@
+"""Several processes end together: all when all have done their work, or soon after one of them has failed.
+
+A process that waits for another in an exchange may not notice that the other has gone, so each says every few seconds
+that it is alive, in the store by which they have met, and looks whether the others do.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from wan_train.distributed.groups import Groups, check_product, join_store, launched_device, make_groups
+from wan_train.distributed.ranks import find_place
+from wan_train.distributed.settings import ParallelSettings
+from wan_train.errors import InputError, RunError, Stopped
+
+BEAT = 2.0  # seconds between two signs of life
+SILENCE = 40.0  # seconds without one after which a process is taken for gone; the others end within a minute
+LAST_WORDS = 20  # seconds that a process may take to end, once it has to
+GRACE = 1.0  # seconds by which processes that say nothing end after the one that does: launchers then kill the rest
+
+_DONE, _FAILED, _BEAT = "watch/done", "watch/failed", "watch/beat"
+
+
+@dataclass
+class Watch:
+    """Signs of life of this process and of the others; a thread of its own while it is `started`."""
+
+    store: Store
+    rank: int
+    num_ranks: int
+    _over: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to give and to look for signs of life."""
+        own: Store = self.store.clone()  # type: ignore[attr-defined]  # a connection that no exchange holds up
+        self._thread = threading.Thread(target=self._look, args=(own,), name="watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give no more of them, and look for none."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(LAST_WORDS)
+
+    def claim(self, code: int) -> bool:
+        """Whether this process is the first that says why all of them end, with this exit code."""
+        mine = f"{self.rank} {code}"
+        try:
+            return self.store.compare_set(_FAILED, "", mine).decode() == mine
+        except Exception:  # the store has gone with the first process: the next one speaks for all
+            return self.rank <= 1
+
+    def failure(self) -> int | None:
+        """The exit code with which a process has failed; None as long as none has."""
+        try:
+            return _failure(self.store)
+        except Exception:
+            return None
+
+    def finish(self) -> None:
+        """Wait until all processes have come here: the store is one of theirs."""
+        self.store.add(_DONE, 1)
+        while self.store.add(_DONE, 0) < self.num_ranks:
+            time.sleep(0.05)
+
+    def find_missing(self) -> list[int]:
+        """The processes that give no sign of life for three times as long as one should take; the first if that has
+        taken the store with it."""
+        try:
+            before = _beats(self.store, self.num_ranks)
+            time.sleep(3 * BEAT)
+            after = _beats(self.store, self.num_ranks)
+        except Exception:
+            return [0]
+        return [rank for rank in range(self.num_ranks) if before[rank] == after[rank] and rank != self.rank]
+
+    def _look(self, store: Store) -> None:
+        seen, since, last = [0] * self.num_ranks, [time.monotonic()] * self.num_ranks, time.monotonic()
+        while not self._over.wait(BEAT):
+            try:
+                store.add(f"{_BEAT}/{self.rank}", 1)
+                beats, code = _beats(store, self.num_ranks), _failure(store)
+            except Exception:
+                self._end("process 0", 1, speaks=self.rank == 1)
+                return
+            if code is not None:
+                self._end("", code, speaks=False)
+                return
+            now = time.monotonic()
+            if now - last > 5 * BEAT:  # this process itself stood still: what it has not seen says nothing
+                since = [now] * self.num_ranks
+            last = now
+            since = [now if beats[rank] != seen[rank] else since[rank] for rank in range(self.num_ranks)]
+            seen = beats
+            if silent := [rank for rank in range(self.num_ranks) if now - since[rank] > SILENCE]:
+                self._end(_named(silent), 1, speaks=self.claim(1))
+                return
+
+    def _end(self, who: str, code: int, *, speaks: bool) -> None:
+        """End this process, whatever it is in, unless it ends by itself in time."""
+        if self._over.wait(0 if speaks else GRACE):
+            return
+        if speaks:
+            print(f"error: {gone(who)}", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(code)
+
+
+def gone(who: str) -> str:
+    """What is said of processes that have ended without a word."""
+    return (
+        f"{who} of this run has ended without a message (killed, or out of memory?): all others end too; videos that"
+        " are written stay, start again for the rest"
+    )
+
+
+@contextmanager
+def working_together(settings: ParallelSettings, find_device: Callable[[], torch.device]) -> Iterator[Groups]:
+    """The groups of this process, while what is done together lasts; all processes leave it together.
+
+    What one of them fails with is raised there, and the others leave with its exit code and without a word; so does
+    InputError for settings that do not fit the number of processes.
+    """
+    place = find_place()
+    try:
+        check_product(settings, place.num_ranks)
+    except InputError:
+        if place.rank:  # all processes find the same
+            _leave_silently(2)
+        raise
+    if place.num_ranks == 1:
+        yield make_groups(settings, find_device())
+        return
+    watch = Watch(join_store(place), place.rank, place.num_ranks)
+    watch.start()
+    try:
+        yield make_groups(settings, launched_device(find_device()), watch.store)
+        watch.finish()
+    except BaseException as problem:
+        # Whatever still waits inside of an exchange keeps no process longer than this.
+        signal.alarm(LAST_WORDS + int(3 * BEAT))
+        _leave(watch, problem)
+        raise
+    watch.stop()
+    dist.destroy_process_group()
+
+
+def _leave(watch: Watch, problem: BaseException) -> None:
+    """Let the first process that fails raise its problem; the others leave silently, with its exit code."""
+    lost = isinstance(problem, Exception) and is_loss(problem)
+    code = watch.failure()
+    missing = watch.find_missing() if lost and code is None else []
+    code = watch.failure() if code is None else code
+    speaks = code is None and watch.claim(_code_of(problem))
+    watch.stop()
+    if not speaks:
+        _leave_silently(code or watch.failure() or 1)
+    if lost:
+        raise RunError(gone(_named(missing) if missing else "a process")) from None
+
+
+def _leave_silently(code: int) -> None:
+    time.sleep(GRACE)
+    raise SystemExit(code)
+
+
+def is_loss(problem: Exception) -> bool:
+    """Whether a problem is that an exchange with other processes broke off."""
+    text = str(problem).lower()
+    return isinstance(problem, dist.DistError) or (
+        isinstance(problem, RuntimeError)
+        and any(name in text for name in ("gloo", "nccl", "connection closed by peer"))
+    )
+
+
+def _code_of(problem: BaseException) -> int:
+    """The exit code that `wan_train.cli.run` and Python give to a problem."""
+    if isinstance(problem, InputError):
+        return 2
+    if isinstance(problem, Stopped):
+        return problem.code
+    return 130 if isinstance(problem, KeyboardInterrupt) else 1
+
+
+def _named(ranks: list[int]) -> str:
+    return f"process {ranks[0]}" if len(ranks) == 1 else f"one of the processes {', '.join(map(str, ranks))}"
+
+
+def _beats(store: Store, num_ranks: int) -> list[int]:
+    return [store.add(f"{_BEAT}/{rank}", 0) for rank in range(num_ranks)]
+
+
+def _failure(store: Store) -> int | None:
+    """The exit code of the first process that has failed; None as long as none has."""
+    if not store.check([_FAILED]):
+        return None
+    said = store.get(_FAILED).decode()
+    return int(said.split()[1]) if said else None
