@@ -35,13 +35,14 @@ from wan_train.models.settings import DitSettings
 from wan_train.models.stacks import all_blocks
 from wan_train.placement.settings import CompileSettings
 from wan_train.placement.sharding import Sharding, make_sharding
-from wan_train.quantization.settings import WeightSettings
+from wan_train.quantization.settings import FastWeightSettings, WeightSettings
 from wan_train.sampling.passes import ALONE
 from wan_train.sampling.sharing import Shared
 
 STORED = {
     "fp8": WeightSettings(fp8_base=True),
     "fp8_scaled": WeightSettings(fp8_base=True, fp8_scaled=True),
+    "fp8_fast": FastWeightSettings(fp8_base=True, fp8_scaled=True, fp8_fast=True),
     "int8": WeightSettings(int8_base=True, int8_ffn2=True),
 }
 LORA = "lora.safetensors"
