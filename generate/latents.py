@@ -1,5 +1,6 @@
 """Decoding latents that are on disk."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,18 +68,21 @@ def check_latents(
 def decode_latents(files: Sequence[LatentFile], models: Models, mirror: Mirror | None = None) -> None:
     """Decode and write each, under its own name where `--save_path` is a folder; `mirror` uploads the results.
 
-    Groups of processes share the files out; the first process of each decodes.
+    Groups of processes share the files out; the first process of each decodes and writes, with `--vae_parallel` all of
+    them decode.
     """
-    groups = models.groups
-    if not groups.is_first:
+    groups, output = models.groups, models.settings.output
+    if not (groups.is_first or models.settings.parallel.vae_parallel):
         return
-    output = models.settings.output
     fps = output.fps or VARIANTS[models.settings.dit.task].fps
     with models.vae() as vae:
         for index, file in list(enumerate(files))[groups.index :: groups.num_groups]:
             latents, comment = file.read(), "" if output.no_metadata else file.metadata.get(KEY, "")
-            stem = _stem_of(output, file, index)
-            frames = trimmed(models.decode(vae, latents), output)
+            decoded = models.decode(vae, latents)
+            if not groups.is_first:
+                deque(decoded, maxlen=0)
+                continue
+            stem, frames = _stem_of(output, file, index), trimmed(decoded, output)
             for path in write_outputs(Product(latents, frames, fps, stem, comment, file.metadata, output)):
                 deliver(path, mirror)
 

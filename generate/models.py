@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from wan_train.distributed.exchange import made_by_first
 from wan_train.distributed.groups import Groups
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import HIGH
+from wan_train.models.encoders.text import TextEncoder
 from wan_train.models.loading import linear_shapes
+from wan_train.models.vae.strips import Strips
 from wan_train.models.vae.vae import WanVAE
 from wan_train.placement.report import release_memory
+from wan_train.placement.sharding import make_sharding
 from wan_train.precision import published_dtype
 from wan_train.quantization.stored import storage_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
@@ -56,7 +60,8 @@ class Beginning:
 class Models:
     """Text and image encoder, DiT and VAE as the settings want them; one at a time is on the device.
 
-    With `keep` they rest in main memory between two uses, without it they are freed.
+    With `keep` they rest in main memory between two uses, without it they are freed. Of `groups` of several processes
+    all that make a video together use the same models at the same time.
     """
 
     settings: GenerateSettings
@@ -73,21 +78,26 @@ class Models:
     def encode(self, texts: Sequence[str]) -> dict[str, Conditions]:
         """Conditions of texts, by text: each is encoded once, if the cache of texts has it not.
 
-        Of several processes that make a video together the first encodes, for all.
+        Of several processes that make a video together the first encodes, for all; with `--t5_fsdp` all of them do.
         """
+        if self.settings.parallel.t5_fsdp:
+            return self._encode(texts)
         return made_by_first(self.groups.whole, lambda: self._encode(texts))
 
     def _encode(self, texts: Sequence[str]) -> dict[str, Conditions]:
         wanted = list(dict.fromkeys(texts))
         cache = TextCache(self.settings.output.text_cache, self.settings.text, self.device)
         known = {text: self._encoded[text] for text in wanted if text in self._encoded}
-        known |= cache.find([text for text in wanted if text not in known])
+        find = partial(cache.find, [text for text in wanted if text not in known])
+        # Other groups may be writing texts into the cache: all that encode together have to lack the same ones.
+        known |= made_by_first(self.groups.whole, find) if self.settings.parallel.t5_fsdp else find()
         missing = [text for text in wanted if text not in known]
         if missing:
             log.info("encoding %d prompts with %s", len(missing), self.settings.text.t5)
-            with self._lent("text encoder", lambda: open_text_encoder(self.settings.text, self.device)) as lent:
+            with self._lent("text encoder", self._open_text_encoder) as lent:
                 new = encode_with(lent.model, missing)
-            cache.keep(new)
+            if self.groups.is_first:
+                cache.keep(new)
             known |= new
         if self.keep:
             self._encoded |= known
@@ -118,7 +128,10 @@ class Models:
             yield lent
 
     def decode(self, vae: Lent, latents: Tensor) -> Iterator[np.ndarray]:
-        """Frames (H, W, 3) uint8 of latents (C, F', H', W'), decoded as they are taken."""
+        """Frames (H, W, 3) uint8 of latents (C, F', H', W'), decoded as they are taken.
+
+        With `--vae_parallel` all processes of a group have to take them, and those but the first get none.
+        """
         return decode_frames(vae.model, latents, self.device)
 
     def encode_video(self, vae: Lent, pixels: Tensor) -> Tensor:
@@ -159,7 +172,14 @@ class Models:
 
     def _open_vae(self) -> WanVAE:
         log.info("loading %s", self.settings.vae.vae)
-        return open_vae(self.settings.vae, self.device)
+        vae = open_vae(self.settings.vae, self.device)
+        if self.settings.parallel.vae_parallel:
+            vae.strips = Strips(self.groups.whole)
+        return vae
+
+    def _open_text_encoder(self) -> TextEncoder:
+        group = self.groups.whole.group if self.settings.parallel.t5_fsdp else None
+        return open_text_encoder(self.settings.text, self.device, sharding=make_sharding(group, self.device))
 
     def _open_dit(self, expert: str | None) -> nn.Module:
         settings, loras = model_settings(self.settings, expert), self.loras.get(expert, ())
@@ -169,7 +189,11 @@ class Models:
         wide = storage_dtype(read_header(path)) is torch.float32
         dtype = published_dtype(self.device) if wide else None
         attached = self.settings.lora.lora_mode == "attach"
-        model = assemble_dit(settings, device=self.device, dtype=dtype, loras=[] if attached else loras)
+        # Each half of guidance by itself: the halves run passes of their own, of which one may skip blocks.
+        group = self.groups.tokens.group if self.settings.parallel.dit_fsdp else None
+        sharding = make_sharding(group, self.device)
+        merged = [] if attached else loras
+        model = assemble_dit(settings, device=self.device, dtype=dtype, loras=merged, sharding=sharding)
         if attached:
             names = linear_shapes(path)
             attach_loras(model, [(lora.read(names), lora.multiplier) for lora in loras], device=self.device)

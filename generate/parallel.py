@@ -1,6 +1,7 @@
 """The generator on several processes: what cannot be shared out, who has which videos, and who writes them."""
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -106,8 +107,8 @@ class Elsewhere:
     def take_latents(self, job: Job) -> Tensor:
         return self._latents.pop(job.index) if self.wants_frames else torch.empty(0)
 
-    def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
-        pass
+    def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
+        deque(frames or (), maxlen=0)  # taken, so that this process's strips are decoded: there are no whole ones
 
     def tell_left(self) -> None:
         self._latents.clear()

@@ -10,6 +10,7 @@ from generate.jobs import Job
 from generate.models import Loras, model_settings
 from generate.settings import GenerateSettings, LoraSettings
 from generate.source import fit_to_source
+from generate.splitting import check_split_frames, check_split_models
 from networks.expert import warn_of_other_expert
 from networks.formats.files import check_deltas
 from wan_train.assemble import WeightedLora, check_model
@@ -46,6 +47,7 @@ def check_generation(settings: GenerateSettings, device: torch.device, *, wants_
     """Refuse models that cannot make videos, by headers and tiny trials alone; the LoRA files that take part, by
     expert."""
     variant = VARIANTS[settings.dit.task]
+    check_split_models(settings)
     check_experts(settings, variant)
     for expert in experts_of(variant):
         if warning := check_model(model_settings(settings, expert), variant, device, flag=FLAGS[expert]):
@@ -86,6 +88,7 @@ def check_experts(settings: GenerateSettings, variant: Variant) -> None:
 
 def check_given_vae(settings: GenerateSettings, instead: str = "") -> None:
     """Refuse a VAE that is missing or none; `instead` says what would do without."""
+    check_split_frames(settings)
     if not settings.vae.vae:
         raise InputError(f"--vae is missing: give {VARIANTS[settings.dit.task].space.vae_file}{instead}")
     check_vae(settings.vae.vae, latent_channels=VARIANTS[settings.dit.task].space.channels)

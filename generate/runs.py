@@ -74,7 +74,10 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     failures = Failures(alone=groups.num_in_video > 1 or len(jobs) == groups.num_groups == 1)
     profiler = Profiler(models.settings.profile.profile if groups.place.rank == 0 else None, "sampling")
     conditions = models.encode([text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)])
-    beginnings = made_by_first(groups.whole, lambda: _begin(jobs, models, failures))
+    if models.settings.parallel.vae_parallel:  # all of the processes encode together
+        beginnings = _begin(jobs, models, failures)
+    else:
+        beginnings = made_by_first(groups.whole, lambda: _begin(jobs, models, failures))
     samplings: dict[int, Sampling] = {}
     for job in failures.others(jobs):
         with failures.of(job):

@@ -1,6 +1,6 @@
 """The one ordered list of what is done to a DiT: read, rename, merge, add, quantise, fill, attach; then, from the bare
-block outwards, chunk, compile, stream and recompute: what the backward pass computes again goes through the streaming
-again.
+block outwards, chunk, compile, shard or stream, and recompute: what the backward pass computes again goes through the
+streaming again. Sharding is said to an empty model, so that no process ever holds the whole, and acts in that place.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +43,7 @@ from wan_train.placement.settings import (
     check_recompute,
     check_stream,
 )
+from wan_train.placement.sharding import Sharding
 from wan_train.placement.stream import Stream, apply_stream, streamed_blocks
 from wan_train.precision import compute_dtype
 from wan_train.quantization.schemes import SCALE, check_fp8_product, quantised
@@ -129,12 +130,15 @@ def assemble_dit(
     dtype: torch.dtype | None = None,
     computing: torch.dtype | None = None,
     loras: Sequence[WeightedLora] = (),
+    sharding: Sharding | None = None,
 ) -> Dit:
     """The DiT with LoRA files merged into its weights in float32, and these quantised, while they stream in.
 
-    `dtype` None keeps the file's, `computing` None takes products in that too. `finish_dit` is still to be called, once
-    an adapter is attached or none will be.
+    `dtype` None keeps the file's, `computing` None takes products in that too. With `sharding` each process keeps its
+    part of a block's matrix as the matrix streams in, and gathers it around whatever acts on the block. `finish_dit` is
+    still to be called, once an adapter is attached or none will be.
     """
+    assert sharding is None or not settings.stream.blocks_to_swap, "blocks are sharded or streamed"
     path = settings.dit.dit
     header = extended_header(settings.dit, settings.init)
     rename, shapes = dit_rename(read_header(path).shapes), official_shapes(header.shapes)
@@ -147,7 +151,7 @@ def assemble_dit(
     if deltas:
         tensors = merged(tensors, deltas, unrounded=plan.schemes)
     tensors = extended(tensors, settings.dit, settings.init)
-    place = Placement(device, dtype, streamed_names(settings.stream, shapes))
+    place = Placement(device, dtype, streamed_names(settings.stream, shapes), sharding)
     stream = quantised(tensors, plan.schemes, device)
     model = build_dit(header, stream, source=path, place=place, plan=plan)
     model.compute_dtype = computing or model.compute_dtype

@@ -35,8 +35,10 @@ class ParallelSettings:
         minimum=1,
         maximum=1024,
     )
-    dit_fsdp: bool = option(False, "Shard the DiT's blocks over the processes of a group (FSDP2).")
-    t5_fsdp: bool = option(False, "Shard the text encoder's blocks over the processes of a group (FSDP2).")
+    dit_fsdp: bool = option(False, "Shard the DiT's blocks over the processes that share a video's tokens (FSDP2).")
+    t5_fsdp: bool = option(
+        False, "Shard the text encoder's blocks over the processes that make a video together (FSDP2)."
+    )
     vae_parallel: bool = option(
         False, "Encode and decode strips of the frames, one on each process of a group, with overlapping borders."
     )

@@ -18,6 +18,7 @@ from wan_train.models.dit.kinds import refuse_foreign, require_task
 from wan_train.models.stacks import BASE, VACE, all_blocks, hinted_layers, read_block_name
 from wan_train.models.variants import Variant
 from wan_train.models.weights import Shapes, check_names, dit_rename, fill, renamed, require_kind
+from wan_train.placement.sharding import Sharding
 from wan_train.precision import compute_dtype
 from wan_train.quantization.stored import (
     NOTHING_QUANTISED,
@@ -65,12 +66,13 @@ class Placement:
     """Where weights go and what they are kept in.
 
     `dtype` None keeps the file's; tensors that `on_host` names stay in main memory, which something else brings to the
-    device when they are needed.
+    device when they are needed. With `sharding` the blocks' matrices are split over processes.
     """
 
     device: torch.device
     dtype: torch.dtype | None = None
     on_host: Callable[[str], bool] = lambda name: False
+    sharding: Sharding | None = None
 
 
 def build_dit(
@@ -90,6 +92,8 @@ def build_dit(
     shapes = official_shapes(header.shapes)
     model = _empty(shapes, source, header.metadata, config, what)
     install_plan(model, plan, shapes)
+    if place.sharding is not None:
+        place.sharding.split(model, all_blocks(model))
     rename = dit_rename(header.shapes)
     dtypes = {rename(name): dtype for name, dtype in header.dtypes.items()}
     host = torch.device("cpu")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from wan_train.errors import InputError
 from wan_train.models.stacks import read_block_name
+from wan_train.placement.sharding import keep_part
 
 Shapes = Mapping[str, tuple[int, ...]]
 Pairs = Iterable[tuple[str, Tensor]]
@@ -163,7 +164,8 @@ def fill(
     """Give a model made on `meta` its weights, one tensor at a time, so that nothing is held twice.
 
     `device` may be a function of the name, `dtype` of name and tensor; `dtype` None keeps each tensor's own. Each
-    tensor is copied: the file may go. Raises InputError as `check_names`.
+    tensor is copied: the file may go. Of weights that the model splits over processes, this process's part is kept.
+    Raises InputError as `check_names`.
     """
     slots = model.state_dict()
     buffers = {name for name, _ in model.named_buffers()}
@@ -175,7 +177,7 @@ def fill(
         owner_name, _, leaf = name.rpartition(".")
         where = device(name) if callable(device) else device
         kind = dtype(name, tensor) if callable(dtype) else dtype
-        value = tensor.to(device=where, dtype=kind or tensor.dtype, copy=True)
+        value = keep_part(slots[name], tensor, torch.device(where), kind or tensor.dtype)
         owner = model.get_submodule(owner_name)
         setattr(owner, leaf, value if name in buffers else nn.Parameter(value, requires_grad=False))
     check_names(seen, model, what)

@@ -38,10 +38,13 @@ def decode_frames(vae: WanVAE, latents: Tensor, device: torch.device) -> Iterato
     """Decode normalised latents (C, F', H', W') to frames (H, W, 3) uint8, one by one, as they are asked for.
 
     Where the device's memory does not do for whole frames, tiles of them are decoded: a warning tells of it, since the
-    result differs a little.
+    result differs a little. With strips of several processes there are frames in the first one only, and no tiles.
     """
     batch = latents.unsqueeze(0).to(device)
     chunks = vae.decode_chunks(batch)
+    if vae.strips is not None:
+        yield from _frames(chunks)
+        return
     try:
         first = list(itertools.islice(chunks, _STEADY))
     except torch.OutOfMemoryError:

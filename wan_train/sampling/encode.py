@@ -18,6 +18,7 @@ from wan_train.models.loading import image_width, official_shapes
 from wan_train.models.settings import DitSettings, ImageEncoderSettings, InitSettings, TextEncoderSettings
 from wan_train.models.vae.vae import WanVAE
 from wan_train.models.variants import Variant
+from wan_train.placement.sharding import Sharding
 from wan_train.precision import published_dtype
 from wan_train.sampling.control_inputs import encode_controls
 from wan_train.sampling.pictures import load_pictures
@@ -33,14 +34,17 @@ def encode_texts(given: Sequence[str], settings: TextEncoderSettings, device: to
     return encode_with(open_text_encoder(settings, device), texts)
 
 
-def open_text_encoder(settings: TextEncoderSettings, device: torch.device) -> TextEncoder:
-    """The text encoder as the settings want it."""
+def open_text_encoder(
+    settings: TextEncoderSettings, device: torch.device, *, sharding: Sharding | None = None
+) -> TextEncoder:
+    """The text encoder as the settings want it, its blocks split over the processes of `sharding`."""
     return load_text_encoder(
         settings.t5,
         tokenizer=settings.tokenizer or "auto",
         device=device,
         dtype=published_dtype(device),
         fp8=settings.fp8_t5,
+        sharding=sharding,
     )
 
 

@@ -129,6 +129,7 @@ class Small:
 
     def __init__(self, num_fitting: int, *, fits_tiles: bool = True) -> None:
         self.tiling: object = None
+        self.strips: object = None
         self.num_fitting, self.fits_tiles = num_fitting, fits_tiles
 
     def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:

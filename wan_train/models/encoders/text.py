@@ -21,6 +21,7 @@ from wan_train.models.encoders.text_files import (
     storage_dtype,
 )
 from wan_train.models.encoders.tokenizer import Tokenizer, find_tokenizer, read_tokenizer, tokenizer_of_sentencepiece
+from wan_train.placement.sharding import Sharding
 from wan_train.precision import compute_dtype, take_rows, upcast_on_use
 from wan_train.storage import TensorSource, read_header, read_tensors
 
@@ -66,6 +67,7 @@ def load_text_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     fp8: bool = False,
+    sharding: Sharding | None = None,
 ) -> TextEncoder:
     """Load the UMT5 encoder, frozen.
 
@@ -74,7 +76,8 @@ def load_text_encoder(
     google/umt5-xxl beside the file, else the one inside it, else the hub's. The weights are `dtype` (None: as stored,
     and bfloat16 for eight bits); on a CPU they stay so and compute in float32. `fp8` keeps the blocks' matrices in
     eight bits, e4m3 with a scale for every 64 inputs or what an fp8 file has, and the token table in main memory.
-    Raises InputError when the file or the tokenizer cannot be used.
+    `sharding` splits the blocks' matrices over processes, which then have to encode the same texts together. Raises
+    InputError when the file or the tokenizer cannot be used.
     """
     what = describe(source)
     header = read_header(source)
@@ -84,6 +87,8 @@ def load_text_encoder(
         reader = _read_tokenizer(tokenizer, source, embedded=EMBEDDED_TOKENIZER in header.shapes, what=what)
         if reader.num_tokens > (known := model.config.vocab_size):
             raise InputError(f"the tokenizer has {reader.num_tokens} tokens, {what} knows {known}: give its own")
+    if sharding is not None:
+        sharding.split(model, list(model.encoder.block))
     dtype = dtype or storage_dtype(header)
     (fill_fp8 if fp8 else fill_wide)(model, source, device=torch.device(device), dtype=dtype)
     model.encoder.embed_tokens = model.shared

@@ -17,6 +17,7 @@ from wan_train.models.vae.geometry import KIND21, KIND22, Geometry, read_geometr
 from wan_train.models.vae.kinds import KINDS, kind_of
 from wan_train.models.vae.layers import CausalConv3d, FeatureCache
 from wan_train.models.vae.names import vae_rename
+from wan_train.models.vae.strips import Strips
 from wan_train.models.vae.tiling import Tiling, blend_tiles
 from wan_train.models.variants import LATENT_CHANNELS
 from wan_train.models.weights import Shapes, check_names, fill, renamed, require_kind
@@ -38,13 +39,15 @@ class WanVAE(nn.Module):
 
     With `tiling` (settable) the layers above the latents' own size work in tiles, and their memory does not grow with
     the picture either; the features between them and the layers that see the whole picture are then held for all
-    frames.
+    frames. With `strips` (settable) several processes share these layers out, each with a strip of the frames: all
+    encode and decode the same, and the frames are the first one's.
     """
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self.cache_on_cpu = False
         self.tiling: Tiling | None = None
+        self.strips: Strips | None = None
         kind = KINDS[geometry.kind]
         self.latent_channels = geometry.latent_channels
         self.latent_mean, self.latent_std = kind.latent_mean, kind.latent_std
@@ -75,7 +78,7 @@ class WanVAE(nn.Module):
             features = blend_tiles(narrow, pixels, self.tiling, cell=self.stride, out_cell=1)
             return self._normalise(self._stream(finish, features, step=1, num_frames=num_frames))
         whole = self._stream(
-            lambda x, cache: finish(self.encoder.narrow(x, cache), cache),
+            lambda x, cache: finish(self._narrow(x, cache), cache),
             pixels,
             step=self.frame_stride,
             num_frames=num_frames,
@@ -94,9 +97,10 @@ class WanVAE(nn.Module):
     def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
         """Decode as `decode` does, chunk by chunk: the first frame, then `frame_stride` frames at a time.
 
-        Each chunk is (B, 3, f, H, W); nothing of an earlier one is held but what the layers remember. With `tiling`
-        the tiles come one after the other, each for all frames: the pixels of all frames are held then, since the
-        layers' memory of all tiles would take more than that up to some hundred frames.
+        Each chunk is (B, 3, f, H, W); with `strips` there are none but in the first process. Nothing of an earlier one
+        is held but what the layers remember. With `tiling` the tiles come one after the other, each for all frames: the
+        pixels of all frames are held then, since the layers' memory of all tiles would take more than that up to some
+        hundred frames.
         """
         if latents.ndim != 5 or latents.shape[1] != self.latent_channels or 0 in latents.shape:
             raise ValueError(f"latents are (B, {self.latent_channels}, T, h, w), not {tuple(latents.shape)}")
@@ -118,9 +122,20 @@ class WanVAE(nn.Module):
             features = self._stream(begin, x, step=1, num_frames=num_latents)
             whole = blend_tiles(widen, features, self.tiling, cell=1, out_cell=self.stride)
             yield from _chunks(whole, self.frame_stride)
+        elif self.strips:
+            yield from self._decode_strips(self.strips, begin, x)
         else:
             for part in self._parts(lambda x, cache: self.decoder.widen(begin(x, cache), cache), x, step=1):
                 yield part.clamp(-1, 1)
+
+    def _decode_strips(self, strips: Strips, begin: Layers, x: Tensor) -> Iterator[Tensor]:
+        for part in self._parts(lambda x, cache: strips.widen(self.decoder, begin(x, cache), cache), x, step=1):
+            whole = strips.join(part.clamp(-1, 1), x.shape[-2])
+            if whole is not None:
+                yield whole
+
+    def _narrow(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        return self.strips.narrow(self.encoder, x, cache) if self.strips else self.encoder.narrow(x, cache)
 
     def _stream(self, layers: Layers, x: Tensor, *, step: int, num_frames: int) -> Tensor:
         """What the layers give for each chunk of `x`, joined."""
