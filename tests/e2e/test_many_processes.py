@@ -93,6 +93,7 @@ def test_a_video_that_fails_leaves_those_of_all_groups(tiny: Path, tmp_path: Pat
         (2, ("--data_parallel", 2), "--data_parallel 2 shares out 1 videos"),
         (2, ("--ulysses_size", 2, "--compile", "--compile_fullgraph"), "leave out --compile_fullgraph"),
         (2, ("--ulysses_size", 2, "--dit", "absent.safetensors"), "absent.safetensors"),
+        (2, ("--cfg_size", 2, "--save_path", "a.webm"), ".webm is not written"),  # what only the first looks at
     ],
 )
 def test_what_does_not_fit_is_one_line(
