@@ -207,7 +207,7 @@ class Dit(nn.Module):
         return tuple(n // p for n, p in zip(size, self.config.patch_size, strict=True))  # type: ignore[return-value]
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embedding (B, G, d) and the blocks' modulation (B, G, 6, d) of timesteps (B,) or (B, F), float32."""
+        """Return the embedding (B, G, d) and the blocks' modulation (B, G, 6, d) of timesteps (B,) or (B, F)."""
         each = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
         time = self.time_embedding(sinusoid(each, self.config.freq_dim))
         return time, self.time_projection(time).unflatten(-1, (6, -1))
