@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from generate.calibration import calibrate, calibration_jobs
 from generate.interactive import converse
 from generate.jobs import check_request, make_jobs
 from generate.latents import check_latents, decode_latents
@@ -48,6 +49,15 @@ def _converse(settings: GenerateSettings, device: torch.device) -> None:
     converse(models, OnDisk(settings, _hashes(settings), several=True))
 
 
+def _calibrate(settings: GenerateSettings, device: torch.device) -> None:
+    jobs = calibration_jobs(settings)
+    loras = check_generation(settings, device, wants_frames=False)
+    jobs = fitted_jobs(jobs, settings)
+    path = settings.sampling.cache_profile
+    assert path is not None
+    calibrate(jobs, Models(settings, loras, device), path)
+
+
 def _decode(settings: GenerateSettings, device: torch.device) -> None:
     check_given_vae(settings)
     files = check_latents(settings.batch.latent_path, settings.output, VARIANTS[settings.dit.task])
@@ -80,6 +90,10 @@ def _wanted(settings: GenerateSettings) -> str:
         "--save_merged_model": settings.output.save_merged_model is not None,
     }
     given = [flag for flag, there in asked.items() if there]
+    if settings.calibration.calibrate_steps is not None:
+        if other := [flag for flag in given if flag not in (prompt, "--from_file")]:
+            raise InputError(f"--calibrate_steps and {other[0]} each say what to do: give one of them")
+        return "--calibrate_steps"
     if len(given) > 1:
         raise InputError(f"{given[0]} and {given[1]} each say what to make: give one of them")
     return given[0] if given else "--prompt"
@@ -90,6 +104,7 @@ _WORK = {
     "--prompt": _generate,
     "--from_file": _generate,
     "--interactive": _converse,
+    "--calibrate_steps": _calibrate,
     "--latent_path": _decode,
     "--save_merged_model": _merge,
 }

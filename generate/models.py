@@ -25,6 +25,7 @@ from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import Sampling
 from wan_train.sampling.encode import encode_pictures, encode_with, open_image_encoder, open_text_encoder, see_pictures
 from wan_train.sampling.request import SampleRequest
+from wan_train.sampling.step_cache.measure import Measurement
 from wan_train.storage import read_header
 
 log = get_logger(__name__)
@@ -79,10 +80,18 @@ class Models:
             self._encoded |= known
         return known
 
-    def begin(self, request: SampleRequest, texts: dict[str, Conditions], beginning: Beginning) -> Sampling:
-        """A run, at its beginning."""
+    def begin(
+        self,
+        request: SampleRequest,
+        texts: Mapping[str, Conditions],
+        beginning: Beginning,
+        *,
+        measurement: Measurement | None = None,
+    ) -> Sampling:
+        """Return a run at its beginning; with `measurement` one that measures what a step cache would cost."""
         both = (texts[text].with_images(beginning.images) for text in (request.prompt, request.negative_prompt))
-        return Sampling(request, *both, source=beginning.source, device=self.device)
+        source = beginning.source
+        return Sampling(request, *both, source=source, measurement=measurement, device=self.device)
 
     @contextmanager
     def dit(self, expert: str | None = None) -> Iterator[Lent]:

@@ -12,7 +12,7 @@ from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import experts_of
 from wan_train.sampling.request import SampleRequest
-from wan_train.sampling.step_cache.settings import CALIBRATE
+from wan_train.sampling.step_cache.settings import ATTENTION, AUTO, CALIBRATE, COMPILED, MAGCACHE, PROFILED
 from wan_train.storage import replacing
 
 log = get_logger(__name__)
@@ -112,6 +112,25 @@ def run_settings(request: SampleRequest) -> dict[str, str]:
 def round_log2(number: int) -> int:
     """Return the power of two nearest to a number on a logarithmic scale."""
     return (number * number).bit_length() // 2
+
+
+def check_cache(request: SampleRequest, *, is_compiled: bool = False, models: Mapping[str, str] | None = None) -> None:
+    """InputError for a request's step cache that cannot act: its profile does not fit, or blocks are compiled.
+
+    `models` identify the weights' files by option: others than the profile's are a warning.
+    """
+    if request.step_cache == ATTENTION and is_compiled:
+        raise InputError(COMPILED)
+    if request.step_cache not in PROFILED:
+        return
+    assert request.cache_profile is not None
+    path = request.cache_profile
+    if request.step_cache == MAGCACHE:
+        ratios_for(path, request)
+    entry = entry_for(path, request) if request.step_cache == AUTO else _nearest(path, request)
+    for name in () if models is None else models.keys() | entry.models.keys():
+        if models is not None and models.get(name) != entry.models.get(name):
+            log.warning("--cache_profile %s was measured with another --%s: the errors may be others", path, name)
 
 
 def entry_for(path: str, request: SampleRequest) -> Entry:

@@ -13,6 +13,7 @@ from wan_train.models.dit.dit import Dit, Embedded, RunBlocks, wrap_run_blocks
 from wan_train.models.stacks import all_blocks
 from wan_train.sampling.passes import Pass, PassName, Run
 from wan_train.sampling.step_cache.schedule import LINEAR, Schedule
+from wan_train.sampling.step_cache.settings import COMPILED
 
 
 class StepCache(Protocol):
@@ -157,9 +158,3 @@ class AttentionOutputs(PassAware):
                 del vars(attention)["forward"]
             else:
                 vars(attention)["forward"] = before
-
-
-COMPILED = (
-    "--step_cache attention keeps outputs from inside of blocks, which --compile makes one graph each: leave out"
-    " --compile, or take --step_cache teacache, magcache or auto"
-)

@@ -14,6 +14,10 @@ STEP_CACHES = (OFF, TEACACHE, MAGCACHE, ATTENTION, AUTO)
 PROFILED = (MAGCACHE, AUTO)  # those that read --cache_profile
 TEACACHE_MODELS = ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P")
 CALIBRATE = "--calibrate_steps N --cache_profile FILE makes one"
+COMPILED = (
+    "--step_cache attention keeps outputs from inside of blocks, which --compile makes one graph each: leave out"
+    " --compile, or take --step_cache teacache, magcache or auto"
+)
 
 _SMALL_DIM = 1536  # width of the 1.3B models
 
