@@ -51,10 +51,10 @@ class Entry:
     num_videos: int = 1
 
     def differences(self, request: SampleRequest) -> dict[str, str]:
-        """Return, by setting, what this entry and a request have where they differ: "euler, not unipc"."""
+        """Return, by setting, what this entry and a request have where they differ: "euler there and unipc here"."""
         wanted = run_settings(request)
         return {
-            name: f"{self.settings.get(name, 'nothing')}, not {value}"
+            name: f"{self.settings.get(name, 'nothing')} there and {value} here"
             for name, value in wanted.items()
             if self.settings.get(name) != value
         }
