@@ -78,7 +78,7 @@ class CalibrationSettings:
         None,
         "Make --prompt, or every prompt of --from_file, with this number of steps in full, measure what reusing would"
         " cost, write that to --cache_profile, and nothing else.",
-        minimum=3,
+        minimum=1,
         maximum=1000,
     )
 
