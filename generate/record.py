@@ -40,7 +40,6 @@ _ELSEWHERE = (
     "device",
     "no_metadata",
     "strict_prompts",
-    "calibrate_steps",
 )
 
 

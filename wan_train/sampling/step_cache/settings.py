@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from wan_train.cli import option
 from wan_train.errors import InputError
 from wan_train.models.variants import SMALL_AREA, Variant
+from wan_train.sampling.options import Sampled
 
 OFF, TEACACHE, MAGCACHE, ATTENTION, AUTO = "none", "teacache", "magcache", "attention", "auto"
 STEP_CACHES = (OFF, TEACACHE, MAGCACHE, ATTENTION, AUTO)
@@ -71,7 +72,10 @@ class CacheOptions:
         maximum=1000,
     )
     cache_profile: str | None = option(
-        None, "File of measured errors that auto and magcache read, and --calibrate_steps writes.", metavar="FILE"
+        None,
+        "File of measured errors that auto and magcache read, and --calibrate_steps writes.",
+        metavar="FILE",
+        traits=Sampled(is_file=True),
     )
     error_budget: float = option(
         0.05,
