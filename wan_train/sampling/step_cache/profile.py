@@ -67,18 +67,12 @@ class Profile:
     entries: Sequence[Entry] = field(default_factory=tuple)
 
     def with_entry(self, entry: Entry) -> "Profile":
-        """Return the profile with an entry in place of one for the same settings and models."""
-        same = (entry.settings, entry.models)
-        return Profile((*(old for old in self.entries if (old.settings, old.models) != same), entry))
+        """Return the profile with an entry in place of one for the same settings."""
+        return Profile((*(old for old in self.entries if old.settings != entry.settings), entry))
 
-    def nearest(self, request: SampleRequest, models: Mapping[str, str] | None = None) -> Entry | None:
-        """Return the entry with the fewest differences from a request; of equal ones that of these models, the newest
-        first."""
-        ranked = sorted(
-            reversed(self.entries),
-            key=lambda entry: (len(entry.differences(request)), models is not None and entry.models != models),
-        )
-        return ranked[0] if ranked else None
+    def nearest(self, request: SampleRequest) -> Entry | None:
+        """Return the entry with the fewest differences from a request, of equal ones the newest."""
+        return min(reversed(self.entries), key=lambda entry: len(entry.differences(request)), default=None)
 
 
 def run_settings(request: SampleRequest) -> dict[str, str]:

@@ -219,8 +219,9 @@ def test_a_profile_reads_as_it_was_written(profile: Path) -> None:
     assert entry.errors == (ReuseError(3, 1, 0, 0.01),)
     assert entry.ratios["positive"][4] == 1.04
     assert read_profile(profile).with_entry(entry).entries == (entry,)
-    other = replace(entry, models={"dit": "2"})
-    assert read_profile(profile).with_entry(other).nearest(request(), {"dit": "2"}) == other
+    other = replace(entry, settings=run_settings(request(steps=20)))
+    both = read_profile(profile).with_entry(other)
+    assert both.nearest(request()) == entry and both.nearest(request(steps=20)) == other
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_ratios_of_another_number_of_steps_are_those_of_the_nearest(profile: Pat
 def test_a_writer_that_is_killed_leaves_the_profile_whole(profile: Path) -> None:
     old = profile.read_text()
     (entry,) = read_profile(profile).entries
-    new = Profile((entry, replace(entry, models={"dit": "2"})))
+    new = Profile((entry, replace(entry, settings=run_settings(request(steps=20)))))
     changes, ended, moment = [(os, "replace"), (storage, "flush"), (Path, "write_text")], False, 0
     while not ended:
         profile.write_text(old)
