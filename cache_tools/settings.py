@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dataset.settings import DatasetSettings
 from wan_train.cli import Tool, option
 from wan_train.errors import InputError
-from wan_train.models.settings import ImageEncoderSettings, TextEncoderSettings, VaeSettings
+from wan_train.models.settings import CheckpointFolderSettings, ImageEncoderSettings, TextEncoderSettings, VaeSettings
 from wan_train.models.variants import VARIANTS, ControlInputs, ImageInputs
 
 _DEVICE_HELP = "Device to encode on, such as cuda or cpu; without it the first accelerator there is."
@@ -98,6 +98,7 @@ class CacheLatentsSettings:
     """All of `wan_cache_latents.py`."""
 
     dataset: DatasetSettings
+    folder: CheckpointFolderSettings
     vae: VaeSettings
     image: ImageEncoderSettings
     pictures: PictureSettings
@@ -111,6 +112,7 @@ class CacheTextSettings:
     """All of `wan_cache_text_encoder_outputs.py`."""
 
     dataset: DatasetSettings
+    folder: CheckpointFolderSettings
     text_encoder: TextEncoderSettings
     run: TextRunSettings
 

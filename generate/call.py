@@ -6,7 +6,7 @@ import numpy as np
 
 from generate.jobs import make_jobs
 from generate.models import Models
-from generate.output import check_length, trimmed
+from generate.output import check_length
 from generate.preflight import check_generation, fitted_jobs
 from generate.runs import InMemory, run_jobs
 from generate.settings import BatchSettings, CalibrationSettings, GenerateSettings, OutputSettings
@@ -37,8 +37,6 @@ def generate(prompt: str, **settings: Any) -> np.ndarray:
     loras = check_generation(chosen, device, wants_frames=True)
     jobs = fitted_jobs(jobs, chosen)
     check_length(chosen.output, jobs[0].request.frames)
-    delivery = InMemory()
+    delivery = InMemory(chosen.output)
     run_jobs(jobs, Models(chosen, loras, device), delivery)
-    frames = trimmed(delivery.frames[0], chosen.output)
-    assert frames is not None
-    return frames
+    return delivery.frames[0]

@@ -9,13 +9,12 @@ from torch import Tensor
 from generate.models import Models
 from generate.output import Product, check_length, check_names, check_place, is_file, named_stem, trimmed, write_outputs
 from generate.record import KEY, plain_name
+from generate.remote_output import deliver
 from generate.settings import OutputSettings
 from wan_train.errors import InputError
-from wan_train.log import get_logger
 from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
+from wan_train.remote.mirror import Mirror
 from wan_train.storage import Header, read_header, read_tensors
-
-log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,15 @@ def check_latents(
         check_length(output, 1 + (file.shape[1] - 1) * FRAME_STEP)
         check_names(output, _stem_of(output, file, index), sampled=False)
     twice = [file for index, file in enumerate(files) if file.name in {other.name for other in files[:index]}]
-    if twice and "{index}" not in output.save_path:
-        raise InputError(f"--save_path {output.save_path}: two latents are called {twice[0].name}; put {{index}} in it")
+    if twice and "{index}" not in output.target:
+        raise InputError(
+            f"{output.target_flag} {output.target}: two latents are called {twice[0].name}; put {{index}} in it"
+        )
     return files
 
 
-def decode_latents(files: Sequence[LatentFile], models: Models) -> None:
-    """Decode and write each, under its own name where `--save_path` is a folder."""
+def decode_latents(files: Sequence[LatentFile], models: Models, mirror: Mirror | None = None) -> None:
+    """Decode and write each, under its own name where `--save_path` is a folder; `mirror` uploads the results."""
     output = models.settings.output
     fps = output.fps or VARIANTS[models.settings.dit.task].fps
     with models.vae() as vae:
@@ -73,7 +74,7 @@ def decode_latents(files: Sequence[LatentFile], models: Models) -> None:
             stem = _stem_of(output, file, index)
             frames = trimmed(models.decode(vae, latents), output)
             for path in write_outputs(Product(latents, frames, fps, stem, comment, file.metadata, output)):
-                log.info("wrote %s", path)
+                deliver(path, mirror)
 
 
 def _stem_of(output: OutputSettings, file: LatentFile, index: int) -> Path:

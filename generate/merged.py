@@ -15,6 +15,7 @@ from wan_train.models.loading import check_dit, linear_shapes, official_shapes
 from wan_train.models.variants import VARIANTS
 from wan_train.models.weights import dit_rename, renamed
 from wan_train.quantization.stored import read_scales, unscaled
+from wan_train.remote.addresses import is_remote, shown
 from wan_train.shards import expand
 from wan_train.storage import check_writable, read_header, read_tensors
 from wan_train.tensor_writer import Row, write_tensors
@@ -24,6 +25,8 @@ log = get_logger(__name__)
 
 def check_merged(settings: GenerateSettings, path: str) -> list[WeightedLora]:
     """Refuse what cannot be merged or written, by headers alone; the LoRA files that are merged."""
+    if is_remote(path):
+        raise InputError(f"--save_merged_model {shown(path)} is a URL: name a local .safetensors file")
     if not path.endswith(".safetensors"):
         raise InputError(f"--save_merged_model {path}: name a .safetensors file")
     if not settings.dit.dit:

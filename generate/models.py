@@ -112,8 +112,8 @@ class Models:
         with self._lent("VAE", self._open_vae) as lent:
             yield lent
 
-    def decode(self, vae: Lent, latents: Tensor) -> np.ndarray:
-        """Frames (F, H, W, 3) uint8 of latents (C, F', H', W')."""
+    def decode(self, vae: Lent, latents: Tensor) -> Iterator[np.ndarray]:
+        """Frames (H, W, 3) uint8 of latents (C, F', H', W'), decoded as they are taken."""
         return decode_frames(vae.model, latents, self.device)
 
     def encode_video(self, vae: Lent, pixels: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """What the generator leaves on disk."""
 
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,13 +34,14 @@ _LATENT = "_latent"
 
 @dataclass(frozen=True)
 class Product:
-    """What there is to write: latents (C, F, H, W), frames (F, H, W, 3) or None, and the record of how it was made.
+    """What there is to write: latents (C, F, H, W), frames, each (H, W, 3), and the record of how it was made.
 
-    `stem` is the path without a suffix. `comment` is the record or empty, `metadata` what latent files say beside it.
+    The frames are None if they are not wanted, and may be an iterator: they are written as it gives them. `stem` is the
+    path without a suffix. `comment` is the record or empty, `metadata` what latent files say beside it.
     """
 
     latents: Tensor
-    frames: np.ndarray | None
+    frames: Iterable[np.ndarray] | None
     fps: int
     stem: Path
     comment: str
@@ -48,7 +51,7 @@ class Product:
 
 def is_file(settings: OutputSettings) -> bool:
     """Whether `--save_path` names a file and not a folder."""
-    return Path(settings.save_path).suffix.lower() in _FILE_SUFFIXES
+    return Path(settings.target).suffix.lower() in _FILE_SUFFIXES
 
 
 def stem_of(settings: OutputSettings, job: Job, *, several: bool) -> Path:
@@ -63,17 +66,19 @@ def stem_of(settings: OutputSettings, job: Job, *, several: bool) -> Path:
 
 def named_stem(settings: OutputSettings, *, seed: str, index: int) -> Path:
     """`--save_path` with seed and index filled in, without its suffix if it names a file."""
-    path = Path(settings.save_path.replace("{seed}", seed).replace("{index}", f"{index:03d}"))
+    path = Path(settings.target.replace("{seed}", seed).replace("{index}", f"{index:03d}"))
     if not is_file(settings):
         return path
     return path.with_name(path.stem.removesuffix(_LATENT) if path.suffix == ".safetensors" else path.stem)
 
 
-def trimmed(frames: np.ndarray | None, settings: OutputSettings) -> np.ndarray | None:
-    """The frames without those at the end that `--trim_tail_frames` leaves out."""
-    if frames is None or not settings.trim_tail_frames:
-        return frames
-    return frames[: -settings.trim_tail_frames]
+def trimmed(frames: Iterable[np.ndarray], settings: OutputSettings) -> Iterator[np.ndarray]:
+    """Give the frames without those at the end that `--trim_tail_frames` leaves out, of which as many are held back."""
+    held: deque[np.ndarray] = deque()
+    for frame in frames:
+        held.append(frame)
+        if len(held) > settings.trim_tail_frames:
+            yield held.popleft()
 
 
 def check_output(settings: OutputSettings, jobs: Sequence[Job] | None) -> None:
@@ -95,32 +100,48 @@ def check_names(settings: OutputSettings, stem: Path, *, sampled: bool = True) -
 
 def check_place(settings: OutputSettings, count: int) -> None:
     """Refuse a `--save_path` that cannot take this many results, whatever is in them."""
-    given, suffix = settings.save_path, Path(settings.save_path).suffix.lower()
+    given, flag, suffix = settings.target, settings.target_flag, Path(settings.target).suffix.lower()
+    _check_pattern(settings)
     if settings.codec == "lossless" and settings.video_quality is not None:
         raise InputError(f"--video_quality {settings.video_quality}: --codec lossless has one quality; leave out one")
     if not given:
         raise InputError("--save_path is missing: say where to write, a .mp4 file or a folder")
     if unknown := [name for name in re.findall(r"\{[^{}]*\}", given) if name not in _NAMES]:
-        raise InputError(f"--save_path {given}: {unknown[0]} is not known, {' and '.join(_NAMES)} are")
+        raise InputError(f"{flag} {given}: {unknown[0]} is not known, {' and '.join(_NAMES)} are")
     if suffix in _OTHER_SUFFIXES:
-        raise InputError(f"--save_path {given}: {suffix} is not written; name a .mp4 or a .png, or a folder")
+        raise InputError(f"{flag} {given}: {suffix} is not written; name a .mp4 or a .png, or a folder")
     if suffix in _FILE_SUFFIXES:
         if settings.output_type not in _FILE_SUFFIXES[suffix]:
             raise InputError(
-                f"--save_path {given} is no name for --output_type {settings.output_type}: {suffix} is for "
+                f"{flag} {given} is no name for --output_type {settings.output_type}: {suffix} is for "
                 f"{' and '.join(_FILE_SUFFIXES[suffix])}"
             )
         if count > 1 and "{index}" not in given:
-            raise InputError(
-                f"--save_path {given} names one file for several videos: put {{index}} in, or give a folder"
-            )
+            raise InputError(f"{flag} {given} names one file for several videos: put {{index}} in, or give a folder")
     path = Path(given)
     check_names(settings, named_stem(settings, seed="0", index=0), sampled=False)
     if is_file(settings) and path.is_dir():
-        raise InputError(f"--save_path {given} is a folder and would be a file: take another name")
+        raise InputError(f"{flag} {given} is a folder and would be a file: take another name")
     # Folders that seed or index name are made when these are known.
     folders = [*reversed(path.parents), *([] if is_file(settings) else [path])]
     check_writable([folder for folder in folders if "{" not in str(folder)][-1])
+
+
+def _check_pattern(settings: OutputSettings) -> None:
+    """Refuse an `--output_pattern` that is not the name of a file, or that stands beside a `--save_path` of one."""
+    pattern, folder = settings.output_pattern, settings.save_path
+    if pattern is None:
+        return
+    if Path(pattern).name != pattern or Path(pattern).suffix.lower() not in (*_FILE_SUFFIXES, *_OTHER_SUFFIXES):
+        raise InputError(
+            f"--output_pattern {pattern} is not the name of a file: give one that ends in {', '.join(_FILE_SUFFIXES)},"
+            " and its folder as --save_path"
+        )
+    if Path(folder).suffix.lower() in _FILE_SUFFIXES:
+        raise InputError(
+            f"--output_pattern {pattern} names the files, and so does --save_path {folder}: give a folder there, or"
+            " leave out one"
+        )
 
 
 def check_length(settings: OutputSettings, frames: int) -> None:
@@ -128,9 +149,9 @@ def check_length(settings: OutputSettings, frames: int) -> None:
     left = frames - settings.trim_tail_frames
     if left < 1:
         raise InputError(f"--trim_tail_frames {settings.trim_tail_frames} leaves none of {frames} frames: trim less")
-    if Path(settings.save_path).suffix.lower() == ".png" and left > 1:
+    if Path(settings.target).suffix.lower() == ".png" and left > 1:
         raise InputError(
-            f"--save_path {settings.save_path} names a picture for {left} frames: name a .mp4, or a folder"
+            f"{settings.target_flag} {settings.target} names a picture for {left} frames: name a .mp4, or a folder"
         )
 
 
@@ -176,13 +197,16 @@ def latent_metadata(request: SampleRequest) -> dict[str, str]:
 
 def _write_video(product: Product) -> Path:
     assert product.frames is not None
-    picture = product.stem.with_name(product.stem.name + ".png")
-    if len(product.frames) == 1 and Path(product.settings.save_path).suffix.lower() != ".mp4":
-        write_image(picture, product.frames[0], comment=product.comment)
-        return picture
+    remaining = iter(product.frames)
+    first = list(itertools.islice(remaining, 2))
+    if len(first) == 1 and Path(product.settings.target).suffix.lower() != ".mp4":
+        image = product.stem.with_name(product.stem.name + ".png")
+        write_image(image, first[0], comment=product.comment)
+        return image
     video = product.stem.with_name(product.stem.name + ".mp4")
     codec, quality = product.settings.codec, product.settings.video_quality
-    write_video(video, product.frames, fps=product.fps, codec=codec, quality=quality, comment=product.comment)
+    frames = itertools.chain(first, remaining)
+    write_video(video, frames, fps=product.fps, codec=codec, quality=quality, comment=product.comment)
     return video
 
 

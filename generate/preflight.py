@@ -63,6 +63,8 @@ def check_generation(settings: GenerateSettings, device: torch.device, *, wants_
         check_given_vae(settings, ", or --output_type latent")
     if settings.output.text_cache:
         check_writable(settings.output.text_cache)
+    if settings.profile.profile:
+        check_writable(settings.profile.profile)
     return {expert: check_loras(settings, expert) for expert in experts_of(variant)}
 
 

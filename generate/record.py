@@ -36,6 +36,10 @@ _ELSEWHERE = (
     "interactive",
     "from_metadata",
     "save_path",
+    "local_output_dir",
+    "compile_cache",
+    "output_pattern",
+    "ckpt_dir",
     "text_cache",
     "device",
     "no_metadata",
@@ -126,7 +130,8 @@ def with_recorded_options(argv: Sequence[str], alone: Mapping[str, bool]) -> lis
     kept = [(name, value) for name, value in recorded.items() if name not in replaced]
     words = words_of(kept, alone, f"{FLAG} {path}")
     kind = named_file(argv, "--output_type") or recorded.get("output_type", "video")
-    return [*words, f"--save_path={_again(Path(path), kind)}", *argv]
+    place = [] if named_file(argv, "--output_pattern") else [f"--save_path={_again(Path(path), kind)}"]
+    return [*words, *place, *argv]
 
 
 def _again(old: Path, kind: str) -> Path:

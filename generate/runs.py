@@ -1,6 +1,6 @@
 """A run over jobs: prompts to conditions, videos to start from, sampling, then decoding, each with its own model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,16 @@ from generate.output import (
     writes_latents,
 )
 from generate.record import make_record
-from generate.settings import GenerateSettings
+from generate.remote_output import deliver
+from generate.settings import GenerateSettings, OutputSettings
 from generate.source import read_source
+from wan_train.distributed.ranks import find_place
 from wan_train.errors import RunError
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import experts_of
 from wan_train.models.variants import VARIANTS
+from wan_train.profiling.profiler import Profiler
+from wan_train.remote.mirror import Mirror
 from wan_train.sampling.denoise import Sampling
 from wan_train.sampling.step_cache.schedule import Count
 from wan_train.storage import read_tensors
@@ -47,8 +51,8 @@ class Delivery(Protocol):
     def take_latents(self, job: Job) -> Tensor:
         """What `put_latents` has kept."""
 
-    def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
-        """Keep the result."""
+    def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
+        """Keep the result: frames (H, W, 3) uint8, decoded as they are taken."""
 
     def tell_left(self) -> None:
         """Say what has been put and will not be finished, and think of it no more."""
@@ -67,6 +71,8 @@ def run_jobs(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
 
 def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     failures = Failures(alone=len(jobs) == 1)
+    is_first = find_place().rank == 0
+    profiler = Profiler(models.settings.profile.profile if is_first else None, "sampling")
     conditions = models.encode([text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)])
     beginnings = begin_jobs(jobs, models, failures)
     samplings: dict[int, Sampling] = {}
@@ -77,9 +83,9 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     for expert in [e for e in experts_of(jobs[0].request.variant) if any(e in s.experts() for s in samplings.values())]:
         with models.dit(expert) as dit:
             for job in failures.others(jobs):
-                with failures.of(job):
+                with failures.of(job), profiler:
                     log.info("%s", describe(job))
-                    samplings[job.index].advance(dit.model, expert)
+                    samplings[job.index].advance(dit.model, expert, on_step=profiler.step)
                     if not samplings[job.index].experts():
                         done = samplings.pop(job.index)
                         delivery.put_latents(job, done.latents, done.count)
@@ -155,8 +161,10 @@ class Failures:
 class OnDisk:
     """Delivery into files: latents as they come, and what `--output_type` names once there are frames."""
 
-    def __init__(self, settings: GenerateSettings, hashes: Mapping[str, object], *, several: bool) -> None:
-        self.settings, self.hashes, self.several = settings, hashes, several
+    def __init__(
+        self, settings: GenerateSettings, hashes: Mapping[str, object], *, several: bool, mirror: Mirror | None = None
+    ) -> None:
+        self.settings, self.hashes, self.several, self.mirror = settings, hashes, several, mirror
         self.wants_frames = settings.output.output_type != "latent"
         self._stems: dict[int, Path] = {}
         self._counts: dict[int, Count | None] = {}
@@ -169,13 +177,14 @@ class OnDisk:
     def take_latents(self, job: Job) -> Tensor:
         return dict(read_tensors(self._kept(job.index)))["latent"].clone()
 
-    def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
+    def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
         output = self.settings.output
         fps = output.fps or VARIANTS[self.settings.dit.task].fps
         stem, metadata = self._stems[job.index], latent_metadata(job.request)
-        product = Product(latents, trimmed(frames, output), fps, stem, self._comment(job), metadata, output)
+        shown = None if frames is None else trimmed(frames, output)
+        product = Product(latents, shown, fps, stem, self._comment(job), metadata, output)
         for path in write_outputs(product):
-            log.info("wrote %s", path)
+            deliver(path, self.mirror)
         if not writes_latents(output):
             self._kept(job.index).unlink()
         del self._stems[job.index]
@@ -198,11 +207,12 @@ class OnDisk:
 
 
 class InMemory:
-    """Delivery to a caller: `frames` (F, H, W, 3) uint8 by job."""
+    """Delivery to a caller: `frames` (F, H, W, 3) uint8 by job, without those that are trimmed."""
 
     wants_frames = True
 
-    def __init__(self) -> None:
+    def __init__(self, output: OutputSettings) -> None:
+        self._output = output
         self.frames: dict[int, np.ndarray] = {}
         self._latents: dict[int, Tensor] = {}
 
@@ -212,9 +222,9 @@ class InMemory:
     def take_latents(self, job: Job) -> Tensor:
         return self._latents.pop(job.index)
 
-    def finish(self, job: Job, latents: Tensor, frames: np.ndarray | None) -> None:
+    def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
         assert frames is not None
-        self.frames[job.index] = frames
+        self.frames[job.index] = np.stack(list(trimmed(frames, self._output)))
 
     def tell_left(self) -> None:
         self._latents.clear()

@@ -1,10 +1,12 @@
 """Settings of `wan_generate_video.py`."""
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from wan_train.cli import Tool, option
 from wan_train.distributed.settings import ParallelSettings
 from wan_train.models.settings import (
+    CheckpointFolderSettings,
     DitSettings,
     ExpertSettings,
     ImageEncoderSettings,
@@ -12,6 +14,7 @@ from wan_train.models.settings import (
     VaeSettings,
 )
 from wan_train.placement.settings import ActivationSettings, CompileSettings, StreamSettings
+from wan_train.profiling.settings import ProfileSettings
 from wan_train.quantization.settings import FastWeightSettings
 from wan_train.sampling.settings import PromptSettings, SamplingSettings
 
@@ -88,7 +91,23 @@ class OutputSettings:
     """Output."""
 
     save_path: str = option(
-        "", "Where to write: a file, or a folder. {seed} and {index} stand for those of each video.", metavar="PATH"
+        "",
+        "Where to write: a file or a folder, also by a URL that fsspec takes, such as gs://bucket/folder. {seed} and"
+        " {index} stand for those of each video.",
+        flags=("--save_file",),
+        metavar="PATH",
+    )
+    local_output_dir: str | None = option(
+        None,
+        "With a remote --save_path, local folder in which the results are written first, and stay; default: a folder"
+        " in ~/.cache/wan-train/remote from which they are removed once uploaded.",
+        metavar="FOLDER",
+    )
+    output_pattern: str | None = option(
+        None,
+        "Name of each file, as in wan_output_{seed}_{index}.mp4, in the folder --save_path; default folder: the current"
+        " one.",
+        metavar="NAME",
     )
     output_type: str = option(
         "video",
@@ -111,12 +130,23 @@ class OutputSettings:
     )
     device: str | None = option(None, "Where to compute; without it the first accelerator, else the CPU.")
 
+    @property
+    def target(self) -> str:
+        """Where to write: `save_path`, or the files that `output_pattern` names in that folder."""
+        return self.save_path if self.output_pattern is None else str(PurePath(self.save_path, self.output_pattern))
+
+    @property
+    def target_flag(self) -> str:
+        """The option that names the files, for messages."""
+        return "--save_path" if self.output_pattern is None else "--output_pattern"
+
 
 @dataclass(frozen=True)
 class GenerateSettings:
     """All settings of the generator."""
 
     dit: DitSettings
+    folder: CheckpointFolderSettings
     experts: GenerateExpertSettings
     weights: FastWeightSettings
     stream: StreamSettings
@@ -131,6 +161,7 @@ class GenerateSettings:
     batch: BatchSettings
     parallel: ParallelSettings
     output: OutputSettings
+    profile: ProfileSettings
 
 
 TOOL = Tool(

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import math
 import os
+import re
 import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -98,13 +99,12 @@ def parse(
 ) -> Settings:
     """Read the command line into an instance of `settings`, a dataclass whose fields are groups of options."""
     parser = _parser(settings, program, about)
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _with_pairs_split(settings, sys.argv[1:] if argv is None else argv)
     _require_one_shortcut(settings, words)
     actions = parser._option_string_actions
-    for group in groups(settings).values():
-        for field, described, _ in options(group):
-            if described.expands and any(word.partition("=")[0] == f"--{field.name}" for word in words):
-                words = _imported(described.expands)(words, switches(settings))
+    for field, described, _ in _declared(settings):
+        if described.expands and any(word.partition("=")[0] in spellings(field, described) for word in words):
+            words = _imported(described.expands)(words, switches(settings))
     values, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -143,6 +143,11 @@ def options(group: type) -> list[tuple[dataclasses.Field[Any], Option, Any]]:
     return [(f, f.metadata["option"], hints[f.name]) for f in dataclasses.fields(group) if "option" in f.metadata]
 
 
+def _declared(settings: type) -> list[tuple[dataclasses.Field[Any], Option, Any]]:
+    """The options of all groups of a tool's settings."""
+    return [entry for group in groups(settings).values() for entry in options(group)]
+
+
 def spellings(field: dataclasses.Field[Any], described: Option) -> tuple[str, ...]:
     """How an option is written, further spellings last."""
     return (field.name if described.positional else f"--{field.name}", *described.flags)
@@ -158,13 +163,23 @@ def is_single(hint: Any) -> bool:
     return value_type(hint)[1] is None
 
 
+def _with_pairs_split(settings: type, words: Sequence[str]) -> list[str]:
+    """The words with a 1280*720 or 1280x720 that follows an option of two whole numbers as two words."""
+    flags = {f for entry in _declared(settings) if value_type(entry[2]) == (int, 2) for f in spellings(*entry[:2])}
+    split: list[str] = []
+    for word in words:
+        flag, _, value = word.rpartition("=")
+        pair = re.fullmatch(r"(\d+)[*x](\d+)", value) if (flag or "".join(split[-1:])) in flags else None
+        split += [*filter(None, [flag]), *pair.groups()] if pair else [word]
+    return split
+
+
 def _require_one_shortcut(settings: type, words: Sequence[str]) -> None:
     """InputError for two switches that set one field, of which the first would be lost."""
-    for group in groups(settings).values():
-        for field, described, _ in options(group):
-            given = [flag for flag in described.shortcuts if flag in words]
-            if len(given) > 1:
-                raise InputError(f"{given[0]} and {given[1]} both choose --{field.name}: give one of them")
+    for field, described, _ in _declared(settings):
+        given = [flag for flag in described.shortcuts if flag in words]
+        if len(given) > 1:
+            raise InputError(f"{given[0]} and {given[1]} both choose --{field.name}: give one of them")
 
 
 def _imported(name: str) -> Any:

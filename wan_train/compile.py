@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from wan_train.compile_cache import describe_use, forget_counts, use_cache
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.placement.settings import CompileSettings
@@ -52,12 +53,14 @@ def is_compiled(block: nn.Module) -> bool:
 
 
 def check_compile(settings: CompileSettings, *, device: torch.device | str, blocks_to_swap: int = 0) -> None:
-    """Compile a trivial function for `device` as the settings say. InputError for what is unknown, does not work, or
-    does not go with the swapping that is to act on the blocks."""
+    """Compile a trivial function for `device` as the settings say, with their cache from then on. InputError for what
+    is unknown, does not work, or does not go with the swapping that is to act on the blocks."""
     if not settings.compile:
         _tell_of_idle_options(settings)
         return
     _check_companions(settings, blocks_to_swap)
+    if settings.compile_cache is not None:
+        use_cache(settings.compile_cache)
     known = torch._dynamo.list_backends()
     if settings.compile_backend not in torch._dynamo.list_backends(exclude_tags=()):
         raise InputError(f"unknown --compile_backend {settings.compile_backend!r}: known are {', '.join(known)}")
@@ -68,6 +71,8 @@ def check_compile(settings: CompileSettings, *, device: torch.device | str, bloc
             f"--compile does not work on {device} with --compile_backend {settings.compile_backend}"
             f" ({_line(problem)}): leave out --compile, or install what is missing"
         ) from None
+    if settings.compile_cache is not None:
+        forget_counts()  # of the trial
 
 
 def _tell_of_idle_options(settings: CompileSettings) -> None:
@@ -78,7 +83,18 @@ def _tell_of_idle_options(settings: CompileSettings) -> None:
         log.warning("--%s does nothing without --compile", names[0])
 
 
+def tell_of_cache(settings: CompileSettings) -> None:
+    """Say, at the end of a run, whether `--compile_cache` was used."""
+    if settings.compile and settings.compile_cache is not None:
+        log.info("%s", describe_use(settings.compile_cache))
+
+
 def _check_companions(settings: CompileSettings, blocks_to_swap: int) -> None:
+    if settings.compile_cache is not None and settings.compile_backend != "inductor":
+        raise InputError(
+            f"--compile_cache {settings.compile_cache} keeps what inductor compiles, not --compile_backend"
+            f" {settings.compile_backend}: leave out one of them"
+        )
     if settings.compile_mode != "default" and settings.compile_backend != "inductor":
         raise InputError(
             f"--compile_mode {settings.compile_mode} is a mode of inductor, not of --compile_backend"

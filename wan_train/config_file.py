@@ -26,6 +26,7 @@ UNSAVED = (
     "resume_anyway",
     "resume_from_huggingface",
     "show_timesteps",
+    "profile",
 )
 
 

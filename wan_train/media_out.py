@@ -106,13 +106,15 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray, *, comment: str
         Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunks)
 
 
-def write_images(folder: str | os.PathLike[str], frames: np.ndarray, *, comment: str = "") -> None:
+def write_images(folder: str | os.PathLike[str], frames: Iterable[np.ndarray], *, comment: str = "") -> None:
     """Write frames as FOLDER/NAME_000.png and so on, NAME being the folder's own; what a longer video has left behind
-    them goes."""
+    them goes. Each is written before the next is taken."""
     target = Path(folder)
+    num_frames = 0
     for index, image in enumerate(frames):
         write_image(target / f"{target.name}_{index:03d}.png", image, comment=comment)
-    for index in itertools.count(len(frames)):
+        num_frames = index + 1
+    for index in itertools.count(num_frames):
         try:
             (target / f"{target.name}_{index:03d}.png").unlink()
         except FileNotFoundError:

@@ -65,7 +65,7 @@ def generate_clips(
             run.advance(dit.model)
     latents = [run.latents for run in runs]
     with models.vae() as vae:
-        return [models.decode(vae, each) for each in latents]
+        return [np.stack(list(models.decode(vae, each))) for each in latents]
 
 
 def shares(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -46,10 +47,10 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_here: Tool)
 
     def keep(vae: Any, latents: torch.Tensor, device: torch.device) -> Any:
         """What previews decode and get, too: the video encoder does not always write the same bytes."""
-        frames = decode(vae, latents, device)
-        previews.append({"latents": latents, "frames": torch.from_numpy(frames)})
+        frames = list(decode(vae, latents, device))
+        previews.append({"latents": latents, "frames": torch.from_numpy(np.stack(frames))})
         save_tensors(made / f"preview_{len(previews) - 1}.safetensors", previews[-1])
-        return frames
+        return iter(frames)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preview, "decode_frames", keep)
@@ -87,11 +88,13 @@ def test_a_preview_is_the_generators_video_bit_for_bit(
     folder: Path, monkeypatch: pytest.MonkeyPatch, index: int, length: int
 ) -> None:
     decoded, decode = [], generate_models.decode_frames
-    monkeypatch.setattr(generate_models, "decode_frames", lambda *given: decoded.append(decode(*given)) or decoded[-1])
+    monkeypatch.setattr(
+        generate_models, "decode_frames", lambda *given: decoded.append(list(decode(*given))) or iter(decoded[-1])
+    )
     latents = generate(folder, "attached", "--lora_mode", "attach", length=length)
     preview = load_file(folder / f"preview_{index}.safetensors")
     assert torch.equal(latents, preview["latents"])
-    assert torch.equal(torch.from_numpy(decoded[0]), preview["frames"])
+    assert torch.equal(torch.from_numpy(np.stack(decoded[0])), preview["frames"])
     assert len(list((folder / "out" / "sample").glob(f"name_000002_{index:02d}_*_11.*"))) == 1
 
 

@@ -151,3 +151,13 @@ def test_what_is_refused(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "of another VAE, with 48 channels" in line
     line = told(TRAIN, [*desk.training("no"), "--task", "t2v-1.3B", "--dit", desk.folder / DIT, "--trust_cache"])
     assert "of another VAE, with 48 channels" in line
+
+
+def test_a_given_first_frame_stays_in_windows_over_time(desk: Desk) -> None:
+    """Latents of three frames; timesteps per frame are cut along with them."""
+    image = ("--image_path", desk.folder / "0.png", "--exact_size")
+    desk.generate("whole", *image)
+    desk.generate("windows", *image, "--sliding_window_size", 2, "--sliding_window_stride", 1)
+    whole, windows = desk.latent("whole"), desk.latent("windows")
+    assert torch.equal(windows[:, 0], whole[:, 0])
+    assert not torch.equal(windows[:, 1:], whole[:, 1:]) and bool(windows.isfinite().all())

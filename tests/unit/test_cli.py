@@ -35,6 +35,12 @@ def test_defaults_and_types() -> None:
     assert given == Paint(tin="t", coats=3, size=(4, 5), names=("a", "b"), share=0.5, wet=True)
 
 
+@pytest.mark.parametrize("words", [["--size", "4*5"], ["--size=4*5"], ["--size", "4x5"], ["--size", "4", "5"]])
+def test_two_numbers_are_also_written_as_one_word(words: list[str]) -> None:
+    assert paint(*words, "--names", "4*5").size == (4, 5)
+    assert paint(*words, "--names", "4*5").names == ("4*5",)
+
+
 def test_every_spelling_sets_the_same_field() -> None:
     assert paint("--grass").colour == paint("--colour", "green").colour == "green"
     assert paint("--layers", "4").coats == 4

@@ -40,6 +40,22 @@ class DitSettings:
     )
 
 
+CKPT_FLAGS = ("--ckpt_dir", "--model_base")
+
+
+@dataclass(frozen=True)
+class CheckpointFolderSettings:
+    """Folder of checkpoints."""
+
+    ckpt_dir: str | None = option(
+        None,
+        "Folder of a whole model, as Wan-AI or diffusers publish it: its files are told by what they hold, and the log"
+        " says which is taken for what. Options that name a file win.",
+        flags=CKPT_FLAGS[1:],
+        expands="wan_train.models.checkpoint_folder:with_found_files",
+    )
+
+
 @dataclass(frozen=True)
 class InitSettings:
     """New control layers."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 SIZE_STEP = 16  # pixels: VAE stride 8 times patch 2
 FRAME_STEP = 4  # pixel frames per latent frame after the first
 LATENT_CHANNELS = 16
+_WAN21_FRAMES = 81  # pixel frames of Wan2.1's training, its image tasks' too
 VAE_STRIDE = 8
 TEXT_LENGTH = 512
 
@@ -115,6 +116,11 @@ class Variant:
     def fps(self) -> int:
         """Frames per second of its videos."""
         return self.space.fps
+
+    @property
+    def trained_frames(self) -> int:
+        """The latent frames of the videos that its published model was trained with."""
+        return 1 + (max(self.frames, _WAN21_FRAMES) - 1) // FRAME_STEP
 
     @property
     def reads_clip(self) -> bool:

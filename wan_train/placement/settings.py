@@ -78,6 +78,12 @@ class CompileSettings:
     compile_cache_size_limit: int | None = option(
         None, "Compilations kept for each block; without it torch's own limit.", minimum=1
     )
+    compile_cache: str | None = option(
+        None,
+        "Folder in which inductor keeps what it has compiled for the next run; use one that only you can write to."
+        " Default: torch's own folder for temporary files.",
+        metavar="FOLDER",
+    )
     cuda_allow_tf32: bool = option(False, "Let products of float32 numbers be taken in TF32: faster, 10 bits exact.")
     cuda_cudnn_benchmark: bool = option(False, "Let cuDNN try its kernels for each new size and keep the fastest.")
 

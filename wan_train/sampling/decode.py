@@ -1,5 +1,8 @@
 """From latents to pixels."""
 
+import itertools
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +16,9 @@ from wan_train.placement.report import release_memory
 from wan_train.precision import compute_dtype, dtype_of
 
 log = get_logger(__name__)
+
+# After the first frame and two times four the layers remember all that they ever will, so memory stays what it is.
+_STEADY = 3
 
 
 def open_vae(settings: VaeSettings, device: torch.device) -> WanVAE:
@@ -28,22 +34,36 @@ def set_up(vae: WanVAE, settings: VaeSettings) -> WanVAE:
     return vae
 
 
-def decode_frames(vae: WanVAE, latents: Tensor, device: torch.device) -> np.ndarray:
-    """Frames (F, H, W, 3) uint8 of normalised latents (C, F', H', W').
+def decode_frames(vae: WanVAE, latents: Tensor, device: torch.device) -> Iterator[np.ndarray]:
+    """Decode normalised latents (C, F', H', W') to frames (H, W, 3) uint8, one by one, as they are asked for.
 
     Where the device's memory does not do for whole frames, tiles of them are decoded: a warning tells of it, since the
     result differs a little.
     """
     batch = latents.unsqueeze(0).to(device)
+    chunks = vae.decode_chunks(batch)
     try:
-        return to_frames(vae.decode(batch)[0])
+        first = list(itertools.islice(chunks, _STEADY))
     except torch.OutOfMemoryError:
         if vae.tiling is not None:
             raise
+        first = []
+    if first:
+        yield from _frames(first)
+        del first
+        yield from _frames(chunks)
+        return
+    del chunks
     release_memory()
-    log.warning("decoding takes more memory than %s has: going on in tiles, as --vae_tiling does", device)
+    log.warning("decoding takes more memory than %s has: decoding in tiles instead, as --vae_tiling does", device)
     vae.tiling = Tiling()
     try:
-        return to_frames(vae.decode(batch)[0])
+        yield from _frames(vae.decode_chunks(batch))
     finally:
         vae.tiling = None
+
+
+def _frames(chunks: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """The frames (H, W, 3) uint8 of chunks of pixels (1, 3, f, H, W)."""
+    for chunk in chunks:
+        yield from to_frames(chunk[0])

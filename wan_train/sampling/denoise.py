@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,9 @@ from wan_train.flow.solvers import make_solver
 from wan_train.log import get_logger
 from wan_train.models.dit.dit import Dit
 from wan_train.models.dit.experts import expert_at
+from wan_train.models.dit.rope import Riflex
 from wan_train.sampling.guidance import StepPlan, guide, plan_steps
-from wan_train.sampling.passes import ALONE, Sharing
+from wan_train.sampling.passes import ALONE, Sharing, Wrap
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.step_cache.caches import make_cache, make_schedule
 from wan_train.sampling.step_cache.measure import Measurement, Recorder
@@ -28,6 +29,7 @@ from wan_train.sampling.step_cache.residuals import NoCache, StepCache
 from wan_train.sampling.step_cache.schedule import Count, Phase
 from wan_train.sampling.step_cache.settings import OFF
 from wan_train.sampling.text_memory import remembering_texts
+from wan_train.sampling.windows import lowering_frequency, sliding_windows, tell_length
 
 CPU = torch.device("cpu")
 
@@ -78,6 +80,7 @@ class Sampling:
         self.request, self.positive, self.negative, self.device = request, positive, negative, device
         self._sharing, self._measurement = sharing, measurement
         self.count: Count | None = None  # of passes, where a step cache acts
+        tell_length(request, num_frames, request.variant.trained_frames)
         self.solver = make_solver(
             request.solver,
             steps=request.steps,
@@ -95,8 +98,15 @@ class Sampling:
         return list(dict.fromkeys(self._expert(timestep) for timestep in self.solver.timesteps[self._done :]))
 
     @torch.no_grad()
-    def advance(self, model: nn.Module, expert: str | None = None, *, quiet: bool = False) -> None:
-        """Take the next steps, as far as they are this expert's, the model being it."""
+    def advance(
+        self,
+        model: nn.Module,
+        expert: str | None = None,
+        *,
+        quiet: bool = False,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take the next steps, as far as they are this expert's, the model being it; `on_step` is called after each."""
         request = self.request
         guidance = request.guided(expert)
         positive = self._with_arguments()
@@ -110,7 +120,7 @@ class Sampling:
             negative,
             guidance,
             acting=request.acting,
-            wraps=(cache.wrap,),
+            wraps=(cache.wrap, *self._wraps()),
             sharing=self._sharing,
             device=self.device,
         )
@@ -120,6 +130,7 @@ class Sampling:
                 velocity = predict(self._x, timestep, plan).float().cpu()
                 self._x = self._with_first(self.solver.step(velocity, timestep, self._x))
                 self._done += 1
+                on_step()
         if steps and self.count is not None and not self.experts():
             told = request.step_cache, self.count.computed, self.count.reused
             log.info("step cache %s: %d passes computed, %d reused", *told)
@@ -146,6 +157,17 @@ class Sampling:
         told = schedule.num_computed_steps(phase), len(phase.plans)
         log.info("step cache %s: %d of %d steps computed", request.step_cache, *told)
         return make_cache(request, schedule, self.solver.sigmas)
+
+    def _wraps(self) -> list[Wrap]:
+        """What acts around each pass, the last outermost."""
+        request = self.request
+        wraps: list[Wrap] = []
+        if request.riflex:
+            wraps.append(lowering_frequency(Riflex(request.riflex_freq_index, request.variant.trained_frames)))
+        if request.sliding_window_size is not None:
+            size, stride = request.sliding_window_size, request.window_stride
+            wraps.append(sliding_windows(size, stride, num_before=self._num_before))
+        return wraps
 
     def _with_first(self, x: Tensor) -> Tensor:
         """x with the first frame that is given, where one is: no step of the solver changes it."""

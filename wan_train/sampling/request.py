@@ -2,7 +2,7 @@
 
 from dataclasses import KW_ONLY, dataclass, replace
 
-from wan_train.errors import InputError
+from wan_train.errors import InputError, first_given
 from wan_train.flow.solvers import check_solver, explicit_levels
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import HIGH, experts_of, read_boundary
@@ -11,6 +11,7 @@ from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
 from wan_train.sampling.control_settings import ControlOptions
 from wan_train.sampling.controls import check_inputs, check_options, fit_frames
 from wan_train.sampling.guidance import Acting, Guidance, plan_steps
+from wan_train.sampling.length_settings import LengthOptions, check_length_options
 from wan_train.sampling.pictures import check_controls, check_pictures, size_like
 from wan_train.sampling.settings import SampleOptions, StartOptions
 from wan_train.sampling.step_cache.settings import CacheOptions, check_cache_options
@@ -21,7 +22,7 @@ STRENGTH = 0.7  # of video to video where nobody says
 
 
 @dataclass(frozen=True)
-class SampleRequest(CacheOptions, ControlOptions, SampleOptions, StartOptions):
+class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, StartOptions):
     """Everything that decides a video but the weights. Sizes in pixels, `frames` 4n+1, `seed` None draws one.
 
     `shift` None is the variant's for the size. `timesteps`, 0..1000 before the shift, take the place of `steps` even
@@ -30,8 +31,8 @@ class SampleRequest(CacheOptions, ControlOptions, SampleOptions, StartOptions):
     width and height say, unless `exact_size`. With `one_frame` a picture is made in place of a video, as a frame beside
     `control_images`. Of two experts `guidance` is the low-noise one's; `guidance_high_noise` and `boundary`, a t in
     [0, 1], are the variant's where they are None. What control models read beside that is said by the fields of
-    `ControlOptions`, step caches by `CacheOptions`; `vace_pad` is (left, top, right, bottom), `camera_origin` an entry
-    of 19 numbers, or empty.
+    `ControlOptions`, how a long video is made by those of `LengthOptions`, step caches by `CacheOptions`; `vace_pad`
+    is (left, top, right, bottom), `camera_origin` an entry of 19 numbers, or empty.
     """
 
     prompt: str
@@ -153,6 +154,7 @@ def checked(request: SampleRequest) -> SampleRequest:
     """The request, if its values agree with each other; InputError names the two that do not."""
     check_solver(request.solver)
     check_options(request)
+    check_length_options(request)
     if (request.cfg_skip_mode == "none") != (request.cfg_apply_ratio is None):
         raise InputError("--cfg_skip_mode and --cfg_apply_ratio go together: give both or neither")
     if request.slg_layers and request.slg_start >= request.slg_end:
@@ -206,6 +208,8 @@ def fitted(request: SampleRequest) -> SampleRequest:
                 "--image_path and --control_image_path are both pictures of one frame: give the latter alone"
             )
         check_controls(request.variant, request.one_frame, request.picture_paths)
+        if given := first_given({"--sliding_window_size": request.sliding_window_size, "--riflex": request.riflex}):
+            raise InputError(f"--one_frame_inference makes an image, {given} is for long videos: leave out one")
         if request.video_path:
             raise InputError("--one_frame_inference makes a picture, --video_path begins with a video: leave out one")
         request = replace(request, frames=1)

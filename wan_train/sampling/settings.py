@@ -1,8 +1,8 @@
 """Settings of sampling that the generator takes from its command line.
 
 Each is declared once: command line, prompt line, table, request and record take it from its field. `StartOptions`,
-`SampleOptions`, `ControlOptions` and `CacheOptions` are fields of a request too, as they are here; the others have
-another name or type there, which their `Sampled` states.
+`SampleOptions`, `ControlOptions`, `LengthOptions` and `CacheOptions` are fields of a request too, as they are here; the
+others have another name or type there, which their `Sampled` states.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from wan_train.cli import option
 from wan_train.models.one_frame import read_one_frame
 from wan_train.sampling.control_settings import ControlOptions
+from wan_train.sampling.length_settings import LengthOptions
 from wan_train.sampling.options import Sampled
 from wan_train.sampling.step_cache.settings import CacheOptions
 from wan_train.sampling.values import read_layers, read_numbers
@@ -44,7 +45,8 @@ class TaskSettings:
     )
     video_size: tuple[int, int] | None = option(
         None,
-        "Width and height in pixels; default: the task's.",
+        "Width and height in pixels, also as 1280*720; default: the task's.",
+        flags=("--size",),
         minimum=16,
         metavar="WIDTH HEIGHT",
         traits=Sampled(field="size", task="size", always=True, maximum=8192),
@@ -52,12 +54,14 @@ class TaskSettings:
     video_length: int | None = option(
         None,
         "Number of frames, 4n+1; default: the task's.",
+        flags=("--frame_num",),
         minimum=1,
         traits=Sampled(letter="f", table="frame_count", field="frames", task="frames", always=True, maximum=4096),
     )
     infer_steps: int | None = option(
         None,
         "Number of sampling steps; default: the task's.",
+        flags=("--sample_steps",),
         minimum=1,
         maximum=1000,
         traits=Sampled(letter="s", table="sample_steps", field="steps", task="steps", always=True),
@@ -65,6 +69,7 @@ class TaskSettings:
     guidance_scale: float | None = option(
         None,
         "Classifier-free guidance; 1 leaves out the negative prompt; default: the task's.",
+        flags=("--sample_guide_scale",),
         minimum=0,
         traits=Sampled(letter="l", table="cfg_scale", field="guidance", task="guidance", always=True, maximum=1000),
     )
@@ -77,6 +82,7 @@ class TaskSettings:
     flow_shift: float | None = option(
         None,
         "Shift of the noise levels; default: the task's, which for some depends on the size.",
+        flags=("--sample_shift",),
         minimum=1e-3,
         traits=Sampled(
             letter="fs", table="discrete_flow_shift", field="shift", recorded="noise_shift", always=True, maximum=1000
@@ -104,6 +110,7 @@ class StartOptions:
     seed: int | None = option(
         None,
         "Seed of the noise; without it one is drawn and printed.",
+        flags=("--base_seed",),
         minimum=0,
         maximum=MAX_SEED,
         traits=Sampled(letter="d", always=True),
@@ -118,6 +125,7 @@ class StartOptions:
     image_path: str | None = option(
         None,
         "The picture that the video begins with, of tasks that make it from one.",
+        flags=("--image",),
         traits=Sampled(letter="i", is_file=True),
     )
     end_image_path: str | None = option(
@@ -212,5 +220,7 @@ class SampleOptions:
 
 # The fields of a dataclass begin with those of its last base.
 @dataclass(frozen=True)
-class SamplingSettings(CacheOptions, ControlOptions, SampleOptions, OneFrameSettings, StartOptions, TaskSettings):
+class SamplingSettings(
+    CacheOptions, LengthOptions, ControlOptions, SampleOptions, OneFrameSettings, StartOptions, TaskSettings
+):
     """Sampling."""

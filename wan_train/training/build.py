@@ -18,6 +18,8 @@ from wan_train.log import get_logger
 from wan_train.models.dit.experts import pair_of
 from wan_train.models.variants import VARIANTS
 from wan_train.placement.lanes import lane_from_host
+from wan_train.profiling.profiler import Profiler
+from wan_train.remote.mirror import Mirror
 from wan_train.sampling.decode import open_vae
 from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
 from wan_train.training.accelerator import from_first, prepare_model
@@ -52,7 +54,9 @@ from wan_train.training.stopping import leave_signals_to_trainer
 log = get_logger(__name__)
 
 
-def build(settings: TrainSettings, plan: RunPlan, data: Data, accelerator: Accelerator, seed: int) -> Run:
+def build(
+    settings: TrainSettings, plan: RunPlan, data: Data, accelerator: Accelerator, seed: int, *, mirror: Mirror | None
+) -> Run:
     """Everything that the loop needs."""
     dataset, is_first = data.training, accelerator.is_main_process
     batches = EpochBatches(dataset, seed=seed, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
@@ -90,10 +94,12 @@ def build(settings: TrainSettings, plan: RunPlan, data: Data, accelerator: Accel
         samples=began.samples,
         carried=carried,
         hub=open_hub(settings.hub, background=accelerator.num_processes > 1) if is_first else None,
+        mirror=mirror,
     )
     objective = make_objective(settings, plan, dataset, texts, seed)
-    reporting = Reporting(settings.preview, previewer, writer)
-    return Run(model, optimizing, objective, fed, saving, reporting, validator)
+    reporting = Reporting(settings.preview, previewer, writer, mirror)
+    profiler = Profiler(settings.profile.profile if is_first else None, settings.save.output_name)
+    return Run(model, optimizing, objective, fed, saving, reporting, validator, profiler)
 
 
 def make_optimization(

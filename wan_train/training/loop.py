@@ -47,7 +47,7 @@ def train(run: Run) -> None:
         if position.step == 0:
             before_first_step(run)
         # The bar is closed on every way out, so that an error begins a line of its own.
-        with tqdm(total=steps, initial=position.step, desc="steps", disable=hidden) as bar:
+        with tqdm(total=steps, initial=position.step, desc="steps", disable=hidden) as bar, run.profiler:
             while position.step < steps and not has_learnt_enough(run.validator):
                 position = train_epoch(run, position, bar)
         evaluate(run, position)
@@ -76,6 +76,7 @@ def train_epoch(run: Run, position: Position, bar: Any) -> Position:
             window, position, model=model, optimizing=run.optimizing, objective=run.objective, stop=run.stop
         )
         report(run.reporting.writer, bar, metrics)
+        run.profiler.step()
         after_step(run, position)
         if asked_to_stop and step < steps:
             told = save_stopped(run.saving, position=position, model=model, optimizing=run.optimizing)
@@ -168,7 +169,7 @@ def make_previews(
 ) -> None:
     """Make the previews, each process its share, and wait for all of them."""
     made: dict[int, Path] = {}
-    previewer, writer = reporting.previewer, reporting.writer
+    previewer, writer, mirror = reporting.previewer, reporting.writer, reporting.mirror
     if previewer is not None:
         averaged = optimizing.ema if reporting.preview.sample_with_ema else None
         applied = averaged.applied(optimizing.stepping.forget) if averaged is not None else nullcontext()
@@ -177,5 +178,8 @@ def make_previews(
     others = {index: path for paths in from_all(made) for index, path in paths.items() if index not in made}
     for _, path in sorted(others.items()):
         log.info("preview %s", path)
+    if mirror is not None:
+        for path in (made | others).values():
+            mirror.upload(path)
     if writer is not None and previewer is not None:
         writer.write_previews(made | others, step, fps=previewer.fps)

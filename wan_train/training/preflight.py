@@ -21,6 +21,8 @@ from wan_train.models.loading import linears_of
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.precision import name_of
 from wan_train.quantization.stored import storage_dtype
+from wan_train.remote.addresses import is_remote
+from wan_train.remote.folder import RemoteFolder
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable, read_header
 from wan_train.training.accelerator import check_launcher, launched_device, launched_dtype
@@ -44,6 +46,7 @@ from wan_train.training.reporting.audit import refuse_unused
 from wan_train.training.reporting.preview import check_previews
 from wan_train.training.reporting.trackers import check_trackers
 from wan_train.training.saving.hub import check_hub, fetch_state
+from wan_train.training.saving.remote_output import fetch_named_state
 from wan_train.training.saving.resume import find_state
 from wan_train.training.saving.state import State
 from wan_train.training.settings import TrainSettings
@@ -63,8 +66,8 @@ class RunPlan:
     state: State | None
 
 
-def preflight(settings: TrainSettings) -> RunPlan:
-    """Refuse what cannot work, from options and headers alone."""
+def preflight(settings: TrainSettings, remote: RemoteFolder | None = None) -> RunPlan:
+    """Refuse what cannot work, from options and headers alone, and of the `remote` output folder by writing to it."""
     variant = VARIANTS[settings.dit.task]
     experts = plan_experts(settings)
     check_output_name(settings.save.output_name)
@@ -118,8 +121,17 @@ def preflight(settings: TrainSettings) -> RunPlan:
     requests = check_previews(settings, variant)
     if not settings.experts.allow_unused_timesteps:
         refuse_unused(experts, settings.timesteps)
+    check_folders(settings, remote)
+    return RunPlan(variant, configs, requests, captions, experts, find_state(fetched(settings), remote))
+
+
+def check_folders(settings: TrainSettings, remote: RemoteFolder | None) -> None:
+    """InputError for a folder that the run could not write to later."""
     check_writable(settings.save.output_dir)
-    return RunPlan(variant, configs, requests, captions, experts, find_state(fetched(settings)))
+    if settings.profile.profile:
+        check_writable(settings.profile.profile)
+    if remote is not None:
+        remote.check_writable("--output_dir")
 
 
 def float32_warning(device: torch.device, path: str, computing: torch.dtype, flag: str) -> str | None:
@@ -180,10 +192,16 @@ def check_pair_previews(settings: TrainSettings, experts: ExpertPlan) -> None:
 
 
 def fetched(settings: TrainSettings) -> TrainSettings:
-    """The settings, with `--resume` a folder here if it was a place on the hub."""
-    if not settings.hub.resume_from_huggingface or settings.save.resume is None:
+    """The settings, with `--resume` a folder here if it was a place on the hub or a URL."""
+    resume = settings.save.resume
+    if resume is None:
         return settings
-    folder = fetch_state(settings.save.resume, settings.hub.huggingface_token)
+    if settings.hub.resume_from_huggingface:
+        folder = fetch_state(resume, settings.hub.huggingface_token)
+    elif is_remote(resume):
+        folder = fetch_named_state(resume)
+    else:
+        return settings
     return replace(settings, save=replace(settings.save, resume=str(folder)))
 
 

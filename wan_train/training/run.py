@@ -7,6 +7,8 @@ from torch.utils.data import DataLoader
 
 from dataset.batching.batches import Batch
 from dataset.batching.epochs import EpochBatches
+from wan_train.profiling.profiler import Profiler
+from wan_train.remote.mirror import Mirror
 from wan_train.training.carried import Length
 from wan_train.training.evaluating.validation import Validator
 from wan_train.training.experts.models import TrainedModel
@@ -39,12 +41,13 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Reporting:
-    """What a run shows of itself: `previewer` is there on processes with a share of the previews, `writer` on the first
-    process only."""
+    """What a run shows of itself: `previewer` is there on processes with a share of the previews, `writer` and
+    `mirror`, of a remote output folder, on the first process only."""
 
     preview: PreviewSettings
     previewer: Previewer | None
     writer: MetricsWriter | None
+    mirror: Mirror | None = None
 
 
 @dataclass(frozen=True)
@@ -59,4 +62,5 @@ class Run:
     saving: Saving
     reporting: Reporting
     validator: Validator | None
+    profiler: Profiler
     stop: StopRequest = field(default_factory=StopRequest)

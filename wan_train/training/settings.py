@@ -14,6 +14,7 @@ from wan_train.models.settings import (
     VaeSettings,
 )
 from wan_train.placement.settings import CompileSettings, RecomputeSettings, StreamSettings
+from wan_train.profiling.settings import ProfileSettings
 from wan_train.quantization.settings import WeightSettings
 from wan_train.training.experts.settings import TrainExpertSettings
 from wan_train.training.old_settings import OldSettings
@@ -277,6 +278,7 @@ class TrainSettings:
     preview: PreviewSettings
     validation: ValidationSettings
     logs: LogSettings
+    profile: ProfileSettings
     hub: HubSettings
     old: OldSettings
 

@@ -121,6 +121,22 @@ def test_other_lengths(num_frames: int, make: Make) -> None:
     assert len(make("fun-control-1.3B", length=num_frames, control_path=CONTROL)) == min(num_frames, 9)
 
 
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [
+        ("vace-1.3B", {"vace_video": CONTROL, "vace_reference": (IMAGE, OTHER)}),
+        ("fun-camera-1.3B", {"image_path": IMAGE, "camera_direction": "Up"}),
+        ("fun-control-A14B", {"control_path": CONTROL, "reference_image": IMAGE}),
+    ],
+)
+def test_windows_of_a_control_model(task: str, given: dict[str, Any], make: Make) -> None:
+    """Three latent frames: windows of two overlap in the middle one, a window of three is the whole video."""
+    plain = make(task, length=9, **given)
+    assert np.array_equal(make(task, length=9, sliding_window_size=3, **given), plain)
+    windows = make(task, length=9, sliding_window_size=2, sliding_window_stride=1, **given)
+    assert windows.shape == plain.shape and not np.array_equal(windows, plain)
+
+
 def test_vace_scaled_by_zero_is_the_base(make: Make, control_models: Path) -> None:
     base = {k: v for k, v in load_file("vace.safetensors").items() if not k.startswith("vace_")}
     save_file(base, control_models / "base.safetensors")
@@ -264,4 +280,4 @@ def test_a_preview_is_the_generators_video(task: str, make: Make) -> None:
     assert isinstance(model, Dit)
     both = (texts[text].with_images(images) for text in (request.prompt, request.negative_prompt))
     latents = sample_latents(model, request, *both, device=cpu, quiet=True)
-    assert np.array_equal(decode_frames(vae, latents, cpu), make(task, **given))
+    assert np.array_equal(np.stack(list(decode_frames(vae, latents, cpu))), make(task, **given))

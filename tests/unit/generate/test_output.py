@@ -11,8 +11,12 @@ from safetensors import safe_open
 from generate.jobs import Job, make_jobs
 from generate.output import Product, check_output, latent_metadata, stem_of, trimmed, write_outputs
 from generate.settings import GenerateSettings
+from tests.parity.golden import load_case
 from tests.unit.generate.conftest import Given
 from wan_train.errors import InputError
+from wan_train.models.vae.vae import load_vae
+from wan_train.placement.ledger import Ledger
+from wan_train.sampling.decode import decode_frames
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
 
@@ -65,6 +69,25 @@ def test_tail_frames_are_left_out(given: Given, tmp_path: Path) -> None:
     words = ("--prompt", "a", "--save_path", tmp_path / "x.mp4", "--output_type", "images", "--trim_tail_frames", 3)
     (folder,) = write(given(*words))
     assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", ["both", "latent_images"])
+def test_what_is_held_while_a_video_is_decoded_and_written_grows_by_its_latents_alone(
+    kind: str, given: Given, tmp_path: Path
+) -> None:
+    vae, device = load_vae(load_case("wan21_vae").state_dict()), torch.device("cpu")
+    held, sizes = [], []
+    for num_latents in (6, 21):
+        latents = torch.randn(16, num_latents, 4, 4)
+        words = ("--prompt", "a", "--save_path", tmp_path / f"{num_latents}.mp4", "--output_type", kind)
+        settings = given(*words, "--trim_tail_frames", 3)
+        with Ledger() as ledger:
+            frames = trimmed(decode_frames(vae, latents, device), settings.output)
+            write_outputs(Product(latents, frames, 16, tmp_path / str(num_latents), "", {}, settings.output))
+        held.append(ledger.peak)
+        sizes.append(latents.nbytes)
+    extra_frames = 4 * 15 * 32 * 32 * 3  # bytes, as uint8
+    assert held[1] - held[0] <= 2 * (sizes[1] - sizes[0]) < extra_frames / 2
 
 
 def test_seed_and_index_are_filled_in(given: Given, tmp_path: Path) -> None:

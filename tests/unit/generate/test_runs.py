@@ -173,7 +173,7 @@ def test_the_text_cache_does_without_the_text_encoder(
 ) -> None:
     def frames(*words: object) -> np.ndarray:
         settings = given("--prompt", "a cat", "--seed", 1, *words)
-        delivery = InMemory()
+        delivery = InMemory(settings.output)
         run_jobs(make_jobs(settings), Models(settings, {}, CPU), delivery)
         return delivery.frames[0]
 

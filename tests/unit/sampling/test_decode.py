@@ -1,5 +1,6 @@
 """What the VAE's options do where a preview and the generator decode."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +50,10 @@ def test_the_precision_is_the_one_that_is_asked_for_but_float32_on_a_cpu(
     assert asked == {"device": torch.device("cuda"), "dtype": dtype}
 
 
+def decoded(vae: WanVAE, device: torch.device) -> np.ndarray:
+    return np.stack(list(decode_frames(vae, LATENTS, device)))
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Whether each frame cache lay in main memory, and how large each tile was."""
@@ -78,7 +83,7 @@ def generate_frames(settings: VaeSettings, path: str, _: pytest.MonkeyPatch) -> 
     command = ["--dit", "x", "--prompt", "a cat", "--save_path", "x.mp4", *options_of(settings, path)]
     models = Models(parse(GENERATE_TOOL.settings, command), {}, CPU)
     with models.vae() as vae:
-        return models.decode(vae, LATENTS)
+        return np.stack(list(models.decode(vae, LATENTS)))
 
 
 def preview_frames(settings: VaeSettings, path: str, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
@@ -87,7 +92,7 @@ def preview_frames(settings: VaeSettings, path: str, monkeypatch: pytest.MonkeyP
     plan = SimpleNamespace(requests=[preview_defaults(VARIANTS["t2v-1.3B"])], variant=SimpleNamespace(fps=16))
     previewer = make_previewer(run, plan, {}, SimpleNamespace(device=CPU), 0)  # type: ignore[arg-type]
     assert previewer is not None
-    return decode_frames(previewer.vae, LATENTS, previewer.device)
+    return decoded(previewer.vae, previewer.device)
 
 
 @pytest.mark.parametrize("frames_of", [generate_frames, preview_frames])
@@ -109,10 +114,10 @@ def test_cache_and_tiles_act_in_previews_and_in_the_generator(
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
 def test_a_preview_s_vae_decodes_on_the_device_and_goes_back(name: str, path: str) -> None:
     device = torch.device("cuda")
-    here = decode_frames(open_vae(VaeSettings(vae=path), CPU), LATENTS, CPU)
+    here = decoded(open_vae(VaeSettings(vae=path), CPU), CPU)
     for settings in (VaeSettings(vae=path, vae_dtype=name), VaeSettings(vae=path, vae_dtype=name, vae_cache_cpu=True)):
         vae: WanVAE = open_vae(settings, device)
-        there = decode_frames(vae, LATENTS, device)
+        there = decoded(vae, device)
         assert {p.dtype for p in vae.parameters()} == {decode.dtype_of(name)}
         assert np.abs(there.astype(int) - here.astype(int)).mean() < 2
         vae.to("cpu")
@@ -120,22 +125,28 @@ def test_a_preview_s_vae_decodes_on_the_device_and_goes_back(name: str, path: st
 
 
 class Small:
-    """A VAE for whose whole frames the device has no memory."""
+    """A VAE of three chunks, of which the device has no memory for this many whole ones."""
 
-    def __init__(self, *, fits_tiles: bool = True) -> None:
+    def __init__(self, num_fitting: int, *, fits_tiles: bool = True) -> None:
         self.tiling: object = None
-        self.fits_tiles = fits_tiles
+        self.num_fitting, self.fits_tiles = num_fitting, fits_tiles
 
-    def decode(self, latents: Tensor) -> Tensor:
-        if self.tiling is None or not self.fits_tiles:
-            raise torch.OutOfMemoryError("no room")
-        return torch.zeros(1, 3, 1, 8, 8)
+    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+        tiled = self.tiling is not None
+        for index in range(3):
+            if not (self.fits_tiles if tiled else index < self.num_fitting):
+                raise torch.OutOfMemoryError("no room")
+            yield torch.full((1, 3, 4 if index else 1, 8, 8), 1.0 if tiled else -1.0)
 
 
-def test_frames_that_do_not_fit_are_decoded_in_tiles_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    vae: Any = Small()
-    assert decode_frames(vae, LATENTS, CPU).shape == (1, 8, 8, 3)
+@pytest.mark.parametrize("num_fitting", [0, 1, 2])
+def test_frames_that_do_not_fit_are_all_decoded_in_tiles_with_a_warning(
+    num_fitting: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae: Any = Small(num_fitting)
+    frames = decoded(vae, CPU)
+    assert frames.shape == (9, 8, 8, 3) and frames.min() == 255
     assert vae.tiling is None  # the next one may fit
     assert "--vae_tiling" in capsys.readouterr().err
     with pytest.raises(torch.OutOfMemoryError):
-        decode_frames(Small(fits_tiles=False), LATENTS, CPU)  # type: ignore[arg-type]
+        decoded(Small(num_fitting, fits_tiles=False), CPU)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from wan_train.models.dit.embedding import embed_patches, pad_context, sinusoid
 from wan_train.models.dit.inputs import NOTHING_BESIDE, Inputs, check_inputs
 from wan_train.models.dit.layers import GELU, ImageEmbedding
 from wan_train.models.dit.layers import DitConfig as DitConfig
-from wan_train.models.dit.rope import rotations
+from wan_train.models.dit.rope import Riflex, rotations
 from wan_train.models.dit.vace import VaceState, add_hint, make_vace_blocks
 from wan_train.precision import Conv2d, Linear
 
@@ -102,13 +102,15 @@ class Dit(nn.Module):
         vace_scale: float = 1.0,
         motion_bucket_id: Tensor | None = None,
         frame_positions: Tensor | None = None,
+        riflex: Riflex | None = None,
     ) -> Tensor:
         """Velocity (B, C, F, H, W) in float32 of noisy `latents` (B, C, F, H, W).
 
         `timestep` (B,) or (B, F) in 0..1000; `context` a list of (L_i, text_dim) or (B, 512, text_dim), or what
         `embed_context` made of that and of `clip_features`; `frame_positions` (F,) where each latent frame is in time,
-        else 0..F-1. Models for images read `image_latents` (B, in_dim - C, F, H, W), whatever is concatenated behind
-        the noisy ones, and those of Wan2.1 `clip_features` (B, I, image_dim).
+        else 0..F-1; `riflex` lowers a temporal frequency of long videos. Models for images read `image_latents`
+        (B, in_dim - C, F, H, W), whatever is concatenated behind the noisy ones, and those of Wan2.1 `clip_features`
+        (B, I, image_dim).
 
         Control models read `reference_latents` (B, C, 1, H, W) of an image, `camera` (B, 24, F, 8H, 8W), a packed
         Pluecker map, `vace_context` (B, 96, F, H, W), whose hints are added `vace_scale` times, or `motion_bucket_id`
@@ -125,6 +127,7 @@ class Dit(nn.Module):
             vace_scale,
             motion_bucket_id,
             frame_positions,
+            riflex,
         )
         check_inputs(inputs, self.config, latents.shape[1])
         state = self.begin(latents, timestep, context, inputs)
@@ -157,7 +160,7 @@ class Dit(nn.Module):
             context=context.tokens,
             time=time,
             modulation=modulation,
-            rope=self._rope(grid, inputs.frame_positions, latents.device, later=before is not None),
+            rope=self._rope(grid, inputs, latents.device, later=before is not None),
             grid=grid,
             num_before=0 if before is None else before.shape[1],
             vace=self._begin_vace(inputs, latents.device),
@@ -220,12 +223,14 @@ class Dit(nn.Module):
             reference = latents.new_zeros(len(latents), self.config.out_dim, 1, *latents.shape[3:])
         return embed_reference(self.ref_conv, reference.to(latents.device), self.compute_dtype)
 
-    def _rope(self, grid: tuple[int, int, int], frames: Tensor | None, device: torch.device, *, later: bool) -> Tensor:
+    def _rope(self, grid: tuple[int, int, int], inputs: Inputs, device: torch.device, *, later: bool) -> Tensor:
         """The rope table of the grid; `later` by one frame, in which a reference stands."""
+        frames = inputs.frame_positions
         if later:
             assert frames is None, "models with a reference have their frames one after the other"
             grid = (grid[0] + 1, *grid[1:])
-        return rotations(grid, self.config.dim // self.config.num_heads, device=device, frames=frames)
+        head_dim = self.config.dim // self.config.num_heads
+        return rotations(grid, head_dim, device=device, frames=frames, riflex=inputs.riflex)
 
     def _begin_vace(self, inputs: Inputs, device: torch.device) -> VaceState | None:
         if inputs.vace_context is None or inputs.vace_scale == 0:

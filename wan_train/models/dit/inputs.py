@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from wan_train.models.dit.layers import DitConfig
+from wan_train.models.dit.rope import Riflex
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Inputs:
     vace_scale: float = 1.0
     motion_bucket_id: Tensor | None = None
     frame_positions: Tensor | None = None
+    riflex: Riflex | None = None
 
 
 NOTHING_BESIDE = Inputs()

@@ -3,17 +3,59 @@
 Legend: D head width, L tokens in the order (f, h, w), N heads.
 """
 
+import math
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from wan_train.errors import InputError
+
 THETA = 10000.0
 MAX_TABLES = 2  # that are kept: the largest take 80 MB each (75,600 tokens, head width 128)
 
-_Key = tuple[tuple[tuple[float, ...], ...], int, torch.device]
+_Places = tuple[tuple[float, ...], ...]
+_Key = tuple[_Places, int, torch.device, "Rate | None"]
 _tables: "OrderedDict[_Key, Tensor]" = OrderedDict()
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A temporal frequency in radians per latent frame that stands for the one of this index, from 1, the highest."""
+
+    index: int
+    radians: float
+
+
+@dataclass(frozen=True)
+class Riflex:
+    """RIFLEx (Zhao et al. 2025, arXiv 2502.15894): which temporal frequency, by its index from 1, the highest, is
+    lowered in videos of more latent frames than the model was trained with."""
+
+    index: int
+    num_trained: int
+
+    def rate(self, num_frames: int, width: int) -> Rate | None:
+        """Return the lowered frequency for `num_frames` latent frames, where `width` numbers of a head turn with them.
+
+        Its period is num_frames / 0.9 (equation 8, with the margin of the authors' code); None where the video is not
+        longer than trained, or the frequency as it is has such a period already. InputError for an index that the
+        model does not have.
+        """
+        if self.index > width // 2:
+            raise InputError(
+                f"--riflex_freq_index {self.index}: the model has {width // 2} temporal frequencies: give at most that"
+            )
+        lowered = 0.9 * 2 * math.pi / num_frames
+        is_long = num_frames > self.num_trained and lowered < frequency(self.index, width)
+        return Rate(self.index, lowered) if is_long else None
+
+
+def frequency(index: int, width: int) -> float:
+    """Return the frequency, in radians per position, of an index from 1 on an axis that `width` numbers turn with."""
+    return THETA ** (-2 * (index - 1) / width)
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
@@ -23,37 +65,46 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotations(
-    grid: tuple[int, int, int], head_dim: int, *, device: torch.device, frames: Tensor | None = None
+    grid: tuple[int, int, int],
+    head_dim: int,
+    *,
+    device: torch.device,
+    frames: Tensor | None = None,
+    riflex: Riflex | None = None,
 ) -> Tensor:
     """The rope table of every token: (2, L, 1, D) float32, for `rotate`; not to be written to.
 
-    `grid` counts patches over frames, rows and columns; `frames` (F,) gives frame positions other than 0..F-1. The
-    first half holds the cosine of each pair twice, the second its sine with the signs that a rotation gives the pair.
-    A table is made once for its positions, width and device; the last `MAX_TABLES` are kept.
+    `grid` counts patches over frames, rows and columns; `frames` (F,) gives frame positions other than 0..F-1;
+    `riflex` lowers a temporal frequency in long videos. The first half holds the cosine of each pair twice, the second
+    its sine with the signs that a rotation gives the pair.
+    A table is made once for its positions, width, device and frequencies; the last `MAX_TABLES` are kept.
     """
     places = tuple(tuple(map(float, range(count))) for count in grid)
     if frames is not None:
         places = (tuple(map(float, frames.tolist())), *places[1:])
+    rate = None if riflex is None else riflex.rate(grid[0], axis_widths(head_dim)[0])
     # What watches or replaces operators (a ledger, fake tensors) must see its own table; a tracer has no use for ours.
     if device.type == "meta" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return _make_table(places, head_dim, device)
-    key = (places, head_dim, device)
+        return _make_table(places, head_dim, device, rate)
+    key = (places, head_dim, device, rate)
     # Made in inference mode a table could not serve a later backward pass.
     with torch.inference_mode(False), torch.no_grad():
         table = _tables.pop(key, None)
-        _tables[key] = table = _make_table(places, head_dim, device) if table is None else table
+        _tables[key] = table = _make_table(places, head_dim, device, rate) if table is None else table
         if len(_tables) > MAX_TABLES:
             _tables.popitem(last=False)
         return table.detach()  # a tensor of its own: what compilers note on it is not for the next caller
 
 
-def _make_table(places: tuple[tuple[float, ...], ...], head_dim: int, device: torch.device) -> Tensor:
+def _make_table(places: _Places, head_dim: int, device: torch.device, rate: Rate | None) -> Tensor:
     """Angles of each axis by themselves, on the CPU in float64 (at position 1000 float32 would already be off by 1e-4,
     and some devices have no float64); their cosines and sines are repeated for every token on the device."""
     grid = [len(place) for place in places]
     parts = []
     for axis, (place, width) in enumerate(zip(places, axis_widths(head_dim), strict=True)):
         rates = THETA ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+        if axis == 0 and rate is not None:
+            rates[rate.index - 1] = rate.radians
         angles = torch.outer(torch.tensor(place, dtype=torch.float64, device="cpu"), rates)
         cosines = angles.cos().repeat_interleave(2, dim=-1)
         sines = torch.stack([-angles.sin(), angles.sin()], dim=-1).flatten(-2)

@@ -88,8 +88,22 @@ class WanVAE(nn.Module):
 
         Without gradient. Raises ValueError for another number of axes or channels.
         """
+        chunks = self.decode_chunks(latents)
+        return _join(chunks, 1 + (latents.shape[2] - 1) * self.frame_stride)
+
+    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+        """Decode as `decode` does, chunk by chunk: the first frame, then `frame_stride` frames at a time.
+
+        Each chunk is (B, 3, f, H, W); nothing of an earlier one is held but what the layers remember. With `tiling`
+        the tiles come one after the other, each for all frames: the pixels of all frames are held then, since the
+        layers' memory of all tiles would take more than that up to some hundred frames.
+        """
         if latents.ndim != 5 or latents.shape[1] != self.latent_channels or 0 in latents.shape:
             raise ValueError(f"latents are (B, {self.latent_channels}, T, h, w), not {tuple(latents.shape)}")
+        return self._decode_chunks(latents)
+
+    @torch.no_grad()
+    def _decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
         num_latents = latents.shape[2]
         num_frames = 1 + (num_latents - 1) * self.frame_stride
 
@@ -102,23 +116,21 @@ class WanVAE(nn.Module):
         x = denormalise(latents.float(), self.latent_mean, self.latent_std)
         if self.tiling and self.tiling.divides(*latents.shape[-2:]):
             features = self._stream(begin, x, step=1, num_frames=num_latents)
-            return blend_tiles(widen, features, self.tiling, cell=1, out_cell=self.stride)
-        whole = self._stream(
-            lambda x, cache: self.decoder.widen(begin(x, cache), cache), x, step=1, num_frames=num_frames
-        )
-        return whole.clamp_(-1, 1)
+            whole = blend_tiles(widen, features, self.tiling, cell=1, out_cell=self.stride)
+            yield from _chunks(whole, self.frame_stride)
+        else:
+            for part in self._parts(lambda x, cache: self.decoder.widen(begin(x, cache), cache), x, step=1):
+                yield part.clamp(-1, 1)
 
     def _stream(self, layers: Layers, x: Tensor, *, step: int, num_frames: int) -> Tensor:
+        """What the layers give for each chunk of `x`, joined."""
+        return _join(self._parts(layers, x, step=step), num_frames)
+
+    def _parts(self, layers: Layers, x: Tensor, *, step: int) -> Iterator[Tensor]:
         """What the layers give for each chunk of `x`, float32, on its device."""
         cache = FeatureCache(on_cpu=self.cache_on_cpu)
-        whole, done = torch.empty(0), 0
         for chunk in _chunks(x, step):
-            part = layers(self._place(chunk), cache)
-            if not done:
-                whole = x.new_empty((*part.shape[:2], num_frames, *part.shape[3:]), dtype=torch.float32)
-            whole[:, :, done : done + part.shape[2]] = part
-            done += part.shape[2]
-        return whole
+            yield layers(self._place(chunk), cache).to(x.device, torch.float32)
 
     def _normalise(self, means: Tensor) -> Tensor:
         return normalise(means, self.latent_mean, self.latent_std)
@@ -141,6 +153,17 @@ def _chunks(x: Tensor, size: int) -> Iterator[Tensor]:
     """The first frame, then `size` frames at a time."""
     yield x[:, :, :1]
     yield from x[:, :, 1:].split(size, dim=2) if x.shape[2] > 1 else ()
+
+
+def _join(parts: Iterator[Tensor], num_frames: int) -> Tensor:
+    """Parts (B, C, f, H, W) of `num_frames` frames together as one, without a second copy of the whole."""
+    whole, done = torch.empty(0), 0
+    for part in parts:
+        if not done:
+            whole = part.new_empty((*part.shape[:2], num_frames, *part.shape[3:]))
+        whole[:, :, done : done + part.shape[2]] = part
+        done += part.shape[2]
+    return whole
 
 
 def normalise(means: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -98,6 +98,10 @@ def run_settings(request: SampleRequest) -> dict[str, str]:
         told["slg_layers"] = (
             f"{layers} {guidance.slg_mode} {guidance.slg_scale:g} {guidance.slg_start:g} {guidance.slg_end:g}"
         )
+    if request.sliding_window_size is not None:
+        told["sliding_window_size"] = f"{request.sliding_window_size} every {request.window_stride}"
+    if request.riflex:
+        told["riflex_freq_index"] = str(request.riflex_freq_index)
     if request.variant.experts is not None:
         told["timestep_boundary"] = f"{request.expert_boundary:g}"
     return told | ({"cfg_merge": "on"} if guidance.merge else {})

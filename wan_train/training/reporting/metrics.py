@@ -60,7 +60,7 @@ class MetricsWriter:
         keep_until: int | None = None,
         config: Mapping[str, str] | None = None,
     ) -> None:
-        self._path = Path(save.output_dir) / f"{save.output_name}.metrics.jsonl"
+        self._path = save.metrics_path
         config = config if logs.log_config else None
         kept = [] if keep_until is None else cut_rows(self._path, keep_until)
         self._epoch = EpochMean()

@@ -111,13 +111,14 @@ class Previewer:
         texts = (self.conditions[text] for text in (request.prompt, request.negative_prompt))
         positive, negative = (text.with_images(self.images[index]) for text in texts)
         latents = sample_latents(model, seeded, positive, negative, device=self.device)
+        is_video = latents.shape[1] > 1
+        path = preview_path(self.save, moment, index, seeded, ".mp4" if is_video else ".png")
         self.vae.to(self.device)
         frames = decode_frames(self.vae, latents, self.device)
-        self.vae.to("cpu")
-        path = preview_path(self.save, moment, index, seeded, ".mp4" if len(frames) > 1 else ".png")
-        if len(frames) > 1:
+        if is_video:
             write_video(path, frames, fps=self.fps)
         else:
-            write_image(path, frames[0])
+            write_image(path, next(frames))
+        self.vae.to("cpu")
         log.info("preview %s", path)
         return path

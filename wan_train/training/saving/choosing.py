@@ -34,7 +34,15 @@ def whole_states(save: SaveSettings, *, refuse_newer: bool = False) -> list[Stat
 
 def farthest(states: Sequence[State]) -> State | None:
     """The state that has come farthest, of several the one that was saved last."""
-    return max(states, key=lambda state: (state.position.step, state.folder.stat().st_mtime), default=None)
+    return max(states, key=lambda state: (state.position.step, _saved_at(state)), default=None)
+
+
+def _saved_at(state: State) -> float:
+    """When a state was saved, as its folder says; 0 for one that is not on this machine yet."""
+    try:
+        return state.folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def newest_of(save: SaveSettings, session: int) -> State | None:
@@ -42,15 +50,17 @@ def newest_of(save: SaveSettings, session: int) -> State | None:
     return farthest([state for state in whole_states(save) if state.session == session])
 
 
-def choose(save: SaveSettings, fits: Callable[[State], bool]) -> State | None:
+def choose(save: SaveSettings, fits: Callable[[State], bool], states: Sequence[State] | None = None) -> State | None:
     """The state that `--resume auto` takes: the farthest of the run of this name that began last, or where that has
     saved none yet, the one that it was itself resumed from. None for a fresh start.
 
     Where it is not known which run that is, it is the one of the states that began last; states that say nothing of
     runs are the farthest of those of these options (`fits`), or where none are, of all: the differences will be told.
-    Raises NewerState where there is a state of a later version, which may be the one that is wanted.
+    `states` are those to choose from; default: all of this output folder and name. Raises NewerState where there is a
+    state of a later version, which may be the one that is wanted.
     """
-    states, last = whole_states(save, refuse_newer=True), read_identity(save)
+    states = whole_states(save, refuse_newer=True) if states is None else states
+    last = read_identity(save)
     if last is None:
         newest = max((state.started_at for state in states), default=0.0)
         candidates = [state for state in states if state.started_at == newest]

@@ -1,12 +1,13 @@
 """Copies of what a run saves on the Hugging Face Hub. Its client is imported only where an option asks for it."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from wan_train.errors import InputError
 from wan_train.log import get_logger
+from wan_train.remote.uploads import Uploads
 from wan_train.training.reporting.settings import HUB_REPOSITORIES, HubSettings
 
 log = get_logger(__name__)
@@ -38,22 +39,17 @@ class Hub:
     def __init__(self, settings: HubSettings, client: Client, *, background: bool = False) -> None:
         assert settings.huggingface_repo_id is not None
         self._settings, self._client, self._repo = settings, client, settings.huggingface_repo_id
-        # One at a time: the hub refuses commits that overlap.
-        self._queue = ThreadPoolExecutor(max_workers=1) if background or settings.async_upload else None
+        self._uploads = Uploads(background=background or settings.async_upload)
 
     def upload(self, path: Path) -> None:
         """Copy a saved file, or a state folder if `--save_state_to_huggingface`; in the background if asked for."""
         if path.is_dir() and not self._settings.save_state_to_huggingface:
             return
-        if self._queue is None:
-            self._upload(path)
-        else:
-            self._queue.submit(self._upload, path)
+        self._uploads.add(partial(self._upload, path))
 
     def finish(self) -> None:
         """Wait for all copies that are under way."""
-        if self._queue is not None:
-            self._queue.shutdown(wait=True)
+        self._uploads.finish()
 
     def _upload(self, path: Path) -> None:
         if not path.exists():  # copies are slower than --save_last_n_... keeps files

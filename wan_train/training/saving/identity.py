@@ -43,14 +43,14 @@ def new_identity(resumed_from: Path | None = None) -> Identity:
 
 def write_identity(save: SaveSettings, identity: Identity) -> None:
     """Note which run of this name began, or was resumed, last. InputError for a full disk."""
-    with replacing(_path(save)) as temporary:
+    with replacing(identity_path(save)) as temporary:
         temporary.write_text(json.dumps({"version": _VERSION, **asdict(identity)}, indent=1), encoding="utf-8")
 
 
 def read_identity(save: SaveSettings) -> Identity | None:
     """The run of this name that began, or was resumed, last; None where that is not known."""
     try:
-        values = json.loads(_path(save).read_text(encoding="utf-8"))
+        values = json.loads(identity_path(save).read_text(encoding="utf-8"))
         if values.pop("version") != _VERSION:
             return None
         return Identity(int(values["session"]), float(values["started_at"]), values["resumed_from"])
@@ -58,5 +58,6 @@ def read_identity(save: SaveSettings) -> Identity | None:
         return None
 
 
-def _path(save: SaveSettings) -> Path:
+def identity_path(save: SaveSettings) -> Path:
+    """Where it is noted which run of this name began, or was resumed, last."""
     return Path(save.output_dir) / f"{save.output_name}{SUFFIX}"

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,12 +19,23 @@ from wan_train.errors import InputError, Stopped
 from wan_train.log import get_logger
 from wan_train.models.dit.experts import read_boundary
 from wan_train.models.variants import VARIANTS
+from wan_train.remote.addresses import shown
+from wan_train.remote.folder import RemoteFolder
 from wan_train.training.carried import Length, Stateful
 from wan_train.training.experts.plan import is_above
 from wan_train.training.optimizing.schedules import warmup_steps
-from wan_train.training.saving.choosing import choose, identity_of
+from wan_train.training.saving.choosing import choose, identity_of, whole_states
 from wan_train.training.saving.earlier import warn_of_others
 from wan_train.training.saving.identity import Identity
+from wan_train.training.saving.remote_output import (
+    fetch_identity,
+    fetch_metrics,
+    fetch_state,
+    fetching,
+    remote_states,
+    with_remote,
+)
+from wan_train.training.saving.settings import SaveSettings
 from wan_train.training.saving.state import Position, State, differences, load_state, open_state, read_samples
 from wan_train.training.settings import TrainSettings
 
@@ -68,21 +79,46 @@ class Trained:
     mixed_precision: str
 
 
-def find_state(settings: TrainSettings) -> State | None:
-    """The state that `--resume` names; None for a fresh start. InputError for one that is not there or not whole."""
-    wanted = settings.save.resume
+def find_state(settings: TrainSettings, remote: RemoteFolder | None = None) -> State | None:
+    """The state that `--resume` names; None for a fresh start. InputError for one that is not there or not whole.
+
+    With `remote`, the folder that the output folder stands for, `--resume auto` takes what is there into account, and
+    downloads the state that it chooses.
+    """
+    save, wanted = settings.save, settings.save.resume
     if wanted is None:
         return None
     if wanted != AUTO:
         put_back(Path(wanted).absolute().parent)
-        return open_state(Path(wanted))
-    put_back(Path(settings.save.output_dir))
+        state = open_state(Path(wanted))
+        if remote is not None:
+            with fetching(remote, Path(save.output_dir)):
+                fetch_metrics(save, remote, anew=False)
+        return state
+    put_back(Path(save.output_dir))
     options = _options(settings)
-    state = choose(settings.save, lambda state: not _differences(state.configuration, options, only=options))
-    if state is None:
-        log.info(
-            "--resume auto: no state of %s in %s, a fresh start", settings.save.output_name, settings.save.output_dir
-        )
+
+    def fits(state: State) -> bool:
+        return not _differences(state.configuration, options, only=options)
+
+    chosen = choose(save, fits) if remote is None else _choose_of_both(save, fits, remote)
+    if chosen is None:
+        place = save.output_dir if remote is None else shown(remote.url)
+        log.info("--resume auto: no state of %s in %s, a fresh start", save.output_name, place)
+    return chosen
+
+
+def _choose_of_both(save: SaveSettings, fits: Callable[[State], bool], remote: RemoteFolder) -> State | None:
+    """The state that `--resume auto` takes of those here and those in the remote folder, downloaded if it is there."""
+    with fetching(remote, Path(save.output_dir)):
+        fetch_identity(save, remote)
+        elsewhere = remote_states(save, remote)
+        chosen = choose(save, fits, with_remote(whole_states(save, refuse_newer=True), elsewhere))
+        if chosen is None:
+            return None
+        is_elsewhere = any(chosen is state for state in elsewhere)
+        state = fetch_state(remote, chosen) if is_elsewhere else chosen
+        fetch_metrics(save, remote, anew=is_elsewhere)
     return state
 
 

@@ -1,6 +1,6 @@
 """What a run saves: its adapter, the average of it and states, under the name of a moment."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from networks.full import Full
 from networks.moments import BEST, of_step
 from wan_train.errors import InputError, RunError
 from wan_train.log import get_logger
+from wan_train.remote.mirror import Mirror
 from wan_train.shards import entry_of
 from wan_train.training.carried import Stateful
 from wan_train.training.experts.models import TrainedModel
@@ -38,8 +39,8 @@ class Saving:
     """What files and states say of the run that they are of, and where copies go.
 
     `metadata` are the rows of every file, `configuration` is what a resumed run must have in common, `samples` what
-    each sample was made of, and `carried` what a state holds beside the adapter. `hub` is there on the first process
-    only.
+    each sample was made of, and `carried` what a state holds beside the adapter. `hub` and `mirror`, of a
+    remote output folder, are there on the first process only.
     """
 
     settings: TrainSettings
@@ -52,6 +53,7 @@ class Saving:
     samples: Contents
     carried: Mapping[str, Stateful]
     hub: Hub | None
+    mirror: Mirror | None = None
 
 
 def save(
@@ -80,7 +82,7 @@ def save(
         is_own = partial(is_of_run, session=saving.identity.session)
         gone = outlived(settings, epoch=epoch_of(position), step=position.step, parts=names, is_own=is_own)
         remove(gone)
-        upload(saving.hub, [path for path in saved if path not in gone])
+        upload(saving, [path for path in saved if path not in gone], gone)
     model.accelerator.wait_for_everyone()
 
 
@@ -89,7 +91,7 @@ def save_best(saving: Saving, *, position: Position, model: TrainedModel, optimi
     if model.accelerator.is_main_process:
         with naming_what_is_kept(saving, position):
             saved = write_files(saving, BEST, position=position, model=model, optimizing=optimizing)
-        upload(saving.hub, saved)
+        upload(saving, saved)
 
 
 def save_stopped(saving: Saving, *, position: Position, model: TrainedModel, optimizing: Optimization) -> str:
@@ -113,11 +115,17 @@ def naming_what_is_kept(saving: Saving, position: Position) -> Iterator[None]:
         ) from None
 
 
-def upload(hub: Hub | None, paths: list[Path]) -> None:
-    """Copy what was saved to the hub, if there is one."""
+def upload(saving: Saving, paths: Sequence[Path], gone: Sequence[Path] = ()) -> None:
+    """Copy what was saved to the hub and to the remote output folder, where they are, and remove from the folder what
+    is `gone`; the record of the steps goes with it."""
     for path in paths:
-        if hub is not None:
-            hub.upload(path)
+        if saving.hub is not None:
+            saving.hub.upload(path)
+        if saving.mirror is not None:
+            saving.mirror.upload(path)
+    if saving.mirror is not None:
+        saving.mirror.remove(gone)
+        saving.mirror.upload_growing()
 
 
 def write_files(

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from wan_train.cli import option
 from wan_train.errors import InputError
@@ -14,9 +15,20 @@ SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
 class SaveSettings:
     """Saving."""
 
-    output_dir: str = option("", "Folder for everything that the run writes.", required=True)
+    output_dir: str = option(
+        "",
+        "Folder for everything that the run writes, or a URL that fsspec takes, such as gs://bucket/folder or"
+        " s3://bucket/folder.",
+        required=True,
+    )
     output_name: str = option(
         "", "Name of the saved LoRA or checkpoint, and first part of the names of the run's other files.", required=True
+    )
+    local_output_dir: str | None = option(
+        None,
+        "With a remote --output_dir, local folder in which its files are written first, and stay; default: a folder for"
+        " that URL in ~/.cache/wan-train/remote.",
+        metavar="FOLDER",
     )
     save_every_n_epochs: int | None = option(None, "Save after every N epochs.", minimum=1)
     save_every_n_steps: int | None = option(None, "Save after every N optimizer steps.", minimum=1)
@@ -31,7 +43,8 @@ class SaveSettings:
         None, "Keep the states of the last N steps only; without it as many as files.", minimum=1
     )
     resume: str | None = option(
-        None, "State folder to resume from; auto: the newest of the last run of this name, if there is one."
+        None,
+        "State folder to resume from, or its URL; auto: the newest of the last run of this name, if there is one.",
     )
     resume_anyway: bool = option(
         False, "Resume from a state of another configuration, or of a dataset that has changed."
@@ -59,6 +72,11 @@ class SaveSettings:
     def __post_init__(self) -> None:
         if self.max_shard_size is not None and not self.shard_bytes:
             raise InputError(f"--max_shard_size {self.max_shard_size!r} is no size: give one like 10GB or 500MB")
+
+    @property
+    def metrics_path(self) -> Path:
+        """The file that has a row for each step."""
+        return Path(self.output_dir) / f"{self.output_name}.metrics.jsonl"
 
     @property
     def shard_bytes(self) -> int | None:

@@ -9,7 +9,7 @@ that is drawn is drawn by key.
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,21 @@ def open_state(folder: Path) -> State:
     a later version."""
     if not (folder / MANIFEST).is_file():
         raise InputError(_what_it_is(folder))
+    return parse_state(folder, (folder / MANIFEST).read_bytes, lambda name: (folder / name).stat().st_size)
+
+
+def parse_state(folder: Path, read: Callable[[], bytes], size_of: Callable[[str], int]) -> State:
+    """The state whose manifest is what `read` returns, if its files, by name, have the sizes in bytes that it says.
+    Raises as `open_state` does."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read().decode("utf-8"))
         if int(manifest["version"]) > VERSION:
             raise NewerState(
                 f"--resume {folder} is a state of version {manifest['version']}, this trainer reads up to {VERSION}: "
                 "update wan-train, or give another state"
             )
         for name, size in manifest["sizes"].items():
-            if (folder / name).stat().st_size != size:
+            if size_of(name) != size:
                 raise InputError(f"--resume {folder}: {name} is not whole: give another state")
         run = manifest.get("run", {})
         return State(

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.unit.models.dit.test_dit import inputs, state
+from wan_train.errors import InputError
 from wan_train.models.dit import rope
-from wan_train.models.dit.rope import MAX_TABLES, axis_widths, rotations
+from wan_train.models.dit.rope import MAX_TABLES, Rate, Riflex, axis_widths, rotations
 from wan_train.models.loading import load_dit
 from wan_train.placement.ledger import Ledger
 
@@ -21,9 +22,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
     devices: list[torch.device] = []
     make = rope._make_table
 
-    def noting(places: tuple[tuple[float, ...], ...], width: int, device: torch.device) -> Tensor:
+    def noting(places: tuple[tuple[float, ...], ...], width: int, device: torch.device, rate: Rate | None) -> Tensor:
         devices.append(device)
-        return make(places, width, device)
+        return make(places, width, device, rate)
 
     monkeypatch.setattr(rope, "_make_table", noting)
     rope._tables.clear()
@@ -31,13 +32,18 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
     rope._tables.clear()
 
 
-def by_token(grid: tuple[int, int, int], width: int, frames: list[float]) -> Tensor:
-    """The table in its definition: every token's angles in float64."""
+def by_token(
+    grid: tuple[int, int, int], width: int, frames: list[float], lowered: tuple[int, float] | None = None
+) -> Tensor:
+    """The table in its definition: every token's angles in float64; `lowered` is an index of a temporal frequency, from
+    1, and its period in latent frames."""
     table = torch.empty(2, grid[0] * grid[1] * grid[2], 1, width)
     tokens = torch.cartesian_prod(torch.tensor(frames).double(), *(torch.arange(n).double() for n in grid[1:]))
     start = 0
     for axis, part in enumerate(axis_widths(width)):
         rates = rope.THETA ** -(torch.arange(0, part, 2, dtype=torch.float64) / part)
+        if lowered and axis == 0:
+            rates[lowered[0] - 1] = 2 * torch.pi / lowered[1]
         angles = tokens[:, axis, None] * rates
         for parity, sign in ((0, -1), (1, 1)):
             table[0, :, 0, start + parity : start + part : 2] = angles.cos().float()
@@ -52,6 +58,36 @@ def test_a_table_is_that_of_each_token_to_the_bit(frames: list[float] | None) ->
     for width in (12, 128):
         expected = by_token((3, 5, 7), width, frames or [0.0, 1.0, 2.0])
         assert torch.equal(rotations((3, 5, 7), width, device=CPU, frames=given), expected)
+
+
+@pytest.mark.parametrize(
+    ("frames", "index", "period"),
+    [(46, 6, 46 / 0.9), (81, 6, 90.0), (81, 4, 90.0), (22, 4, 22 / 0.9), (45, 6, None), (21, 4, None), (21, 1, None)],
+)
+def test_riflex_stretches_a_period_over_videos_that_are_longer_than_trained_and_than_it(
+    frames: int, index: int, period: float | None
+) -> None:
+    grid, positions = (frames, 1, 2), [float(position) for position in range(frames)]
+    plain = rotations(grid, 128, device=CPU)
+    table = rotations(grid, 128, device=CPU, riflex=Riflex(index, 21))
+    expected = by_token(grid, 128, positions, None if period is None else (index, period))
+    assert torch.equal(table, plain) == (period is None)
+    assert (table.double() - expected.double()).abs().max() <= 1e-7  # float32's last bit
+    assert torch.equal(rotations(grid, 128, device=CPU), plain)  # whatever tables are kept
+    changed = (table != plain).any(dim=1).any(dim=0).nonzero()[:, -1].tolist()
+    assert changed == ([] if period is None else [2 * index - 2, 2 * index - 1])
+
+
+def test_riflex_reaches_the_model_and_refuses_a_frequency_that_it_has_not() -> None:
+    model = load_dit(state(), config={"num_heads": 2})
+    latents, *rest = inputs()
+    long = latents.repeat(1, 1, 9, 1, 1)
+    with torch.no_grad():
+        plain = model(long, *rest)
+        assert not torch.equal(model(long, *rest, riflex=Riflex(1, 8)), plain)
+        assert torch.equal(model(long, *rest, riflex=Riflex(1, long.shape[2])), plain)
+        with pytest.raises(InputError, match="22: the model has 4 temporal frequencies"):
+            model(long, *rest, riflex=Riflex(22, 8))
 
 
 def test_a_second_forward_pass_makes_no_table(made: list[torch.device]) -> None:

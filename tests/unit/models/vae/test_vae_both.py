@@ -41,6 +41,24 @@ def test_decoding_streams(small: SmallVae, vae: WanVAE) -> None:
         assert torch.equal(vae.decode(latents[:, :, :count]), pixels[:, :, : 4 * count - 3])
 
 
+@pytest.mark.parametrize("tiling", [None, Tiling(2, 1)])
+def test_chunks_are_decoded_one_by_one_and_together_are_the_whole(
+    tiling: Tiling | None, small: SmallVae, vae: WanVAE
+) -> None:
+    latents = small.latents(1, 4, 3, 2)
+    vae.tiling = tiling
+    whole = vae.decode(latents)
+    seen: list[int] = []
+    hook = vae.decoder.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
+    chunks = vae.decode_chunks(latents)
+    first = next(chunks)
+    assert len(seen) == (1 if tiling is None else 4)  # tiles need the features of all frames
+    parts = [first, *chunks]
+    hook.remove()
+    assert [part.shape[2] for part in parts] == [1, 4, 4, 4] and not parts[-1].requires_grad
+    assert torch.equal(torch.cat(parts, dim=2), whole)
+
+
 def test_the_division_into_chunks_does_not_matter(small: SmallVae, vae: WanVAE) -> None:
     pixels, latents = small.pixels(1, 13, 2, 2), small.latents(1, 5, 2, 2)
     with torch.no_grad():

@@ -152,6 +152,7 @@ def profiled(path: Path, model: Dit, **changes: Any) -> SampleRequest:
         {"cfg_merge": True},
         {"cfg_skip_mode": "late", "cfg_apply_ratio": 0.5},
         {"slg_layers": (1,), "slg_start": 0.2, "slg_end": 0.7},
+        {"sliding_window_size": 1, "sliding_window_stride": 1},
         {"timesteps": (1000.0, 750.0, 500.0, 250.0), "steps": 4, "guidance": 1.0},
     ],
 )
@@ -234,6 +235,10 @@ def test_a_profile_reads_as_it_was_written(profile: Path) -> None:
         ({"width": 128, "height": 64}, "about 4 tokens there and about 64 tokens here"),
         ({"variant": VARIANTS["t2v-1.3B"]}, "--task is t2v-14B there and t2v-1.3B here"),
         ({"slg_layers": (1,)}, "--slg_layers is nothing there"),
+        (
+            {"sliding_window_size": 4, "sliding_window_stride": 2},
+            "--sliding_window_size is nothing there and 4 every 2",
+        ),
     ],
 )
 def test_a_profile_of_another_run_is_refused_with_the_difference(

@@ -40,12 +40,13 @@ GUIDING: dict[str, dict[str, Any]] = {
     "uncond": {"slg_layers": (1,), "slg_mode": "uncond", "slg_start": 0.0, "slg_end": 0.7},
     "distilled": {"timesteps": (1000.0, 750.0, 500.0, 250.0), "steps": 4, "solver": "lcm", "guidance": 1.0},
     "unipc": {"solver": "unipc"},
+    "windows": {"sliding_window_size": 1, "sliding_window_stride": 1},
 }
 # By way of guiding, the passes that are computed if all is reused that may be: for each pass its first step, and what
 # runs at the last step of all.
 COMPUTED = {
     **{"guided": 4, "unguided": 2, "merged": 2, "late": 3, "alternate": 3, "layers": 5, "uncond": 5, "distilled": 2},
-    "unipc": 4,
+    **{"unipc": 4, "windows": 8},
 }
 
 

@@ -1,0 +1,63 @@
+"""A remote `--save_path`: the local folder that results are written to first, and their uploads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from generate.output import is_file
+from generate.settings import GenerateSettings, OutputSettings
+from wan_train.errors import RunError
+from wan_train.log import get_logger
+from wan_train.remote.addresses import check_local_folder, is_remote, local_folder, shown
+from wan_train.remote.folder import open_remote
+from wan_train.remote.mirror import Mirror
+
+log = get_logger(__name__)
+
+
+def with_local_save_path(settings: GenerateSettings) -> tuple[GenerateSettings, Mirror | None]:
+    """The settings with a local path in the place of a remote `--save_path`, and what uploads the results, which then
+    leave the disk unless `--local_output_dir` is given. InputError for a URL that cannot be used or written to."""
+    output = settings.output
+    check_local_folder("--save_path", output.save_path, output.local_output_dir)
+    if not is_remote(output.save_path):
+        return settings, None
+    if output.output_pattern:
+        named = f"{output.save_path.rstrip('/')}/{output.output_pattern}"
+        output = replace(output, save_path=named, output_pattern=None)
+    url, inside = _split(output)
+    remote, local = open_remote(url, "--save_path"), local_folder(url, output.local_output_dir)
+    remote.check_writable("--save_path")
+    path = str(local / inside) if inside else str(local)
+    mirror = Mirror(local, remote, keeps_local=output.local_output_dir is not None)
+    return replace(settings, output=replace(output, save_path=path)), mirror
+
+
+@contextmanager
+def uploading(mirror: Mirror | None) -> Iterator[None]:
+    """Wait, at the end, for what is uploaded. RunError that names the files that could not be."""
+    try:
+        yield
+    finally:
+        if mirror is not None:
+            mirror.finish()
+    if mirror is not None and mirror.failed:
+        named = ", ".join(map(str, mirror.failed))
+        raise RunError(f"{len(mirror.failed)} result(s) could not be uploaded to {shown(mirror.remote.url)}: {named}")
+
+
+def deliver(path: Path, mirror: Mirror | None) -> None:
+    """Say where a result has been written, and upload it if there is a mirror."""
+    log.info("wrote %s", path)
+    if mirror is not None:
+        mirror.upload(path)
+
+
+def _split(output: OutputSettings) -> tuple[str, str]:
+    """The URL of the folder above all results, and the rest of `--save_path`: a file, or what has {seed} or {index}."""
+    protocol, _, path = output.save_path.rstrip("/").partition("://")
+    parts = path.split("/")
+    end = len(parts) - 1 if is_file(output) else len(parts)
+    above = next((count for count, part in enumerate(parts[:end]) if "{" in part), end)
+    return f"{protocol}://{'/'.join(parts[:above])}", "/".join(parts[above:])

@@ -1,0 +1,175 @@
+"""A remote folder behind fsspec: files and folders are put there whole or not at all."""
+
+import contextlib
+import secrets
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wan_train.errors import InputError
+from wan_train.file_names import PROBE, hidden_prefix
+from wan_train.packages import first_line, missing
+from wan_train.remote.addresses import protocol_of, shown
+from wan_train.storage import replacing, replacing_folder
+
+# The packages behind protocols, as pip knows them, where fsspec has no implementation of its own.
+PACKAGES = {
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs"),
+    **dict.fromkeys(("oci", "ocilake"), "ocifs"),
+    **dict.fromkeys(("sftp", "ssh"), "paramiko"),
+    "oss": "ossfs",
+    "hf": "huggingface_hub",
+    "smb": "smbprotocol",
+    "hdfs": "pyarrow",
+}
+# A PUT or a commit shows the whole object or none, and moving one copies it.
+OBJECT_STORES = frozenset(("gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "oci", "oss", "hf"))
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder at `root` of an fsspec filesystem; names are relative to it, with slashes.
+
+    Where the filesystem `renames`, what is put gets its name once it is whole. Elsewhere a PUT shows an object whole or
+    not at all; of a folder the files named `last` go first when it is replaced and come last, so that a folder without
+    them is known not to be whole.
+    """
+
+    url: str
+    filesystem: Any
+    root: str
+    renames: bool
+
+    def put(self, path: Path, name: str, *, last: Collection[str] = ()) -> None:
+        """Copy a local file or folder to `name`, in the place of what is there. Raises what the filesystem raises."""
+        self._put_renamed(path, name) if self.renames else self._put_objects(path, name, last)
+
+    def remove(self, name: str, *, last: Collection[str] = ()) -> None:
+        """Remove a file, or a folder with its files named `last` first; nothing where there is none."""
+        target = self._at(name)
+        self.filesystem.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            for each in last:
+                self._remove_file(f"{target}/{each}")
+            self.filesystem.rm(target, recursive=True)
+
+    def names(self, under: str = "") -> list[str]:
+        """Return the names of what is in the folder, or in the folder `under` in it."""
+        return sorted(self.sizes(under))
+
+    def sizes(self, under: str = "") -> dict[str, int]:
+        """Return the sizes in bytes, by name, of what is in the folder, or in the folder `under` in it; of folders they
+        mean nothing. Nothing where there is no folder."""
+        self.filesystem.invalidate_cache()
+        try:
+            found = self.filesystem.ls(self._at(under), detail=True)
+        except FileNotFoundError:
+            return {}
+        named = {str(row["name"]).rstrip("/").rpartition("/")[2]: int(row.get("size") or 0) for row in found}
+        # Some object stores list an empty object for the folder itself.
+        return {name: size for name, size in named.items() if name}
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, None where there is none."""
+        try:
+            return bytes(self.filesystem.cat_file(self._at(name)))
+        except FileNotFoundError:
+            return None
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Download a file to a local path, whole or not at all. Raises what the filesystem raises."""
+        with replacing(target) as temporary:
+            self.filesystem.get_file(self._at(name), str(temporary))
+
+    def fetch_folder(self, name: str, target: Path) -> None:
+        """Download a folder, without folders in it, to a local path, whole or not at all."""
+        with replacing_folder(target) as temporary:
+            for each in self.names(name):
+                self.filesystem.get_file(self._at(f"{name}/{each}"), str(temporary / each))
+
+    def check_writable(self, option: str) -> None:
+        """Write and remove a few bytes. InputError, naming the option, where that fails."""
+        probe = f"{PROBE}-{secrets.token_hex(4)}"
+        try:
+            if self.renames:
+                self.filesystem.makedirs(self.root, exist_ok=True)
+            self.filesystem.pipe_file(self._at(probe), b"probe")
+            self.filesystem.rm_file(self._at(probe))
+        except Exception as problem:  # whatever the package, the network or the store raise
+            raise InputError(
+                f"{option} {shown(self.url)} cannot be written to ({type(problem).__name__}: {first_line(problem)}):"
+                " check the bucket or folder and the credentials, or give a local folder"
+            ) from None
+
+    def _at(self, name: str) -> str:
+        return f"{self.root}/{name}".rstrip("/")
+
+    def _put_renamed(self, path: Path, name: str) -> None:
+        files, target = self.filesystem, self._at(name)
+        parent = target.rpartition("/")[0]
+        temporary = f"{parent}/{hidden_prefix(Path(name))}{secrets.token_hex(4)}"
+        files.makedirs(parent, exist_ok=True)
+        try:
+            for file, inside in _files_of(path):
+                place = f"{temporary}{inside}"
+                files.makedirs(place.rpartition("/")[0], exist_ok=True)
+                files.put_file(str(file), place)
+            if path.is_dir() and files.exists(target):
+                files.rm(target, recursive=True)  # no folder is renamed to the name of another
+            files.mv(temporary, target)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                files.rm(temporary, recursive=True)
+            raise
+
+    def _put_objects(self, path: Path, name: str, last: Collection[str]) -> None:
+        target, found = self._at(name), list(_files_of(path))
+        if path.is_dir():
+            for each in last:
+                self._remove_file(f"{target}/{each}")
+            kept = {inside.removeprefix("/") for _, inside in found}
+            for each in set(self.names(name)) - kept:
+                self._remove_file(f"{target}/{each}")
+        for file, inside in sorted(found, key=lambda each: (each[0].name in last, each)):
+            self.filesystem.put_file(str(file), f"{target}{inside}")
+
+    def _remove_file(self, place: str) -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self.filesystem.rm_file(place)
+
+
+def open_remote(url: str, option: str) -> RemoteFolder:
+    """Return the folder of a URL; nothing is sent yet. InputError, naming the option, for an unknown protocol, a
+    package that is not installed, or a URL that its filesystem does not take."""
+    # Seconds of imports that no local run needs.
+    from fsspec import AbstractFileSystem, available_protocols
+    from fsspec.core import url_to_fs
+
+    protocol = protocol_of(url)
+    try:
+        filesystem, root = url_to_fs(url)
+    except ImportError as problem:
+        package = PACKAGES.get(protocol, getattr(problem, "name", None) or protocol)
+        raise InputError(missing(f"{option} {shown(url)}", package, instead="give a local folder")) from None
+    except Exception as problem:
+        known = available_protocols()
+        reason = f"fsspec knows no {protocol}://" if protocol not in known else first_line(problem)
+        raise InputError(
+            f"{option} {shown(url)} cannot be opened ({reason}): give a URL like gs://bucket/folder or"
+            " s3://bucket/folder, or a local folder"
+        ) from None
+    renames = protocol not in OBJECT_STORES and type(filesystem).mv is not AbstractFileSystem.mv
+    return RemoteFolder(url, filesystem, str(root).rstrip("/"), renames)
+
+
+def _files_of(path: Path) -> Iterator[tuple[Path, str]]:
+    """The files of a folder with their places in it, each behind a slash; of a file itself, with none."""
+    if not path.is_dir():
+        yield path, ""
+        return
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            yield file, f"/{file.relative_to(path).as_posix()}"

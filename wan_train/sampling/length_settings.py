@@ -1,0 +1,69 @@
+"""Settings of sampling for videos longer than a model was trained with.
+
+Declared as those of `wan_train.sampling.settings` are.
+"""
+
+from dataclasses import dataclass
+
+from wan_train.cli import option
+from wan_train.errors import InputError
+from wan_train.sampling.options import Sampled
+
+RIFLEX_INDEX = 6  # for Wan2.1, by the authors of RIFLEx: github.com/thu-ml/DiT-Extrapolation, issue 8
+NUM_FREQUENCIES = 22  # of the temporal axis of every published Wan model: heads are 128 wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthOptions:
+    """Windows over time and rotary frequencies for long videos, as requests and the command line have them alike."""
+
+    sliding_window_size: int | None = option(
+        None,
+        "Sample in windows over time that overlap and blend: number of latent frames of a window (four frames each);"
+        " default: the whole video at once.",
+        minimum=1,
+        traits=Sampled(maximum=4096),
+    )
+    sliding_window_stride: int | None = option(
+        None,
+        "Number of latent frames from the start of a window to that of the next, at most --sliding_window_size;"
+        " default: half of it.",
+        minimum=1,
+        traits=Sampled(beside="sliding_window_size", maximum=4096),
+    )
+    riflex: bool = option(
+        False,
+        "RIFLEx, against repetition in videos longer than the model was trained with: lower a temporal rotary frequency"
+        " so that its period covers the video.",
+    )
+    riflex_freq_index: int = option(
+        RIFLEX_INDEX,
+        "Which temporal frequency --riflex lowers; 1 is the highest. 6 changes videos of 181 frames and more, 4 of 85.",
+        minimum=1,
+        maximum=NUM_FREQUENCIES,
+        traits=Sampled(beside="riflex"),
+    )
+
+    @property
+    def window_stride(self) -> int:
+        """The stride of the windows in latent frames, its default filled in. They must be asked for."""
+        assert self.sliding_window_size is not None
+        return self.sliding_window_stride or max(1, self.sliding_window_size // 2)
+
+
+def check_length_options(given: LengthOptions) -> None:
+    """InputError for options of long videos that do not agree with each other."""
+    size, stride = given.sliding_window_size, given.sliding_window_stride
+    if size is None and stride is not None:
+        raise InputError(
+            f"--sliding_window_stride {stride} moves windows of --sliding_window_size: give that too, or leave it out"
+        )
+    if size is not None and stride is not None and stride > size:
+        raise InputError(
+            f"--sliding_window_stride {stride} leaves frames out between windows of --sliding_window_size {size}: give"
+            f" at most {size}"
+        )
+    if given.riflex_freq_index != RIFLEX_INDEX and not given.riflex:
+        raise InputError(
+            f"--riflex_freq_index {given.riflex_freq_index} is for --riflex: give that too, or leave it out"
+        )
