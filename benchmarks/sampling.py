@@ -9,6 +9,10 @@ With a CUDA device, the whole 1.3B and 14B with random bfloat16 weights at 480x8
 what the card makes of a big product of bfloat16 matrices in the same run:
 
     python benchmarks/sampling.py --gpu [--models 1.3B 14B] [--rounds 3]
+
+Step caches on the small built-in model, 100 captions that its training never saw (see step_caches.py):
+
+    python benchmarks/sampling.py --caches [--captions 100] [--calibrated 4]
 """
 
 import argparse
@@ -26,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from memory import random_weights
 from step import DIM, FFN, HEADS, LATENTS, LAYERS, TEXT, Step, measure
+from step_caches import measure_caches
 from torch import Tensor
 
 from wan_train.conditions.conditions import Conditions
@@ -196,12 +201,17 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--caches", action="store_true")
+    parser.add_argument("--captions", type=int, default=100)
+    parser.add_argument("--calibrated", type=int, default=4, help="videos to calibrate on")
     options = parser.parse_args()
     if options.gpu and not torch.cuda.is_available():
         parser.error("--gpu needs a CUDA device, and torch sees none")
     machine = torch.cuda.get_device_name() if options.gpu else platform.processor() or platform.machine()
     print(json.dumps({"machine": machine, "torch": torch.__version__}), flush=True)
-    if options.gpu:
+    if options.caches:
+        lines = measure_caches(options.captions, options.calibrated)
+    elif options.gpu:
         lines = measure_whole(options.models, options.rounds, torch.device("cuda"))
     else:
         lines = (compare(kind, options.pairs, options.threads) for kind in options.kind)

@@ -9,7 +9,7 @@ from generate.models import Models
 from generate.output import check_length
 from generate.preflight import check_generation, fitted_jobs
 from generate.runs import InMemory, run_jobs
-from generate.settings import BatchSettings, GenerateSettings, OutputSettings
+from generate.settings import BatchSettings, CalibrationSettings, GenerateSettings, OutputSettings
 from wan_train.cli import options
 from wan_train.config_file import from_values
 from wan_train.distributed.settings import ParallelSettings
@@ -18,7 +18,9 @@ from wan_train.precision import default_device
 
 # Of what the command says about its output, this much makes sense for frames in memory.
 _KEPT = ("device", "text_cache", "trim_tail_frames", "strict_prompts")
-_ON_DISK = {f.name for group in (BatchSettings, OutputSettings) for f, _, _ in options(group)} - set(_KEPT)
+_ON_DISK = {
+    f.name for group in (BatchSettings, CalibrationSettings, OutputSettings) for f, _, _ in options(group)
+} - set(_KEPT)
 
 
 def generate(prompt: str, **settings: Any) -> np.ndarray:

@@ -3,6 +3,7 @@
 import logging
 import time
 
+from generate.calibration import calibrate, calibration_jobs
 from generate.interactive import converse
 from generate.jobs import check_request, make_jobs
 from generate.latents import check_latents, decode_latents
@@ -40,8 +41,8 @@ def main(settings: GenerateSettings) -> None:
     """Do what the settings ask for. Raises InputError, before a model is loaded, for what cannot work."""
     began = time.monotonic()
     wanted = _wanted(settings)
-    if settings.profile.profile and _WORK[wanted] in (_decode, _merge):
-        raise InputError(f"--profile traces sampling steps, and {wanted} takes none: leave out one of them")
+    if settings.profile.profile and _WORK[wanted] in (_calibrate, _decode, _merge):
+        raise InputError(f"--profile traces the sampling of a video, and {wanted} makes none: leave out one of them")
     with working_together(settings.parallel, lambda: default_device(settings.output.device)) as groups:
         if groups.all.size > 1:
             set_level(logging.INFO if groups.is_first else logging.WARNING)
@@ -79,6 +80,16 @@ def _converse(settings: GenerateSettings, groups: Groups, mirror: Mirror | None)
     converse(models, OnDisk(settings, _hashes(settings), several=True, mirror=mirror))
 
 
+def _calibrate(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -> None:
+    refuse_several(groups, "--calibrate_steps", "what reuse costs is measured in one process")
+    jobs = calibration_jobs(settings)
+    loras = check_generation(settings, groups.device, wants_frames=False)
+    jobs = fitted_jobs(jobs, settings)
+    path = settings.sampling.cache_profile
+    assert path is not None
+    calibrate(jobs, Models(settings, loras, groups.device), path)
+
+
 def _decode(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -> None:
     check_given_vae(settings)
     files = check_latents(settings.batch.latent_path, settings.output, VARIANTS[settings.dit.task])
@@ -112,6 +123,10 @@ def _wanted(settings: GenerateSettings) -> str:
         "--save_merged_model": settings.output.save_merged_model is not None,
     }
     given = [flag for flag, there in asked.items() if there]
+    if settings.calibration.calibrate_steps is not None:
+        if other := [flag for flag in given if flag not in (prompt, "--from_file")]:
+            raise InputError(f"--calibrate_steps and {other[0]} each say what to do: give one of them")
+        return "--calibrate_steps"
     if len(given) > 1:
         raise InputError(f"{given[0]} and {given[1]} each say what to make: give one of them")
     return given[0] if given else "--prompt"
@@ -122,6 +137,7 @@ _WORK = {
     "--prompt": _generate,
     "--from_file": _generate,
     "--interactive": _converse,
+    "--calibrate_steps": _calibrate,
     "--latent_path": _decode,
     "--save_merged_model": _merge,
 }

@@ -33,6 +33,7 @@ from wan_train.sampling.encode import encode_pictures, encode_with, open_image_e
 from wan_train.sampling.passes import ALONE, Sharing
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.sharing import Shared
+from wan_train.sampling.step_cache.measure import Measurement
 from wan_train.storage import read_header
 
 log = get_logger(__name__)
@@ -103,10 +104,24 @@ class Models:
             self._encoded |= known
         return known
 
-    def begin(self, request: SampleRequest, texts: dict[str, Conditions], beginning: Beginning) -> Sampling:
-        """A run, at its beginning."""
+    def begin(
+        self,
+        request: SampleRequest,
+        texts: Mapping[str, Conditions],
+        beginning: Beginning,
+        *,
+        measurement: Measurement | None = None,
+    ) -> Sampling:
+        """Return a run at its beginning; with `measurement` one that measures what a step cache would cost."""
         both = (texts[text].with_images(beginning.images) for text in (request.prompt, request.negative_prompt))
-        return Sampling(request, *both, source=beginning.source, sharing=self.sharing, device=self.device)
+        return Sampling(
+            request,
+            *both,
+            source=beginning.source,
+            measurement=measurement,
+            sharing=self.sharing,
+            device=self.device,
+        )
 
     @contextmanager
     def dit(self, expert: str | None = None) -> Iterator[Lent]:

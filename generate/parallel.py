@@ -15,6 +15,7 @@ from wan_train.errors import InputError, RunError
 from wan_train.log import get_logger
 from wan_train.models.loading import outline_dit
 from wan_train.models.variants import VARIANTS
+from wan_train.sampling.step_cache.schedule import Count
 
 log = get_logger(__name__)
 
@@ -100,7 +101,7 @@ class Elsewhere:
         self.wants_frames = wants_frames
         self._latents: dict[int, Tensor] = {}
 
-    def put_latents(self, job: Job, latents: Tensor) -> None:
+    def put_latents(self, job: Job, latents: Tensor, count: Count | None) -> None:
         if self.wants_frames:
             self._latents[job.index] = latents
 

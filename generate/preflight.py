@@ -8,6 +8,7 @@ import torch
 
 from generate.jobs import Job
 from generate.models import Loras, model_settings
+from generate.record import weight_hashes
 from generate.settings import GenerateSettings, LoraSettings
 from generate.source import fit_to_source
 from generate.splitting import check_split_frames, check_split_models
@@ -22,6 +23,8 @@ from wan_train.models.loading import linear_shapes, num_blocks
 from wan_train.models.vae.vae import check_vae
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.encode import check_encodable, check_given_clip
+from wan_train.sampling.step_cache.profile import check_cache
+from wan_train.sampling.step_cache.settings import PROFILED
 from wan_train.storage import check_writable
 
 log = get_logger(__name__)
@@ -112,7 +115,12 @@ def fitted_jobs(jobs: Sequence[Job], settings: GenerateSettings) -> list[Job]:
     for what the models lack: blocks to skip, layers for a control, an image encoder."""
     variant, blocks = VARIANTS[settings.dit.task], num_blocks(settings.dit.dit)
     dits = [model_settings(settings, expert).dit for expert in experts_of(variant)]
+    hashes = None
     for job in jobs:
+        if settings.calibration.calibrate_steps is None:
+            if job.request.step_cache in PROFILED:
+                hashes = hashes or weight_hashes(settings)
+            check_cache(job.request, is_compiled=settings.compile.compile, models=hashes)
         check_encodable(job.request, settings.image, dits)
         beyond = [layer for layer in job.request.slg_layers if layer >= blocks]
         if beyond:

@@ -20,6 +20,7 @@ from wan_train.sampling.control_settings import REPLACED
 from wan_train.sampling.options import named_files
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.settings import SamplingSettings
+from wan_train.sampling.step_cache.schedule import Count
 from wan_train.storage import read_header
 from wan_train.version import __version__
 
@@ -28,6 +29,7 @@ log = get_logger(__name__)
 FLAG = "--from_metadata"
 KEY = "wan_train"  # of the record in a latent file's metadata
 _LATENT_ENDINGS = ("_pending_latent", "_latent")
+_WEIGHTS = ("dit", "dit_high_noise", "motion_controller", "lora_weight", "lora_weight_high_noise")
 # What says where and in which company a video was made, and not how.
 _ELSEWHERE = (
     "from_file",
@@ -52,11 +54,12 @@ class Record:
     options: Mapping[str, Any]
     hashes: Mapping[str, Any]
 
-    def text(self) -> str:
-        """The record as JSON."""
+    def text(self, count: Count | None = None) -> str:
+        """The record as JSON, with the passes that a step cache computed and reused."""
         libraries = {name: version(name) for name in ("torch", "diffusers")}
         about = {"wan_train": __version__, "libraries": libraries}
-        return json.dumps(about | {"options": self.options, "hashes": self.hashes}, ensure_ascii=False)
+        passes = {} if count is None else {"passes": {"computed": count.computed, "reused": count.reused}}
+        return json.dumps(about | passes | {"options": self.options, "hashes": self.hashes}, ensure_ascii=False)
 
 
 def model_hashes(settings: GenerateSettings) -> dict[str, Any]:
@@ -68,6 +71,18 @@ def model_hashes(settings: GenerateSettings) -> dict[str, Any]:
         if paths := getattr(settings.lora, name):
             hashes[name] = [file_hash(path) for path in paths]
     return hashes
+
+
+def weight_hashes(settings: GenerateSettings) -> dict[str, str]:
+    """Return, by option, what identifies the weights that a profile is measured with: of LoRAs with multipliers."""
+    hashes = {name: value for name, value in model_hashes(settings).items() if name in _WEIGHTS}
+    for name in ("lora_multiplier", "lora_multiplier_high_noise"):
+        if given := getattr(settings.lora, name):
+            hashes[name] = given
+    return {
+        name: " ".join(f"{part}" for part in value) if isinstance(value, list | tuple) else value
+        for name, value in hashes.items()
+    }
 
 
 def input_hashes(stated: SamplingSettings | SampleRequest, settings: type = SamplingSettings) -> dict[str, str]:

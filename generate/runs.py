@@ -34,6 +34,7 @@ from wan_train.models.variants import VARIANTS
 from wan_train.profiling.profiler import Profiler
 from wan_train.remote.mirror import Mirror
 from wan_train.sampling.denoise import Sampling
+from wan_train.sampling.step_cache.schedule import Count
 from wan_train.storage import read_tensors
 
 log = get_logger(__name__)
@@ -44,8 +45,8 @@ class Delivery(Protocol):
 
     wants_frames: bool
 
-    def put_latents(self, job: Job, latents: Tensor) -> None:
-        """Keep what has just been sampled."""
+    def put_latents(self, job: Job, latents: Tensor, count: Count | None) -> None:
+        """Keep what has just been sampled, with the count of its passes where a step cache acted."""
 
     def take_latents(self, job: Job) -> Tensor:
         """What `put_latents` has kept."""
@@ -74,10 +75,7 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     failures = Failures(alone=groups.num_in_video > 1 or len(jobs) == groups.num_groups == 1)
     profiler = Profiler(models.settings.profile.profile if groups.place.rank == 0 else None, "sampling")
     conditions = models.encode([text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)])
-    if models.settings.parallel.vae_parallel:  # all of the processes encode together
-        beginnings = _begin(jobs, models, failures)
-    else:
-        beginnings = made_by_first(groups.whole, lambda: _begin(jobs, models, failures))
+    beginnings = begin_jobs(jobs, models, failures)
     samplings: dict[int, Sampling] = {}
     for job in failures.others(jobs):
         with failures.of(job):
@@ -91,7 +89,8 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
                     quiet = groups.place.rank != 0
                     samplings[job.index].advance(dit.model, expert, quiet=quiet, on_step=profiler.step)
                     if not samplings[job.index].experts():
-                        delivery.put_latents(job, samplings.pop(job.index).latents)
+                        done = samplings.pop(job.index)
+                        delivery.put_latents(job, done.latents, done.count)
     if delivery.wants_frames:
         with models.vae() as vae:
             for job in failures.others(jobs):
@@ -105,8 +104,15 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     report_failures(failures.reasons, len(jobs), groups)
 
 
+def begin_jobs(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, Beginning]:
+    """Return what the jobs begin with, where that is more than noise, on all processes that make them."""
+    if models.settings.parallel.vae_parallel:  # all of them encode together
+        return _begin(jobs, models, failures)
+    return made_by_first(models.groups.whole, lambda: _begin(jobs, models, failures))
+
+
 def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, Beginning]:
-    """What the jobs begin with, where that is more than noise; encoded with one model after the other."""
+    """What the jobs begin with, encoded with one model after the other."""
     seen: dict[int, Tensor] = {}
     if pictured := [job for job in jobs if job.request.clip_paths]:
         with models.image_encoder() as encoder:
@@ -164,8 +170,10 @@ class OnDisk:
         self.settings, self.hashes, self.several, self.mirror = settings, hashes, several, mirror
         self.wants_frames = settings.output.output_type != "latent"
         self._stems: dict[int, Path] = {}
+        self._counts: dict[int, Count | None] = {}
 
-    def put_latents(self, job: Job, latents: Tensor) -> None:
+    def put_latents(self, job: Job, latents: Tensor, count: Count | None) -> None:
+        self._counts[job.index] = count
         self._stems[job.index] = stem_of(self.settings.output, job, several=self.several)
         save_latents(self._kept(job.index), latents, self._comment(job), latent_metadata(job.request))
 
@@ -198,7 +206,7 @@ class OnDisk:
     def _comment(self, job: Job) -> str:
         if self.settings.output.no_metadata:
             return ""
-        return make_record(self.settings, job.request, self.hashes).text()
+        return make_record(self.settings, job.request, self.hashes).text(self._counts[job.index])
 
 
 class InMemory:
@@ -211,7 +219,7 @@ class InMemory:
         self.frames: dict[int, np.ndarray] = {}
         self._latents: dict[int, Tensor] = {}
 
-    def put_latents(self, job: Job, latents: Tensor) -> None:
+    def put_latents(self, job: Job, latents: Tensor, count: Count | None) -> None:
         self._latents[job.index] = latents
 
     def take_latents(self, job: Job) -> Tensor:

@@ -74,6 +74,19 @@ class BatchSettings(PromptSettings):
 
 
 @dataclass(frozen=True)
+class CalibrationSettings:
+    """Calibration of step caches."""
+
+    calibrate_steps: int | None = option(
+        None,
+        "Make --prompt, or every prompt of --from_file, with this number of steps in full, measure what reusing would"
+        " cost, write that to --cache_profile, and nothing else.",
+        minimum=1,
+        maximum=1000,
+    )
+
+
+@dataclass(frozen=True)
 class OutputSettings:
     """Output."""
 
@@ -144,6 +157,7 @@ class GenerateSettings:
     image: ImageEncoderSettings
     lora: LoraSettings
     sampling: SamplingSettings
+    calibration: CalibrationSettings
     batch: BatchSettings
     parallel: ParallelSettings
     output: OutputSettings

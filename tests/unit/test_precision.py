@@ -98,10 +98,10 @@ def test_a_large_matrix_is_widened_a_few_rows_at_a_time_for_a_few_tokens(
 def test_the_time_projection_of_a_model_is_never_wide(monkeypatch: pytest.MonkeyPatch, times: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model = Dit(DitConfig(dim=256, ffn_dim=64, num_heads=2, num_layers=0, text_dim=16)).requires_grad_(False)
-    whole = model.bfloat16()._embed_time(torch.full(times, 500.0))
+    whole = model.bfloat16().embed_time(torch.full(times, 500.0))
     monkeypatch.setattr(precision, "_CHUNK", 2**13)
     with Meter() as meter:
-        found = model._embed_time(torch.full(times, 500.0))
+        found = model.embed_time(torch.full(times, 500.0))
     assert meter.peak < model.time_projection[1].weight.numel()  # a quarter of what it would be in float32
     for ours, theirs in zip(found, whole, strict=True):
         assert ours.dtype == torch.float32

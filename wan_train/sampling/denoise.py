@@ -16,15 +16,24 @@ from wan_train.conditions.kinds import KINDS, VACE_CONTEXT
 from wan_train.conditions.vace import with_references
 from wan_train.flow.path import interpolate
 from wan_train.flow.solvers import make_solver
+from wan_train.log import get_logger
+from wan_train.models.dit.dit import Dit
 from wan_train.models.dit.experts import expert_at
 from wan_train.models.dit.rope import Riflex
 from wan_train.sampling.guidance import StepPlan, guide, plan_steps
 from wan_train.sampling.passes import ALONE, Sharing, Wrap
 from wan_train.sampling.request import SampleRequest
+from wan_train.sampling.step_cache.caches import make_cache, make_schedule
+from wan_train.sampling.step_cache.measure import Measurement, Recorder
+from wan_train.sampling.step_cache.residuals import NoCache, StepCache
+from wan_train.sampling.step_cache.schedule import Count, Phase
+from wan_train.sampling.step_cache.settings import OFF
 from wan_train.sampling.text_memory import remembering_texts
 from wan_train.sampling.windows import lowering_frequency, sliding_windows, tell_length
 
 CPU = torch.device("cpu")
+
+log = get_logger(__name__)
 
 
 def initial_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -52,10 +61,13 @@ class Sampling:
         *,
         source: Tensor | None = None,
         sharing: Sharing = ALONE,
+        measurement: Measurement | None = None,
         device: torch.device,
     ) -> None:
         """Begin a request whose seed is set, at noise, or with `source`, latents (C, F, H, W), at
-        x = (1-t) source + t noise, with t the request's denoising strength after the shift."""
+        x = (1-t) source + t noise, with t the request's denoising strength after the shift.
+
+        With `measurement` all steps are computed, and what reuse would have cost is added to it."""
         assert request.seed is not None, "a request's seed is drawn before sampling"
         generator = seeded(request.seed)
         first = generator if request.rand_device == "cpu" or device.type == "cpu" else seeded(request.seed, device)
@@ -66,7 +78,8 @@ class Sampling:
         if source is not None and context is not None:
             source = with_references(source.cpu()[None], context)[0]
         self.request, self.positive, self.negative, self.device = request, positive, negative, device
-        self._sharing = sharing
+        self._sharing, self._measurement = sharing, measurement
+        self.count: Count | None = None  # of passes, where a step cache acts
         tell_length(request, num_frames, request.variant.trained_frames)
         self.solver = make_solver(
             request.solver,
@@ -98,25 +111,29 @@ class Sampling:
         guidance = request.guided(expert)
         positive = self._with_arguments()
         negative = replace(self.negative, extras=positive.extras)
+        plans = plan_steps(request.steps, guidance, request.acting)
+        steps = list(itertools.takewhile(lambda step: self._expert(step[0]) == expert, self._coming(plans)))
+        cache = self._cache(model, Phase([plan for _, plan in steps], guidance, request.steps))
         predict = guide(
             model,
             positive,
             negative,
             guidance,
             acting=request.acting,
-            wraps=self._wraps(),
+            wraps=(cache.wrap, *self._wraps()),
             sharing=self._sharing,
             device=self.device,
         )
-        plans = plan_steps(request.steps, guidance, request.acting)
-        steps = list(itertools.takewhile(lambda step: self._expert(step[0]) == expert, self._coming(plans)))
         num_tokens = math.prod(request.latent_shape[1:]) // 4  # patches are 2 x 2
-        with remembering_texts(model, num_tokens), self._sharing.around(model):
+        with remembering_texts(model, num_tokens), cache.around(model), self._sharing.around(model):
             for timestep, plan in tqdm(steps, desc=_words(expert), disable=quiet, leave=False):
                 velocity = predict(self._x, timestep, plan).float().cpu()
                 self._x = self._with_first(self.solver.step(velocity, timestep, self._x))
                 self._done += 1
                 on_step()
+        if steps and self.count is not None and not self.experts():
+            told = request.step_cache, self.count.computed, self.count.reused
+            log.info("step cache %s: %d passes computed, %d reused", *told)
 
     @property
     def latents(self) -> Tensor:
@@ -126,6 +143,20 @@ class Sampling:
             return self._x[0][:, self._num_before :]
         place = self.request.one_frame.target_place
         return self._x[0][:, place : place + 1].clone()
+
+    def _cache(self, model: nn.Module, phase: Phase) -> StepCache:
+        """What the request's step cache does in the steps of a model: its schedule is made here, and logged."""
+        request = self.request
+        if self._measurement is not None:
+            return Recorder(self._measurement, phase, self.solver.sigmas)
+        if request.step_cache == OFF or not phase.plans:
+            return NoCache()
+        assert isinstance(model, Dit)
+        schedule = make_schedule(request, model, phase, self.solver.timesteps)
+        self.count = (self.count or Count()) + schedule.count(phase)
+        told = schedule.num_computed_steps(phase), len(phase.plans)
+        log.info("step cache %s: %d of %d steps computed", request.step_cache, *told)
+        return make_cache(request, schedule, self.solver.sigmas)
 
     def _wraps(self) -> list[Wrap]:
         """What acts around each pass, the last outermost."""

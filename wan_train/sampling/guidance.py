@@ -5,7 +5,7 @@ it from Stable Diffusion 3.5, away from what the model makes of that prompt with
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, cast
@@ -102,38 +102,44 @@ def guide(
     conditions = cache(partial(_conditions, positive.to(device), negative.to(device)))
     inputs = cache(lambda prompts: _step_inputs(model, conditions(prompts), device))
     acted = cache(lambda prompts, controlled: _acted(inputs(prompts), acting, controlled=controlled))
-    split = (BOTH,) if guidance.merge else (POSITIVE, NEGATIVE)
     call = run_model(model)
     for wrap in wraps:
         call = wrap(call)
 
-    def run(x: Tensor, timestep: Tensor, prompts: Prompts, plan: StepPlan, *, skips: bool = False) -> Tensor:
-        size = len(prompts)
+    def run(x: Tensor, timestep: Tensor, plan: StepPlan, name: PassName) -> Tensor:
+        prompts, size = name.prompts, len(name.prompts)
         latents, time = x.to(device).expand(size, *x.shape[1:]), timestep.to(device).expand(size)
         latents, time = conditions(prompts).fuse(latents, time.float())
-        return call(Pass(PassName(prompts, skips), plan.index, latents, time, acted(prompts, plan.controlled)))
-
-    def run_skipped(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
-        with without_blocks(cast(Dit, model), guidance.slg_layers):
-            return run(x, timestep, NEGATIVE, plan, skips=True)
+        with without_blocks(cast(Dit, model), guidance.slg_layers) if name.skips else nullcontext():
+            return call(Pass(name, plan.index, latents, time, acted(prompts, plan.controlled)))
 
     def predict(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
-        if not plan.guided:
-            return sharing.together([partial(run, x, timestep, POSITIVE, plan)])[0]
-        skipped = partial(run_skipped, x, timestep, plan)
-        if plan.skipping and guidance.slg_mode == "uncond":
-            runs = [partial(run, x, timestep, POSITIVE, plan), skipped]
-        else:
-            runs = [partial(run, x, timestep, prompts, plan) for prompts in split]
-        if plan.skipping and guidance.slg_mode == "original":
-            runs.append(skipped)
-        conditioned, unconditioned, *led_from = (part for out in sharing.together(runs) for part in out.split(1))
-        velocity = unconditioned + guidance.scale * (conditioned - unconditioned)
-        for part in led_from:
-            velocity = velocity + guidance.slg_scale * (conditioned - part)
-        return velocity
+        runs = [partial(run, x, timestep, plan, name) for name in pass_names(plan, guidance)]
+        return combine(sharing.together(runs), plan, guidance)
 
     return predict
+
+
+def pass_names(plan: StepPlan, guidance: Guidance) -> list[PassName]:
+    """Return the passes that a step consists of, in the order in which they run."""
+    if not plan.guided:
+        return [PassName(POSITIVE)]
+    skipped = PassName(NEGATIVE, skips=True)
+    if plan.skipping and guidance.slg_mode == "uncond":
+        return [PassName(POSITIVE), skipped]
+    names = [PassName(prompts) for prompts in ((BOTH,) if guidance.merge else (POSITIVE, NEGATIVE))]
+    return [*names, skipped] if plan.skipping else names
+
+
+def combine(outs: Sequence[Tensor], plan: StepPlan, guidance: Guidance) -> Tensor:
+    """Return the guided velocity (1, C, F, H, W) of a step's passes, in the order of `pass_names`; it is linear."""
+    if not plan.guided:
+        return outs[0]
+    conditioned, unconditioned, *led_from = (part for out in outs for part in out.split(1))
+    velocity = unconditioned + guidance.scale * (conditioned - unconditioned)
+    for part in led_from:
+        velocity = velocity + guidance.slg_scale * (conditioned - part)
+    return velocity
 
 
 def _conditions(positive: Conditions, negative: Conditions, prompts: Prompts) -> Conditions:

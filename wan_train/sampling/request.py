@@ -14,6 +14,7 @@ from wan_train.sampling.guidance import Acting, Guidance, plan_steps
 from wan_train.sampling.length_settings import LengthOptions, check_length_options
 from wan_train.sampling.pictures import check_controls, check_pictures, size_like
 from wan_train.sampling.settings import SampleOptions, StartOptions
+from wan_train.sampling.step_cache.settings import CacheOptions, check_cache_options
 
 log = get_logger(__name__)
 
@@ -21,7 +22,7 @@ STRENGTH = 0.7  # of video to video where nobody says
 
 
 @dataclass(frozen=True)
-class SampleRequest(LengthOptions, ControlOptions, SampleOptions, StartOptions):
+class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, StartOptions):
     """Everything that decides a video but the weights. Sizes in pixels, `frames` 4n+1, `seed` None draws one.
 
     `shift` None is the variant's for the size. `timesteps`, 0..1000 before the shift, take the place of `steps` even
@@ -30,8 +31,8 @@ class SampleRequest(LengthOptions, ControlOptions, SampleOptions, StartOptions):
     width and height say, unless `exact_size`. With `one_frame` a picture is made in place of a video, as a frame beside
     `control_images`. Of two experts `guidance` is the low-noise one's; `guidance_high_noise` and `boundary`, a t in
     [0, 1], are the variant's where they are None. What control models read beside that is said by the fields of
-    `ControlOptions`, how a long video is made by those of `LengthOptions`; `vace_pad` is (left, top, right, bottom),
-    `camera_origin` an entry of 19 numbers, or empty.
+    `ControlOptions`, how a long video is made by those of `LengthOptions`, step caches by `CacheOptions`; `vace_pad`
+    is (left, top, right, bottom), `camera_origin` an entry of 19 numbers, or empty.
     """
 
     prompt: str
@@ -170,6 +171,7 @@ def checked(request: SampleRequest) -> SampleRequest:
         if request.video_path:
             raise InputError("--timesteps says where a run begins, and so does --video_path: give one of them")
         request = replace(request, steps=len(request.timesteps))
+    check_cache_options(request, request.steps)
     plans = [plan for expert in experts for plan in plan_steps(request.steps, request.guided(expert), request.acting)]
     if (request.control_path or request.vace_video) and not any(plan.controlled for plan in plans):
         log.warning(

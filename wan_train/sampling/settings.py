@@ -1,8 +1,8 @@
 """Settings of sampling that the generator takes from its command line.
 
 Each is declared once: command line, prompt line, table, request and record take it from its field. `StartOptions`,
-`SampleOptions` and `ControlOptions` are fields of a request too, as they are here; the others have another name or type
-there, which their `Sampled` states.
+`SampleOptions`, `ControlOptions`, `LengthOptions` and `CacheOptions` are fields of a request too, as they are here; the
+others have another name or type there, which their `Sampled` states.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from wan_train.models.one_frame import read_one_frame
 from wan_train.sampling.control_settings import ControlOptions
 from wan_train.sampling.length_settings import LengthOptions
 from wan_train.sampling.options import Sampled
+from wan_train.sampling.step_cache.settings import CacheOptions
 from wan_train.sampling.values import read_layers, read_numbers
 
 SOLVER_NAMES = ("unipc", "dpm++", "vanilla", "euler", "lcm")
@@ -219,5 +220,7 @@ class SampleOptions:
 
 # The fields of a dataclass begin with those of its last base.
 @dataclass(frozen=True)
-class SamplingSettings(LengthOptions, ControlOptions, SampleOptions, OneFrameSettings, StartOptions, TaskSettings):
+class SamplingSettings(
+    CacheOptions, LengthOptions, ControlOptions, SampleOptions, OneFrameSettings, StartOptions, TaskSettings
+):
     """Sampling."""

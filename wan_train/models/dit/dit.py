@@ -144,7 +144,7 @@ class Dit(nn.Module):
         """Embed the inputs of `forward`, which has checked them."""
         if not isinstance(context, EmbeddedContext):
             context = self.embed_context(context, inputs.clip_features, device=latents.device)
-        time, modulation = self._embed_time(timestep)
+        time, modulation = self.embed_time(timestep)
         if inputs.motion_bucket_id is not None:
             modulation = modulation + self.motion_controller(inputs.motion_bucket_id.to(latents.device))
         if inputs.image_latents is not None:
@@ -209,8 +209,8 @@ class Dit(nn.Module):
             raise ValueError(f"latents of {size} do not divide into patches of {list(self.config.patch_size)}")
         return tuple(n // p for n, p in zip(size, self.config.patch_size, strict=True))  # type: ignore[return-value]
 
-    def _embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """timestep (B,) or (B, F) -> embedding (B, G, d) and the blocks' modulation (B, G, 6, d), float32."""
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embedding (B, G, d) and the blocks' modulation (B, G, 6, d) of timesteps (B,) or (B, F)."""
         each = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
         time = self.time_embedding(sinusoid(each, self.config.freq_dim))
         return time, self.time_projection(time).unflatten(-1, (6, -1))

@@ -23,6 +23,7 @@ from wan_train.sampling.encode import check_encodable, check_given_clip
 from wan_train.sampling.grammar import PREVIEW, read_prompts
 from wan_train.sampling.request import SampleRequest, preview_defaults
 from wan_train.sampling.settings import MAX_SEED
+from wan_train.sampling.step_cache.profile import check_cache
 from wan_train.training.saving.settings import SaveSettings
 from wan_train.training.settings import TrainSettings
 
@@ -47,6 +48,7 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
     check_given_clip(settings.image, variant, settings.dit, settings.init)
     for request in requests:
         check_encodable(request, settings.image, [settings.dit], settings.init)
+        check_cache(request, is_compiled=settings.compile.compile)
     check_text_encoder(settings.text.t5, settings.text.tokenizer or "auto")
     for index, request in enumerate(requests):
         seed = f"the run's seed + {index}" if request.seed is None else f"seed {request.seed}"

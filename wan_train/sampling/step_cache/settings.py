@@ -1,0 +1,140 @@
+"""Settings of the step caches, and what of them agrees with each other. Nothing here imports torch.
+
+Declared as those of `wan_train.sampling.settings` are.
+"""
+
+from dataclasses import dataclass, fields
+
+from wan_train.cli import option
+from wan_train.errors import InputError
+from wan_train.models.variants import SMALL_AREA, Variant
+from wan_train.sampling.options import Sampled
+
+OFF, TEACACHE, MAGCACHE, ATTENTION, AUTO = "none", "teacache", "magcache", "attention", "auto"
+STEP_CACHES = (OFF, TEACACHE, MAGCACHE, ATTENTION, AUTO)
+PROFILED = (MAGCACHE, AUTO)  # those that read --cache_profile
+TEACACHE_MODELS = ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P")
+CALIBRATE = "--calibrate_steps N --cache_profile FILE makes one"
+COMPILED = (
+    "--step_cache attention keeps outputs from inside of blocks, which --compile makes one graph each: leave out"
+    " --compile, or take --step_cache teacache, magcache or auto"
+)
+
+_SMALL_DIM = 1536  # width of the 1.3B models
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """Step caches, as requests and the command line have them alike."""
+
+    step_cache: str = option(
+        OFF,
+        "Reuse what earlier steps computed, for speed at a loss of quality: teacache and magcache by published rules,"
+        " attention the self-attention alone, auto by errors measured with --calibrate_steps.",
+        choices=STEP_CACHES,
+        shortcuts={"--use_attentioncache": ATTENTION},
+    )
+    tea_cache_l1_thresh: float = option(
+        0.05,
+        "TeaCache: threshold of the accumulated relative change; more reuses more steps, 0 none.",
+        minimum=0,
+        maximum=100,
+    )
+    tea_cache_model_id: str | None = option(
+        None,
+        "TeaCache: model whose published coefficients are used; default: by task and size.",
+        choices=TEACACHE_MODELS,
+    )
+    magcache_thresh: float = option(
+        0.12,
+        "MagCache: threshold of the accumulated error of the residual's magnitude; more reuses more steps, 0 none.",
+        minimum=0,
+        maximum=100,
+    )
+    magcache_k: int = option(2, "MagCache: at most this number of reused steps in a row.", minimum=1, maximum=1000)
+    magcache_retention: float = option(
+        0.2, "MagCache: share of each model's steps, from its first, that is always computed.", minimum=0, maximum=1
+    )
+    start_step: int | None = option(
+        None,
+        "Attention cache: first step, from 0, of the range in which outputs are reused; default: a quarter of the"
+        " steps.",
+        minimum=0,
+        maximum=1000,
+    )
+    attentioncache_interval: int = option(
+        4, "Attention cache: one of this number of steps in the range is computed.", minimum=1, maximum=1000
+    )
+    end_step: int | None = option(
+        None,
+        "Attention cache: step behind the range's last one; default: three quarters of the steps.",
+        minimum=1,
+        maximum=1000,
+    )
+    cache_profile: str | None = option(
+        None,
+        "File of measured errors that auto and magcache read, and --calibrate_steps writes.",
+        metavar="FILE",
+        traits=Sampled(is_file=True),
+    )
+    error_budget: float = option(
+        0.05,
+        "auto: largest predicted error of the final latents against the run without cache, relative L2; 0 reuses"
+        " nothing.",
+        minimum=0,
+        maximum=10,
+    )
+
+
+_READ_BY = {
+    "tea_cache_l1_thresh": (TEACACHE,),
+    "tea_cache_model_id": (TEACACHE,),
+    "magcache_thresh": (MAGCACHE,),
+    "magcache_k": (MAGCACHE,),
+    "magcache_retention": (MAGCACHE,),
+    "start_step": (ATTENTION,),
+    "attentioncache_interval": (ATTENTION,),
+    "end_step": (ATTENTION,),
+    "cache_profile": PROFILED,
+    "error_budget": (AUTO,),
+}
+
+
+def check_cache_options(given: CacheOptions, steps: int) -> None:
+    """InputError for options that do not agree with each other in a request of `steps` steps."""
+    for field in fields(CacheOptions):
+        owners = _READ_BY.get(field.name, (given.step_cache,))
+        if given.step_cache not in owners and getattr(given, field.name) != field.default:
+            raise InputError(
+                f"--{field.name} is an option of --step_cache {' and '.join(owners)}, and --step_cache is"
+                f" {given.step_cache}: choose that cache, or leave out --{field.name}"
+            )
+    if given.step_cache in PROFILED and not given.cache_profile:
+        raise InputError(f"--step_cache {given.step_cache} needs --cache_profile, measured errors: {CALIBRATE}")
+    if given.step_cache == ATTENTION:
+        start, end = attention_range(given, steps)
+        if end > steps or (start >= end and (given.start_step is not None or given.end_step is not None)):
+            raise InputError(
+                f"--start_step {start} and --end_step {end} are not a range of {steps} steps: give a start below the"
+                f" end, and an end of at most {steps}"
+            )
+
+
+def attention_range(given: CacheOptions, steps: int) -> tuple[int, int]:
+    """Return the range of the attention cache, its end exclusive; 12 to 37 of 50 steps, MindIE's own example."""
+    start = steps // 4 if given.start_step is None else given.start_step
+    return start, (3 * steps // 4 if given.end_step is None else given.end_step)
+
+
+def teacache_model(variant: Variant, width: int, height: int) -> str:
+    """Return whose TeaCache coefficients a task uses at a size in pixels, as VideoX-Fun reuses them.
+
+    Those of I2V-14B-720P stand for all of Wan2.2 and for 14B control models: nobody published others.
+    """
+    if variant.dim == _SMALL_DIM:
+        return "Wan2.1-T2V-1.3B"
+    if variant.family != "wan2.1" or variant.control is not None:
+        return "Wan2.1-I2V-14B-720P"
+    if variant.images is None:
+        return "Wan2.1-T2V-14B"
+    return "Wan2.1-I2V-14B-480P" if width * height <= SMALL_AREA else "Wan2.1-I2V-14B-720P"
