@@ -1,8 +1,7 @@
 """Words that texts of the project leave out, and where they stand.
 
-Help texts, raised messages, log calls, docs, docstrings and the names of parameters use the field's standard terms. What
-stands between backticks is code or quoted input and is not read. `python tests/house/words.py [FOLDER...]` lists what is
-found.
+Help texts, raised messages, log calls, docs, docstrings and names of parameters use the field's standard terms. Text
+between backticks is code or quoted input, and is not read. `python tests/house/words.py [FOLDER...]` lists the finds.
 """
 
 import ast
@@ -31,7 +30,7 @@ LEFT_OUT = {
     "transfer stream": r"\blanes?\b",
     "evaluate, evaluation": r"\blook(s|ed)? at\b|\b(a|first|next|two|each|last|every) looks?\b",
     "per channel, per token, block-wise": r"\beach by itself\b|\bapart\b(?! from)",
-    "scale, effective scale alpha/rank": r"\bhow (much|strongly) (it|they|each|\w+ of them) counts?\b|\bhow much it counts\b",
+    "scale, effective scale alpha/rank": r"\bhow (much|strongly) (it|they|each|\w+ of them) counts?\b",
     "unmatched keys": r"\banswers? to\b",
     "is not a, has no": r"(?<!there )(?<!There )\b(is|are|was|were) no (?!longer|more|less|better|worse|different)\w+",
 }
@@ -39,7 +38,7 @@ _PATTERNS = {say: re.compile(pattern, re.IGNORECASE) for say, pattern in LEFT_OU
 VAGUE_NAMES = ("what", "thing", "place", "kind", "turns")
 LOG_CALLS = ("debug", "info", "warning", "error", "exception")
 PRODUCT = ("wan_train", "networks", "dataset", "cache_tools", "generate", "examples", "benchmarks", "docs")
-# Here words for the trade's own things stand for themselves: a transfer stream's class, a place in the file system.
+# The class that copies is called Lane; users read of a transfer stream.
 _ALLOWED = {("transfer stream", "docstring")}
 
 
