@@ -44,9 +44,6 @@ def calibration_jobs(settings: GenerateSettings) -> list[Job]:
         )
     if sampling.infer_steps not in (None, steps):
         raise InputError(f"--calibrate_steps {steps} and --infer_steps {sampling.infer_steps} differ: leave out one")
-    parallel = settings.parallel
-    if parallel.ulysses_size * parallel.ring_size * parallel.cfg_size * parallel.data_parallel > 1:
-        raise InputError("--calibrate_steps measures in one process: leave out the sizes of groups of processes")
     jobs = make_jobs(replace(settings, sampling=replace(sampling, infer_steps=steps)))
     for job in jobs:
         if job.request.steps != steps:

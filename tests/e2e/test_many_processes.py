@@ -1,6 +1,7 @@
 """The generator on several processes, through its entry point: the same videos as on one, and one end for all."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -55,6 +56,34 @@ def test_two_processes_write_the_video_of_one_once(tiny: Path, tmp_path: Path) -
         assert done.stderr.count("INFO: wrote") == done.stderr.count("INFO: encoding") == 1, done.stderr
         assert difference(tmp_path / f"{flag}_latent.safetensors", tmp_path / "one_latent.safetensors") < 1e-5, flag
     assert len(list(tmp_path.iterdir())) == 1 + len(SPLITS)
+
+
+@pytest.mark.parametrize(
+    ("split", "given"),
+    [
+        (
+            ("--ulysses_size", 2, "--dit_fsdp"),
+            ("--step_cache", "teacache", "--tea_cache_l1_thresh", 5, "--slg_layers", 1, "--slg_end", 0.7),
+        ),
+        (
+            ("--cfg_size", 2),
+            (
+                *("--step_cache", "attention", "--start_step", 0, "--attentioncache_interval", 2, "--end_step", 4),
+                *("--video_length", 9, "--sliding_window_size", 2, "--riflex", "--riflex_freq_index", 4),
+            ),
+        ),
+    ],
+)
+def test_two_processes_reuse_the_same_passes(
+    tiny: Path, tmp_path: Path, split: tuple[object, ...], given: tuple[object, ...]
+) -> None:
+    plain = words(tiny, "--prompt", "a red circle", "--output_type", "latent", *given, "--infer_steps", 5)
+    counts = []
+    for name, ranks, more in (("one", 1, ()), ("two", 2, split)):
+        done = processes.run(SCRIPT, *plain, *more, "--save_path", tmp_path / f"{name}.safetensors", ranks=ranks)
+        counts.append(re.findall(r"step cache \w+: (\d+) passes computed, (\d+) reused", done.stderr))
+    assert counts[0] == counts[1] and len(counts[0]) == 1 and int(counts[0][0][1]) > 0
+    assert difference(tmp_path / "two_latent.safetensors", tmp_path / "one_latent.safetensors") < 1e-5
 
 
 def test_groups_share_out_the_prompts_of_a_file(tiny: Path, tmp_path: Path) -> None:

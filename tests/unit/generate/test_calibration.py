@@ -93,10 +93,6 @@ def _lowered(entry: Entry) -> Entry:
         (["--step_cache", "auto", "--cache_profile", "p.json", "--calibrate_steps", 8, "--interactive"], "each say"),
         (["--step_cache", "auto", "--cache_profile", "none/p.json"], "cannot be read"),
         (["--step_cache", "attention", "--compile", "--compile_backend", "eager"], "--compile makes"),
-        (
-            ["--step_cache", "auto", "--cache_profile", "p.json", "--calibrate_steps", 2, "--cfg_size", 2],
-            "--calibrate_steps measures in one process",
-        ),
     ],
 )
 def test_what_cannot_be_calibrated_or_cached_is_refused(
