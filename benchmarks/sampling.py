@@ -71,14 +71,14 @@ def finite(latents: Tensor) -> None:
     assert latents.isfinite().all()
 
 
-def ours(kind: str) -> Step:
+def ours(step_kind: str) -> Step:
     """Our sampler with the slice of the 1.3B."""
     torch.manual_seed(0)
     model = Dit(DitConfig(DIM, FFN, HEADS, LAYERS, text_dim=TEXT)).requires_grad_(False)
-    return our_run(model, request(SLICE, merge=kind == "batched"), torch.device("cpu"))
+    return our_run(model, request(SLICE, merge=step_kind == "batched"), torch.device("cpu"))
 
 
-def theirs(kind: str) -> Step:
+def theirs(step_kind: str) -> Step:
     """diffusers' pipeline with the slice of the 1.3B, from embeddings to latents; of either kind it does the same."""
     from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
@@ -110,10 +110,10 @@ def theirs(kind: str) -> Step:
     return run
 
 
-def compare(kind: str, pairs: int, threads: int) -> dict[str, object]:
+def compare(step_kind: str, pairs: int, threads: int) -> dict[str, object]:
     """What step.py's `measure` finds, its seconds those of one step."""
-    found = measure({"ours": partial(ours, kind), "theirs": partial(theirs, kind)}, pairs, threads)
-    return {"kind": kind, "steps": STEPS} | {
+    found = measure({"ours": partial(ours, step_kind), "theirs": partial(theirs, step_kind)}, pairs, threads)
+    return {"kind": step_kind, "steps": STEPS} | {
         name: value / STEPS if name in ("ours_s", "theirs_s") and isinstance(value, float) else value
         for name, value in found.items()
     }

@@ -45,7 +45,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(LATENTS), torch.tensor([500.0]), torch.randn(1, 512, TEXT)
 
 
-def ours(kind: str) -> Step:
+def ours(step_kind: str) -> Step:
     """Our DiT, plain or with our LoRA."""
     from networks.adapter import create
     from networks.settings import NetworkSettings
@@ -53,10 +53,10 @@ def ours(kind: str) -> Step:
 
     model = Dit(DitConfig(DIM, FFN, HEADS, LAYERS, text_dim=TEXT)).requires_grad_(False)
     latents, timestep, text = inputs()
-    if kind == "forward":
+    if step_kind == "forward":
         return lambda: forward(lambda: model(latents, timestep, text))
     adapter = create(model, NetworkSettings(network_dim=RANK, network_alpha=RANK), seed=0)
-    if kind == "checkpointed":
+    if step_kind == "checkpointed":
         from wan_train.placement.recompute import apply_recompute
         from wan_train.placement.settings import RecomputeSettings
 
@@ -65,7 +65,7 @@ def ours(kind: str) -> Step:
     return lambda: train(lambda: model(latents, timestep, text), optimizer)
 
 
-def theirs(kind: str) -> Step:
+def theirs(step_kind: str) -> Step:
     """diffusers' WanTransformer3DModel, plain or with peft's LoRA."""
     from diffusers import WanTransformer3DModel
 
@@ -83,12 +83,12 @@ def theirs(kind: str) -> Step:
     def call() -> Tensor:
         return model(latents, timestep, text, return_dict=False)[0]
 
-    if kind == "forward":
+    if step_kind == "forward":
         return lambda: forward(call)
     from peft import LoraConfig
 
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
-    if kind == "checkpointed":
+    if step_kind == "checkpointed":
         model.enable_gradient_checkpointing()
         model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

@@ -60,7 +60,7 @@ MAKERS: dict[str, Callable[[Picture], Picture]] = {
 }
 
 
-def make_controls(settings: DatasetSettings, kind: str) -> None:
+def make_controls(settings: DatasetSettings, control_kind: str) -> None:
     """Write a control of this `kind`, one of `MAKERS`, for each media file of each dataset that has none.
 
     They go into `control_directory`, or into a folder beside that of the media, or the listing, with `_control` behind
@@ -78,8 +78,8 @@ def make_controls(settings: DatasetSettings, kind: str) -> None:
         there = match_controls(folder, paths, video=config.is_video)
         due = [path for path, controls in zip(paths, there, strict=True) if not controls]
         num_made = 0
-        for path in tqdm(find_place().share(due), desc=kind, unit="file", delay=2, leave=False):
-            num_made += _make(path, folder, kind, config, skip_broken=settings.skip_broken)
+        for path in tqdm(find_place().share(due), desc=control_kind, unit="file", delay=2, leave=False):
+            num_made += _make(path, folder, control_kind, config, skip_broken=settings.skip_broken)
         hint = "" if config.control_directory else f'; add control_directory = "{folder}" to the dataset'
         logger.info(
             "%s: %d controls written to %s, %d kept that were there%s",
@@ -96,10 +96,10 @@ def _folder_beside(config: DatasetConfig) -> Path:
     return media.with_name(f"{media.name or media.resolve().name}_control")
 
 
-def _make(path: Path, folder: Path, kind: str, config: DatasetConfig, *, skip_broken: bool) -> bool:
+def _make(path: Path, folder: Path, control_kind: str, config: DatasetConfig, *, skip_broken: bool) -> bool:
     """Write the control of a file; whether it could be made."""
     try:
-        frames = map(MAKERS[kind], _read(path, config))
+        frames = map(MAKERS[control_kind], _read(path, config))
         if config.is_video:
             rate = Fraction(probe(path).fps or config.space.fps).limit_denominator(_MOST_DENOMINATOR)
             write_video(folder / f"{path.stem}.mp4", frames, fps=rate, codec="lossless")

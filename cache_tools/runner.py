@@ -47,7 +47,7 @@ def rank_device(name: str, place: Place) -> torch.device:
 
 
 def summarise_run(
-    what: str,
+    label: str,
     kinds: Mapping[str, int],
     place: Place,
     *,
@@ -65,4 +65,4 @@ def summarise_run(
     who = f" (process {place.rank + 1} of {place.num_ranks})" if place.num_ranks > 1 else ""
     summary = get_logger("summary")
     summary.setLevel(logging.INFO)  # processes after the first say nothing else at this level
-    summary.info("%s%s: %s", what, who, ", ".join(parts))
+    summary.info("%s%s: %s", label, who, ", ".join(parts))

@@ -171,12 +171,12 @@ def _read_dataset(source: Path, number: int, table: Mapping[str, Any], defaults:
     return config
 
 
-def _find_media(key: str, path: Path, values: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _find_media(key: str, path: Path, values: Mapping[str, Any], location: str) -> dict[str, Any]:
     """`directory`, `listing` and `cache_directory` of a dataset whose media are where `key` says."""
     if key.endswith("_directory"):
         return {"directory": path, "cache_directory": values.get("cache_directory", path)}
     if "cache_directory" not in values:
-        raise InputError(f"{place}: {key} names files anywhere: say with cache_directory where their caches go")
+        raise InputError(f"{location}: {key} names files anywhere: say with cache_directory where their caches go")
     return {"directory": path.parent, "listing": path}
 
 
@@ -192,37 +192,37 @@ def _refuse_missing(config: DatasetConfig) -> None:
             )
 
 
-def _check_size(config: DatasetConfig, place: str) -> None:
+def _check_size(config: DatasetConfig, location: str) -> None:
     step = config.space.size_step
     if min(config.resolution) < step:
-        raise InputError(f"{place}: resolution {list(config.resolution)}: a side takes {step} or more")
+        raise InputError(f"{location}: resolution {list(config.resolution)}: a side takes {step} or more")
     floored = tuple(side // step * step for side in config.resolution)
     if not config.enable_bucket and floored != config.resolution:
         raise InputError(
-            f"{place}: resolution {list(config.resolution)} without enable_bucket takes multiples of {step}:"
+            f"{location}: resolution {list(config.resolution)} without enable_bucket takes multiples of {step}:"
             f" {list(floored)} would do"
         )
 
 
-def _warn_floored(asked: int | list[int], config: DatasetConfig, place: str) -> None:
+def _warn_floored(asked: int | list[int], config: DatasetConfig, location: str) -> None:
     given = [asked] if isinstance(asked, int) else asked
     changed = [f"{frames} to {floor_frames(frames)}" for frames in given if floor_frames(frames) != frames]
     if changed:
         taken = ", ".join(map(str, config.target_frames))
-        logger.warning("%s: target_frames are 4k+1: %s; taken are %s", place, ", ".join(changed), taken)
+        logger.warning("%s: target_frames are 4k+1: %s; taken are %s", location, ", ".join(changed), taken)
 
 
-def _warn_idle(table: Mapping[str, Any], config: DatasetConfig, place: str) -> None:
+def _warn_idle(table: Mapping[str, Any], config: DatasetConfig, location: str) -> None:
     """Say which of the keys about clips change nothing."""
     extraction = config.frame_extraction
     if extraction == "uniform" and config.frame_sample == 1:
-        logger.warning('%s: frame_extraction "uniform" with frame_sample 1 takes the same clip as "head"', place)
+        logger.warning('%s: frame_extraction "uniform" with frame_sample 1 takes the same clip as "head"', location)
     users = {"frame_sample": "uniform", "frame_stride": "slide", "max_frames": "full"}
     for key, user in users.items():
         if key in table and extraction != user:
-            logger.warning('%s: %s is for frame_extraction "%s" and changes nothing here', place, key, user)
+            logger.warning('%s: %s is for frame_extraction "%s" and changes nothing here', location, key, user)
     if "target_frames" in table and extraction == "full":
-        logger.warning('%s: frame_extraction "full" takes whole videos: target_frames changes nothing', place)
+        logger.warning('%s: frame_extraction "full" takes whole videos: target_frames changes nothing', location)
 
 
 def _as_one_frame(config: DatasetConfig) -> DatasetConfig:

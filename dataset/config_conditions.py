@@ -30,15 +30,15 @@ _KEYS = {
 }
 
 
-def refuse_idle(key: str, given: ConditionKey, control: ControlInputs | None, place: str) -> None:
+def refuse_idle(key: str, given: ConditionKey, control: ControlInputs | None, location: str) -> None:
     """Raise InputError for a key or column that gives what the task does not read; None: the task is not known."""
     if control is not None and not given.is_read(control):
         raise InputError(
-            f"{place}: {key}: the task reads no {given.name}: remove it, or give a task that does ({given.tasks} tasks)"
+            f"{location}: {key}: the task reads no {given.name}: remove it, or give a task that does ({given.tasks} tasks)"
         )
 
 
-def settle_conditions(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+def settle_conditions(values: Mapping[str, Any], location: str) -> dict[str, Any]:
     """Return the values of a dataset with the keys about conditions as `DatasetConfig` has them.
 
     Under a VACE task `mask_directory` holds VACE's masks, elsewhere loss masks; `loss_mask_directory` always these.
@@ -49,20 +49,20 @@ def settle_conditions(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     if control is not None and control.vace:
         settled["vace_mask_directory"] = settled.pop("mask_directory", None)
     elif control is not None and loss_masks and "mask_directory" in values:
-        raise InputError(f"{place}: mask_directory and loss_mask_directory both hold loss masks: give one of them")
+        raise InputError(f"{location}: mask_directory and loss_mask_directory both hold loss masks: give one of them")
     if loss_masks:
         settled["mask_directory"] = loss_masks
     for key, given in _KEYS.items():
         if key in values:
-            refuse_idle(key, given, control, place)
+            refuse_idle(key, given, control, location)
     if "start_image" in values and (control or values["images"]) is not None:
-        _refuse_start_image(values, place)
+        _refuse_start_image(values, location)
     return settled
 
 
-def _refuse_start_image(values: Mapping[str, Any], place: str) -> None:
+def _refuse_start_image(values: Mapping[str, Any], location: str) -> None:
     images = values["images"]
     if images is None:
-        raise InputError(f"{place}: start_image: the task reads no start image: remove it")
+        raise InputError(f"{location}: start_image: the task reads no start image: remove it")
     if not images.optional:
-        raise InputError(f"{place}: start_image: the task always reads a start image: remove it")
+        raise InputError(f"{location}: start_image: the task always reads a start image: remove it")

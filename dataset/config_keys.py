@@ -17,9 +17,9 @@ from wan_train.models.variants import SIZE_STEP
 MOST_MOTION = 100  # the greatest motion bucket id of DiffSynth-Studio's speed control model
 
 
-def _whole(value: Any, what: str, minimum: int = 1) -> int:
+def _whole(value: Any, label: str, minimum: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(what)
+        raise ValueError(label)
     return value
 
 

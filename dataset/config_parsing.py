@@ -38,15 +38,15 @@ def parse_file(source: Path) -> dict[str, Any]:
     return document
 
 
-def refuse_unknown(table: Mapping[str, Any], known: Collection[str], place: str, kind: str) -> None:
+def refuse_unknown(table: Mapping[str, Any], known: Collection[str], location: str, table_name: str) -> None:
     """Raise InputError for a key or table that is not among the known ones, with the nearest of these."""
     for key in table:
         if key not in known:
             hint = nearest(key, known) or f"; known are {', '.join(known)}"
-            raise InputError(f"{place}: unknown {kind} {key}{hint}")
+            raise InputError(f"{location}: unknown {table_name} {key}{hint}")
 
 
-def convert(table: Mapping[str, Any], place: str) -> dict[str, Any]:
+def convert(table: Mapping[str, Any], location: str) -> dict[str, Any]:
     """Return the values of a table, each as the reader of its key makes it. Raises InputError for wrong ones."""
     readers = {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS, **IMAGE_KEYS}
     values = {}
@@ -54,5 +54,5 @@ def convert(table: Mapping[str, Any], place: str) -> dict[str, Any]:
         try:
             values[key] = readers[key](value)
         except ValueError as problem:
-            raise InputError(f"{place}: {key} = {value!r}: takes {problem}") from None
+            raise InputError(f"{location}: {key} = {value!r}: takes {problem}") from None
     return values

@@ -113,12 +113,12 @@ def _with_partners(config: DatasetConfig, entries: Sequence[Entry], captions: Se
 
 
 def _warn_without(
-    config: DatasetConfig, paths: Sequence[Path], found: Sequence[object], what: str, consequence: str
+    config: DatasetConfig, paths: Sequence[Path], found: Sequence[object], file_kind: str, consequence: str
 ) -> None:
     """Name the files for which nothing is `found`."""
     without = [path.name for path, partner in zip(paths, found, strict=True) if not partner]
     if without:
-        told = f"{len(without)} of {len(paths)} files have no {what} ({name_some(without)})"
+        told = f"{len(without)} of {len(paths)} files have no {file_kind} ({name_some(without)})"
         logger.warning("%s: %s: %s", config, told, consequence)
 
 

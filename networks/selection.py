@@ -9,14 +9,14 @@ from wan_train.errors import InputError
 ALWAYS_EXCLUDED = r".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*"
 
 
-def compile_patterns(patterns: Iterable[str], what: str) -> list[re.Pattern[str]]:
+def compile_patterns(patterns: Iterable[str], label: str) -> list[re.Pattern[str]]:
     """The regular expressions that `what`, an option, holds; InputError for one that is none."""
     compiled = []
     for pattern in patterns:
         try:
             compiled.append(re.compile(pattern))
         except re.error as problem:
-            raise InputError(f"{what}: {pattern!r} is no regular expression ({problem}): correct it") from None
+            raise InputError(f"{label}: {pattern!r} is no regular expression ({problem}): correct it") from None
     return compiled
 
 
@@ -83,13 +83,13 @@ def _is_found(patterns: Iterable[re.Pattern[str]], spellings: Iterable[str]) -> 
     return any(pattern.search(name) for pattern in patterns for name in spellings)
 
 
-def _require_use(pattern: re.Pattern[str], names: Sequence[str], what: str) -> None:
+def _require_use(pattern: re.Pattern[str], names: Sequence[str], label: str) -> None:
     if any(pattern.fullmatch(name) for name in names):
         return
     inside = any(pattern.search(name) for name in names)
     way = f"write .*{pattern.pattern}.* for a part of it" if inside else "correct it or leave it out"
     example = names[0] if names else "nothing"
     raise InputError(
-        f"{what}: {pattern.pattern!r} is the whole name of none of {len(names)} modules, which are named like "
+        f"{label}: {pattern.pattern!r} is the whole name of none of {len(names)} modules, which are named like "
         f"{example}: {way}"
     )

@@ -87,10 +87,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
-def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+def choose(choice_name: str, name: str, table: Mapping[str, Any]) -> Any:
     """The entry `name` of a table of choices; an unknown name is an error that lists the known ones."""
     if name not in table:
-        raise InputError(f"unknown {kind} {name!r}: known are {', '.join(map(str, table))}")
+        raise InputError(f"unknown {choice_name} {name!r}: known are {', '.join(map(str, table))}")
     return table[name]
 
 
@@ -246,12 +246,12 @@ def value_type(hint: Any) -> tuple[type, int | str | None]:
     return hint, None
 
 
-def _converter(kind: type, described: Option) -> Any:
+def _converter(value_kind: type, described: Option) -> Any:
     def convert(text: str) -> Any:
         try:
-            value = kind(text)
+            value = value_kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"takes {_ARTICLES.get(kind, 'text')}, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"takes {_ARTICLES.get(value_kind, 'text')}, not {text!r}") from None
         if described.choices and value not in described.choices:
             known = ", ".join(described.choices)
             raise argparse.ArgumentTypeError(

@@ -126,16 +126,16 @@ def read_latents(clip: Clip) -> Tensor:
     return _read(latents_path(clip), LATENTS_KEY)
 
 
-def read_extra(clip: Clip, kind: str) -> Tensor:
+def read_extra(clip: Clip, condition: str) -> Tensor:
     """What a clip's file holds of a kind that `extras.wanted_extras` names for it, in the dtype of the file.
 
     Where a file of another tool has none of a start image, it is the first frame, without mask, of what stands for it.
     """
     path = latents_path(clip)
-    if (tensor := _find(path, extra_pattern(kind))) is not None:
+    if (tensor := _find(path, extra_pattern(condition))) is not None:
         return tensor
-    if kind in STAND_INS:
-        return _read(path, extra_pattern(STAND_INS[kind]))[FRAME_STEP:, :1]
+    if condition in STAND_INS:
+        return _read(path, extra_pattern(STAND_INS[condition]))[FRAME_STEP:, :1]
     raise _gone(path)
 
 

@@ -130,23 +130,23 @@ def _numbered(name: str, paths: Sequence[Path]) -> dict[str, Path]:
     return {f"{name}_{number}" if number else name: path for number, path in enumerate(paths)}
 
 
-def extra_key(kind: str, clip: Clip, dtype: torch.dtype) -> str:
+def extra_key(condition: str, clip: Clip, dtype: torch.dtype) -> str:
     """The name of a tensor: its kind, the latent's frames, height and width unless it is of tokens, and its dtype."""
-    size = "" if kind in _WITHOUT_SIZE else f"{'x'.join(map(str, _shape_of(kind, clip)[-3:]))}_"
-    return f"{kind}_{size}{name_of(extra_dtype(kind, dtype))}"
+    size = "" if condition in _WITHOUT_SIZE else f"{'x'.join(map(str, _shape_of(condition, clip)[-3:]))}_"
+    return f"{condition}_{size}{name_of(extra_dtype(condition, dtype))}"
 
 
-def extra_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+def extra_dtype(condition: str, dtype: torch.dtype) -> torch.dtype:
     """What a kind is stored in beside latents in `dtype`; CLIP's tokens keep the bits that the official code gives
     them."""
-    if kind in _OF_TOKENS:
+    if condition in _OF_TOKENS:
         return torch.float32 if dtype is torch.float32 else torch.float16
-    return _DTYPES.get(kind, dtype)
+    return _DTYPES.get(condition, dtype)
 
 
-def extra_pattern(kind: str) -> re.Pattern[str]:
+def extra_pattern(condition: str) -> re.Pattern[str]:
     """What the name of a tensor of this kind looks like, in whatever size and dtype."""
-    return re.compile(rf"{kind}_[a-z0-9]+" if kind in _WITHOUT_SIZE else rf"{kind}_\d+x\d+x\d+_[a-z0-9]+")
+    return re.compile(rf"{condition}_[a-z0-9]+" if condition in _WITHOUT_SIZE else rf"{condition}_\d+x\d+x\d+_[a-z0-9]+")
 
 
 def find_extras_misfit(clip: Clip, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype | None = None) -> str:
@@ -170,23 +170,23 @@ def find_extras_misfit(clip: Clip, shapes: Mapping[str, Sequence[int]], dtype: t
     return ""
 
 
-def _keys_like(kind: str, shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    return list(filter(extra_pattern(kind).fullmatch, shapes))
+def _keys_like(condition: str, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    return list(filter(extra_pattern(condition).fullmatch, shapes))
 
 
-def _has_any(kind: str, clip: Clip, shapes: Mapping[str, Sequence[int]]) -> bool:
-    return any(_has_shape(kind, clip, tuple(shapes[key])) for key in _keys_like(kind, shapes))
+def _has_any(condition: str, clip: Clip, shapes: Mapping[str, Sequence[int]]) -> bool:
+    return any(_has_shape(condition, clip, tuple(shapes[key])) for key in _keys_like(condition, shapes))
 
 
-def _has_shape(kind: str, clip: Clip, shape: tuple[int, ...]) -> bool:
+def _has_shape(condition: str, clip: Clip, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of a kind has the shape that it has beside the clip's latents."""
-    if kind in _OF_TOKENS:
+    if condition in _OF_TOKENS:
         pictures = shape[0] if len(shape) == 3 else 1
         return len(shape) in (2, 3) and pictures == clip.item.config.num_clip_images
-    return shape == _shape_of(kind, clip)
+    return shape == _shape_of(condition, clip)
 
 
-def _shape_of(kind: str, clip: Clip) -> tuple[int, ...]:
+def _shape_of(condition: str, clip: Clip) -> tuple[int, ...]:
     """The shape of a kind's tensor beside the clip's latents; of CLIP's tokens it is not known."""
     channels, frames, *size = clip.latent_shape
     wanted: dict[str, tuple[int, ...]] = {
@@ -198,4 +198,4 @@ def _shape_of(kind: str, clip: Clip) -> tuple[int, ...]:
         **dict.fromkeys(_OF_CAMERAS, (clip.num_frames, ENTRY_LENGTH)),
         **dict.fromkeys(_OF_VACE, (CONTEXT_CHANNELS, len(read_references(clip.item)) + frames, *size)),
     }
-    return wanted.get(kind, clip.latent_shape)
+    return wanted.get(condition, clip.latent_shape)

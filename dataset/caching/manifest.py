@@ -54,27 +54,27 @@ class Manifest:
     def __exit__(self, *problem: object) -> None:
         self.save()
 
-    def recall(self, kind: str, path: Path, learn: Callable[[Path], Any]) -> Any:
+    def recall(self, fact: str, path: Path, learn: Callable[[Path], Any]) -> Any:
         """`learn(path)`, a value that JSON can hold, or what it was when the file was last in this state.
 
         Raises OSError where there is no such file, and whatever `learn` raises.
         """
         status = path.stat()
-        key = (kind, self._name(path))
+        key = (fact, self._name(path))
         fact = self._facts.get(key)
         if fact is None or (fact.size, fact.mtime_ns) != (status.st_size, status.st_mtime_ns):
             fact = _Fact(status.st_size, status.st_mtime_ns, json.dumps(learn(path)))
             self._facts[key] = self._new[key] = fact
         return json.loads(fact.text)
 
-    def note(self, kind: str, path: Path, value: Any) -> None:
+    def note(self, fact: str, path: Path, value: Any) -> None:
         """Remember something of a file as it is now."""
-        self._facts.pop((kind, self._name(path)), None)
-        self.recall(kind, path, lambda _: value)
+        self._facts.pop((fact, self._name(path)), None)
+        self.recall(fact, path, lambda _: value)
 
-    def noted(self, kind: str, path: Path) -> Any:
+    def noted(self, fact: str, path: Path) -> Any:
         """What is remembered of a file as it is now, or None."""
-        fact = self._facts.get((kind, self._name(path)))
+        fact = self._facts.get((fact, self._name(path)))
         if fact is None:
             return None
         status = path.stat()

@@ -187,8 +187,8 @@ def _compare_conditions(item: Item, recipe: Recipe) -> str:
     return f"{gone[0]} removed" if gone else ""
 
 
-def _compare_reading(kind: str, known: str, now: str) -> str:
-    return f"{kind} read in another way (then {known or 'as decoded'}, now {now or 'as decoded'})"
+def _compare_reading(condition: str, known: str, now: str) -> str:
+    return f"{condition} read in another way (then {known or 'as decoded'}, now {now or 'as decoded'})"
 
 
 def _recipe_of(facts: Facts) -> tuple[Recipe | None, bool]:

@@ -85,7 +85,7 @@ def read_names(names: Collection[str], control: ControlInputs | None) -> set[str
     return set(_our_names(names, control))
 
 
-def read_columns(cells: Mapping[str, Any], config: DatasetConfig, place: str) -> Columns:
+def read_columns(cells: Mapping[str, Any], config: DatasetConfig, location: str) -> Columns:
     """Return what the cells of a line give; None in a cell: nothing.
 
     Relative paths start at the working directory, or at the folder of a CSV file. Raises InputError, which begins with
@@ -97,14 +97,14 @@ def read_columns(cells: Mapping[str, Any], config: DatasetConfig, place: str) ->
         if cells[name] is None:
             continue
         if column in _GIVEN and config.one_frame is None:
-            refuse_idle(name, _GIVEN[column], config.control, place)
+            refuse_idle(name, _GIVEN[column], config.control, location)
         given.setdefault(column, {})[name] = cells[name]
-    _refuse_doubles(given, place)
+    _refuse_doubles(given, location)
     paths = {
-        column: tuple(_read_path(config, place, *cell) for cell in given.get(column, {}).items()) for column in _PATHS
+        column: tuple(_read_path(config, location, *cell) for cell in given.get(column, {}).items()) for column in _PATHS
     }
     values = {
-        column: _read_value(read, place, *cell)
+        column: _read_value(read, location, *cell)
         for column, read in _VALUES.items()
         for cell in given.get(column, {}).items()
     }
@@ -116,9 +116,9 @@ def read_columns(cells: Mapping[str, Any], config: DatasetConfig, place: str) ->
         **values,
     )
     if columns.camera_path and (columns.camera_direction or columns.camera_speed is not None):
-        raise InputError(f"{place}: gives a camera path by file and by direction or speed: give one of them")
+        raise InputError(f"{location}: gives a camera path by file and by direction or speed: give one of them")
     if columns.camera_speed is not None and not (columns.camera_direction or config.camera_direction):
-        raise InputError(f"{place}: gives the speed of a camera without its direction: add {_DIRECTION}")
+        raise InputError(f"{location}: gives the speed of a camera without its direction: add {_DIRECTION}")
     return columns
 
 
@@ -131,27 +131,27 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _refuse_doubles(given: Mapping[str, Mapping[str, Any]], place: str) -> None:
+def _refuse_doubles(given: Mapping[str, Mapping[str, Any]], location: str) -> None:
     for column, cells in given.items():
         families = {_NUMBERED.sub(r"\1", name): name for name in cells}
         if len(families) > 1:
-            raise InputError(f"{place}: {' and '.join(families)} both give the {column}: leave one of them empty")
+            raise InputError(f"{location}: {' and '.join(families)} both give the {column}: leave one of them empty")
 
 
-def _read_path(config: DatasetConfig, place: str, name: str, given: Any) -> Path:
+def _read_path(config: DatasetConfig, location: str, name: str, given: Any) -> Path:
     is_table = config.listing is not None and config.listing.suffix.lower() == ".csv"
     start = config.directory if is_table else Path()
     path = start / Path(given).expanduser() if isinstance(given, str) and given else None
     if path is None or not path.exists():
-        raise InputError(f"{place}: {name} {given!r}: no such file (relative paths start at {start.absolute()})")
+        raise InputError(f"{location}: {name} {given!r}: no such file (relative paths start at {start.absolute()})")
     return path
 
 
-def _read_value(read: Callable[[Any], Any], place: str, name: str, given: Any) -> Any:
+def _read_value(read: Callable[[Any], Any], location: str, name: str, given: Any) -> Any:
     try:
         return read(given)
     except ValueError as problem:
-        raise InputError(f"{place}: {name} {given!r}: takes {problem}") from None
+        raise InputError(f"{location}: {name} {given!r}: takes {problem}") from None
 
 
 def _number(cell: Any) -> Any:

@@ -110,12 +110,12 @@ def find_cameras(config: DatasetConfig, entries: Sequence[Entry]) -> list[Camera
 
 
 def _refuse_missing(
-    config: DatasetConfig, entries: Sequence[Entry], is_there: Sequence[bool], what: str, hint: str = ""
+    config: DatasetConfig, entries: Sequence[Entry], is_there: Sequence[bool], partner_name: str, hint: str = ""
 ) -> None:
     missing = [entry.path.name for entry, there in zip(entries, is_there, strict=True) if not there]
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-        raise InputError(f"{config}: {len(missing)} of {len(entries)} files have {what} ({shown}){hint}")
+        raise InputError(f"{config}: {len(missing)} of {len(entries)} files have {partner_name} ({shown}){hint}")
 
 
 class _Partners(NamedTuple):

@@ -40,16 +40,16 @@ def recall_header(
         ) from None
 
 
-def extra_reading(item: Item, kind: str, path: Path, manifest: Manifest) -> str:
+def extra_reading(item: Item, condition: str, path: Path, manifest: Manifest) -> str:
     """How a file beside an item's own is read, in a recipe's words; nothing for one that cannot be, or of no pixels."""
-    if kind == "camera":
+    if condition == "camera":
         return ""
     try:
         header = recall_header(path, manifest)
     except InputError:
         return ""
-    if kind in ("mask", "vace_mask"):
-        background = mask_background(item) if kind == "mask" else BLACK
+    if condition in ("mask", "vace_mask"):
+        background = mask_background(item) if condition == "mask" else BLACK
         return recipe_words(header.reading if header else (), background, is_video=False)
     return recipe_words(header.reading if header else (), item.config.alpha_background, is_video=item.config.is_video)
 

@@ -87,12 +87,12 @@ def diffusers_state(deltas: Mapping[str, LoraDelta]) -> dict[str, Tensor]:
     return peft_state({diffusers_name(module): delta for module, delta in deltas.items()}, "transformer")
 
 
-def require_fit(module: str, given: Shape, wanted: Shape, what: str) -> None:
+def require_fit(module: str, given: Shape, wanted: Shape, label: str) -> None:
     """InputError, with both sizes, unless a change is of a matrix of the `wanted` shape."""
     if tuple(given) != tuple(wanted):
         theirs, ours = (" x ".join(map(str, shape)) for shape in (given, wanted))
         raise InputError(
-            f"{what} is for another model, its {module} is {theirs}, this model's {ours}: give one of this model"
+            f"{label} is for another model, its {module} is {theirs}, this model's {ours}: give one of this model"
         )
 
 
@@ -143,9 +143,9 @@ def _scale(group: Group, tensors: Mapping[str, Tensor], declared: Scale, *, labe
     return declared if key is None else lambda rank: _number(tensors[key], key, label) / rank
 
 
-def _number(alpha: Tensor, key: str, what: str) -> float:
+def _number(alpha: Tensor, key: str, label: str) -> float:
     if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
-        raise InputError(f"{what}: {key} is not one finite number: the file is broken, get it again")
+        raise InputError(f"{label}: {key} is not one finite number: the file is broken, get it again")
     return float(alpha)
 
 

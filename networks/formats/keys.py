@@ -71,12 +71,12 @@ class Match:
         groups = {module: group for module, group in self.groups.items() if module in chosen}
         return Match(groups, [key for key in self.unmatched if official[key] in chosen])
 
-    def require_all(self, what: str) -> None:
+    def require_all(self, label: str) -> None:
         """InputError if a key was left over."""
         if self.unmatched:
             more = f" and {len(self.unmatched) - 10} more" if len(self.unmatched) > 10 else ""
             raise InputError(
-                f"{what} does not fit the model: {len(self.groups)} modules match, "
+                f"{label} does not fit the model: {len(self.groups)} modules match, "
                 f"{len(self.unmatched)} keys do not: {', '.join(self.unmatched[:10])}{more}; give a LoRA of this model"
             )
 
@@ -87,17 +87,17 @@ def possible_modules(names: Iterable[str]) -> list[str]:
     return [*_OUTER, *(f"{stem}.{index}.{leaf}" for stem, index in blocks for leaf in _INNER)]
 
 
-def match_keys(shapes: Mapping[str, Shape], module_names: Iterable[str], what: str) -> Match:
+def match_keys(shapes: Mapping[str, Shape], module_names: Iterable[str], label: str) -> Match:
     """Find the changes that a file holds. InputError when it holds none, of a kind that is not supported, of several
     kinds for one module, or not the whole of one.
 
     `module_names` are the model's, dotted: underscore names cannot be taken apart without them.
     """
     parts = {key: read_key(key) for key in shapes}
-    _refuse_foreign((key for key, part in parts.items() if part.kind is None), what)
+    _refuse_foreign((key for key, part in parts.items() if part.kind is None), label)
     if not any(part.kind for part in parts.values()):
         kind = identify(shapes)
-        raise InputError(f"{what} is {'no LoRA' if kind == 'unknown' else f'a {kind}, not a LoRA'}: give a LoRA file")
+        raise InputError(f"{label} is {'no LoRA' if kind == 'unknown' else f'a {kind}, not a LoRA'}: give a LoRA file")
     table = _module_table(module_names)
     found: dict[str, dict[str, str]] = {}
     unmatched = []
@@ -107,10 +107,10 @@ def match_keys(shapes: Mapping[str, Shape], module_names: Iterable[str], what: s
             unmatched.append(key)
         elif part.name in found.setdefault(module, {}):
             there = found[module][part.name]
-            raise InputError(f"{what} has two tensors for {module}: {there} and {key}; keep one of them")
+            raise InputError(f"{label} has two tensors for {module}: {there} and {key}; keep one of them")
         else:
             found[module][part.name] = key
-    return Match({module: _group(module, keys, parts, label=what) for module, keys in found.items()}, unmatched)
+    return Match({module: _group(module, keys, parts, label=label) for module, keys in found.items()}, unmatched)
 
 
 def is_pair(key: str) -> bool:
@@ -151,8 +151,8 @@ def _module_table(names: Iterable[str]) -> dict[str, str]:
     return table
 
 
-def _refuse_foreign(keys: Iterable[str], what: str) -> None:
+def _refuse_foreign(keys: Iterable[str], label: str) -> None:
     for key in keys:
         for pattern, kind in _FOREIGN:
             if pattern.search(key):
-                raise InputError(f"{what} is of a format that is not supported, {kind} ({key}): give a plain LoRA")
+                raise InputError(f"{label} is of a format that is not supported, {kind} ({key}): give a plain LoRA")

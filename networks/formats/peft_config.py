@@ -13,22 +13,22 @@ from wan_train.storage import TensorSource
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers puts the configuration in a safetensors file
 
 
-def declared_scale(source: TensorSource, metadata: Mapping[str, str], what: str) -> Callable[[int], float]:
+def declared_scale(source: TensorSource, metadata: Mapping[str, str], label: str) -> Callable[[int], float]:
     """The scale of a rank by the configuration in the file or beside it; without one always 1."""
-    config = _read(source, metadata, what)
+    config = _read(source, metadata, label)
     if "lora_alpha" not in config:
         return lambda rank: 1.0
     if config.get("alpha_pattern"):
-        raise InputError(f"{what} declares an alpha_pattern, which is not supported: save it with one alpha for all")
+        raise InputError(f"{label} declares an alpha_pattern, which is not supported: save it with one alpha for all")
     alpha = config["lora_alpha"]
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise InputError(f"{what} declares lora_alpha {alpha!r}: it must be a number")
+        raise InputError(f"{label} declares lora_alpha {alpha!r}: it must be a number")
     root = bool(config.get("use_rslora"))
     return lambda rank: alpha / (math.sqrt(rank) if root else rank)
 
 
-def _read(source: TensorSource, metadata: Mapping[str, str], what: str) -> dict[str, Any]:
-    text, where = metadata.get(METADATA_KEY), f"{METADATA_KEY} in {what}"
+def _read(source: TensorSource, metadata: Mapping[str, str], label: str) -> dict[str, Any]:
+    text, where = metadata.get(METADATA_KEY), f"{METADATA_KEY} in {label}"
     beside = _beside(source)
     if text is None and beside is not None:
         text, where = beside.read_text(errors="replace"), str(beside)

@@ -145,8 +145,8 @@ def _checkpoints(folder: Path) -> list[Path]:
     return kept
 
 
-def _of_kind(content: _Folder, kind: str) -> dict[Path, Header]:
-    return {path: header for path, header in content.headers.items() if kind in identify(header.shapes)}
+def _of_kind(content: _Folder, model_kind: str) -> dict[Path, Header]:
+    return {path: header for path, header in content.headers.items() if model_kind in identify(header.shapes)}
 
 
 def _dits(content: _Folder, variant: Variant | None) -> list[Path]:

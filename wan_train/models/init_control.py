@@ -85,23 +85,23 @@ class NewLayers:
         return NewLayers({**self.made, **other.made}, {**self.derived, **other.derived})
 
 
-def new_layers(shapes: Shapes, variant: Variant, kind: str, what: str) -> NewLayers:
+def new_layers(shapes: Shapes, variant: Variant, model_kind: str, label: str) -> NewLayers:
     """What a base with these `shapes`, official names, lacks to serve a task.
 
     `kind` "auto" adds what every model of the task has, "reference" a reference image too, where the task may have one,
     "motion" a motion controller alone. InputError that names the base, `what`, where it cannot become such a model or
     nothing is to be added.
     """
-    _require_plain(shapes, what)
-    if kind == MOTION:
+    _require_plain(shapes, label)
+    if model_kind == MOTION:
         return _motion(shapes)
     control = variant.control or ControlInputs()
-    if kind == REFERENCE and not control.reference:
+    if model_kind == REFERENCE and not control.reference:
         raise InputError(f"--init_control reference: --task {variant.name} reads no reference image: give auto")
     parts = NewLayers()
     if shapes[PATCH][1] != variant.in_dim:
-        parts |= _widened(shapes, variant, what)
-    if control.reference and (kind == REFERENCE or variant.experts is not None):
+        parts |= _widened(shapes, variant, label)
+    if control.reference and (model_kind == REFERENCE or variant.experts is not None):
         parts |= _reference(shapes)
     if control.camera:
         parts |= _camera(shapes)
@@ -111,9 +111,9 @@ def new_layers(shapes: Shapes, variant: Variant, kind: str, what: str) -> NewLay
     if variant.reads_clip and not reads_clip:
         parts |= _clip(shapes)
     if reads_clip and not variant.reads_clip:
-        raise InputError(f"{what} reads an image through CLIP, but --task {variant.name} has none: give a T2V model")
+        raise InputError(f"{label} reads an image through CLIP, but --task {variant.name} has none: give a T2V model")
     if not parts.shapes:
-        raise InputError(f"--init_control {kind}: {what} has all that --task {variant.name} reads: leave it out")
+        raise InputError(f"--init_control {model_kind}: {label} has all that --task {variant.name} reads: leave it out")
     return parts
 
 
@@ -134,16 +134,16 @@ def initialised(tensors: Pairs, new: NewLayers) -> Iterator[tuple[str, Tensor]]:
         yield name, made.tensor(name).to(dtype)
 
 
-def _require_plain(shapes: Shapes, what: str) -> None:
+def _require_plain(shapes: Shapes, label: str) -> None:
     submodules = {name.partition(".")[0] for name in shapes}
     has = submodules & {"ref_conv", "control_adapter", "vace_patch_embedding", "motion_controller"}
     if has:
-        raise InputError(f"--init_control: {what} has a {min(has)} already: leave it out, or give a plain model")
+        raise InputError(f"--init_control: {label} has a {min(has)} already: leave it out, or give a plain model")
     if "img_emb.emb_pos" in shapes:
-        raise InputError(f"--init_control: {what} reads a first and a last image: give a T2V or I2V model")
+        raise InputError(f"--init_control: {label} reads a first and a last image: give a T2V or I2V model")
 
 
-def _widened(shapes: Shapes, variant: Variant, what: str) -> NewLayers:
+def _widened(shapes: Shapes, variant: Variant, label: str) -> NewLayers:
     """The patch embedding with a column for each channel of the task, zeros where the base has none."""
     dim, in_dim, *patch = shapes[PATCH]
     channels = variant.space.channels
@@ -152,7 +152,7 @@ def _widened(shapes: Shapes, variant: Variant, what: str) -> NewLayers:
     source, target = sources.get(in_dim), _layout(variant)
     if source is None or ("image" in source and "image" not in target):
         raise InputError(
-            f"--init_control: {what} reads {in_dim} channels, of which --task {variant.name} ({variant.in_dim}) cannot"
+            f"--init_control: {label} reads {in_dim} channels, of which --task {variant.name} ({variant.in_dim}) cannot"
             " be made: give a T2V model, or an I2V model for a task with a start image"
         )
 

@@ -195,18 +195,18 @@ def official_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def _empty(
-    shapes: Shapes, source: TensorSource, metadata: Mapping[str, str], config: Mapping[str, Any] | None, what: str
+    shapes: Shapes, source: TensorSource, metadata: Mapping[str, str], config: Mapping[str, Any] | None, label: str
 ) -> Dit:
-    require_kind(shapes, "DiT", what)
-    refuse_foreign(shapes, what)
+    require_kind(shapes, "DiT", label)
+    refuse_foreign(shapes, label)
     dim = shapes.get("patch_embedding.weight", (0,))[0]
     with torch.device("meta"):
-        model = Dit(_geometry(shapes, _extras(source, metadata, config, dim), what))
-    check_names(shapes, model, what)
+        model = Dit(_geometry(shapes, _extras(source, metadata, config, dim), label))
+    check_names(shapes, model, label)
     return model
 
 
-def _geometry(shapes: Shapes, extras: Mapping[str, Any], what: str) -> DitConfig:
+def _geometry(shapes: Shapes, extras: Mapping[str, Any], label: str) -> DitConfig:
     try:
         dim, in_dim, *patch = shapes["patch_embedding.weight"]
         text_dim = shapes["text_embedding.0.weight"][1]
@@ -214,12 +214,12 @@ def _geometry(shapes: Shapes, extras: Mapping[str, Any], what: str) -> DitConfig
         ffn_dim = shapes["blocks.0.ffn.0.weight"][0]
         out = shapes["head.head.weight"][0]
     except (KeyError, IndexError, ValueError) as problem:
-        raise InputError(f"{what} is not a whole Wan DiT: no usable {problem}") from None
+        raise InputError(f"{label} is not a whole Wan DiT: no usable {problem}") from None
     num_layers = _count_blocks(shapes)
     vace = shapes.get("vace_patch_embedding.weight", (0, 0))
     num_heads = int(extras.get("num_heads") or max(1, dim // HEAD_WIDTH))
     if dim % num_heads or (dim // num_heads) % 2:
-        raise InputError(f"{what}: a width of {dim} does not divide into {num_heads} heads of even width")
+        raise InputError(f"{label}: a width of {dim} does not divide into {num_heads} heads of even width")
     patch_size = (patch[0], patch[1], patch[2])
     return DitConfig(
         dim=dim,

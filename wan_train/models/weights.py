@@ -41,12 +41,12 @@ def identify(shapes: Shapes) -> str:
     return "unknown"
 
 
-def require_kind(shapes: Shapes, wanted: str, what: str) -> None:
+def require_kind(shapes: Shapes, wanted: str, label: str) -> None:
     """InputError unless the checkpoint `what` is of a kind whose description holds `wanted` ('VAE', 'DiT', 'T5')."""
     found = identify(shapes)
     if wanted not in found:
         shown = "holds none of the known models" if found == "unknown" else f"is a {found}"
-        raise InputError(f"{what} {shown}, not a {wanted} checkpoint: give the right file")
+        raise InputError(f"{label} {shown}, not a {wanted} checkpoint: give the right file")
 
 
 def strip_prefix(name: str, prefixes: Sequence[str] = _PREFIXES) -> str:
@@ -138,7 +138,7 @@ def renamed(tensors: Pairs, rename: Rename) -> Iterator[tuple[str, Tensor]]:
         yield rename(name), tensor
 
 
-def check_names(shapes: Shapes, model: nn.Module, what: str) -> None:
+def check_names(shapes: Shapes, model: nn.Module, label: str) -> None:
     """InputError that lists the first ten tensors that are missing, unexpected or misshapen."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     faults = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in shapes]
@@ -150,7 +150,7 @@ def check_names(shapes: Shapes, model: nn.Module, what: str) -> None:
     ]
     if faults:
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise InputError(f"{what} does not fit the model: {'; '.join(faults[:10])}{more}")
+        raise InputError(f"{label} does not fit the model: {'; '.join(faults[:10])}{more}")
 
 
 def fill(

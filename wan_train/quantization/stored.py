@@ -73,25 +73,25 @@ def is_scaled(header: Header) -> bool:
     return any(name.endswith(_SCALES) for name in header.shapes)
 
 
-def check_storage(header: Header, settings: WeightSettings, what: str) -> None:
+def check_storage(header: Header, settings: WeightSettings, label: str) -> None:
     """InputError for a precision that cannot be had from this file."""
     stored = storage_dtype(header)
     if stored not in (*_FP8, *_WIDE):
-        raise InputError(f"{what} stores its matrices as {stored}: give a bf16, fp16, fp32 or fp8 file")
+        raise InputError(f"{label} stores its matrices as {stored}: give a bf16, fp16, fp32 or fp8 file")
     if is_scaled(header):
-        check_scales(header, what)
+        check_scales(header, label)
     if stored not in _FP8:
         return
     if not (settings.fp8_base or settings.int8_base):
-        raise InputError(f"{what} is an fp8 file: add --fp8_base (--fp8 in the generator), or give a bf16 or fp16 file")
+        raise InputError(f"{label} is an fp8 file: add --fp8_base (--fp8 in the generator), or give a bf16 or fp16 file")
     if settings.fp8_scaled and not is_scaled(header):
         raise InputError(
-            f"{what} is an fp8 file without scales, and --fp8_scaled cannot bring back what its rounding lost: "
+            f"{label} is an fp8 file without scales, and --fp8_scaled cannot bring back what its rounding lost: "
             "leave out --fp8_scaled, or give a bf16 or fp16 file"
         )
 
 
-def check_scales(header: Header, what: str) -> None:
+def check_scales(header: Header, label: str) -> None:
     """InputError unless each matrix of eight bits has a scale that fits, by the header of a scaled file."""
     scaled = set()
     for name in (name for name in header.shapes if name.endswith(_SCALES)):
@@ -102,7 +102,7 @@ def check_scales(header: Header, what: str) -> None:
     codes = [name for name, dtype in header.dtypes.items() if dtype in _FP8 and name.endswith(".weight")]
     lacking = [name for name in codes if len(header.shapes[name]) == 2 and name not in scaled]
     if lacking:
-        raise InputError(f"{what} has scales, but none for {lacking[0]}, which is of eight bits: give a whole file")
+        raise InputError(f"{label} has scales, but none for {lacking[0]}, which is of eight bits: give a whole file")
 
 
 def plan_storage(

@@ -136,9 +136,9 @@ class RemoteFolder:
         for file, inside in sorted(found, key=lambda each: (each[0].name in last, each)):
             self.filesystem.put_file(str(file), f"{target}{inside}")
 
-    def _remove_file(self, place: str) -> None:
+    def _remove_file(self, address: str) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            self.filesystem.rm_file(place)
+            self.filesystem.rm_file(address)
 
 
 def open_remote(url: str, option: str) -> RemoteFolder:

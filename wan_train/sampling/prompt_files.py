@@ -92,10 +92,10 @@ def _read_json(path: str, text: str) -> list[Entry]:
         raise InputError(f"{path}, line {problem.lineno}: this is not JSON ({problem.msg})") from None
 
 
-def _skip(text: str, place: int) -> int:
+def _skip(text: str, position: int) -> int:
     """The next place that holds more than what stands between items."""
-    match = re.compile(r"[\s,]*").match(text, place)
-    return match.end() if match else place
+    match = re.compile(r"[\s,]*").match(text, position)
+    return match.end() if match else position
 
 
 _READERS: dict[str, tuple[Callable[[str, str], list[Entry]], str]] = {

@@ -62,20 +62,20 @@ def read_camera(text: str) -> tuple[float, ...]:
     return numbers
 
 
-def _number(kind: type, low: float | None, high: float | None) -> Read:
+def _number(value_kind: type, low: float | None, high: float | None) -> Read:
     def read(text: str) -> Any:
-        value = kind(text)
+        value = value_kind(text)
         # False for NaN, whatever the bounds.
         if not (-math.inf if low is None else low) <= value <= (math.inf if high is None else high):
-            raise ValueError(f"takes {_range(kind, low, high)}")
+            raise ValueError(f"takes {_range(value_kind, low, high)}")
         return value
 
     return read
 
 
-def _range(kind: type, low: float | None, high: float | None) -> str:
+def _range(value_kind: type, low: float | None, high: float | None) -> str:
     """Bounds in words. Whole numbers in full: seeds have 19 digits."""
-    first, last = (str(bound) if kind is int else f"{bound:g}" for bound in (low or 0, high or 0))
+    first, last = (str(bound) if value_kind is int else f"{bound:g}" for bound in (low or 0, high or 0))
     if low is None:
         return "a number" if high is None else f"at most {last}"
     return f"{first} or more" if high is None else f"{first} to {last}"

@@ -124,9 +124,9 @@ def most_at_hand(each: list[int]) -> int:
     return max(sum(each[place : place + 3]) for place in range(max(1, len(each) - 2)))
 
 
-def tried(kind: Any, weights: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
+def tried(optimizer_class: Any, weights: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
     """An optimizer after its first step."""
-    optimizer: torch.optim.Optimizer = kind([{"params": weights}], **arguments)
+    optimizer: torch.optim.Optimizer = optimizer_class([{"params": weights}], **arguments)
     for_training(optimizer)
     take_step(optimizer, weights)
     return optimizer

@@ -25,12 +25,12 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), GELU(), Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(self, x: Tensor, context: Tensor, time: Tensor, turns: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, time: Tensor, rope: Tensor) -> Tensor:
         """x (B, L, d) float32, context (B, T, d), time (B, G, 6, d) float32, turns (2, L, 1, D) -> like x."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unbind(2)
         dtype = context.dtype
         modulated = modulate(self.norm1(x), shift1, scale1).to(dtype)
-        x = gated(x, self.self_attn(modulated, modulated, turns), gate1)
+        x = gated(x, self.self_attn(modulated, modulated, rope), gate1)
         x = x + self.cross_attn(self.norm3(x).to(dtype), context)
         return gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2).to(dtype)), gate2)
 

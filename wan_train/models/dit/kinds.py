@@ -73,17 +73,17 @@ def channels_for(variant: Variant) -> tuple[Channels, ...]:
     return tuple(Channels(variant.in_dim, variant.space.channels, clip, last, kind) for kind in kinds)
 
 
-def refuse_foreign(shapes: Shapes, what: str) -> None:
+def refuse_foreign(shapes: Shapes, label: str) -> None:
     """InputError that names the kind of a DiT, official names, if no task is for it."""
     submodules = {name.partition(".")[0] for name in shapes}
     for kind in _FOREIGN:
         if kind.submodule in submodules:
             raise InputError(
-                f"{what} is a {kind.name} model, which is not supported: give a model of one of the tasks of --task"
+                f"{label} is a {kind.name} model, which is not supported: give a model of one of the tasks of --task"
             )
 
 
-def require_task(shapes: Shapes, variant: Variant, what: str) -> None:
+def require_task(shapes: Shapes, variant: Variant, label: str) -> None:
     """InputError for a DiT, official names, of other channels than the task's, with layers for another kind of control,
     or that reads other images through CLIP."""
     found, fit = channels_of(shapes), channels_for(variant)
@@ -101,4 +101,4 @@ def require_task(shapes: Shapes, variant: Variant, what: str) -> None:
         differs = f"makes {found.out_dim} channels, but --task {variant.name} is for {wanted.out_dim}"
     else:
         differs = f"reads {found.images} through CLIP, but --task {variant.name} gives it {wanted.images}"
-    raise InputError(f"{what} {differs}: {f'use --task {fitting[0].name}' if fitting else 'give another file'}")
+    raise InputError(f"{label} {differs}: {f'use --task {fitting[0].name}' if fitting else 'give another file'}")

@@ -68,15 +68,15 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(dim, config.eps)
         self.norm_k = RMSNorm(dim, config.eps)
 
-    def forward(self, x: Tensor, source: Tensor, turns: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, source: Tensor, rope: Tensor | None = None) -> Tensor:
         """x (B, L, d) attends to source (B, S, d), both turned by `turns` (2, L, 1, D) if given -> (B, L, d)."""
-        query = self.norm_q(self.q(x), self.num_heads, turns)
-        key, value = self.read(source) if turns is None else self.read(source, turns)
+        query = self.norm_q(self.q(x), self.num_heads, rope)
+        key, value = self.read(source) if rope is None else self.read(source, rope)
         return self.o(rearrange(self.attend(query, key, value), "B L N D -> B L (N D)"))
 
-    def read(self, source: Tensor, turns: Tensor | None = None) -> tuple[Tensor, ...]:
+    def read(self, source: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
         """Keys and values (B, S, N, D) of source (B, S, d)."""
-        key = self.norm_k(self.k(source), self.num_heads, turns)
+        key = self.norm_k(self.k(source), self.num_heads, rope)
         return key, rearrange(self.v(source), "B S (N D) -> B S N D", N=self.num_heads)
 
 
@@ -88,14 +88,14 @@ class ImageAttention(Attention):
         self.k_img, self.v_img = (Linear(config.dim, config.dim) for _ in range(2))
         self.norm_k_img = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x: Tensor, source: Tensor, turns: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, source: Tensor, rope: Tensor | None = None) -> Tensor:
         """x (B, L, d) attends to source (B, I+512, d), whose last 512 tokens are the text -> (B, L, d)."""
-        query = self.norm_q(self.q(x), self.num_heads, turns)
+        query = self.norm_q(self.q(x), self.num_heads, rope)
         key, value, image_key, image_value = self.read(source)
         seen = self.attend(query, key, value) + self.attend(query, image_key, image_value)
         return self.o(rearrange(seen, "B L N D -> B L (N D)"))
 
-    def read(self, source: Tensor, turns: Tensor | None = None) -> tuple[Tensor, ...]:
+    def read(self, source: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
         """Keys and values (B, 512, N, D) of the text in source (B, I+512, d), then those (B, I, N, D) of the images."""
         images, text = source[:, :-TEXT_LENGTH], source[:, -TEXT_LENGTH:]
         image_key = self.norm_k_img(self.k_img(images), self.num_heads)

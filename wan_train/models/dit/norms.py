@@ -33,9 +33,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, num_heads: int, turns: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, num_heads: int, rope: Tensor | None = None) -> Tensor:
         """x (B, L, N*D) -> (B, L, N, D), each token turned by `turns` (2, L, 1, D) if given."""
-        heads: Tensor = _NormTurn.apply(x, self.weight, turns, self.eps, num_heads)  # type: ignore[no-untyped-call]
+        heads: Tensor = _NormTurn.apply(x, self.weight, rope, self.eps, num_heads)  # type: ignore[no-untyped-call]
         return heads
 
 
@@ -43,15 +43,15 @@ class _NormTurn(torch.autograd.Function):
     """RMS norm over the width, then the rotation of heads; the norm's factor is folded into the rotation's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, turns: Tensor | None, eps: float, num_heads: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rope: Tensor | None, eps: float, num_heads: int) -> Tensor:
         wide = x.float()
         inverse = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_() / x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, turns, inverse)
+        ctx.save_for_backward(x, weight, rope, inverse)
         heads = (wide * weight.float()).unflatten(-1, (num_heads, -1))
         factor = inverse.unsqueeze(-1)
-        if turns is None:
+        if rope is None:
             return heads.mul_(factor).to(x.dtype)
-        return rotate(heads, turns[0] * factor, turns[1] * factor).to(x.dtype)
+        return rotate(heads, rope[0] * factor, rope[1] * factor).to(x.dtype)
 
     @staticmethod
     @once_differentiable

@@ -25,7 +25,7 @@ class VaceBlock(Block):
         self.after_proj = Linear(config.dim, config.dim)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, context: Tensor, time: Tensor, turns: Tensor, start: Tensor | None = None
+        self, x: Tensor, context: Tensor, time: Tensor, rope: Tensor, start: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the context's next tokens (B, L, d) float32 and their hint (B, L, d).
 
@@ -35,7 +35,7 @@ class VaceBlock(Block):
         dtype = context.dtype
         if start is not None:
             x = self.before_proj(x.to(dtype)) + start
-        x = super().forward(x, context, time, turns)
+        x = super().forward(x, context, time, rope)
         return x, self.after_proj(x.to(dtype))
 
 

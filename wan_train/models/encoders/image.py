@@ -120,26 +120,26 @@ def check_image_encoder(source: TensorSource, flag: str = "--clip") -> int:
     return int(encoder.embeddings.class_embedding.shape[0])
 
 
-def _make_empty(found: Shapes, config: Mapping[str, Any], what: str) -> ImageEncoder:
+def _make_empty(found: Shapes, config: Mapping[str, Any], label: str) -> ImageEncoder:
     """The tower on `meta` that these tensors fill."""
-    require_kind(found, "CLIP", what)
+    require_kind(found, "CLIP", label)
     meta = ((name, torch.empty(shape, device="meta")) for name, shape in found.items())
     shapes = {name: tuple(tensor.shape) for name, tensor in _tower(meta, found)}
     with torch.device("meta"):
-        encoder = ImageEncoder(_read_config(shapes, config, what))
-    check_names(shapes, encoder, what)
+        encoder = ImageEncoder(_read_config(shapes, config, label))
+    check_names(shapes, encoder, label)
     return encoder
 
 
-def _read_config(shapes: Shapes, config: Mapping[str, Any], what: str) -> CLIPVisionConfig:
+def _read_config(shapes: Shapes, config: Mapping[str, Any], label: str) -> CLIPVisionConfig:
     try:
         width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
         num_positions = shapes["embeddings.position_embedding.weight"][0]
     except (KeyError, ValueError) as problem:
-        raise InputError(f"{what} is not a whole CLIP image tower: no usable {problem}") from None
+        raise InputError(f"{label} is not a whole CLIP image tower: no usable {problem}") from None
     num_heads = int(config.get("num_heads") or max(1, width // HEAD_WIDTH))
     if width % num_heads:
-        raise InputError(f"{what}: a width of {width} does not divide into {num_heads} heads")
+        raise InputError(f"{label}: a width of {width} does not divide into {num_heads} heads")
     blocks = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
     inner = [shape[0] for name, shape in shapes.items() if name.endswith("mlp.fc1.weight")]
     return CLIPVisionConfig(

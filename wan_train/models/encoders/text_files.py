@@ -43,26 +43,26 @@ _INNER = {
 }
 
 
-def make_empty(header: Header, what: str) -> UMT5EncoderModel:
+def make_empty(header: Header, label: str) -> UMT5EncoderModel:
     """The model on `meta` that these tensors fill exactly, or an InputError."""
-    require_kind(header.shapes, "T5", what)
+    require_kind(header.shapes, "T5", label)
     shapes = _of_weights(header, header.shapes)
     with torch.device("meta"):
         model = UMT5EncoderModel(read_config(shapes))
     # Tied to `shared` once that is filled.
     model.encoder.embed_tokens = nn.Identity()
-    check_names(shapes, model, what)
-    _check_numbers(header, what)
+    check_names(shapes, model, label)
+    _check_numbers(header, label)
     return model
 
 
-def _check_numbers(header: Header, what: str) -> None:
+def _check_numbers(header: Header, label: str) -> None:
     """InputError for weights that are stored in another way than as floats or as floats times a scale."""
     weights = _of_weights(header, header.dtypes)
     scales = {name: dtype for name, dtype in header.dtypes.items() if "scale" in name.rpartition(".")[2]}
     for name, dtype in {**weights, **scales}.items():
         if not dtype.is_floating_point:
-            raise InputError(f"{what} stores {name} as {name_of(dtype)}: give a bf16, fp16, fp32 or fp8 file")
+            raise InputError(f"{label} stores {name} as {name_of(dtype)}: give a bf16, fp16, fp32 or fp8 file")
     empty = {name: torch.empty(shape, device="meta") for name, shape in header.shapes.items() if is_beside(name)}
     _scales(empty, header)
 

@@ -140,7 +140,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 _END = "</s>"
 
 
-def tokenizer_of_sentencepiece(model: bytes, what: str) -> Tokenizer:
+def tokenizer_of_sentencepiece(model: bytes, label: str) -> Tokenizer:
     """The tokenizer that a SentencePiece unigram model describes; InputError, naming `what`, when it is not one.
 
     As in Hugging Face's conversion for T5, a character that no piece covers is unknown: the model's pieces for single
@@ -153,7 +153,7 @@ def tokenizer_of_sentencepiece(model: bytes, what: str) -> Tokenizer:
         if character_map:
             backend.normalizer = normalizers.Precompiled(character_map)
     except Exception as problem:  # the library raises nothing narrower
-        raise InputError(f"{what} holds no SentencePiece unigram model ({problem}): {_DOWNLOAD}") from None
+        raise InputError(f"{label} holds no SentencePiece unigram model ({problem}): {_DOWNLOAD}") from None
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     backend.post_processor = processors.TemplateProcessing(single=f"$A {_END}", special_tokens=[(_END, end)])
     return Tokenizer(backend)

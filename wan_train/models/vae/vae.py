@@ -226,12 +226,12 @@ def check_vae(source: TensorSource, flag: str = "--vae", *, latent_channels: int
     _make_empty(read_header(source).shapes, what, latent_channels=latent_channels)
 
 
-def _make_empty(shapes: Shapes, what: str, *, latent_channels: int | None = None) -> WanVAE:
+def _make_empty(shapes: Shapes, label: str, *, latent_channels: int | None = None) -> WanVAE:
     """The model on `meta` that these tensors fill exactly, or an InputError.
 
     `latent_channels`: those that it has to have; None takes either kind.
     """
-    require_kind(shapes, "VAE", what)
+    require_kind(shapes, "VAE", label)
     rename = vae_rename(shapes)
     official = {rename(name): shape for name, shape in shapes.items()}
     geometry = read_geometry(official)
@@ -241,10 +241,10 @@ def _make_empty(shapes: Shapes, what: str, *, latent_channels: int | None = None
         other = ", or --task ti2v-5B" if kind.name == KIND22 and wanted.name == KIND21 else ""
         named = f"a {kind.name} VAE" if geometry.latent_channels == kind.latent_channels else "another VAE"
         raise InputError(
-            f"{what} is {named} with {geometry.latent_channels} latent channels, the model has "
+            f"{label} is {named} with {geometry.latent_channels} latent channels, the model has "
             f"{wanted.latent_channels}: give {wanted.file}{other}"
         )
     with torch.device("meta"):
         model = WanVAE(geometry)
-    check_names(official, model, what)
+    check_names(official, model, label)
     return model

@@ -107,9 +107,9 @@ class Evaluation:
             return told
         return f"{told}; {self._change(self.to_first, 'the first')}"
 
-    def _change(self, to: Difference, what: str) -> str:
+    def _change(self, to: Difference, label: str) -> str:
         interval = f"95% interval {to.low:+.5f} to {to.high:+.5f}" if self.num_files > 1 else "no interval for one file"
-        return f"{abs(to.mean):.5f} {'below' if to.mean < 0 else 'above'} {what}, of step {to.step} ({interval})"
+        return f"{abs(to.mean):.5f} {'below' if to.mean < 0 else 'above'} {label}, of step {to.step} ({interval})"
 
 
 @dataclass(frozen=True)

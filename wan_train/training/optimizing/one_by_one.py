@@ -39,27 +39,27 @@ class Part:
     held: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def steps_apart(kind: Any) -> bool:
+def steps_apart(optimizer_class: Any) -> bool:
     """Whether the step of an optimizer class can be taken weight by weight."""
-    return kind.__name__ in _APART.get(kind.__module__.partition(".")[0], ())
+    return optimizer_class.__name__ in _APART.get(optimizer_class.__module__.partition(".")[0], ())
 
 
-def check_apart(kind: Any, name: str, flag: str) -> None:
+def check_apart(optimizer_class: Any, name: str, flag: str) -> None:
     """InputError for an optimizer class, called `name`, whose step cannot be taken weight by weight as `flag` asks."""
-    if not steps_apart(kind):
+    if not steps_apart(optimizer_class):
         known = ", ".join(dict.fromkeys(name for names in _APART.values() for name in names))
         raise InputError(f"{flag} steps weight by weight, which --optimizer_type {name} cannot: take one of {known}")
 
 
 @cache
-def one_by_one(kind: Callable[..., torch.optim.Optimizer]) -> Any:
+def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
     """The class that steps as `kind` does, one weight at a time.
 
     It takes `turns` besides. Each is a context for the step of one weight. It is given the optimizer, the weight and a
     key that tells the number of steps taken and the weight's place, and gives the weight to step: that one, or one that
     stands in for it.
     """
-    base: Any = kind
+    base: Any = optimizer_class
 
     class OneByOne(base):  # type: ignore[misc]
         param_groups: list[dict[str, Any]]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 
-def comes_from(kind: Any, package: str, name: str) -> bool:
+def comes_from(optimizer_class: Any, package: str, name: str) -> bool:
     """Whether a class is, or inherits from, `name` of `package`; it need not be importable to be told apart."""
-    return any(base.__name__ == name and base.__module__.partition(".")[0] == package for base in inspect.getmro(kind))
+    return any(base.__name__ == name and base.__module__.partition(".")[0] == package for base in inspect.getmro(optimizer_class))
 
 
 def is_schedule_free(optimizer: Any) -> bool:
@@ -21,9 +21,9 @@ def is_schedule_free(optimizer: Any) -> bool:
     return callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None))
 
 
-def sets_own_rate(kind: Any, arguments: Mapping[str, Any]) -> bool:
+def sets_own_rate(optimizer_class: Any, arguments: Mapping[str, Any]) -> bool:
     """Whether this class with these arguments is an Adafactor that was asked for its relative step."""
-    return comes_from(kind, "transformers", "Adafactor") and bool(arguments.get("relative_step"))
+    return comes_from(optimizer_class, "transformers", "Adafactor") and bool(arguments.get("relative_step"))
 
 
 def for_training(optimizer: torch.optim.Optimizer) -> None:
