@@ -1,6 +1,6 @@
 """What a training step takes outside the model: everything but its passes, the clipping and the optimizer's step.
 
-A tiny model with latents of a 480x832 picture is trained through the trainer's own loop; the time of each step is taken
+A tiny model with latents of a 480x832 image is trained through the trainer's own loop; the time of each step is taken
 whole, and that of the model's forward and backward pass, of clipping and of the optimizer is taken off.
 
     python benchmarks/overhead.py [--steps 300]
@@ -47,7 +47,7 @@ class Clock:
 
 
 def prepare(folder: Path) -> None:
-    """Caches of the tiny dataset's first frames, as pictures of 480x832."""
+    """Caches of the tiny dataset's first frames, as images of 480x832."""
     from cache_tools.settings import LATENTS_TOOL, TEXT_TOOL
 
     make(folder)

@@ -52,7 +52,7 @@ def main(settings: CacheLatentsSettings) -> None:
         make_controls(settings.dataset, settings.controls.make_control)
         return
     images = image_inputs(settings)
-    task, one_frame = settings.pictures.task, settings.pictures.one_frame
+    task, one_frame = settings.images.task, settings.images.one_frame
     space = VARIANTS[task].space if task else WAN21
     configs = read_config(
         settings.dataset.dataset_config,
@@ -113,7 +113,7 @@ def _check_clip(plans: Sequence[ClipPlan], settings: CacheLatentsSettings) -> No
         seen = [item.path.name for item in plan.items if _sees(item)]
         if seen and not settings.image.clip:
             raise InputError(
-                f"{plan.config}: --clip is missing: --task {settings.pictures.task} reads the start or reference images"
+                f"{plan.config}: --clip is missing: --task {settings.images.task} reads the start or reference images"
                 f" of {len(seen)} files through CLIP ({name_some(seen)}); give"
                 " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
             )
@@ -181,7 +181,7 @@ def _open_encoder(
 def _load(
     clips: Sequence[Clip], manifest: Manifest, num_workers: int, *, skipped: list[Clip] | None
 ) -> Iterator[LoadedClip]:
-    """The pictures of clips, sorted by size; all clips of one item come from one decode.
+    """The images of clips, sorted by size; all clips of one item come from one decode.
 
     With a list for what is `skipped`, items that cannot be decoded are named and their clips put there.
     """
@@ -192,9 +192,9 @@ def _load(
     def load(group: Sequence[Clip]) -> list[LoadedClip]:
         path = group[0].item.path
         try:
-            # Before the pictures: a file that is changed meanwhile is then stale.
+            # Before the images: a file that is changed meanwhile is then stale.
             source = take_fingerprint(path, manifest, group[0].reading)
-            pictures = load_clips(group)
+            images = load_clips(group)
         except OSError as problem:
             raise InputError(f"{path} cannot be read: {problem.strerror or problem}") from None
         except InputError as problem:
@@ -205,9 +205,7 @@ def _load(
             logger.warning("skipped: %s", problem)
             return []
         extras = load_extras(group, manifest)
-        return [
-            LoadedClip(clip, its, source, beside) for clip, its, beside in zip(group, pictures, extras, strict=True)
-        ]
+        return [LoadedClip(clip, its, source, beside) for clip, its, beside in zip(group, images, extras, strict=True)]
 
     for loaded in work_ahead(load, list(by_item.values()), num_workers):
         yield from loaded

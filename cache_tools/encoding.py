@@ -9,30 +9,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_tools.extras import LATENTS, ExtraPictures, encode_extras, one_frame_tensors, to_pixels
+from cache_tools.extras import LATENTS, ExtraImages, encode_extras, one_frame_tensors, to_pixels
 from dataset.caching.cache import save_latents
 from dataset.caching.extras import CLIP, wanted_extras
 from dataset.caching.recipe import Fingerprint, Recipe, gives_last, names_camera, places_in_time
 from dataset.items import Clip
 from wan_train.models.encoders.image import ImageEncoder
 from wan_train.precision import name_of
-from wan_train.sampling.pictures import to_picture
+from wan_train.sampling.images import to_image
 
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """A clip with its pictures (F, H, W, 3) in uint8, the file that they are from, and what goes with them."""
+    """A clip with its frames (F, H, W, 3) in uint8, the file that they are from, and what goes with them."""
 
     clip: Clip
-    pictures: NDArray[np.uint8]
+    frames: NDArray[np.uint8]
     source: Fingerprint
-    extras: ExtraPictures = field(default_factory=ExtraPictures)
+    extras: ExtraImages = field(default_factory=ExtraImages)
 
 
 @dataclass(frozen=True)
 class LatentEncoder:
     """A VAE, the file that it is from, where it computes, and the dtype of what it leaves; for models that read
-    pictures through CLIP that too."""
+    frames through CLIP that too."""
 
     vae: Any
     model: Fingerprint
@@ -68,21 +68,21 @@ def batch_clips(loaded: Iterable[LoadedClip], batch_size: int) -> Iterator[list[
 @torch.no_grad()
 def encode_batch(encoder: LatentEncoder, batch: Sequence[LoadedClip]) -> None:
     """Encode clips of one size and length and write their files."""
-    pictures = torch.from_numpy(np.stack([one.pictures for one in batch])).to(encoder.device)
+    frames = torch.from_numpy(np.stack([one.frames for one in batch])).to(encoder.device)
     images = batch[0].clip.item.config.images
     # One at a time where a clip's own first frame is what it is given: bit for bit what previews encode of that.
     apart = 1 if images is not None and images.fused else len(batch)
-    latents = torch.cat([encoder.encode(part) for part in to_pixels(pictures).split(apart)])
+    latents = torch.cat([encoder.encode(part) for part in to_pixels(frames).split(apart)])
     if one_frame := batch[0].clip.item.config.one_frame:
         for one, its in zip(batch, latents, strict=True):
-            others = [to_picture(picture) for picture in one.extras.others]
+            others = [to_image(image) for image in one.extras.others]
             tensors = one_frame_tensors(one_frame, its, others, encode=encoder.encode, see=encoder.images)
             whole = tensors.pop(LATENTS)
             save_latents(one.clip, whole, encoder.dtype, _make_recipe(one, encoder), extras=tensors)
         return
     extras = encode_extras(
         [one.clip for one in batch],
-        pictures,
+        frames,
         [one.extras for one in batch],
         encode=encoder.encode,
         see=encoder.images,

@@ -41,16 +41,16 @@ from wan_train.conditions.kinds import CAMERA, KINDS
 from wan_train.errors import InputError
 from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VAE_STRIDE
-from wan_train.sampling.pictures import to_picture
+from wan_train.sampling.images import to_image
 
 LATENTS = "latents"
 
 
 @dataclass(frozen=True)
-class ExtraPictures:
-    """What goes with a clip: the pictures (F, H, W, 3) of its control, uint8; the mask (F, h, w) of its latent cells.
+class ExtraImages:
+    """What goes with a clip: the images (F, H, W, 3) of its control, uint8; the mask (F, h, w) of its latent cells.
 
-    `sources` are the files that these are from, by what they are for; `others` the pictures (H, W, 3) that a picture is
+    `sources` are the files that these are from, by what they are for; `others` the images (H, W, 3) that an image is
     trained beside as one frame of several; `references` images (H, W, 3), fitted to the clip but for VACE; `vace_mask`
     (F, H, W) in [0, 1]; `camera` an entry (F, 19) for each frame.
     """
@@ -64,7 +64,7 @@ class ExtraPictures:
     camera: Tensor | None = None
 
 
-def load_extras(clips: Sequence[Clip], manifest: Manifest) -> list[ExtraPictures]:
+def load_extras(clips: Sequence[Clip], manifest: Manifest) -> list[ExtraImages]:
     """What goes with clips of one item, in their size and at their frames; one decode for all.
 
     Raises InputError where a file cannot be read, a mask or a camera path is too short, or a loss mask has no white.
@@ -78,31 +78,31 @@ def load_extras(clips: Sequence[Clip], manifest: Manifest) -> list[ExtraPictures
     if item.config.one_frame:
         stills = [read_image(path, background) for path in item.controls]
         others = [tuple(resize_to_bucket(still, clip.size) for still in stills) for clip in clips]
-        return [ExtraPictures(sources, others=pictures) for pictures in others]
+        return [ExtraImages(sources, others=images) for images in others]
     controls = load_controls(clips) if item.control else [None] * len(clips)
     masks = _load_mask(clips) if item.mask else [None] * len(clips)
     references = _load_references(clips[0])
     vace_masks = _load_vace_mask(clips) if "vace_mask" in sources else [None] * len(clips)
     return [
-        ExtraPictures(sources, control, mask, (), references, vace_mask, _load_camera(clip))
+        ExtraImages(sources, control, mask, (), references, vace_mask, _load_camera(clip))
         for clip, control, mask, vace_mask in zip(clips, controls, masks, vace_masks, strict=True)
     ]
 
 
 def encode_extras(
-    clips: Sequence[Clip], pictures: Tensor, loaded: Sequence[ExtraPictures], *, encode: Encode, see: See | None = None
+    clips: Sequence[Clip], images: Tensor, loaded: Sequence[ExtraImages], *, encode: Encode, see: See | None = None
 ) -> list[dict[str, Tensor]]:
     """The tensors that each clip's file holds beside its latents, by kind.
 
-    `pictures` (B, F, H, W, 3) in uint8 are those of the clips; `encode` makes pixels latents, `see` is there where the
-    model reads pictures through CLIP. Clips are of one dataset, so that all of them are mirrored or none.
+    `images` (B, F, H, W, 3) in uint8 are those of the clips; `encode` makes pixels latents, `see` is there where the
+    model reads images through CLIP. Clips are of one dataset, so that all of them are mirrored or none.
     """
     found: list[dict[str, Tensor]] = [{} for _ in clips]
     encoders = Encoders(encode, see)
     if clips[0].item.config.flip_augment:
-        for tensors, latents in zip(found, encode(to_pixels(pictures.flip(3))), strict=True):
+        for tensors, latents in zip(found, encode(to_pixels(images.flip(3))), strict=True):
             tensors[FLIPPED] = latents
-    for tensors, clip, pixels, extra in zip(found, clips, to_pixels(pictures), loaded, strict=True):
+    for tensors, clip, pixels, extra in zip(found, clips, to_pixels(images), loaded, strict=True):
         given, kinds = _given_of(clip, pixels, extra), wanted_extras(clip.item)
         for flipped, control in ((False, CONTROL), (True, CONTROL_FLIPPED)):
             if FLIPPED in kinds or not flipped:
@@ -117,23 +117,23 @@ def encode_extras(
     return found
 
 
-def _given_of(clip: Clip, pixels: Tensor, extra: ExtraPictures) -> Given:
+def _given_of(clip: Clip, pixels: Tensor, extra: ExtraImages) -> Given:
     """What a clip's conditions are built from, its control and references as pixels too."""
     control = None if extra.control is None else to_pixels(torch.from_numpy(extra.control)[None])[0].to(pixels.device)
-    references = tuple(to_picture(image) for image in extra.references)
+    references = tuple(to_image(image) for image in extra.references)
     mask = None if extra.vace_mask is None else torch.from_numpy(extra.vace_mask)
     return Given(clip, pixels, control, references, mask, extra.camera)
 
 
-def to_pixels(pictures: Tensor) -> Tensor:
-    """Pictures (B, F, H, W, 3) in uint8 as the VAE takes them: (B, 3, F, H, W), float32 in [-1, 1]."""
-    return rearrange(pictures, "b f h w c -> b c f h w").float().div_(127.5).sub_(1.0)
+def to_pixels(images: Tensor) -> Tensor:
+    """Images (B, F, H, W, 3) in uint8 as the VAE takes them: (B, 3, F, H, W), float32 in [-1, 1]."""
+    return rearrange(images, "b f h w c -> b c f h w").float().div_(127.5).sub_(1.0)
 
 
 def one_frame_tensors(
     one_frame: OneFrame, latents: Tensor, controls: Sequence[Tensor], *, encode: Encode, see: See | None
 ) -> dict[str, Tensor]:
-    """What the file of a picture that is trained as one frame of several holds, by kind: its latents (C, 1, H, W)
+    """What the file of an image that is trained as one frame of several holds, by kind: its latents (C, 1, H, W)
     among those of the others under LATENTS, and what a model for images is given of these controls (3, H, W)."""
     given = one_frame_latents(controls, one_frame, encode)
     whole, place = given[FRAME_STEP:].clone(), one_frame.target_place
@@ -142,20 +142,20 @@ def one_frame_tensors(
     return {LATENTS: whole, IMAGE: given, CLIP: stacked_tokens(controls, see), POSITIONS: places}
 
 
-def average_cells(pictures: NDArray[np.uint8], stride: int = VAE_STRIDE) -> NDArray[np.float32]:
-    """A mask's pictures (F, H, W, 3), F = 4k+1, as the mean white, 0 to 1, of each latent cell: (k+1, H/8, W/8), or of
+def average_cells(images: NDArray[np.uint8], stride: int = VAE_STRIDE) -> NDArray[np.float32]:
+    """A mask's images (F, H, W, 3), F = 4k+1, as the mean white, 0 to 1, of each latent cell: (k+1, H/8, W/8), or of
     cells of another stride.
 
-    The first latent frame holds the first picture alone, each further one four.
+    The first latent frame holds the first image alone, each further one four.
     """
-    grey = pictures.mean(axis=3, dtype=np.float32) / 255
+    grey = images.mean(axis=3, dtype=np.float32) / 255
     cells = reduce(grey, "f (h a) (w b) -> f h w", "mean", a=stride, b=stride)
     later = reduce(cells[1:], "(f n) h w -> f h w", "mean", n=FRAME_STEP)
     return np.concatenate([cells[:1], later])
 
 
 def load_controls(clips: Sequence[Clip]) -> list[NDArray[np.uint8]]:
-    """The pictures (F, H, W, 3) of the control of each of an item's clips."""
+    """The images (F, H, W, 3) of the control of each of an item's clips."""
     clip, path = clips[0], clips[0].item.control
     assert path is not None
     background = clip.item.config.alpha_background
@@ -164,8 +164,8 @@ def load_controls(clips: Sequence[Clip]) -> list[NDArray[np.uint8]]:
     # A control that ends early stays at its last frame.
     last = probe(path).num_frames - 1
     wanted = {min(index, last) for clip in clips for index in clip.frames}
-    pictures = {index: resize_to_bucket(picture, clip.size) for index, picture in read_frames(path, wanted, background)}
-    return [np.stack([pictures[min(index, last)] for index in clip.frames]) for clip in clips]
+    images = {index: resize_to_bucket(image, clip.size) for index, image in read_frames(path, wanted, background)}
+    return [np.stack([images[min(index, last)] for index in clip.frames]) for clip in clips]
 
 
 def _load_mask(clips: Sequence[Clip]) -> list[NDArray[np.float32]]:
@@ -195,7 +195,7 @@ def _load_vace_mask(clips: Sequence[Clip]) -> list[NDArray[np.float32]]:
 
 
 def _fitted_masks(clips: Sequence[Clip], path: Path, background: Colour | None) -> list[NDArray[np.uint8]]:
-    """The pictures (F, H, W, 3) of a mask at the frames of each clip; an image is the mask of all frames."""
+    """The images (F, H, W, 3) of a mask at the frames of each clip; an image is the mask of all frames."""
     clip = clips[0]
     if clip.item.config.is_video and is_video(path):
         wanted = {index for clip in clips for index in clip.frames}
@@ -203,7 +203,7 @@ def _fitted_masks(clips: Sequence[Clip], path: Path, background: Colour | None) 
         if max(wanted) >= num_frames:
             raise InputError(f"{path}: a mask of {num_frames} frames for {clip.item.path}, which is longer: redo it")
         fitted: Mapping[int, NDArray[np.uint8]] = {
-            index: _fit_mask(picture, clip) for index, picture in read_frames(path, wanted, background)
+            index: _fit_mask(image, clip) for index, image in read_frames(path, wanted, background)
         }
     else:
         still = _fit_mask(read_image(path, background), clip)
@@ -236,8 +236,8 @@ def _load_camera(clip: Clip) -> Tensor | None:
     return entries[list(clip.frames)]
 
 
-def _fit_mask(picture: NDArray[np.uint8], clip: Clip) -> NDArray[np.uint8]:
-    """A mask stretched over the clip's picture and then cropped like it."""
-    if picture.shape[1::-1] != clip.source_size:
-        picture = np.asarray(cv2.resize(picture, clip.source_size, interpolation=cv2.INTER_AREA), np.uint8)
-    return resize_to_bucket(picture, clip.size)
+def _fit_mask(image: NDArray[np.uint8], clip: Clip) -> NDArray[np.uint8]:
+    """A mask stretched over the clip's image and then cropped like it."""
+    if image.shape[1::-1] != clip.source_size:
+        image = np.asarray(cv2.resize(image, clip.source_size, interpolation=cv2.INTER_AREA), np.uint8)
+    return resize_to_bucket(image, clip.size)

@@ -25,7 +25,7 @@ from wan_train.storage import check_writable
 
 logger = get_logger(__name__)
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 _EDGES = (100, 200)  # Canny's thresholds, as in OpenCV's tutorial and the preprocessors of ControlNet
 _BLUR = 5.0  # pixels, the standard deviation of the Gaussian
@@ -33,35 +33,35 @@ _TILE = 8  # pixels to a side of a tile
 _MOST_DENOMINATOR = 1001  # of frame rates: 30000/1001 and its kin
 
 
-def _grey(picture: Picture) -> Picture:
-    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), np.uint8)
+def _grey(image: Pixels) -> Pixels:
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
 
 
-def _in_three(grey: Picture) -> Picture:
+def _in_three(grey: Pixels) -> Pixels:
     return np.repeat(grey[..., None], 3, axis=2)
 
 
-def _blur(picture: Picture) -> Picture:
-    return np.asarray(cv2.GaussianBlur(picture, (0, 0), sigmaX=_BLUR), np.uint8)
+def _blur(image: Pixels) -> Pixels:
+    return np.asarray(cv2.GaussianBlur(image, (0, 0), sigmaX=_BLUR), np.uint8)
 
 
-def _tile(picture: Picture) -> Picture:
-    height, width = picture.shape[:2]
-    small = cv2.resize(picture, (-(-width // _TILE), -(-height // _TILE)), interpolation=cv2.INTER_AREA)
+def _tile(image: Pixels) -> Pixels:
+    height, width = image.shape[:2]
+    small = cv2.resize(image, (-(-width // _TILE), -(-height // _TILE)), interpolation=cv2.INTER_AREA)
     return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)
 
 
-# By the names that `MakeControlSettings` takes: a picture (H, W, 3) as its control, of the same shape.
-MAKERS: dict[str, Callable[[Picture], Picture]] = {
-    "canny": lambda picture: _in_three(np.asarray(cv2.Canny(_grey(picture), *_EDGES), np.uint8)),
-    "gray": lambda picture: _in_three(_grey(picture)),
+# By the names that `MakeControlSettings` takes: an image (H, W, 3) as its control, of the same shape.
+MAKERS: dict[str, Callable[[Pixels], Pixels]] = {
+    "canny": lambda image: _in_three(np.asarray(cv2.Canny(_grey(image), *_EDGES), np.uint8)),
+    "gray": lambda image: _in_three(_grey(image)),
     "blur": _blur,
     "tile": _tile,
 }
 
 
 def make_controls(settings: DatasetSettings, control_kind: str) -> None:
-    """Write a control of this `kind`, one of `MAKERS`, for each media file of each dataset that has none.
+    """Write a control of this `control_kind`, one of `MAKERS`, for each media file of each dataset that has none.
 
     They go into `control_directory`, or into a folder beside that of the media, or the listing, with `_control` behind
     its name: videos as lossless mp4 with all frames of the file at its rate and size, images as PNG. Each appears whole
@@ -113,7 +113,7 @@ def _make(path: Path, folder: Path, control_kind: str, config: DatasetConfig, *,
     return True
 
 
-def _read(path: Path, config: DatasetConfig) -> Iterator[Picture]:
+def _read(path: Path, config: DatasetConfig) -> Iterator[Pixels]:
     """All frames of a file as they are shown; one that is damaged raises InputError."""
     wanted = range(probe(path).num_frames)
-    return (picture for _, picture in read_frames(path, wanted, config.alpha_background))
+    return (image for _, image in read_frames(path, wanted, config.alpha_background))

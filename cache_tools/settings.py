@@ -42,7 +42,7 @@ class InspectSettings:
     )
     plan_json: str = option("", "Write what --plan tells to this file, for programs; - prints it.", metavar="FILE")
     debug_mode: str = option(
-        "", "Show each clip as it would be cached: a picture of all frames, the terminal, or an mp4.", choices=SHOWN
+        "", "Show each clip as it would be cached: an image of all frames, the terminal, or an mp4.", choices=SHOWN
     )
     debug_dir: str = option("cache_debug", "Folder for what --debug_mode image and video write.")
     console_width: int = option(80, "Characters in a line of --debug_mode console.", minimum=8)
@@ -65,8 +65,8 @@ class MakeControlSettings:
 
 
 @dataclass(frozen=True)
-class PictureSettings:
-    """Tasks with pictures."""
+class ImageSettings:
+    """Tasks with images."""
 
     task: str = option(
         "",
@@ -77,8 +77,8 @@ class PictureSettings:
     i2v: bool = option(False, "Cache what i2v tasks read of each clip's first frame; --clip alone means this too.")
     one_frame: bool = option(
         False,
-        "Cache pictures as one frame of several: the dataset's fp_1f_clean_indices and fp_1f_target_index say where in"
-        " time its controls and its own pictures are.",
+        "Cache images as one frame of several: the dataset's fp_1f_clean_indices and fp_1f_target_index say where in"
+        " time its controls and its own images are.",
     )
 
 
@@ -101,7 +101,7 @@ class CacheLatentsSettings:
     folder: CheckpointFolderSettings
     vae: VaeSettings
     image: ImageEncoderSettings
-    pictures: PictureSettings
+    images: ImageSettings
     run: LatentRunSettings
     inspect: InspectSettings
     controls: MakeControlSettings
@@ -125,30 +125,30 @@ def check_run(run: LatentRunSettings | TextRunSettings) -> None:
 
 def control_inputs(settings: CacheLatentsSettings) -> ControlInputs | None:
     """What else than images the caches are to hold conditions of; None: the task is not known."""
-    task, one_frame = settings.pictures.task, settings.pictures.one_frame
+    task, one_frame = settings.images.task, settings.images.one_frame
     if not task or one_frame:  # one frame is made beside the images of a control_directory
         return VARIANTS[task].control if task else None
     return VARIANTS[task].control or ControlInputs()
 
 
 def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:
-    """Which pictures the caches are to hold conditions of. InputError for options that contradict each other.
+    """Which images the caches are to hold conditions of. InputError for options that contradict each other.
 
     `--clip` may be missing where a model goes without a start image: what the dataset file gives it decides.
     """
-    task, clip, i2v = settings.pictures.task, bool(settings.image.clip), settings.pictures.i2v
+    task, clip, i2v = settings.images.task, bool(settings.image.clip), settings.images.i2v
     if not task:
         return ImageInputs(clip=clip) if i2v or clip else None
     images = VARIANTS[task].images
     if images is None and (i2v or clip):
         flag = "--i2v" if i2v else "--clip"
-        raise InputError(f"{flag}: --task {task} is given no pictures: leave out one of the two")
+        raise InputError(f"{flag}: --task {task} is given no images: leave out one of the two")
     if clip and not VARIANTS[task].reads_clip:
-        raise InputError(f"--clip: --task {task} reads no pictures through CLIP: leave it out")
+        raise InputError(f"--clip: --task {task} reads no images through CLIP: leave it out")
     looking = settings.inspect.plan or settings.inspect.plan_json or settings.inspect.debug_mode
     if images is not None and images.clip and not images.optional and not clip and not looking:
         raise InputError(
-            f"--clip is missing: --task {task} reads its pictures through CLIP too; give"
+            f"--clip is missing: --task {task} reads its images through CLIP too; give"
             " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
         )
     return images

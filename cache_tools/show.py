@@ -1,4 +1,4 @@
-"""Show what would be cached, in place of caching it: as pictures, as videos, or in the terminal."""
+"""Show what would be cached, in place of caching it: as images, as videos, or in the terminal."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from dataset.reading.media import load_clips
 from dataset.sources import ClipPlan
 from wan_train.media_out import write_image, write_video
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 _SHEET_WIDTH = 2048
 _CELL_ASPECT = 2  # a character is about twice as high as wide, and shows two pixels above one another
@@ -31,27 +31,27 @@ def show_clips(plans: Sequence[ClipPlan], settings: InspectSettings) -> None:
     for plan in plans:
         folder = Path(settings.debug_dir) / f"dataset_{plan.config.number}"
         for clip in plan.clips[: settings.console_num_images]:
-            (pictures,) = load_clips([clip])
+            (images,) = load_clips([clip])
             if clip.item.control and not plan.config.one_frame:
-                pictures = np.concatenate([pictures, *load_controls([clip])], axis=2)
+                images = np.concatenate([images, *load_controls([clip])], axis=2)
             print(f"{clip.item.path} from frame {clip.start}: {describe_size(clip.size)}, {clip.num_frames} frames")
             print(f"  {clip.item.caption}")
             if settings.debug_mode == "console":
-                print("\n".join(draw_blocks(pictures[0], settings.console_width, settings.console_back)))
+                print("\n".join(draw_blocks(images[0], settings.console_width, settings.console_back)))
             else:
                 stem, fps = folder / latents_path(clip).stem, plan.config.space.fps
-                print(f"  {_write(stem, pictures, settings.debug_mode, fps)}")
+                print(f"  {_write(stem, images, settings.debug_mode, fps)}")
 
 
-def draw_blocks(picture: Picture, width: int, back: str = "") -> Iterator[str]:
-    """Lines of a terminal that show a picture (H, W, 3), `width` characters wide and two pixels to a character.
+def draw_blocks(image: Pixels, width: int, back: str = "") -> Iterator[str]:
+    """Lines of a terminal that show an image (H, W, 3), `width` characters wide and two pixels to a character.
 
     The colours are 24-bit escape sequences. `back`, one of `CONSOLE_COLOURS`, lays a rim of that colour around it.
     """
     rim = f"\x1b[{40 + CONSOLE_COLOURS.index(back)}m  \x1b[0m" if back else ""
     inner = max(width - 4 * bool(back), 1)
-    rows = max(round(picture.shape[0] * inner / picture.shape[1] / _CELL_ASPECT), 1)
-    small = np.asarray(Image.fromarray(picture).resize((inner, 2 * rows), Image.Resampling.BOX))
+    rows = max(round(image.shape[0] * inner / image.shape[1] / _CELL_ASPECT), 1)
+    small = np.asarray(Image.fromarray(image).resize((inner, 2 * rows), Image.Resampling.BOX))
     edge = rim * (width // 2)
     if rim:
         yield edge
@@ -62,25 +62,25 @@ def draw_blocks(picture: Picture, width: int, back: str = "") -> Iterator[str]:
         yield edge
 
 
-def make_sheet(pictures: Picture) -> Picture:
-    """Pictures (F, H, W, 3) in rows, in one picture; made smaller where they would be wider than 2048 together."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    if columns > 1 and columns * pictures.shape[2] > _SHEET_WIDTH:
+def make_sheet(images: Pixels) -> Pixels:
+    """Images (F, H, W, 3) in rows, in one image; made smaller where they would be wider than 2048 together."""
+    columns = math.ceil(math.sqrt(len(images)))
+    if columns > 1 and columns * images.shape[2] > _SHEET_WIDTH:
         width = _SHEET_WIDTH // columns
-        size = (width, max(pictures.shape[1] * width // pictures.shape[2], 1))
-        pictures = np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BOX)) for p in pictures])
-    missing = -len(pictures) % columns
-    filled = np.concatenate([pictures, np.zeros((missing, *pictures.shape[1:]), np.uint8)])
+        size = (width, max(images.shape[1] * width // images.shape[2], 1))
+        images = np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BOX)) for p in images])
+    missing = -len(images) % columns
+    filled = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
     return rearrange(filled, "(row column) h w colour -> (row h) (column w) colour", column=columns)
 
 
-def _write(stem: Path, pictures: Picture, mode: str, fps: int) -> Path:
-    if mode == "video" and len(pictures) > 1:
+def _write(stem: Path, images: Pixels, mode: str, fps: int) -> Path:
+    if mode == "video" and len(images) > 1:
         path = stem.with_name(f"{stem.name}.mp4")
-        write_video(path, pictures, fps=fps)
+        write_video(path, images, fps=fps)
     else:
         path = stem.with_name(f"{stem.name}.png")
-        write_image(path, make_sheet(pictures))
+        write_image(path, make_sheet(images))
     return path
 
 

@@ -34,7 +34,7 @@ class DatasetConfig:
     else it is given, and its latents.
     `mask_directory` is that of the loss masks, whatever its key is; `camera_direction` and `camera_speed` are for files
     without a camera file; `start_image`: a model that may go without one is given the first frame.
-    `one_frame` is there where pictures are trained as one frame of several, which the two keys before it describe.
+    `one_frame` is there where images are trained as one frame of several, which the two keys before it describe.
     `shares_folder` says that another dataset of the file reads the folder's media of the other kind.
     """
 
@@ -86,7 +86,7 @@ class DatasetConfig:
 
     @property
     def num_clip_images(self) -> int:
-        """How many pictures of a clip the model is given through CLIP."""
+        """How many images of a clip the model is given through CLIP."""
         if self.images is None or not self.images.clip:
             return 0
         return self.images.num_clip_images if self.one_frame is None else len(self.one_frame.controls)
@@ -117,7 +117,7 @@ def read_config(
     one_frame: bool = False,
 ) -> tuple[DatasetConfig, ...]:
     """Every dataset of a TOML file, or of a `.json` file with the same keys, in its order, for a model with `images`
-    and `control`, and latents in `space`; with `one_frame` as pictures that are one frame of several.
+    and `control`, and latents in `space`; with `one_frame` as images that are one frame of several.
 
     Relative paths start at the working directory, as users know it. Raises InputError for a file that does not parse
     (with the line), unknown or misplaced keys, wrong types, values out of range, missing folders and datasets that
@@ -229,13 +229,13 @@ def _as_one_frame(config: DatasetConfig) -> DatasetConfig:
     """The dataset with `one_frame`. InputError for one that cannot be trained so."""
     place = f"{config.source}: dataset {config.number}"
     if config.images is None or not config.images.clip or config.control is not None:
-        raise InputError("--one_frame is for Wan2.1's tasks with pictures: give --task i2v-14B or flf2v-14B")
+        raise InputError("--one_frame is for Wan2.1's tasks with images: give --task i2v-14B or flf2v-14B")
     if config.is_video:
-        raise InputError(f"{place} has videos, and --one_frame trains pictures: leave it out of the file")
+        raise InputError(f"{place} has videos, and --one_frame trains images: leave it out of the file")
     if not config.fp_1f_clean_indices or config.fp_1f_target_index is None:
         raise InputError(
             f"{place}: --one_frame needs fp_1f_clean_indices and fp_1f_target_index, such as [0] and 1: say where in"
-            " time its control pictures and its own are"
+            " time its control images and its own are"
         )
     for key in ("flip_augment", "mask_directory", "alpha_mask"):
         if getattr(config, key):
@@ -245,7 +245,7 @@ def _as_one_frame(config: DatasetConfig) -> DatasetConfig:
     except ValueError as problem:
         raise InputError(f"{place}: fp_1f_clean_indices and fp_1f_target_index: {problem}") from None
     if config.images.last and len(one_frame.controls) != 2:
-        raise InputError(f"{place}: fp_1f_clean_indices: a flf2v task is given two pictures: list two indices")
+        raise InputError(f"{place}: fp_1f_clean_indices: a flf2v task is given two images: list two indices")
     return replace(config, one_frame=one_frame)
 
 

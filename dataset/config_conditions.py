@@ -34,7 +34,8 @@ def refuse_idle(key: str, given: ConditionKey, control: ControlInputs | None, lo
     """Raise InputError for a key or column that gives what the task does not read; None: the task is not known."""
     if control is not None and not given.is_read(control):
         raise InputError(
-            f"{location}: {key}: the task reads no {given.name}: remove it, or give a task that does ({given.tasks} tasks)"
+            f"{location}: {key}: the task reads no {given.name}: remove it, or give a task that does"
+            f" ({given.tasks} tasks)"
         )
 
 

@@ -35,10 +35,10 @@ def _read_switch(value: Any) -> bool:
 
 def _read_size(value: Any) -> tuple[int, int]:
     sides = value if isinstance(value, list) else [value, value]
-    what = f"[width, height] or one whole number, {SIZE_STEP} or more"
+    label = f"[width, height] or one whole number, {SIZE_STEP} or more"
     if len(sides) != 2:
-        raise ValueError(what)
-    return _whole(sides[0], what, SIZE_STEP), _whole(sides[1], what, SIZE_STEP)
+        raise ValueError(label)
+    return _whole(sides[0], label, SIZE_STEP), _whole(sides[1], label, SIZE_STEP)
 
 
 def _read_extension(value: Any) -> str:
@@ -71,33 +71,33 @@ def _read_text(value: Any) -> str:
 
 
 def _read_colour(value: Any) -> Colour:
-    what = 'a colour, such as "white", "#808080" or [128, 128, 128]'
+    label = 'a colour, such as "white", "#808080" or [128, 128, 128]'
     if isinstance(value, list) and len(value) == 3:
-        red, green, blue = (_whole(part, what, 0) for part in value)
+        red, green, blue = (_whole(part, label, 0) for part in value)
         if max(red, green, blue) <= 255:
             return red, green, blue
     try:
         parts = ImageColor.getrgb(value)
     except (ValueError, AttributeError, TypeError):
-        raise ValueError(what) from None
+        raise ValueError(label) from None
     if len(parts) != 3:
-        raise ValueError(f"{what}, without alpha")
+        raise ValueError(f"{label}, without alpha")
     return parts
 
 
 def _read_frames(value: Any) -> tuple[int, ...]:
-    what = "whole numbers of 1 or more, such as [1, 25, 81]"
+    label = "whole numbers of 1 or more, such as [1, 25, 81]"
     given = value if isinstance(value, list) else [value]
     if not given:
-        raise ValueError(what)
-    return tuple(sorted({floor_frames(_whole(frames, what)) for frames in given}))
+        raise ValueError(label)
+    return tuple(sorted({floor_frames(_whole(frames, label)) for frames in given}))
 
 
 def _read_indices(value: Any) -> tuple[int, ...]:
-    what = "places in time as whole numbers from 0, such as [0]"
+    label = "places in time as whole numbers from 0, such as [0]"
     if not isinstance(value, list) or not value:
-        raise ValueError(what)
-    return tuple(_whole(index, what, 0) for index in value)
+        raise ValueError(label)
+    return tuple(_whole(index, label, 0) for index in value)
 
 
 def _read_index(value: Any) -> int:
@@ -154,9 +154,9 @@ def read_speed(value: Any) -> float:
 
 def read_motion_bucket(value: Any) -> int:
     """Return the id of a motion bucket, 0 slow to 100 fast; ValueError with what it is for another value."""
-    what = f"a whole number from 0, slow, to {MOST_MOTION}, fast"
-    if _whole(value, what, 0) > MOST_MOTION:
-        raise ValueError(what)
+    label = f"a whole number from 0, slow, to {MOST_MOTION}, fast"
+    if _whole(value, label, 0) > MOST_MOTION:
+        raise ValueError(label)
     return int(value)
 
 
@@ -209,7 +209,7 @@ VIDEO_KEYS: dict[str, Callable[[Any], Any]] = {
     "max_frames": _read_count,
     "source_fps": _read_rate,
 }
-# Where in time pictures are that are trained as one frame of several.
+# Where in time images are that are trained as one frame of several.
 IMAGE_KEYS: dict[str, Callable[[Any], Any]] = {
     "fp_1f_clean_indices": _read_indices,
     "fp_1f_target_index": _read_index,

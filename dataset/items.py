@@ -21,7 +21,7 @@ class CameraSource:
 class Item:
     """One image or video of a dataset, and its captions: one or more, of which training takes one each time.
 
-    `controls` and `mask` are the pictures, videos or folders of frames that go with it: one control, or for a picture
+    `controls` and `mask` are the images, videos or folders of frames that go with it: one control, or for an image
     that is trained as one frame of several those others. A mask that is the file itself is its alpha. `references` are
     images, `vace_mask` is like a mask and says what VACE makes anew.
     """
@@ -52,7 +52,7 @@ class Clip:
     """A run of frames of an item, as it is trained on; an image is a clip of one frame.
 
     `frames` are the indices to decode, `start` is the first frame's number among those that `source_fps` keeps, `size`
-    the bucket and `source_size` the picture before resizing, both (width, height) in pixels. `reading` is what is done
+    the bucket and `source_size` the image before resizing, both (width, height) in pixels. `reading` is what is done
     to the pixels beyond decoding, in a recipe's words.
     """
 
@@ -70,7 +70,7 @@ class Clip:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of its latents; a picture that is one frame of several has those of the others too."""
+        """(C, F, H, W) of its latents; an image that is one frame of several has those of the others too."""
         width, height = self.size
         one_frame, space = self.item.config.one_frame, self.item.config.space
         frames = (self.num_frames - 1) // FRAME_STEP + 1 if one_frame is None else len(one_frame.positions)

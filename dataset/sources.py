@@ -59,9 +59,9 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool, with_part
     refuse_equal_stems(config, [entry.path for entry in entries])
     missing = [entry.path.name for entry in entries if not entry.captions]
     if missing and not allow_missing_captions:
-        what = "caption" if config.listing else f"{config.caption_extension} caption"
+        label = "caption" if config.listing else f"{config.caption_extension} caption"
         raise InputError(
-            f"{config}: {len(missing)} of {len(entries)} files have no {what} ({name_some(missing)}):"
+            f"{config}: {len(missing)} of {len(entries)} files have no {label} ({name_some(missing)}):"
             " write them, or train on empty text with --allow_missing_captions"
         )
     if missing:
@@ -89,7 +89,7 @@ def _with_partners(config: DatasetConfig, entries: Sequence[Entry], captions: Se
     if config.control is not None and config.control.vace and config.control_directory:
         _warn_without(config, paths, controls, "control", "VACE reads the clip under its mask, or no video")
     if config.mask_directory:
-        _warn_without(config, paths, masks, "mask", "all of their picture counts")
+        _warn_without(config, paths, masks, "mask", "all of their image counts")
     if config.vace_mask_directory:
         _warn_without(config, paths, vace_masks, "VACE mask", "VACE generates all of them")
     if config.reference_directory:

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.reading.frames import clip_positions
 
-PICTURE = Path(__file__).resolve().parent / "extraction.svg"
+IMAGE = Path(__file__).resolve().parent / "extraction.svg"
 FRAMES = 30
 # (mode, its keys, the numbers of `clip_positions`)
 ROWS: tuple[tuple[str, str, dict[str, int]], ...] = (
@@ -24,7 +24,7 @@ CELL, BAR, LEFT, GAP = 16, 14, 20, 16
 
 
 def draw() -> str:
-    """The picture as SVG: for each mode a row of frames, the taken ones dark, and a bar below for each clip."""
+    """The image as SVG: for each mode a row of frames, the taken ones dark, and a bar below for each clip."""
     parts, y = [], GAP
     for mode, keys, numbers in ROWS:
         clips = clip_positions(FRAMES, [9], mode, **numbers)
@@ -49,8 +49,8 @@ def _box(first: int, num_frames: int, y: int, height: int, colour: str) -> str:
 
 
 def main() -> None:
-    PICTURE.write_text(draw(), encoding="utf-8")
-    print(f"wrote {PICTURE}")
+    IMAGE.write_text(draw(), encoding="utf-8")
+    print(f"wrote {IMAGE}")
 
 
 if __name__ == "__main__":

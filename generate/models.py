@@ -29,7 +29,7 @@ from wan_train.precision import published_dtype
 from wan_train.quantization.stored import storage_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import Sampling
-from wan_train.sampling.encode import encode_pictures, encode_with, open_image_encoder, open_text_encoder, see_pictures
+from wan_train.sampling.encode import encode_images, encode_with, open_image_encoder, open_text_encoder, see_images
 from wan_train.sampling.passes import ALONE, Sharing
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.sharing import Shared
@@ -51,7 +51,7 @@ class Lent:
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a video is made from beside its texts: latents (C, F, H, W) of another, and pictures."""
+    """What a video is made from beside its texts: latents (C, F, H, W) of another, and images."""
 
     source: Tensor | None = None
     images: ImageConditions | None = None
@@ -154,14 +154,12 @@ class Models:
         return vae.model.encode(pixels.to(self.device))[0].cpu()
 
     def see(self, encoder: Lent, request: SampleRequest) -> Tensor:
-        """CLIP's tokens (I, width), in main memory, of the request's pictures."""
-        return see_pictures(request, encoder.model)
+        """CLIP's tokens (I, width), in main memory, of the request's images."""
+        return see_images(request, encoder.model)
 
-    def encode_pictures(
-        self, vae: Lent | None, request: SampleRequest, tokens: Tensor | None
-    ) -> ImageConditions | None:
-        """What the DiT reads of the request's pictures and controls, in host memory."""
-        return encode_pictures(request, None if vae is None else vae.model, tokens, self.device)
+    def encode_images(self, vae: Lent | None, request: SampleRequest, tokens: Tensor | None) -> ImageConditions | None:
+        """What the DiT reads of the request's images and controls, in host memory."""
+        return encode_images(request, None if vae is None else vae.model, tokens, self.device)
 
     @contextmanager
     def _lent(self, name: str, load: Callable[[], Any]) -> Iterator[Lent]:

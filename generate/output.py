@@ -145,13 +145,13 @@ def _check_pattern(settings: OutputSettings) -> None:
 
 
 def check_length(settings: OutputSettings, frames: int) -> None:
-    """Refuse a number of frames of which nothing is left, or more than the picture that `--save_path` names."""
+    """Refuse a number of frames of which nothing is left, or more than the image that `--save_path` names."""
     left = frames - settings.trim_tail_frames
     if left < 1:
         raise InputError(f"--trim_tail_frames {settings.trim_tail_frames} leaves none of {frames} frames: trim less")
     if Path(settings.target).suffix.lower() == ".png" and left > 1:
         raise InputError(
-            f"{settings.target_flag} {settings.target} names a picture for {left} frames: name a .mp4, or a folder"
+            f"{settings.target_flag} {settings.target} names an image for {left} frames: name a .mp4, or a folder"
         )
 
 

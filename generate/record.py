@@ -105,7 +105,7 @@ def make_record(settings: GenerateSettings, request: SampleRequest, hashes: Mapp
 
 
 def read_record(path: str) -> Record:
-    """The record that a video, a picture, a folder of pictures or a latent file carries. InputError without one."""
+    """The record that a video, an image, a folder of images or a latent file carries. InputError without one."""
     try:
         text = read_header(path).metadata.get(KEY) if path.endswith(".safetensors") else read_comment(path)
     except (OSError, av.FFmpegError) as problem:
@@ -135,7 +135,7 @@ def with_recorded_options(argv: Sequence[str], alone: Mapping[str, bool]) -> lis
 
 
 def _again(old: Path, kind: str) -> Path:
-    """Beside an old file or folder of pictures, the `--save_path` for another of that output type."""
+    """Beside an old file or folder of images, the `--save_path` for another of that output type."""
     old = old if old.name.strip(".") else old.resolve()
     suffix = ".png" if old.suffix.lower() == ".png" and kind in ("video", "both") else ".mp4"
     return old.with_name(f"{plain_name(old)}_again{suffix}")

@@ -114,9 +114,9 @@ def begin_jobs(jobs: Sequence[Job], models: Models, failures: "Failures") -> dic
 def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, Beginning]:
     """What the jobs begin with, encoded with one model after the other."""
     seen: dict[int, Tensor] = {}
-    if pictured := [job for job in jobs if job.request.clip_paths]:
+    if imaged := [job for job in jobs if job.request.clip_paths]:
         with models.image_encoder() as encoder:
-            for job in pictured:
+            for job in imaged:
                 with failures.of(job):
                     seen[job.index] = models.see(encoder, job.request)
     beginnings: dict[int, Beginning] = {}
@@ -128,7 +128,7 @@ def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[in
                 source = None
                 if vae is not None and job.request.video_path:
                     source = models.encode_video(vae, read_source(job.request, job.request.variant.fps))
-                images = models.encode_pictures(vae, job.request, seen.get(job.index))
+                images = models.encode_images(vae, job.request, seen.get(job.index))
                 beginnings[job.index] = Beginning(source, images)
     return beginnings
 

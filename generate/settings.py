@@ -68,7 +68,7 @@ class BatchSettings(PromptSettings):
     latent_path: tuple[str, ...] = option((), "Decode saved latents, files or folders of them, and nothing else.")
     from_metadata: str | None = option(
         None,
-        "Make a video, picture or latent file again from what it says of itself; options given beside it win.",
+        "Make a video, image or latent file again from what it says of itself; options given beside it win.",
         expands="generate.record:with_recorded_options",
     )
 
@@ -166,7 +166,7 @@ class GenerateSettings:
 
 TOOL = Tool(
     "wan_generate_video.py",
-    "Generate a video or a picture with a Wan model from a prompt and, for tasks that take them, pictures.",
+    "Generate a video or an image with a Wan model from a prompt and, for tasks that take them, images.",
     GenerateSettings,
     "generate.main:main",
 )

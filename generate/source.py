@@ -14,7 +14,7 @@ log = get_logger(__name__)
 
 
 def fit_to_source(request: SampleRequest, fps: int) -> SampleRequest:
-    """The request with no more frames than its `video_path` has at `fps`; a picture has one.
+    """The request with no more frames than its `video_path` has at `fps`; an image has one.
 
     InputError for a file that is missing or does not read.
     """

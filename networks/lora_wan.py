@@ -140,15 +140,15 @@ def _size(module: str, delta: LoraDelta) -> Size:
 
 def _require_same(ranks: Mapping[str, int], sizes: Mapping[str, Size], settings: NetworkSettings) -> None:
     """InputError unless a file with these ranks by module holds just the modules of these sizes."""
-    what = f"--network_weights {settings.network_weights}"
+    label = f"--network_weights {settings.network_weights}"
     way = "choose the same with exclude_patterns, or give --dim_from_weights"
     for few, many, text in ((ranks, sizes, "lacks"), (sizes, ranks, "has")):
         if odd := [name for name in many if name not in few]:
             whose = "that this network has" if text == "lacks" else "that this network does not train"
             listed = ", ".join(odd[:10])
-            raise InputError(f"{what} {text} {len(odd)} modules {whose}: {listed}; {way}")
+            raise InputError(f"{label} {text} {len(odd)} modules {whose}: {listed}; {way}")
     if any(ranks[name] != size.dim for name, size in sizes.items()):
         dims, ours = set(ranks.values()), {size.dim for size in sizes.values()}
         shown, wanted = (", ".join(map(str, sorted(each))) for each in (dims, ours))
         one = f"set --network_dim {shown}, or " if len(dims) == len(ours) == 1 else ""
-        raise InputError(f"{what} has dim {shown}, the network {wanted}: {one}give --dim_from_weights")
+        raise InputError(f"{label} has dim {shown}, the network {wanted}: {one}give --dim_from_weights")

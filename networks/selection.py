@@ -10,7 +10,7 @@ ALWAYS_EXCLUDED = r".*(patch_embedding|text_embedding|time_embedding|time_projec
 
 
 def compile_patterns(patterns: Iterable[str], label: str) -> list[re.Pattern[str]]:
-    """The regular expressions that `what`, an option, holds; InputError for one that is none."""
+    """The regular expressions that `label`, an option, holds; InputError for one that is none."""
     compiled = []
     for pattern in patterns:
         try:
@@ -31,9 +31,9 @@ def trained_modules(
     names = list(names)
     excluding = compile_patterns(exclude, "exclude_patterns")
     including = compile_patterns(include, "include_patterns")
-    for what, patterns in (("exclude_patterns", excluding), ("include_patterns", including)):
+    for label, patterns in (("exclude_patterns", excluding), ("include_patterns", including)):
         for pattern in patterns:
-            _require_use(pattern, names, what)
+            _require_use(pattern, names, label)
     excluding += [re.compile(pattern) for pattern in (ALWAYS_EXCLUDED, *by_default)]
     kept = [name for name in names if not _is_any(excluding, name) or _is_any(including, name)]
     if not kept:
@@ -58,11 +58,11 @@ def choose_modules(modules: Iterable[str], include: Sequence[str] = (), exclude:
     including = compile_patterns(include, "--include_patterns")
     excluding = compile_patterns(exclude, "--exclude_patterns")
     spellings = {name: (name, f"lora_unet_{name.replace('.', '_')}") for name in modules}
-    for what, patterns in (("--include_patterns", including), ("--exclude_patterns", excluding)):
+    for label, patterns in (("--include_patterns", including), ("--exclude_patterns", excluding)):
         for pattern in patterns:
             if not any(_is_found([pattern], names) for names in spellings.values()):
                 raise InputError(
-                    f"{what}: {pattern.pattern!r} is found in none of {len(modules)} modules, which are named like "
+                    f"{label}: {pattern.pattern!r} is found in none of {len(modules)} modules, which are named like "
                     f"{next(iter(modules), 'nothing')}: correct it or leave it out"
                 )
     kept = [

@@ -153,7 +153,7 @@ def assemble_dit(
     tensors = extended(tensors, settings.dit, settings.init)
     place = Placement(device, dtype, streamed_names(settings.stream, shapes), sharding)
     stream = quantised(tensors, plan.schemes, device)
-    model = build_dit(header, stream, source=path, place=place, plan=plan)
+    model = build_dit(header, stream, source=path, placement=place, plan=plan)
     model.compute_dtype = computing or model.compute_dtype
     training = settings.recompute is not None
     set_attention(model, settings.dit.attn_mode, device=device, training=training, split=settings.dit.split_attn)

@@ -20,7 +20,7 @@ from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.placement.settings import CompileSettings
 
-# Of a block's arguments x (B, L, d), turns (2, L, 1, D) and, in VACE's first block, start (B, L, d): which, and its
+# Of a block's arguments x (B, L, d), rope (2, L, 1, D) and, in VACE's first block, start (B, L, d): which, and its
 # dimension of L.
 TOKENS = ((0, 1), (3, 1), (4, 1))
 DYNAMIC = {"true": True, "false": False, "auto": None}

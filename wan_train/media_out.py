@@ -1,4 +1,4 @@
-"""Writing videos and pictures, with a comment that says how they came about."""
+"""Writing videos and images, with a comment that says how they came about."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ from torch import Tensor
 from wan_train.cli import choose
 from wan_train.storage import replacing
 
-COMMENT = "Comment"  # the PNG keyword for any text about a picture
+COMMENT = "Comment"  # the PNG keyword for any text about an image
 RGB = "rgb24"
 BT709 = 1  # for matrix, primaries and transfer characteristics alike (ITU-T H.273, tables 2 to 4)
 

@@ -85,10 +85,10 @@ def _larger(one: Bytes, other: Bytes) -> Bytes:
     return Bytes(max(one.device, other.device), max(one.host, other.host))
 
 
-def check_fits(needs: Needs, free: Bytes, ways: Iterable[str], *, what: str) -> None:
+def check_fits(needs: Needs, free: Bytes, ways: Iterable[str], *, device_name: str) -> None:
     """InputError where more is needed than is `free`; on a CPU both are the same memory, and `free.device` is 0."""
     total = needs.total if free.device else Bytes(0, needs.total.device + needs.total.host)
-    for need, there, where in ((total.device, free.device, what), (total.host, free.host, "main memory")):
+    for need, there, where in ((total.device, free.device, device_name), (total.host, free.host, "main memory")):
         if need > there:
             out = ", ".join(ways) or "a smaller model or smaller clips"
             raise InputError(

@@ -1,6 +1,6 @@
-"""Picture sizes: which bucket a picture goes to, and how it is brought there. The same as musubi-tuner's.
+"""Image sizes: which bucket an image goes to, and how it is brought there. The same as musubi-tuner's.
 
-A size is (width, height) in pixels; a picture is (height, width, 3) uint8.
+A size is (width, height) in pixels; an image is (height, width, 3) uint8.
 """
 
 import functools
@@ -33,10 +33,10 @@ def bucket_sizes(width: int, height: int, step: int = SIZE_STEP) -> tuple[Size, 
 def choose_bucket(
     size: Size, resolution: Size, *, enable_bucket: bool, no_upscale: bool, step: int = SIZE_STEP
 ) -> Size:
-    """The bucket for a picture of `size`, images and videos alike.
+    """The bucket for an image of `size`, images and videos alike.
 
     Without `enable_bucket` it is `resolution`. With it, the bucket of the nearest width / height; the first in order
-    where two are as near. `no_upscale` leaves a picture whose area is not above that of `resolution` at its own size
+    where two are as near. `no_upscale` leaves an image whose area is not above that of `resolution` at its own size
     floored to `step`, which is 0 for a side below that.
     """
     if not enable_bucket:
@@ -48,7 +48,7 @@ def choose_bucket(
 
 
 def resize_to_bucket(rgb: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
-    """Scale a picture until it covers `size`, then crop the middle: Lanczos up, area average down."""
+    """Scale an image until it covers `size`, then crop the middle: Lanczos up, area average down."""
     height, width = rgb.shape[:2]
     scale = max(size[0] / width, size[1] / height)
     covering = (int(width * scale + 0.5), int(height * scale + 0.5))

@@ -2,8 +2,8 @@
 
 `latents_flipped` are the latents of the mirrored clip, `latents_control` (and `latents_control_flipped`) those of its
 control, `mask` the weight of each latent cell. `latents_image` (4 channels of mask before those of the latents) and
-`clip`, CLIP's tokens of each picture, are what a model for images is given of the clip's first frame, or of first and
-last; `f_indices` is where the frames are in time of a picture that is trained as one of several. Control models are
+`clip`, CLIP's tokens of each image, are what a model for images is given of the clip's first frame, or of first and
+last; `f_indices` is where the frames are in time of an image that is trained as one of several. Control models are
 given `latents_start` and `latents_reference`, latents of one image each, `vace_context`, `camera`, an entry for each
 pixel frame, and `motion_bucket`. musubi-tuner reads such names and uses what it knows.
 """
@@ -146,7 +146,9 @@ def extra_dtype(condition: str, dtype: torch.dtype) -> torch.dtype:
 
 def extra_pattern(condition: str) -> re.Pattern[str]:
     """What the name of a tensor of this kind looks like, in whatever size and dtype."""
-    return re.compile(rf"{condition}_[a-z0-9]+" if condition in _WITHOUT_SIZE else rf"{condition}_\d+x\d+x\d+_[a-z0-9]+")
+    return re.compile(
+        rf"{condition}_[a-z0-9]+" if condition in _WITHOUT_SIZE else rf"{condition}_\d+x\d+x\d+_[a-z0-9]+"
+    )
 
 
 def find_extras_misfit(clip: Clip, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype | None = None) -> str:
@@ -166,7 +168,7 @@ def find_extras_misfit(clip: Clip, shapes: Mapping[str, Sequence[int]], dtype: t
         if not found:
             return f"no {kind} in it"
         if not any(_has_shape(kind, clip, shape) for shape in found):
-            return f"its {kind} is of another task, or of other pictures" if kind in _OF_TOKENS else f"no {kind} in it"
+            return f"its {kind} is of another task, or of other images" if kind in _OF_TOKENS else f"no {kind} in it"
     return ""
 
 
@@ -181,8 +183,8 @@ def _has_any(condition: str, clip: Clip, shapes: Mapping[str, Sequence[int]]) ->
 def _has_shape(condition: str, clip: Clip, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of a kind has the shape that it has beside the clip's latents."""
     if condition in _OF_TOKENS:
-        pictures = shape[0] if len(shape) == 3 else 1
-        return len(shape) in (2, 3) and pictures == clip.item.config.num_clip_images
+        images = shape[0] if len(shape) == 3 else 1
+        return len(shape) in (2, 3) and images == clip.item.config.num_clip_images
     return shape == _shape_of(condition, clip)
 
 

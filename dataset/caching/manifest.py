@@ -22,7 +22,7 @@ MANIFEST = "manifest.db"
 _VERSION = 1
 _LOCK = ".manifest.lock"
 _TABLE = (
-    "CREATE TABLE facts (kind TEXT, name TEXT, size INTEGER, mtime_ns INTEGER, fact TEXT, PRIMARY KEY (kind, name))"
+    "CREATE TABLE facts (topic TEXT, name TEXT, size INTEGER, mtime_ns INTEGER, fact TEXT, PRIMARY KEY (topic, name))"
 )
 
 
@@ -54,27 +54,27 @@ class Manifest:
     def __exit__(self, *problem: object) -> None:
         self.save()
 
-    def recall(self, fact: str, path: Path, learn: Callable[[Path], Any]) -> Any:
+    def recall(self, topic: str, path: Path, learn: Callable[[Path], Any]) -> Any:
         """`learn(path)`, a value that JSON can hold, or what it was when the file was last in this state.
 
         Raises OSError where there is no such file, and whatever `learn` raises.
         """
         status = path.stat()
-        key = (fact, self._name(path))
+        key = (topic, self._name(path))
         fact = self._facts.get(key)
         if fact is None or (fact.size, fact.mtime_ns) != (status.st_size, status.st_mtime_ns):
             fact = _Fact(status.st_size, status.st_mtime_ns, json.dumps(learn(path)))
             self._facts[key] = self._new[key] = fact
         return json.loads(fact.text)
 
-    def note(self, fact: str, path: Path, value: Any) -> None:
+    def note(self, topic: str, path: Path, value: Any) -> None:
         """Remember something of a file as it is now."""
-        self._facts.pop((fact, self._name(path)), None)
-        self.recall(fact, path, lambda _: value)
+        self._facts.pop((topic, self._name(path)), None)
+        self.recall(topic, path, lambda _: value)
 
-    def noted(self, fact: str, path: Path) -> Any:
+    def noted(self, topic: str, path: Path) -> Any:
         """What is remembered of a file as it is now, or None."""
-        fact = self._facts.get((fact, self._name(path)))
+        fact = self._facts.get((topic, self._name(path)))
         if fact is None:
             return None
         status = path.stat()
@@ -115,8 +115,8 @@ def _read(path: Path) -> _Facts:
         with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
             if database.execute("PRAGMA user_version").fetchone() != (_VERSION,):
                 return {}
-            rows = database.execute("SELECT kind, name, size, mtime_ns, fact FROM facts")
-            return {(kind, name): _Fact(*fact) for kind, name, *fact in rows}
+            rows = database.execute("SELECT topic, name, size, mtime_ns, fact FROM facts")
+            return {(topic, name): _Fact(*fact) for topic, name, *fact in rows}
     except sqlite3.Error:
         return {}
 

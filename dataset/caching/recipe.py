@@ -39,7 +39,7 @@ class Recipe:
     """What a cache was made from and how; a caption's has no source, frames and size.
 
     `frames` are indices of decoded frames, `size` the bucket (width, height) in pixels, `extras` what else went into
-    the file, by what it is for; `positions` where in time the pictures of a one-frame sample are, its own last;
+    the file, by what it is for; `positions` where in time the images of a one-frame sample are, its own last;
     `last` whether the clip's last frame is given beside the first; `camera` direction and speed of a camera's path that
     is of no file; `motion_bucket` the speed that a motion controller is given.
     """

@@ -151,7 +151,7 @@ def _compare_recipe(
     if recipe.positions != places_in_time(clip.item.config):
         return "other places in time"
     if clip.item.config.images is not None and recipe.last != gives_last(clip.item.config):
-        return "of other pictures"
+        return "of other images"
     if recipe.source and not is_same(recipe.source, clip.item.path, manifest):
         return "source changed"
     if recipe.source and recipe.source.reading != clip.reading:

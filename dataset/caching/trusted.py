@@ -117,5 +117,5 @@ def _read_clip(item: Item, named: re.Match[str], facts: Facts) -> Clip | str:
     if latents_path(clip).stem != named[0]:
         return "another size than its name says"
     if recipe and item.config.images is not None and recipe.last != gives_last(item.config):
-        return "of other pictures"
+        return "of other images"
     return find_extras_misfit(clip, facts.shapes) or clip

@@ -35,7 +35,7 @@ def to_rgb(image: Image.Image, path: Path, background: Colour | None) -> NDArray
 
 
 def compose(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8], background: Colour) -> NDArray[np.uint8]:
-    """A picture (H, W, 3) on a background, as much of it as its straight alpha (H, W) says."""
+    """An image (H, W, 3) on a background, as much of it as its straight alpha (H, W) says."""
     weight = alpha[..., None].astype(np.uint16)
     mixed = rgb * weight + np.array(background, np.uint16) * (255 - weight)
     return ((mixed + 127) // 255).astype(np.uint8)

@@ -89,7 +89,7 @@ def read_columns(cells: Mapping[str, Any], config: DatasetConfig, location: str)
     """Return what the cells of a line give; None in a cell: nothing.
 
     Relative paths start at the working directory, or at the folder of a CSV file. Raises InputError, which begins with
-    `place`, for files that are not there, other values, two columns for one thing, and our own columns that give what
+    `location`, for files that are missing, other values, two columns for one thing, and our own columns that give what
     the task does not read.
     """
     given: dict[str, dict[str, Any]] = {}
@@ -101,7 +101,8 @@ def read_columns(cells: Mapping[str, Any], config: DatasetConfig, location: str)
         given.setdefault(column, {})[name] = cells[name]
     _refuse_doubles(given, location)
     paths = {
-        column: tuple(_read_path(config, location, *cell) for cell in given.get(column, {}).items()) for column in _PATHS
+        column: tuple(_read_path(config, location, *cell) for cell in given.get(column, {}).items())
+        for column in _PATHS
     }
     values = {
         column: _read_value(read, location, *cell)

@@ -1,4 +1,4 @@
-"""Images and videos from disk: what a file announces, and the pictures of a clip, (height, width, 3) uint8 each."""
+"""Images and videos from disk: what a file announces, and the images of a clip, (height, width, 3) uint8 each."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -32,14 +32,14 @@ VIDEO_SUFFIXES = (
 
 
 def is_frame_folder(path: Path) -> bool:
-    """Whether this is a folder with pictures directly in it and no video, which is taken for a video."""
+    """Whether this is a folder with images directly in it and no video, which is taken for a video."""
     if not path.is_dir() or not frame_files(path):
         return False
     return not any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.iterdir())
 
 
 def is_video(path: Path) -> bool:
-    """Whether a path is taken for a video: by its suffix, a WebP animation, or a folder of pictures."""
+    """Whether a path is taken for a video: by its suffix, a WebP animation, or a folder of images."""
     if path.is_dir():
         return is_frame_folder(path)
     return (path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()) or is_animation(path)
@@ -48,12 +48,12 @@ def is_video(path: Path) -> bool:
 def probe(path: Path, *, with_times: bool = False) -> MediaInfo:
     """Read what a file says of itself, in most cases from its header; see `probe_video` for videos.
 
-    Raises InputError with the file's name where it cannot be read, holds no picture, or is a video that has no times
+    Raises InputError with the file's name where it cannot be read, holds no image, or is a video that has no times
     when they are asked for. An image has none.
     """
     if path.is_dir():
         if not frame_files(path):
-            raise InputError(f"{path} holds no pictures; a folder of frames takes {', '.join(IMAGE_SUFFIXES)}")
+            raise InputError(f"{path} holds no images; a folder of frames takes {', '.join(IMAGE_SUFFIXES)}")
         return _timed(read_header(frame_files(path)[0], alone=False), folder_times(path), with_times=with_times)
     if is_animation(path):
         return _timed(read_header(path, alone=False), animation_times(path), with_times=with_times)
@@ -65,10 +65,10 @@ def probe(path: Path, *, with_times: bool = False) -> MediaInfo:
 def read_frames(
     path: Path, wanted: Collection[int], background: Colour | None = WHITE
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(index, picture) of the wanted frames of a video, in order; nothing after the last of them is decoded. An image
+    """(index, image) of the wanted frames of a video, in order; nothing after the last of them is decoded. An image
     is a video of one frame.
 
-    Pictures are as they are shown: with square pixels, turned as the file says, in 8-bit sRGB, and composed on
+    Images are as they are shown: with square pixels, turned as the file says, in 8-bit sRGB, and composed on
     `background` where they are transparent; with None they are their alpha, in all three channels.
     """
     if path.is_dir():
@@ -80,15 +80,15 @@ def read_frames(
 
 
 def load_clips(clips: Sequence[Clip]) -> list[NDArray[np.uint8]]:
-    """The pictures (F, H, W, 3) of clips of one item, resized and cropped to their bucket; one decode for all."""
+    """The images (F, H, W, 3) of clips of one item, resized and cropped to their bucket; one decode for all."""
     (item,) = {clip.item for clip in clips}
     (size,) = {clip.size for clip in clips}
     background = item.config.alpha_background
     if not item.config.is_video:
         return [resize_to_bucket(read_image(item.path, background), size)[None] for _ in clips]
     wanted = {index for clip in clips for index in clip.frames}
-    pictures = {index: resize_to_bucket(picture, size) for index, picture in read_frames(item.path, wanted, background)}
-    return [np.stack([pictures[index] for index in clip.frames]) for clip in clips]
+    images = {index: resize_to_bucket(image, size) for index, image in read_frames(item.path, wanted, background)}
+    return [np.stack([images[index] for index in clip.frames]) for clip in clips]
 
 
 def _is_still(path: Path) -> bool:

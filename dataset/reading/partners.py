@@ -19,7 +19,7 @@ _CAMERA = ".txt"  # as the files of RealEstate10K are called
 
 
 def find_masks(config: DatasetConfig, paths: Sequence[Path]) -> list[Path | None]:
-    """The mask of each media file, or None: the video or folder of frames that goes with it, else a picture, else with
+    """The mask of each media file, or None: the video or folder of frames that goes with it, else an image, else with
     `alpha_mask` the file itself."""
     alone: list[Path | None] = [path if config.alpha_mask else None for path in paths]
     if config.mask_directory is None:
@@ -47,7 +47,7 @@ def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple
     """The controls of each media file: what its listing names, else what `control_directory` has; none without both.
 
     A video takes the video of its whole name, else a folder of frames or a video with its stem; an image takes the
-    picture with its stem, then `stem_0`, `stem_1` and so on, unless there is an image of that stem: one, or as many as
+    image with its stem, then `stem_0`, `stem_1` and so on, unless there is an image of that stem: one, or as many as
     it is trained beside as one frame. Raises InputError with the names of those without; under a VACE task each may be.
     """
     wanted = 1 if config.one_frame is None else len(config.one_frame.controls)
@@ -58,9 +58,9 @@ def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple
     found = [named or beside for named, beside in zip(given, matched, strict=True)]
     if config.control is None or not config.control.vace:
         where = f"in {config.control_directory}" if config.control_directory else f"as control_path in {config.listing}"
-        what = "no control" if wanted == 1 else f"fewer than {wanted} controls"
+        label = "no control" if wanted == 1 else f"fewer than {wanted} controls"
         hint = ": add them, or take these files out of the dataset"
-        _refuse_missing(config, entries, [len(controls) >= wanted for controls in found], f"{what} {where}", hint)
+        _refuse_missing(config, entries, [len(controls) >= wanted for controls in found], f"{label} {where}", hint)
     return [controls[:wanted] for controls in found]
 
 
@@ -152,8 +152,8 @@ def _choices(path: Path, known: _Partners, *, video: bool, still: bool) -> Itera
     if not still:
         return
     numbered = [] if video else sorted(known.numbered.get(path.stem, ()), key=lambda stem: int(stem.rpartition("_")[2]))
-    pictures = (p for stem in (path.stem, *numbered) for p in known.by_stem.get(stem, ()))
-    yield from (p for p in pictures if p.suffix.lower() in IMAGE_SUFFIXES)
+    images = (p for stem in (path.stem, *numbered) for p in known.by_stem.get(stem, ()))
+    yield from (p for p in images if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _refuse(problem: OSError) -> None:

@@ -1,4 +1,4 @@
-"""Pictures kept one by one: image files, folders of them that are a video, and animations in GIF and WebP."""
+"""Images kept one by one: image files, folders of them that are a video, and animations in GIF and WebP."""
 
 import contextlib
 import itertools
@@ -60,7 +60,7 @@ def read_image(path: Path, background: Colour | None = WHITE) -> NDArray[np.uint
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The pictures of a folder, by the numbers in their names: 2.png before 10.png; hidden files are passed over."""
+    """The images of a folder, by the numbers in their names: 2.png before 10.png; hidden files are passed over."""
     try:
         found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     except OSError as problem:
@@ -69,23 +69,23 @@ def frame_files(folder: Path) -> list[Path]:
 
 
 def folder_times(folder: Path) -> tuple[float, ...]:
-    """When each picture of a folder begins and the last one ends, in seconds: 16 of them are a second."""
+    """When each image of a folder begins and the last one ends, in seconds: 16 of them are a second."""
     return tuple(i / TARGET_FPS for i in range(len(frame_files(folder)) + 1))
 
 
 def read_folder(
     folder: Path, wanted: Collection[int], background: Colour | None = WHITE
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(index, picture) of the wanted pictures of a folder, each as `read_image` gives it; InputError where they are not
+    """(index, image) of the wanted images of a folder, each as `read_image` gives it; InputError where they are not
     all of one size."""
     files = frame_files(folder)
     _refuse_beyond(folder, wanted, len(files))
     size = image_size(files[0])
     for index in sorted(set(wanted)):
-        picture = read_image(files[index], background)
-        if picture.shape[1::-1] != size:
+        image = read_image(files[index], background)
+        if image.shape[1::-1] != size:
             raise InputError(f"{files[index]} has another size than {files[0].name}: frames of a video have one size")
-        yield index, picture
+        yield index, image
 
 
 def is_animation(path: Path) -> bool:
@@ -143,7 +143,7 @@ _TIMES: dict[str, Callable[[bytes], Iterator[float]]] = {".gif": _gif_lengths, "
 def read_still(
     path: Path, wanted: Collection[int], background: Colour | None = WHITE
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(0, picture) of an image that stands for a video of one frame."""
+    """(0, image) of an image that stands for a video of one frame."""
     _refuse_beyond(path, wanted, 1)
     yield 0, read_image(path, background)
 
@@ -151,7 +151,7 @@ def read_still(
 def read_animation(
     path: Path, wanted: Collection[int], background: Colour | None = WHITE
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(index, picture) of the wanted frames of a GIF or WebP animation, in order."""
+    """(index, image) of the wanted frames of a GIF or WebP animation, in order."""
     with _opened(path) as image:
         _refuse_beyond(path, wanted, getattr(image, "n_frames", 1))
         for index in sorted(set(wanted)):

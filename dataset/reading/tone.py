@@ -30,7 +30,7 @@ _UNKNOWN = 9  # what HDR is in where it does not say
 
 
 def to_sdr(codes: NDArray[np.uint16], transfer: int, primaries: int) -> NDArray[np.uint8]:
-    """A picture (H, W, 3) in 16-bit codes of an HDR transfer as 8-bit SDR; the numbers are those of H.273.
+    """An image (H, W, 3) in 16-bit codes of an HDR transfer as 8-bit SDR; the numbers are those of H.273.
 
     What is brighter than 1000 cd/m2, or outside BT.709, is clipped.
     """

@@ -24,13 +24,13 @@ _AHEAD = 16  # packets after a key frame among which those are that are shown be
 
 @dataclass(frozen=True)
 class _Rotation:
-    """How a decoded picture becomes the one shown: mirrored left to right first, then quarter turns to the left."""
+    """How a decoded image becomes the one shown: mirrored left to right first, then quarter turns to the left."""
 
     mirrored: bool = False
     quarters: int = 0
 
-    def __call__(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return np.ascontiguousarray(np.rot90(picture[:, ::-1] if self.mirrored else picture, self.quarters))
+    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.ascontiguousarray(np.rot90(image[:, ::-1] if self.mirrored else image, self.quarters))
 
 
 def probe_video(path: Path, *, with_times: bool) -> MediaInfo:
@@ -70,9 +70,9 @@ def probe_video(path: Path, *, with_times: bool) -> MediaInfo:
 def decode_frames(
     path: Path, wanted: Collection[int], background: Colour | None = WHITE
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(index, picture) of the wanted frames of a video, in order; nothing after the last of them is decoded.
+    """(index, image) of the wanted frames of a video, in order; nothing after the last of them is decoded.
 
-    Pictures are scaled to square pixels, turned as the file says, tone-mapped to SDR where they are HDR and composed on
+    Images are scaled to square pixels, turned as the file says, tone-mapped to SDR where they are HDR and composed on
     `background` where they are transparent; with None they are their alpha in all three channels.
     """
     remaining = set(wanted)
@@ -116,7 +116,7 @@ def _find_first(stream: Any, packets: Iterator[Any]) -> tuple[list[Any], Any]:
     for packet in packets:
         seen.append(packet)
         try:
-            # Emptied at once: the decoder would wait for the pictures that are shown before and after.
+            # Emptied at once: the decoder would wait for the images that are shown before and after.
             frames = decoder.decode(packet) or (decoder.decode(None) if packet.is_keyframe else [])
         except av.FFmpegError:
             break
@@ -146,7 +146,7 @@ def _shown_size(stream: Any, first: Any) -> tuple[int, int, tuple[str, ...]]:
 
 
 def _pixel_aspect(stream: Any) -> Fraction:
-    """Width to height of a stored pixel; before the picture is turned."""
+    """Width to height of a stored pixel; before the image is turned."""
     return stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
 
 

@@ -317,7 +317,7 @@ def test_a_line_of_a_prompt_file_that_cannot_be(here: Path, refused: Callable[..
 
 def test_a_video_to_begin_with_that_does_not_read(here: Path, refused: Callable[..., str]) -> None:
     (here / "text.mp4").write_text("no video")
-    (here / "text.png").write_text("no picture")
+    (here / "text.png").write_text("no image")
     for name in ("text.mp4", "text.png", "data.toml", "clips"):
         assert name in refused("generate", video_path=here / name)
     assert "--vae" in refused("generate", video_path=here / CLIPS / "red_circle.mp4", output_type="latent", vae=None)

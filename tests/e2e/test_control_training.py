@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.tiny.control import CONTROLLER, TASKS, controller_shapes, make_control_models
+from tests.tiny.images import CLIP, make_image_models
 from tests.tiny.make import DIT, T5, VAE, draw_weight
-from tests.tiny.pictures import CLIP, make_picture_models
 from wan_train.models.variants import VARIANTS
 
 Tool = Callable[..., None]
@@ -96,7 +96,7 @@ class Desk:
 def desk(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_here: Tool) -> Desk:
     folder = tmp_path_factory.mktemp("control") / "all"
     shutil.copytree(tiny, folder)
-    make_picture_models(folder)
+    make_image_models(folder)
     make_control_models(folder)
     clips = sorted((folder / "clips").glob("*.mp4"))
     (folder / "controls").mkdir()

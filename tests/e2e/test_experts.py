@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests.e2e.test_images import frames_of
 
 from generate.settings import TOOL as GENERATE
 from tests import processes
-from tests.e2e.test_pictures import frames_of
+from tests.tiny.images import CLIP, make_image_models
 from tests.tiny.make import DIT, SCENES, SIZE, T5, VAE, dit_shapes, draw_frames, draw_weight
-from tests.tiny.pictures import CLIP, make_picture_models
 from tests.unit.placement.test_states import Lane
 from wan_train.cli import run
 from wan_train.training.settings import TOOL as TRAIN
@@ -308,9 +308,7 @@ def test_two_processes_take_the_same_expert(desk: Desk) -> None:
         assert all(torch.equal(parts[key], whole[key]) for key in whole) and learnt(whole)
 
 
-def test_from_a_picture_without_an_image_encoder(
-    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_a_image_without_an_image_encoder(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = ("--task", "i2v-A14B")
     files: list[object] = []
     for flag, salt in (("--dit_high_noise", "high."), ("--dit", "")):
@@ -329,7 +327,7 @@ def test_from_a_picture_without_an_image_encoder(
     frames = list(draw_frames(next(iter(SCENES)), size=(120, 80)))
     frames[0].save(tmp_path / "first.png")
     frames[-1].save(tmp_path / "other.png")
-    make_picture_models(tmp_path)
+    make_image_models(tmp_path)
     # An image encoder that is not read is not in the way.
     words = (*task, *files, "--clip", tmp_path / CLIP, "--image_path")
     first = desk.generate("first", *words, tmp_path / "first.png")
@@ -339,7 +337,7 @@ def test_from_a_picture_without_an_image_encoder(
     desk.run_tool("wan_cache_latents.py", *caching, "--task", "flf2v-14B", "--clip", tmp_path / CLIP)
     for more in ((), ("--trust_cache",)):
         line = told_by(TRAIN, desk.training("no", *task, *files, "--dataset_config", data, *more), capsys)
-        assert "of other pictures" in line
+        assert "of other images" in line
 
 
 def test_killed_and_gone_on(desk: Desk) -> None:

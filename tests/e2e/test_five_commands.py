@@ -221,8 +221,8 @@ def test_output_types(job: Job) -> None:
     with safe_open(job.folder / "named_latent.safetensors", framework="pt") as file:
         assert file.get_tensor("latent").shape == (16, 2, SIZE[1] // 8, SIZE[0] // 8)
         assert file.metadata()["prompt"] == PROMPT
-    job.generate(job.folder / "pictures", "--output_type", "images")
-    (folder,) = (job.folder / "pictures").iterdir()
+    job.generate(job.folder / "images", "--output_type", "images")
+    (folder,) = (job.folder / "images").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == [f"{folder.name}_{i:03d}.png" for i in range(5)]
 
 

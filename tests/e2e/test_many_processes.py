@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import wan_train
 from tests import processes
 from tests.tiny.control import make_control_models
+from tests.tiny.images import CLIP, I2V, make_image_models
 from tests.tiny.make import DIT, SCENES, T5, VAE, dit_shapes, draw_frames, make_models, save
-from tests.tiny.pictures import CLIP, I2V, make_picture_models
 from tests.tiny.vae22 import VAE22, vae22_shapes
 from wan_train.errors import InputError
 from wan_train.media_out import write_image, write_video
@@ -205,7 +205,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models for images and controls, and what they are given."""
     folder = tmp_path_factory.mktemp("others")
     make_models(folder)
-    make_picture_models(folder)
+    make_image_models(folder)
     make_control_models(folder)
     save(folder / DIT5, dit_shapes(in_dim=48, channels=48), torch.bfloat16)
     save(folder / VAE22, vae22_shapes(), torch.float32)

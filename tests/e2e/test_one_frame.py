@@ -1,4 +1,4 @@
-"""Pictures trained and made as one frame of several: where they are in time reaches the model on both sides."""
+"""Images trained and made as one frame of several: where they are in time reaches the model on both sides."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.tiny.images import CLIP, FLF2V, I2V, TOKENS, WIDTH, make_image_models
 from tests.tiny.make import SCENES, T5, VAE, draw_frames
-from tests.tiny.pictures import CLIP, FLF2V, I2V, TOKENS, WIDTH, make_picture_models
 from wan_train.cli import run
 from wan_train.training.settings import TOOL as TRAIN
 
@@ -21,7 +21,7 @@ SIZE = (48, 32)
 
 
 class Desk:
-    """Pictures with controls, and runs on them."""
+    """Images with controls, and runs on them."""
 
     def __init__(self, folder: Path, run_tool: Tool) -> None:
         self.folder, self.run_tool = folder, run_tool
@@ -79,7 +79,7 @@ class Desk:
 def desk(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_here: Tool) -> Desk:
     folder = tmp_path_factory.mktemp("one_frame") / "all"
     shutil.copytree(tiny, folder)
-    make_picture_models(folder)
+    make_image_models(folder)
     for name in ("before", "after"):
         (folder / name).mkdir()
     for number, caption in enumerate(SCENES):
@@ -101,7 +101,7 @@ def test_cached_as_users_have_it(desk: Desk, capsys: pytest.CaptureFixture[str])
     assert given[:4, :, 0, 0].tolist() == [[1.0, 0.0, 1.0]] * 4
     assert torch.equal(latents[:, [0, 2]], given[4:, [0, 2]])
     assert not torch.equal(latents[:, 1], given[4:, 1])
-    # The first control is at 9: the other way round the pictures change places.
+    # The first control is at 9: the other way round the images change places.
     desk.cache(desk.data("[0, 9]", 4))
     other = load_file(desk.folder / "cache" / "0_0048x0032_wan.safetensors")
     assert torch.equal(other["latents_image_3x4x6_float32"][:, 0], given[:, 2])
@@ -123,7 +123,7 @@ def test_places_in_time_reach_training_and_generation(desk: Desk) -> None:
     assert not np.array_equal(desk.generate("made", "control_index=0,target_index=1", "1_0.png"), made[0])
 
 
-def test_between_two_pictures(desk: Desk) -> None:
+def test_between_two_images(desk: Desk) -> None:
     data = desk.data("[0, 8]", 4)
     desk.cache(data, "flf2v-14B")
     assert all(np.isfinite(desk.losses(data, "between", task="flf2v-14B")))

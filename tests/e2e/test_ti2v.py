@@ -1,4 +1,4 @@
-"""The 5B of Wan2.2: text and picture to video in one model, on latents of its own."""
+"""The 5B of Wan2.2: text and image to video in one model, on latents of its own."""
 
 import json
 import shutil
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.e2e.test_images import frames_of
 
 from cache_tools.settings import LATENTS_TOOL
 from generate.settings import TOOL as GENERATE
-from tests.e2e.test_pictures import frames_of
 from tests.tiny.make import DIT, SCENES, SIZE, T5, VAE, dit_shapes, draw_frames, save
 from tests.tiny.vae22 import VAE22, vae22_shapes
 from wan_train.cli import run
@@ -79,7 +79,7 @@ def test_caches_hold_latents_alone(desk: Desk) -> None:
     assert {key: tuple(value.shape) for key, value in tensors.items()} == {"latents_5x4x6_float32": (48, 5, 4, 6)}
 
 
-def test_text_and_picture_in_one_training(desk: Desk) -> None:
+def test_text_and_image_in_one_training(desk: Desk) -> None:
     rows = {ratio: desk.losses(f"ratio{ratio}", "--i2v_ratio", ratio) for ratio in (0, 0.5, 1)}
     assert rows[0] != rows[1] and all(np.isfinite(values).all() for values in rows.values())
     # Each sample of the mixture is one or the other; with batches of one the first step tells.
@@ -99,19 +99,19 @@ def test_text_and_picture_in_one_training(desk: Desk) -> None:
     assert went_on == whole
 
 
-def test_previews_and_videos_with_a_picture_and_without(desk: Desk) -> None:
+def test_previews_and_videos_with_a_image_and_without(desk: Desk) -> None:
     line = f"{PROMPT} --w {SIZE[0]} --h {SIZE[1]} --f 9 --s 2 --d 11"
     (desk.folder / "prompts.txt").write_text(f"{line}\n{line} --i {desk.folder / '0.png'}\n")
     files = ("--vae", desk.folder / VAE22, "--t5", desk.folder / T5, "--sample_prompts", desk.folder / "prompts.txt")
     desk.losses("shown", *files, "--sample_every_n_steps", 3)
-    text, picture = sorted((desk.folder / "out" / "sample").glob("shown_000003_*.mp4"))
-    assert frames_of(text).shape == frames_of(picture).shape == (9, SIZE[1], SIZE[0], 3)
-    assert not np.array_equal(frames_of(text), frames_of(picture))
+    text, image = sorted((desk.folder / "out" / "sample").glob("shown_000003_*.mp4"))
+    assert frames_of(text).shape == frames_of(image).shape == (9, SIZE[1], SIZE[0], 3)
+    assert not np.array_equal(frames_of(text), frames_of(image))
     desk.generate("text")
     first = desk.generate("first", "--image_path", desk.folder / "0.png")
     desk.generate("merged", "--image_path", desk.folder / "0.png", "--cfg_merge")
     desk.generate("other", "--image_path", desk.folder / "1.png")
-    # The first latent frame is the picture's, whatever the steps made of the others.
+    # The first latent frame is the image's, whatever the steps made of the others.
     assert torch.equal(desk.latent("first")[:, 0], desk.latent("merged")[:, 0])
     assert not torch.equal(desk.latent("first")[:, 0], desk.latent("other")[:, 0])
     torch.testing.assert_close(desk.latent("first"), desk.latent("merged"), atol=1e-3, rtol=1e-3)
@@ -138,10 +138,10 @@ def test_what_is_refused(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--task ti2v-5B" in told(LATENTS_TOOL, [*data, "--vae", desk.folder / VAE22])
     assert "--task ti2v-5B" in told(GENERATE, desk.generating("no", "--task", "t2v-1.3B", "--vae", desk.folder / VAE))
     end = ("--end_image_path", desk.folder / "0.png")
-    assert "first picture only" in told(GENERATE, desk.generating("no", *end))
-    assert "first picture only" in told(GENERATE, desk.generating("no", *end, "--image_path", desk.folder / "0.png"))
+    assert "first image only" in told(GENERATE, desk.generating("no", *end))
+    assert "first image only" in told(GENERATE, desk.generating("no", *end, "--image_path", desk.folder / "0.png"))
     one = ("--image_path", desk.folder / "0.png", "--video_length", 1)
-    assert "is the picture itself" in told(GENERATE, desk.generating("no", *one))
+    assert "is the image itself" in told(GENERATE, desk.generating("no", *one))
     assert "Wan2.2_VAE.pth" in told(GENERATE, desk.generating("no", "--vae", ""))
     assert "--i2v_ratio" in told(TRAIN, desk.training("no", "--image_dropout_rate", 0.5))
     (desk.folder / "small.toml").write_text((desk.folder / "data.toml").read_text().replace("[96, 64]", "[24, 24]"))

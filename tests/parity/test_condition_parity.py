@@ -15,15 +15,15 @@ from dataset.sources import list_items, plan_clips
 from generate.jobs import parse_job
 from generate.models import Models
 from generate.settings import GenerateSettings
+from tests.tiny.images import CLIP, make_image_models
 from tests.tiny.make import SCENES, VAE, draw_clips, draw_frames, save
-from tests.tiny.pictures import CLIP, make_picture_models
 from tests.tiny.vae22 import VAE22, vae22_shapes
 from wan_train.cli import parse, run
 from wan_train.conditions.conditions import Conditions, ImageConditions
 from wan_train.models.settings import ImageEncoderSettings, VaeSettings
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.decode import open_vae
-from wan_train.sampling.encode import encode_pictures, see_requests
+from wan_train.sampling.encode import encode_images, see_requests
 from wan_train.sampling.grammar import parse_line
 from wan_train.sampling.request import preview_defaults
 from wan_train.training.objective.conditioning import conditions_of
@@ -39,13 +39,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models")
     make_models(folder)
-    make_picture_models(folder)
+    make_image_models(folder)
     return folder
 
 
 @pytest.fixture
 def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with two clips of another size than their bucket, or two pictures."""
+    """A working folder with two clips of another size than their bucket, or two images."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -103,23 +103,23 @@ def test_cache_preview_and_generator_agree(task: str, num_frames: int, models: P
 def generated(line: str, task: str, files: list[str]) -> ImageConditions | None:
     settings = parse(GenerateSettings, ["--task", task, *files])
     request = parse_job(line, settings, 0).request
-    assert (request.width, request.height) == BUCKET  # of the picture's own proportions
+    assert (request.width, request.height) == BUCKET  # of the image's own proportions
     models = Models(settings, {}, CPU)
     with models.image_encoder() as encoder:
         tokens = models.see(encoder, request)
     with models.vae() as vae:
-        return models.encode_pictures(vae, request, tokens)
+        return models.encode_images(vae, request, tokens)
 
 
 def previewed(line: str, task: str, files: list[str]) -> ImageConditions | None:
     request = parse_line(line, preview_defaults(VARIANTS[task]))
     (tokens,) = see_requests([request], ImageEncoderSettings(clip=files[3]), CPU)
-    return encode_pictures(request, open_vae(VaeSettings(vae=files[1], vae_dtype="fp32"), CPU), tokens, CPU)
+    return encode_images(request, open_vae(VaeSettings(vae=files[1], vae_dtype="fp32"), CPU), tokens, CPU)
 
 
 @pytest.mark.parametrize("num_frames", (5, 13, 121))
 def test_the_first_frame_of_the_5b(num_frames: int, models: Path, folder: Path) -> None:
-    """A clip's first latent frame, which training gives, is what preview and generator encode of its picture."""
+    """A clip's first latent frame, which training gives, is what preview and generator encode of its image."""
     save(models / VAE22, vae22_shapes(), torch.float32)
     write_data(folder, num_frames)
     files = ["--vae", str(models / VAE22), "--vae_dtype", "fp32", "--clip", ""]
@@ -138,9 +138,9 @@ def test_the_first_frame_of_the_5b(num_frames: int, models: Path, folder: Path) 
     settings = parse(GenerateSettings, ["--task", "ti2v-5B", *files])
     made = Models(settings, {}, CPU)
     with made.vae() as vae:
-        built = made.encode_pictures(vae, parse_job(line, settings, 0).request, None)
+        built = made.encode_images(vae, parse_job(line, settings, 0).request, None)
     request = parse_line(line, preview_defaults(variant))
-    shown = encode_pictures(request, open_vae(VaeSettings(vae=files[1], vae_dtype="fp32"), CPU), None, CPU)
+    shown = encode_images(request, open_vae(VaeSettings(vae=files[1], vae_dtype="fp32"), CPU), None, CPU)
     assert built is not None and shown is not None and built.first is not None and shown.first is not None
     assert torch.equal(built.first, trained.first_frame[0])
     assert torch.equal(shown.first, trained.first_frame[0])

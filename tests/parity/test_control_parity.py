@@ -19,15 +19,15 @@ from dataset.sources import list_items, plan_clips
 from generate.jobs import parse_job
 from generate.models import Models
 from generate.settings import GenerateSettings
+from tests.tiny.images import CLIP, make_image_models
 from tests.tiny.make import VAE
-from tests.tiny.pictures import CLIP, make_picture_models
 from tests.unit.dataset.drawing import draw_noise, draw_video
 from wan_train.cli import parse, run
 from wan_train.conditions.control import dit_arguments
 from wan_train.models.settings import ImageEncoderSettings, VaeSettings
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.decode import open_vae
-from wan_train.sampling.encode import encode_pictures, see_requests
+from wan_train.sampling.encode import encode_images, see_requests
 from wan_train.sampling.grammar import parse_line
 from wan_train.sampling.request import preview_defaults
 
@@ -74,7 +74,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models")
     make_models(folder)
-    make_picture_models(folder)
+    make_image_models(folder)
     return folder
 
 
@@ -187,7 +187,7 @@ def generated(line: str, task: str, options: list[str]) -> dict[str, Tensor]:
         with models.image_encoder() as encoder:
             tokens = models.see(encoder, request)
     with models.vae() as vae:
-        built = models.encode_pictures(vae, request, tokens)
+        built = models.encode_images(vae, request, tokens)
     return {} if built is None else dict(built.extras)
 
 
@@ -195,7 +195,7 @@ def previewed(line: str, task: str, options: list[str]) -> dict[str, Tensor]:
     request = parse_line(line, preview_defaults(VARIANTS[task]))
     (tokens,) = see_requests([request], ImageEncoderSettings(clip=options[5]), CPU)
     vae = open_vae(VaeSettings(vae=options[1], vae_dtype="fp32"), CPU)
-    built = encode_pictures(request, vae, tokens, CPU)
+    built = encode_images(request, vae, tokens, CPU)
     return {} if built is None else dict(built.extras)
 
 

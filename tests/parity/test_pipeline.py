@@ -200,7 +200,7 @@ def test_without_guidance(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("change", [{"seed": SEED + 1}, {"negative_prompt": ""}, {"guidance_scale": 1.0}])
 def test_the_result_is_no_constant(tiny: Tiny, change: dict[str, Any]) -> None:
-    """Pictures have contrast and are not clipped, and whatever decides them tells: the other tests can fail."""
+    """Images have contrast and are not clipped, and whatever decides them tells: the other tests can fail."""
     made, other = tiny.ours(video_length=1), tiny.ours(video_length=1, **change)
     assert made.pixels.std() > 0.2
     assert (made.pixels.abs() == 1).float().mean() < 0.2

@@ -1,11 +1,11 @@
-"""Tiny random control models, beside those of `tests.tiny.make` and `tests.tiny.pictures`."""
+"""Tiny random control models, beside those of `tests.tiny.make` and `tests.tiny.images`."""
 
 from pathlib import Path
 
 import torch
 
+from tests.tiny.images import image_dit_shapes
 from tests.tiny.make import Shapes, dit_shapes, save
-from tests.tiny.pictures import picture_dit_shapes
 
 # By kind: the channels that it reads, whether CLIP's tokens too, and what layers it has beside the base's.
 KINDS: dict[str, tuple[int, bool, str]] = {
@@ -36,7 +36,7 @@ CONTROLLER = "speedcontrol.safetensors"
 def control_shapes(kind: str, *, dim: int = 256, num_layers: int = 2) -> Shapes:
     """Names and shapes of the DiT of a kind of `KINDS`; of "speed" with the controller in the same file."""
     in_dim, clip, layers = KINDS[kind]
-    shapes = (picture_dit_shapes if clip else dit_shapes)(dim=dim, num_layers=num_layers)
+    shapes = (image_dit_shapes if clip else dit_shapes)(dim=dim, num_layers=num_layers)
     shapes["patch_embedding.weight"] = (dim, in_dim, 1, 2, 2)
     match layers:
         case "reference":

@@ -35,7 +35,7 @@ SIZE = (96, 64)  # width, height
 FRAMES = 17
 TEXT_DIM = 64
 
-# caption: colour, shape, and the way it goes as (x, y) per frame in parts of the picture
+# caption: colour, shape, and the way it goes as (x, y) per frame in parts of the image
 SCENES: dict[str, tuple[str, str, tuple[float, float]]] = {
     "a red circle moves to the right": ("#d8302f", "circle", (1.0, 0.0)),
     "a blue square moves down": ("#2f5fd8", "square", (0.0, 1.0)),
@@ -152,20 +152,20 @@ def draw_clips(folder: Path, *, size: tuple[int, int] = SIZE, num_frames: int = 
 
 
 def draw_frames(caption: str, *, size: tuple[int, int] = SIZE, num_frames: int = 24) -> Iterator[Image.Image]:
-    """The pictures of a scene: one shape that crosses a grey ground."""
+    """The images of a scene: one shape that crosses a grey ground."""
     colour, shape, (right, down) = SCENES[caption]
     width, height = size
     radius = min(size) * 0.22
     for i in range(num_frames):
         way = i / max(num_frames - 1, 1) - 0.5
         x, y = width * (0.5 + 0.6 * right * way), height * (0.5 + 0.5 * down * way)
-        picture = Image.new("RGB", size, "#b8b4ac")
-        pen = ImageDraw.Draw(picture)
+        image = Image.new("RGB", size, "#b8b4ac")
+        pen = ImageDraw.Draw(image)
         if shape == "circle":
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         else:
             pen.regular_polygon((x, y, radius * 1.2), 4 if shape == "square" else 3, fill=colour)
-        yield picture
+        yield image
 
 
 def write_dataset(path: Path, *, clips: Path, cache: Path, size: tuple[int, int] = SIZE, frames: int = FRAMES) -> None:
@@ -241,13 +241,13 @@ def _vae_part(name: str, kind: str, width: int, out: int) -> Shapes:
 def _write_clip(path: Path, frames: Iterator[Image.Image], *, fps: int) -> None:
     with av.open(str(path), "w") as file:
         stream = None
-        for picture in frames:
+        for image in frames:
             if stream is None:
                 stream = file.add_stream("libx264", rate=fps)
-                stream.width, stream.height = picture.size
+                stream.width, stream.height = image.size
                 stream.pix_fmt = "yuv420p"
                 stream.options = {"crf": "18"}
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(numpy.asarray(picture), format="rgb24")))
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(numpy.asarray(image), format="rgb24")))
         if stream is not None:
             file.mux(stream.encode())
 

@@ -67,7 +67,7 @@ def model(num_layers: int = 2, *, lora: bool = False) -> Dit:
 
 
 def step(dit: Dit, size: tuple[int, int, int] = (2, 4, 6), batch: int = 1) -> tuple[Tensor, list[Tensor]]:
-    """The output for a picture of `size`, and the gradients of what learns."""
+    """The output for an image of `size`, and the gradients of what learns."""
     generator = torch.Generator().manual_seed(1)
     device = next(dit.parameters()).device
     latents = torch.randn(batch, 16, *size, generator=generator).to(device)

@@ -34,7 +34,7 @@ def test_mask(video: tuple[int, tuple[int, ...]], wanted: list[str]) -> None:
             assert found == wanted
 
 
-def picture(value: float) -> Tensor:
+def image(value: float) -> Tensor:
     return torch.full((3, HEIGHT, WIDTH), value)
 
 
@@ -50,9 +50,9 @@ seen: list[Tensor] = []
 
 @pytest.mark.parametrize("num_frames", [1, 5, 13, 81])
 @pytest.mark.parametrize("values", [(0.5,), (0.5, -0.25)])
-def test_one_video_of_the_pictures_and_grey(num_frames: int, values: tuple[float, ...]) -> None:
+def test_one_video_of_the_images_and_grey(num_frames: int, values: tuple[float, ...]) -> None:
     seen.clear()
-    made = given_latents([picture(value) for value in values], num_frames, encode)
+    made = given_latents([image(value) for value in values], num_frames, encode)
     (video,) = seen
     expected = [0.0] * num_frames
     if len(values) == 2:
@@ -65,20 +65,20 @@ def test_one_video_of_the_pictures_and_grey(num_frames: int, values: tuple[float
     assert (made[4:] == 7).all()
 
 
-def tokens(pictures: Tensor) -> Tensor:
-    return pictures.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 3, 2)
+def tokens(images: Tensor) -> Tensor:
+    return images.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 3, 2)
 
 
-def test_tokens_of_pictures_follow_one_another() -> None:
-    both = seen_tokens([picture(0.5), picture(-0.25)], tokens)
+def test_tokens_of_images_follow_one_another() -> None:
+    both = seen_tokens([image(0.5), image(-0.25)], tokens)
     assert both.tolist() == [[0.5, 0.5]] * 3 + [[-0.25, -0.25]] * 3
 
 
-def test_one_frame_has_each_picture_in_its_place() -> None:
+def test_one_frame_has_each_image_in_its_place() -> None:
     def mean(video: Tensor) -> Tensor:
         return video.mean().expand(1, 16, 1, HEIGHT // 8, WIDTH // 8)
 
-    made = one_frame_latents([picture(0.75), picture(0.25)], OneFrame((9, 0), 4), mean)
+    made = one_frame_latents([image(0.75), image(0.25)], OneFrame((9, 0), 4), mean)
     assert made.shape == (20, 3, HEIGHT // 8, WIDTH // 8)
     assert made[:4, :, 0, 0].tolist() == [[1.0, 0.0, 1.0]] * 4
     assert made[4:, :, 1, 1].tolist() == [[0.25, 0.0, 0.75]] * 16

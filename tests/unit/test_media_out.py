@@ -1,4 +1,4 @@
-"""Videos and pictures with a comment, in every codec."""
+"""Videos and images with a comment, in every codec."""
 
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def test_a_lower_rate_factor_is_a_bigger_file(codec: str, tmp_path: Path) -> Non
     assert (tmp_path / "5.mp4").stat().st_size > 2 * (tmp_path / "45.mp4").stat().st_size
 
 
-def test_pictures_carry_a_comment_and_folders_that_of_their_pictures(tmp_path: Path) -> None:
+def test_images_carry_a_comment_and_folders_that_of_their_images(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", FRAMES[0], comment=COMMENT)
     write_images(tmp_path / "many", FRAMES, comment=COMMENT)
     assert read_comment(tmp_path / "a.png") == read_comment(tmp_path / "many") == COMMENT
@@ -96,7 +96,7 @@ def test_an_unknown_codec_is_refused(tmp_path: Path) -> None:
         write_video(tmp_path / "a.mp4", FRAMES, fps=16, codec="av2")
 
 
-def test_pictures_of_a_longer_video_before_do_not_stay(tmp_path: Path) -> None:
+def test_images_of_a_longer_video_before_do_not_stay(tmp_path: Path) -> None:
     write_images(tmp_path / "many", FRAMES)
     (tmp_path / "many" / "mine.png").write_bytes(b"")
     write_images(tmp_path / "many", FRAMES[:2])

@@ -1,4 +1,4 @@
-"""What the DiT reads of the pictures that a video is made from; built here alone, for cache, preview and generator.
+"""What the DiT reads of the images that a video is made from; built here alone, for cache, preview and generator.
 
 Legend: B batch, C channels of latents, F latent frames, H W latent size, N pixel frames, X Y pixel height and width,
 I image tokens.
@@ -16,40 +16,40 @@ Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, N, X, Y) -> latents (1, C, 
 See = Callable[[Tensor], Tensor]  # pixels (K, 3, X, Y) -> CLIP tokens (K, tokens, width)
 
 
-def given_latents(pictures: Sequence[Tensor], num_frames: int, encode: Encode) -> Tensor:
-    """`image_latents` of a video of `num_frames` that begins with the first of the pictures (3, X, Y) in
+def given_latents(images: Sequence[Tensor], num_frames: int, encode: Encode) -> Tensor:
+    """`image_latents` of a video of `num_frames` that begins with the first of the images (3, X, Y) in
     [-1, 1] and, if there is a second, ends with it.
 
     What is not given is mid grey, and all of it is encoded as one video (official Wan2.1 image2video).
     """
-    height, width = pictures[0].shape[1:]
+    height, width = images[0].shape[1:]
     video = torch.zeros(3, num_frames, height, width)
-    given = [0, num_frames - 1][: len(pictures)]
-    for frame, picture in reversed(list(zip(given, pictures, strict=True))):
-        video[:, frame] = picture
+    given = [0, num_frames - 1][: len(images)]
+    for frame, image in reversed(list(zip(given, images, strict=True))):
+        video[:, frame] = image
     latents = encode(video[None])[0].cpu()
     return torch.cat([given_mask(given, num_frames, height, width).to(latents), latents])
 
 
-def one_frame_latents(pictures: Sequence[Tensor], one_frame: OneFrame, encode: Encode) -> Tensor:
-    """`image_latents` of a picture that is made as one frame of several, the others given (3, X, Y).
+def one_frame_latents(images: Sequence[Tensor], one_frame: OneFrame, encode: Encode) -> Tensor:
+    """`image_latents` of an image that is made as one frame of several, the others given (3, X, Y).
 
-    Each latent frame is a picture of its own: a given one, or mid grey in the place of the one that is made.
+    Each latent frame is an image of its own: a given one, or mid grey in the place of the one that is made.
     """
-    given = dict(zip(one_frame.controls, pictures, strict=True))
+    given = dict(zip(one_frame.controls, images, strict=True))
     frames = []
     for position in one_frame.positions:
-        picture = given.get(position, torch.zeros_like(pictures[0]))
-        latents = encode(picture[None, :, None])[0].cpu()
+        image = given.get(position, torch.zeros_like(images[0]))
+        latents = encode(image[None, :, None])[0].cpu()
         mask = torch.full_like(latents[:FRAME_STEP], float(position in given))
         frames.append(torch.cat([mask, latents]))
     return torch.cat(frames, dim=1)
 
 
-def seen_tokens(pictures: Sequence[Tensor], see: See) -> Tensor:
-    """`clip_features` of pictures (3, X, Y) that are scaled and cropped to the video's size."""
+def seen_tokens(images: Sequence[Tensor], see: See) -> Tensor:
+    """`clip_features` of images (3, X, Y) that are scaled and cropped to the video's size."""
     # One at a time: equal, bit for bit, whatever is beside it.
-    return torch.cat([see(picture[None])[0].cpu() for picture in pictures])
+    return torch.cat([see(image[None])[0].cpu() for image in images])
 
 
 def given_mask(given: Sequence[int], num_frames: int, height: int, width: int) -> Tensor:

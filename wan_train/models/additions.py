@@ -58,11 +58,11 @@ def idle_weights(dit: DitSettings, init: InitSettings = NO_INIT) -> list[str]:
 def _new_layers(header: Header, dit: DitSettings, init: InitSettings, flag: str) -> NewLayers:
     if init.init_control is None:
         return NewLayers()
-    what = f"{flag} {dit.dit}"
-    require_kind(header.shapes, "DiT", what)
+    label = f"{flag} {dit.dit}"
+    require_kind(header.shapes, "DiT", label)
     if storage_dtype(header).itemsize == 1:
-        raise InputError(f"--init_control: {what} is stored in 8 bits, too few to train: give a bf16 or fp32 file")
-    return new_layers(official_shapes(header.shapes), VARIANTS[dit.task], init.init_control, what)
+        raise InputError(f"--init_control: {label} is stored in 8 bits, too few to train: give a bf16 or fp32 file")
+    return new_layers(official_shapes(header.shapes), VARIANTS[dit.task], init.init_control, label)
 
 
 def _check_controller_task(dit: DitSettings, init: InitSettings) -> None:

@@ -56,7 +56,7 @@ def load_dit(
     rename = dit_rename(header.shapes)
     scales = read_scales(source, header, rename, official_shapes(header.shapes))
     tensors = unscaled(renamed(read_tensors(source), rename), scales, kept=())
-    model = build_dit(header, tensors, source=source, config=config, place=Placement(torch.device(device), dtype))
+    model = build_dit(header, tensors, source=source, config=config, placement=Placement(torch.device(device), dtype))
     set_attention(model, attn_mode, device=device)
     return model
 
@@ -80,7 +80,7 @@ def build_dit(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     source: TensorSource,
-    place: Placement,
+    placement: Placement,
     config: Mapping[str, Any] | None = None,
     plan: StoragePlan = NOTHING_QUANTISED,
 ) -> Dit:
@@ -88,24 +88,24 @@ def build_dit(
 
     The modules of `plan` arrive as codes, with a scale behind those that have one.
     """
-    what = describe(source)
+    label = describe(source)
     shapes = official_shapes(header.shapes)
-    model = _empty(shapes, source, header.metadata, config, what)
+    model = _empty(shapes, source, header.metadata, config, label)
     install_plan(model, plan, shapes)
-    if place.sharding is not None:
-        place.sharding.split(model, all_blocks(model))
+    if placement.sharding is not None:
+        placement.sharding.split(model, all_blocks(model))
     rename = dit_rename(header.shapes)
     dtypes = {rename(name): dtype for name, dtype in header.dtypes.items()}
     host = torch.device("cpu")
     fill(
         model,
         tensors,
-        device=lambda name: host if place.on_host(name) else place.device,
-        dtype=dtypes_kept(dtypes, place.dtype, plan.codes()),
-        what=what,
+        device=lambda name: host if placement.on_host(name) else placement.device,
+        dtype=dtypes_kept(dtypes, placement.dtype, plan.codes()),
+        label=label,
     )
-    stored = place.dtype or storage_dtype(header)
-    model.compute_dtype = compute_dtype(place.device, torch.bfloat16 if stored.itemsize == 1 else stored)
+    stored = placement.dtype or storage_dtype(header)
+    model.compute_dtype = compute_dtype(placement.device, torch.bfloat16 if stored.itemsize == 1 else stored)
     return model
 
 
@@ -136,15 +136,15 @@ def check_dit(
     another kind than the task's, or does not fit by name or shape.
     """
     header = header or read_header(source)
-    what = f"{flag} {describe(source)}"
-    require_kind(header.shapes, "DiT", what)
+    label = f"{flag} {describe(source)}"
+    require_kind(header.shapes, "DiT", label)
     shapes = official_shapes(header.shapes)
-    refuse_foreign(shapes, what)
-    require_task(shapes, variant, what)
-    found = _empty(shapes, source, header.metadata, None, what).config
+    refuse_foreign(shapes, label)
+    require_task(shapes, variant, label)
+    found = _empty(shapes, source, header.metadata, None, label).config
     if (found.dim, found.num_layers) != (variant.dim, variant.num_layers):
         return (
-            f"{what} is {found.dim} wide with {found.num_layers} blocks; {variant.name} as published is "
+            f"{label} is {found.dim} wide with {found.num_layers} blocks; {variant.name} as published is "
             f"{variant.dim} wide with {variant.num_layers}: going on with the file's own size"
         )
     return None

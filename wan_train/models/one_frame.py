@@ -1,4 +1,4 @@
-"""One-frame inference: a picture made from others as if it were a later, or a middle, frame of a video with them."""
+"""One-frame inference: an image made from others as if it were a later, or a middle, frame of a video with them."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ MOST_CONTROLS = 2
 
 @dataclass(frozen=True)
 class OneFrame:
-    """Where in time, in latent frames, the given pictures are and the one that is made."""
+    """Where in time, in latent frames, the given images are and the one that is made."""
 
     controls: tuple[int, ...]
     target: int
@@ -16,7 +16,7 @@ class OneFrame:
     def __post_init__(self) -> None:
         places = (*self.controls, self.target)
         if not 1 <= len(self.controls) <= MOST_CONTROLS or len(set(places)) < len(places) or min(places) < 0:
-            raise ValueError("takes one or two indices of given pictures and another one for the target, all from 0")
+            raise ValueError("takes one or two indices of given images and another one for the target, all from 0")
 
     @property
     def positions(self) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ class VaeSettings:
     )
     vae_cache_cpu: bool = option(False, "Keep the VAE's frame cache in main memory: less device memory, slower.")
     vae_tiling: bool = option(
-        False, "Encode and decode in tiles that overlap and blend: much less device memory for big pictures, slower."
+        False, "Encode and decode in tiles that overlap and blend: much less device memory for big images, slower."
     )
     vae_tile_size: int = option(34, "Side of a tile with --vae_tiling, in latent cells.", minimum=2)
     vae_tile_overlap: int = option(8, "What two tiles have in common, in latent cells; 8 and more are safe.", minimum=0)
@@ -130,6 +130,6 @@ class ImageEncoderSettings:
 
     clip: str = option(
         "",
-        "CLIP image encoder of Wan2.1's tasks with pictures"
+        "CLIP image encoder of Wan2.1's tasks with images"
         " (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, or a safetensors file).",
     )

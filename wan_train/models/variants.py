@@ -45,7 +45,7 @@ WAN21, WAN22 = LatentSpace(), LatentSpace(48, 16, 24, "Wan2.2_VAE.pth")
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Which pictures a model is given beside its text: the first frame and, with `last`, the last too.
+    """Which images a model is given beside its text: the first frame and, with `last`, the last too.
 
     `clip`: it reads each of them through CLIP as well, not only as latents. `fused`: it reads the first frame in place
     of the noisy one, and does without an image too. `optional`: it does without one. `alone`: the first frame's own
@@ -61,7 +61,7 @@ class ImageInputs:
 
     @property
     def num_clip_images(self) -> int:
-        """How many pictures it reads through CLIP."""
+        """How many images it reads through CLIP."""
         return (1 + self.last) * self.clip
 
 
@@ -124,7 +124,7 @@ class Variant:
 
     @property
     def reads_clip(self) -> bool:
-        """Whether it reads pictures through CLIP."""
+        """Whether it reads images through CLIP."""
         return self.images is not None and self.images.clip
 
     @property

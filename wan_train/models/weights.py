@@ -42,7 +42,7 @@ def identify(shapes: Shapes) -> str:
 
 
 def require_kind(shapes: Shapes, wanted: str, label: str) -> None:
-    """InputError unless the checkpoint `what` is of a kind whose description holds `wanted` ('VAE', 'DiT', 'T5')."""
+    """InputError unless the checkpoint `label` is of a kind whose description holds `wanted` ('VAE', 'DiT', 'T5')."""
     found = identify(shapes)
     if wanted not in found:
         shown = "holds none of the known models" if found == "unknown" else f"is a {found}"
@@ -159,7 +159,7 @@ def fill(
     *,
     device: torch.device | str | Callable[[str], torch.device],
     dtype: torch.dtype | Callable[[str, Tensor], torch.dtype] | None = None,
-    what: str,
+    label: str,
 ) -> None:
     """Give a model made on `meta` its weights, one tensor at a time, so that nothing is held twice.
 
@@ -180,4 +180,4 @@ def fill(
         value = keep_part(slots[name], tensor, torch.device(where), kind or tensor.dtype)
         owner = model.get_submodule(owner_name)
         setattr(owner, leaf, value if name in buffers else nn.Parameter(value, requires_grad=False))
-    check_names(seen, model, what)
+    check_names(seen, model, label)

@@ -83,7 +83,9 @@ def check_storage(header: Header, settings: WeightSettings, label: str) -> None:
     if stored not in _FP8:
         return
     if not (settings.fp8_base or settings.int8_base):
-        raise InputError(f"{label} is an fp8 file: add --fp8_base (--fp8 in the generator), or give a bf16 or fp16 file")
+        raise InputError(
+            f"{label} is an fp8 file: add --fp8_base (--fp8 in the generator), or give a bf16 or fp16 file"
+        )
     if settings.fp8_scaled and not is_scaled(header):
         raise InputError(
             f"{label} is an fp8 file without scales, and --fp8_scaled cannot bring back what its rounding lost: "

@@ -20,7 +20,7 @@ from wan_train.conditions.images import Encode
 from wan_train.conditions.kinds import CAMERA, CONTROL_LATENTS, MOTION, REFERENCE, VACE_CONTEXT
 from wan_train.conditions.vace import vace_context
 from wan_train.sampling.controls import inner_size, read_camera, sides_of
-from wan_train.sampling.pictures import load_pictures, to_picture
+from wan_train.sampling.images import load_images, to_image
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.videos import Size, frame_indices, is_still, read_video
 
@@ -32,7 +32,7 @@ def encode_controls(request: SampleRequest, encode: Encode) -> dict[str, Tensor]
         pixels = _video("--control_path", request.control_path, request, request.size)
         found[CONTROL_LATENTS] = control_latents(pixels, encode) * request.control_strength
     if request.reference_image:
-        (image,) = load_pictures([request.reference_image], request.size)
+        (image,) = load_images([request.reference_image], request.size)
         found[REFERENCE] = reference_latents(image, encode)
     if request.reads_vace:
         found[VACE_CONTEXT] = _vace_context(request, encode)
@@ -50,7 +50,7 @@ def _vace_context(request: SampleRequest, encode: Encode) -> Tensor:
     """The context (96, R+F, H, W): behind the end of a video that its mask outlasts, and on the rim of `vace_pad`, the
     video is grey and made anew."""
     shape = request.frames, request.height, request.width
-    references = [to_picture(read_image(Path(path))) for path in request.vace_reference]
+    references = [to_image(read_image(Path(path))) for path in request.vace_reference]
     if not request.vace_video:
         return vace_context(None, None, references, encode, shape=shape)
     left, top, right, bottom = sides_of(request)

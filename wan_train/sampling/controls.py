@@ -13,7 +13,7 @@ from wan_train.errors import InputError, first_given
 from wan_train.log import get_logger
 from wan_train.models.variants import ControlInputs, Variant
 from wan_train.sampling.control_settings import CAMERA_SPEED, ControlOptions
-from wan_train.sampling.pictures import check_image
+from wan_train.sampling.images import check_image
 from wan_train.sampling.videos import Size, frame_indices, is_still
 
 log = get_logger(__name__)

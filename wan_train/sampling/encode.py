@@ -21,7 +21,7 @@ from wan_train.models.variants import Variant
 from wan_train.placement.sharding import Sharding
 from wan_train.precision import published_dtype
 from wan_train.sampling.control_inputs import encode_controls
-from wan_train.sampling.pictures import load_pictures
+from wan_train.sampling.images import load_images
 from wan_train.sampling.request import SampleRequest
 
 log = get_logger(__name__)
@@ -63,22 +63,22 @@ def open_image_encoder(settings: ImageEncoderSettings, device: torch.device) -> 
 def see_requests(
     requests: Sequence[SampleRequest], settings: ImageEncoderSettings, device: torch.device
 ) -> list[Tensor | None]:
-    """CLIP's tokens (I, width) of each request's pictures, in host memory, where its model reads them."""
+    """CLIP's tokens (I, width) of each request's images, in host memory, where its model reads them."""
     if not any(request.clip_paths for request in requests):
         return [None] * len(requests)
     encoder = open_image_encoder(settings, device)
-    return [see_pictures(request, encoder) if request.clip_paths else None for request in requests]
+    return [see_images(request, encoder) if request.clip_paths else None for request in requests]
 
 
-def see_pictures(request: SampleRequest, encoder: See) -> Tensor:
-    """CLIP's tokens (I, width), in host memory, of a request's pictures."""
-    return seen_tokens(load_pictures(request.clip_paths, request.size), encoder)
+def see_images(request: SampleRequest, encoder: See) -> Tensor:
+    """CLIP's tokens (I, width), in host memory, of a request's images."""
+    return seen_tokens(load_images(request.clip_paths, request.size), encoder)
 
 
-def encode_pictures(
+def encode_images(
     request: SampleRequest, vae: WanVAE | None, tokens: Tensor | None, device: torch.device
 ) -> ImageConditions | None:
-    """What the DiT reads of a request's pictures and controls, in host memory; None where it has none.
+    """What the DiT reads of a request's images and controls, in host memory; None where it has none.
 
     The VAE is there for requests that are `is_from_pixels`.
     """
@@ -87,9 +87,9 @@ def encode_pictures(
         assert vae is not None
         return vae.encode(pixels.to(device))
 
-    if request.variant.is_fused and request.picture_paths:
-        (picture,) = _pictures(request)
-        return ImageConditions(first=encode(picture[None, :, None])[0].cpu())
+    if request.variant.is_fused and request.image_paths:
+        (image,) = _images(request)
+        return ImageConditions(first=encode(image[None, :, None])[0].cpu())
     extras = encode_controls(request, encode) | _encode_images(request, encode)
     if tokens is not None:
         extras[CLIP_FEATURES] = tokens
@@ -98,20 +98,20 @@ def encode_pictures(
 
 def _encode_images(request: SampleRequest, encode: Encode) -> dict[str, Tensor]:
     """The kinds of conditions that the images of the video's frames make, by name."""
-    if not request.picture_paths:
+    if not request.image_paths:
         return {}
     assert request.variant.images is not None
-    pictures, one_frame = _pictures(request), request.one_frame
+    images, one_frame = _images(request), request.one_frame
     if one_frame is not None:
         positions = torch.tensor(one_frame.positions)
-        return {IMAGE_LATENTS: one_frame_latents(pictures, one_frame, encode), FRAME_POSITIONS: positions}
+        return {IMAGE_LATENTS: one_frame_latents(images, one_frame, encode), FRAME_POSITIONS: positions}
     if request.variant.images.alone:
-        return {START_LATENTS: start_latents(pictures[0], encode)}
-    return {IMAGE_LATENTS: given_latents(pictures, request.frames, encode)}
+        return {START_LATENTS: start_latents(images[0], encode)}
+    return {IMAGE_LATENTS: given_latents(images, request.frames, encode)}
 
 
-def _pictures(request: SampleRequest) -> list[Tensor]:
-    return load_pictures(request.picture_paths, request.size)
+def _images(request: SampleRequest) -> list[Tensor]:
+    return load_images(request.image_paths, request.size)
 
 
 def check_given_clip(
@@ -160,6 +160,6 @@ def check_encodable(
 
 def _clip_missing(variant: Variant) -> InputError:
     return InputError(
-        f"--clip is missing: --task {variant.name} reads its pictures through CLIP too; give"
+        f"--clip is missing: --task {variant.name} reads its images through CLIP too; give"
         " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
     )

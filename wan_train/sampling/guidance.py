@@ -147,7 +147,7 @@ def _conditions(positive: Conditions, negative: Conditions, prompts: Prompts) ->
 
 
 def _step_inputs(model: nn.Module, conditions: Conditions, device: torch.device) -> dict[str, Any]:
-    """What the model is called with at every step. The texts are embedded here, once: for a picture that is a tenth of
+    """What the model is called with at every step. The texts are embedded here, once: for an image that is a tenth of
     a pass."""
     inputs: dict[str, Any] = dict(conditions.inputs())
     if isinstance(model, Dit):

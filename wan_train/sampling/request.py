@@ -11,8 +11,8 @@ from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
 from wan_train.sampling.control_settings import ControlOptions
 from wan_train.sampling.controls import check_inputs, check_options, fit_frames
 from wan_train.sampling.guidance import Acting, Guidance, plan_steps
+from wan_train.sampling.images import check_controls, check_images, size_like
 from wan_train.sampling.length_settings import LengthOptions, check_length_options
-from wan_train.sampling.pictures import check_controls, check_pictures, size_like
 from wan_train.sampling.settings import SampleOptions, StartOptions
 from wan_train.sampling.step_cache.settings import CacheOptions, check_cache_options
 
@@ -28,7 +28,7 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
     `shift` None is the variant's for the size. `timesteps`, 0..1000 before the shift, take the place of `steps` even
     ones. `video_path` is what the run begins with, at `denoising_strength`; without it that is pure noise. The video
     itself begins with `image_path` and ends with `end_image_path`; it takes the first's proportions at the area that
-    width and height say, unless `exact_size`. With `one_frame` a picture is made in place of a video, as a frame beside
+    width and height say, unless `exact_size`. With `one_frame` an image is made in place of a video, as a frame beside
     `control_images`. Of two experts `guidance` is the low-noise one's; `guidance_high_noise` and `boundary`, a t in
     [0, 1], are the variant's where they are None. What control models read beside that is said by the fields of
     `ControlOptions`, how a long video is made by those of `LengthOptions`, step caches by `CacheOptions`; `vace_pad`
@@ -76,8 +76,8 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
         return self.variant.shift_at(self.width, self.height) if self.shift is None else self.shift
 
     @property
-    def picture_paths(self) -> tuple[str, ...]:
-        """The pictures that it is made from, the first frame's first."""
+    def image_paths(self) -> tuple[str, ...]:
+        """The images that it is made from, the first frame's first."""
         return self.control_images or tuple(path for path in (self.image_path, self.end_image_path) if path)
 
     @property
@@ -88,7 +88,7 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
             return ()
         if self.reference_image:
             return (self.reference_image,)
-        return self.picture_paths if self.one_frame else self.picture_paths[: images.num_clip_images]
+        return self.image_paths if self.one_frame else self.image_paths[: images.num_clip_images]
 
     @property
     def reads_vace(self) -> bool:
@@ -98,12 +98,12 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
     @property
     def is_from_pixels(self) -> bool:
         """Whether the VAE encodes something that it is made from, beside `video_path`."""
-        return bool(self.picture_paths or self.control_path or self.reference_image or self.reads_vace)
+        return bool(self.image_paths or self.control_path or self.reference_image or self.reads_vace)
 
     @property
     def is_fitted(self) -> bool:
         """Whether its size is final, as it is once images have given it their proportions."""
-        return bool(self.picture_paths)
+        return bool(self.image_paths)
 
     @property
     def expert_boundary(self) -> float:
@@ -188,33 +188,33 @@ def checked(request: SampleRequest) -> SampleRequest:
 def fitted(request: SampleRequest) -> SampleRequest:
     """The request at a size and length that the model can make, with a warning where that is another.
 
-    InputError for pictures that are missing, do not read, or that its task does not take.
+    InputError for images that are missing, do not read, or that its task does not take.
     """
     check_inputs(request, request.variant)
     if request.one_frame is None:
         if request.control_images:
             raise InputError(
-                "--control_image_path (--ci) is for pictures made as one frame: give --one_frame_inference (--of) too"
+                "--control_image_path (--ci) is for images made as one frame: give --one_frame_inference (--of) too"
             )
-        check_pictures(request.variant, request.image_path, request.end_image_path)
+        check_images(request.variant, request.image_path, request.end_image_path)
         if request.variant.is_fused and request.image_path and request.frames < 1 + FRAME_STEP:
             raise InputError(
-                f"--image_path (--i): a single frame of --task {request.variant.name} is the picture itself: ask for"
+                f"--image_path (--i): a single frame of --task {request.variant.name} is the image itself: ask for"
                 f" {1 + FRAME_STEP} or more (--video_length, --f)"
             )
     else:
         if request.control_images and (request.image_path or request.end_image_path):
             raise InputError(
-                "--image_path and --control_image_path are both pictures of one frame: give the latter alone"
+                "--image_path and --control_image_path are both images of one frame: give the latter alone"
             )
-        check_controls(request.variant, request.one_frame, request.picture_paths)
+        check_controls(request.variant, request.one_frame, request.image_paths)
         if given := first_given({"--sliding_window_size": request.sliding_window_size, "--riflex": request.riflex}):
             raise InputError(f"--one_frame_inference makes an image, {given} is for long videos: leave out one")
         if request.video_path:
-            raise InputError("--one_frame_inference makes a picture, --video_path begins with a video: leave out one")
+            raise InputError("--one_frame_inference makes an image, --video_path begins with a video: leave out one")
         request = replace(request, frames=1)
-    if request.picture_paths and not request.exact_size:
-        width, height = size_like(request.picture_paths[0], (request.width, request.height), request.variant)
+    if request.image_paths and not request.exact_size:
+        width, height = size_like(request.image_paths[0], (request.width, request.height), request.variant)
         request = replace(request, width=width, height=height)
     step = request.variant.space.size_step
     width, height = (max(step, side // step * step) for side in (request.width, request.height))

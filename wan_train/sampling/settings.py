@@ -124,13 +124,13 @@ class StartOptions:
     )
     image_path: str | None = option(
         None,
-        "The picture that the video begins with, of tasks that make it from one.",
+        "The image that the video begins with, of tasks that make it from one.",
         flags=("--image",),
         traits=Sampled(letter="i", is_file=True),
     )
     end_image_path: str | None = option(
         None,
-        "The picture that it ends with: of flf2v tasks, and as a trial of i2v ones (Fun-InP models are made for it).",
+        "The image that it ends with: of flf2v tasks, and as a trial of i2v ones (Fun-InP models are made for it).",
         traits=Sampled(letter="ei", is_file=True),
     )
 
@@ -141,14 +141,14 @@ class OneFrameSettings:
 
     one_frame_inference: str | None = option(
         None,
-        "Make a picture as one latent frame beside given ones: where in time they and it are, as in"
+        "Make an image as one latent frame beside given ones: where in time they and it are, as in"
         " control_index=0,target_index=1.",
         metavar="control_index=N;N,target_index=N",
         traits=Sampled(letter="of", table="one_frame", field="one_frame", read=read_one_frame),
     )
     control_image_path: tuple[str, ...] = option(
         (),
-        "The given pictures of --one_frame_inference, one for each index.",
+        "The given images of --one_frame_inference, one for each index.",
         traits=Sampled(letter="ci", field="control_images", is_file=True),
     )
 
@@ -159,13 +159,13 @@ class SampleOptions:
 
     exact_size: bool = option(
         False,
-        "Take --video_size as it is, and crop the picture to it; without it the video has the picture's proportions at"
+        "Take --video_size as it is, and crop the image to it; without it the video has the image's proportions at"
         " the area of --video_size.",
         traits=Sampled(recorded="is_fitted"),
     )
     video_path: str | None = option(
         None,
-        "Begin with this video, picture or folder of pictures in place of noise: video to video.",
+        "Begin with this video, image or folder of images in place of noise: video to video.",
         traits=Sampled(is_file=True, not_in_previews="previews begin with noise: leave it to the generator"),
     )
     denoising_strength: float | None = option(

@@ -1,6 +1,6 @@
 """What blocks make of a text, kept from one step of a run to the next: the text does not change, only the video does.
 
-For a picture of 256 x 256 the keys and values of 512 text tokens are a fifth of a pass, for a long video next to
+For an image of 256 x 256 the keys and values of 512 text tokens are a fifth of a pass, for a long video next to
 nothing; they are kept where they are worth their memory, 2 * 512 * width numbers for each block and text.
 """
 

@@ -21,7 +21,7 @@ from wan_train.placement.lanes import lane_from_host
 from wan_train.profiling.profiler import Profiler
 from wan_train.remote.mirror import Mirror
 from wan_train.sampling.decode import open_vae
-from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
+from wan_train.sampling.encode import encode_images, encode_texts, see_requests
 from wan_train.training.accelerator import from_first, prepare_model
 from wan_train.training.carried import Length, RunningMean, Skipped, Stateful
 from wan_train.training.evaluating.validation import Data, Validator
@@ -143,7 +143,7 @@ def make_objective(
         timesteps=settings.timesteps,
         loss=settings.loss,
         variant=variant,
-        rates=dropping_rates(settings.pictures, variant),
+        rates=dropping_rates(settings.images, variant),
         strata=make_strata(settings, dataset, seed),
         prior=make_prior(settings, plan, texts),
     )
@@ -165,9 +165,9 @@ def make_validator(settings: TrainSettings, data: Data, experts: ExpertPlan) -> 
     if data.held_out is None:
         return None
     variant = VARIANTS[settings.dit.task]
-    rate = dropping_rates(settings.pictures, variant).images if variant.is_fused else None
+    rate = dropping_rates(settings.images, variant).images if variant.is_fused else None
     parts = settings.validation, settings.timesteps, settings.loss
-    return Validator(data.held_out, *parts, experts, variant=variant, without_pictures=rate)
+    return Validator(data.held_out, *parts, experts, variant=variant, without_images=rate)
 
 
 def make_strata(settings: TrainSettings, dataset: CachedDataset, seed: int) -> Strata | None:
@@ -244,7 +244,7 @@ def make_previewer(
     seen = see_requests(list(requests.values()), settings.image, device)
     vae = open_vae(settings.vae, device)
     images = {
-        index: encode_pictures(request, vae, tokens, device)
+        index: encode_images(request, vae, tokens, device)
         for (index, request), tokens in zip(requests.items(), seen, strict=True)
     }
     vae.to("cpu")

@@ -25,10 +25,10 @@ log = get_logger(__name__)
 
 def check_control_settings(settings: TrainSettings, variant: Variant) -> None:
     """InputError for dropping what a task does not read."""
-    control, pictures = variant.control or ControlInputs(), settings.pictures
-    if pictures.control_dropout_rate and not (control.video or control.vace):
+    control, images = variant.control or ControlInputs(), settings.images
+    if images.control_dropout_rate and not (control.video or control.vace):
         raise InputError(f"--control_dropout_rate: --task {variant.name} reads no control video: leave it out")
-    if pictures.reference_dropout_rate and not (control.reference or control.vace):
+    if images.reference_dropout_rate and not (control.reference or control.vace):
         raise InputError(f"--reference_dropout_rate: --task {variant.name} reads no reference image: leave it out")
 
 
@@ -127,13 +127,13 @@ def _refuse_unread(items: list[Item], settings: TrainSettings) -> None:
         REFERENCE: ("a reference image", "ref_conv.", "a V1.1 model, or --init_control reference for a T2V or I2V one"),
         MOTION: ("a motion_bucket_id", CONTROLLER, "--motion_controller"),
     }
-    for name, (what, layer, way) in ways.items():
+    for name, (label, layer, way) in ways.items():
         if not (count := sum(map(_has(name), items))):
             continue
         for path in filter(None, (settings.dit.dit, settings.experts.dit_high_noise)):
             if not any(tensor.startswith(layer) for tensor in model_shapes(settings, path)):
                 raise InputError(
-                    f"{count} of {len(items)} clips have {what}, for which {Path(path).name} has no weights: give"
+                    f"{count} of {len(items)} clips have {label}, for which {Path(path).name} has no weights: give"
                     f" {way}, or leave it out of the dataset and cache again"
                 )
 

@@ -39,7 +39,7 @@ def check_needs(settings: TrainSettings, experts: ExpertPlan, dataset: CachedDat
     needs = each[0] if len(each) == 1 else each[0].beside(each[1])
     log.info("full fine-tuning %s", needs.describe())
     device = launched_device()
-    check_fits(needs, free_memory(device), ways_out(settings), what=str(device))
+    check_fits(needs, free_memory(device), ways_out(settings), device_name=str(device))
 
 
 def needs_of(settings: TrainSettings, batch: Batch) -> Needs:

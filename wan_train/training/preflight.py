@@ -92,7 +92,7 @@ def preflight(settings: TrainSettings, remote: RemoteFolder | None = None) -> Ru
         )
     check_schedule(settings.optimizer)
     check_timesteps(settings.timesteps, limits=limits_of(settings, experts))
-    check_pictures_settings(settings, variant)
+    check_images_settings(settings, variant)
     check_control_settings(settings, variant)
     check_validation(settings.validation)
     check_trackers(settings.logs)
@@ -172,14 +172,14 @@ def limits_of(settings: TrainSettings, experts: ExpertPlan) -> tuple[Span | None
     return tuple(experts.limits(expert, settings.timesteps) for expert in experts.trained) or (None,)
 
 
-def check_pictures_settings(settings: TrainSettings, variant: Variant) -> None:
-    """InputError for options of other tasks' pictures."""
-    pictures = settings.pictures
-    if pictures.image_dropout_rate and (variant.images is None or variant.is_fused):
+def check_images_settings(settings: TrainSettings, variant: Variant) -> None:
+    """InputError for options of other tasks' images."""
+    images = settings.images
+    if images.image_dropout_rate and (variant.images is None or variant.is_fused):
         way = "give --i2v_ratio" if variant.is_fused else "leave it out"
-        raise InputError(f"--image_dropout_rate: --task {variant.name} has no pictures to drop: {way}")
-    if pictures.i2v_ratio is not None and not variant.is_fused:
-        raise InputError(f"--i2v_ratio: --task {variant.name} is not text and picture in one: leave it out")
+        raise InputError(f"--image_dropout_rate: --task {variant.name} has no images to drop: {way}")
+    if images.i2v_ratio is not None and not variant.is_fused:
+        raise InputError(f"--i2v_ratio: --task {variant.name} is not text and image in one: leave it out")
 
 
 def check_pair_previews(settings: TrainSettings, experts: ExpertPlan) -> None:
@@ -214,7 +214,7 @@ def read_configs(path: str, settings: TrainSettings) -> tuple[DatasetConfig, ...
         images=variant.images,
         control=variant.control,
         space=variant.space,
-        one_frame=settings.pictures.one_frame,
+        one_frame=settings.images.one_frame,
     )
 
 

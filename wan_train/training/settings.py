@@ -175,12 +175,12 @@ class LossSettings:
 
 
 @dataclass(frozen=True)
-class PictureSettings:
-    """Tasks with pictures."""
+class ImageSettings:
+    """Tasks with images."""
 
     image_dropout_rate: float = option(
         0.0,
-        "Share of the samples that are trained on without their pictures, drawn anew each time.",
+        "Share of the samples that are trained on without their images, drawn anew each time.",
         minimum=0,
         maximum=1,
     )
@@ -272,7 +272,7 @@ class TrainSettings:
     optimizer: OptimizerSettings
     timesteps: TimestepSettings
     loss: LossSettings
-    pictures: PictureSettings
+    images: ImageSettings
     prior: PriorSettings
     save: SaveSettings
     preview: PreviewSettings

@@ -235,9 +235,9 @@ def skip_or_stop(
     optimizing: Optimization, *, loss: float, norm: float, position: Position, window: list[Drawn]
 ) -> None:
     """Let a step pass whose loss or gradient is NaN or Inf, as often as `skip_nonfinite` says; then RunError."""
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
+    label = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
     places = ", ".join(list(sampled(window))[:8])
-    where = f"{what} at step {position.step}, epoch {position.epoch} ({places})"
+    where = f"{label} at step {position.step}, epoch {position.epoch} ({places})"
     skipped, limit = optimizing.skipped, optimizing.skip_nonfinite
     skipped.count += 1
     taken = "before the step was taken" if optimizing.stepping.fused is None else "with that part of the step left out"

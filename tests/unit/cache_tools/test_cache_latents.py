@@ -90,8 +90,8 @@ def test_latents_are_those_of_each_clip_encoded_alone(folder, vae_path, capsys):
     clips = all_clips()
     assert len(clips) == 13
     for clip in clips:
-        (pictures,) = load_clips([clip])
-        alone = vae.encode(to_pixels(torch.from_numpy(pictures)[None]))[0]
+        (images,) = load_clips([clip])
+        alone = vae.encode(to_pixels(torch.from_numpy(images)[None]))[0]
         cached = read_latents(clip)
         assert cached.dtype == torch.bfloat16
         torch.testing.assert_close(cached.float(), alone, atol=2e-2, rtol=1e-2)
@@ -99,8 +99,8 @@ def test_latents_are_those_of_each_clip_encoded_alone(folder, vae_path, capsys):
 
 
 def test_pixels_go_from_minus_one_to_one():
-    pictures = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 1, 3).expand(1, 2, 4, 5, 3)
-    pixels = to_pixels(pictures)
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 1, 3).expand(1, 2, 4, 5, 3)
+    pixels = to_pixels(images)
     assert pixels.shape == (1, 3, 2, 4, 5)
     torch.testing.assert_close(pixels[0, :, 0, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
 
@@ -158,8 +158,8 @@ def test_decoding_ahead_changes_nothing(folder, vae_path, num_workers):
     cache(vae_path, "--num_workers", num_workers, "--vae_dtype", "fp32", "--batch_size", "1")
     vae = wan_train.load_vae(vae_path)
     for clip in all_clips():
-        (pictures,) = load_clips([clip])
-        assert torch.equal(read_latents(clip), vae.encode(to_pixels(torch.from_numpy(pictures)[None]))[0])
+        (images,) = load_clips([clip])
+        assert torch.equal(read_latents(clip), vae.encode(to_pixels(torch.from_numpy(images)[None]))[0])
 
 
 def test_vae_options_reach_the_vae_and_the_files(folder, vae_path, spy):

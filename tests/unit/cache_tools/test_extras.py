@@ -57,11 +57,11 @@ def planned():
     return plan_clips(config, list_items(config, allow_missing_captions=False))
 
 
-def encode(vae_path, pictures):
+def encode(vae_path, images):
     vae = WanVAE(Geometry(8, (8, 8, 8, 8), 1))
     vae.load_state_dict(dict(read_tensors(vae_path)))
     with torch.no_grad():
-        return vae.eval().encode(to_pixels(torch.from_numpy(pictures)[None]))[0]
+        return vae.eval().encode(to_pixels(torch.from_numpy(images)[None]))[0]
 
 
 def last_line(capsys):
@@ -74,8 +74,8 @@ def test_flip_augment_caches_the_mirrored_clip_beside(cache, vae_path, capsys):
     assert cache("flip_augment = true") == 0
     assert "2 encoded" in last_line(capsys)
     for clip, before in zip(planned().clips, plain, strict=True):
-        (pictures,) = load_clips([clip])
-        mirrored = encode(vae_path, np.ascontiguousarray(pictures[:, :, ::-1]))
+        (images,) = load_clips([clip])
+        mirrored = encode(vae_path, np.ascontiguousarray(images[:, :, ::-1]))
         torch.testing.assert_close(read_extra(clip, FLIPPED), mirrored, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(read_latents(clip), before)
         assert "latents_flipped_3x6x8_float32" in read_header(latents_path(clip)).shapes
@@ -123,9 +123,9 @@ def test_a_mask_is_averaged_to_latent_cells_and_its_weights_to_one(cache, folder
 
 
 def test_frames_of_a_mask_video_go_first_alone_and_then_by_four():
-    pictures = np.zeros((9, 16, 16, 3), np.uint8)
-    pictures[0], pictures[1:3], pictures[8] = 255, 255, 255
-    cells = average_cells(pictures)
+    images = np.zeros((9, 16, 16, 3), np.uint8)
+    images[0], images[1:3], images[8] = 255, 255, 255
+    cells = average_cells(images)
     assert cells.shape == (3, 2, 2)
     assert cells[:, 0, 0] == pytest.approx([1, 0.5, 0.25])
 
@@ -206,10 +206,10 @@ def test_a_control_is_cached_and_ends_as_the_clip_does(cache, folder, vae_path, 
 
 def test_a_control_image_is_resized_like_the_image(cache, folder, vae_path):
     (folder / "stills").mkdir()
-    picture = cv2.resize(draw_frame(5), (128, 96), interpolation=cv2.INTER_NEAREST)
-    Image.fromarray(picture).save("stills/s.png")
+    image = cv2.resize(draw_frame(5), (128, 96), interpolation=cv2.INTER_NEAREST)
+    Image.fromarray(image).save("stills/s.png")
     Path("stills/s.txt").write_text("a still")
-    Image.fromarray(picture).save("controls/s_0.png")
+    Image.fromarray(image).save("controls/s_0.png")
     folder.joinpath("data.toml").write_text("")
     lines = '\n[[datasets]]\nimage_directory = "stills"\nresolution = [64, 48]\ncontrol_directory = "controls"'
     assert cache(lines) == 0

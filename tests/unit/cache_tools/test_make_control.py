@@ -35,8 +35,8 @@ def make(kind="canny", *more):
     return run(LATENTS_TOOL, ["--dataset_config", "data.toml", "--make_control", kind, *more])
 
 
-def pictures_of(path):
-    return [picture for _, picture in read_frames(path, range(probe(path).num_frames))]
+def images_of(path):
+    return [image for _, image in read_frames(path, range(probe(path).num_frames))]
 
 
 def test_the_choices_are_those_that_can_be_made():
@@ -44,9 +44,9 @@ def test_the_choices_are_those_that_can_be_made():
 
 
 def test_canny_draws_the_edges_of_stripes_white():
-    picture = draw_frame(0b00000100)  # white from x = 16 to 24
-    edges = MAKERS["canny"](picture)
-    assert edges.shape == picture.shape and set(np.unique(edges)) == {0, 255}
+    image = draw_frame(0b00000100)  # white from x = 16 to 24
+    edges = MAKERS["canny"](image)
+    assert edges.shape == image.shape and set(np.unique(edges)) == {0, 255}
     drawn = np.unique(np.nonzero(edges)[1])
     assert len(drawn) == 2 and abs(drawn[0] - 16) <= 1 and abs(drawn[1] - 24) <= 1
     faint = np.full((48, 64, 3), 100, np.uint8)
@@ -55,28 +55,28 @@ def test_canny_draws_the_edges_of_stripes_white():
 
 
 def test_gray_has_the_luma_of_rec_601_in_all_channels():
-    picture = draw_noise(0, 64, 48)
-    grey = MAKERS["gray"](picture)
-    luma = picture @ np.array([0.299, 0.587, 0.114])
+    image = draw_noise(0, 64, 48)
+    grey = MAKERS["gray"](image)
+    luma = image @ np.array([0.299, 0.587, 0.114])
     assert np.abs(grey - luma[..., None]).max() <= 1
 
 
 def test_blur_is_a_gaussian_of_five_pixels():
-    picture = np.zeros((81, 81, 3), np.uint8)
-    picture[:, 40:] = 255
-    row = MAKERS["blur"](picture)[40, :, 0].astype(float) / 255
+    image = np.zeros((81, 81, 3), np.uint8)
+    image[:, 40:] = 255
+    row = MAKERS["blur"](image)[40, :, 0].astype(float) / 255
     slope = np.diff(row)
     assert slope.max() == pytest.approx(1 / (5 * np.sqrt(2 * np.pi)), rel=0.1)
     assert row[35] == pytest.approx(0.18, abs=0.03)  # 5 pixels before the edge: the normal distribution at -0.9
 
 
 def test_tiles_have_the_mean_of_their_pixels():
-    picture = draw_noise(0, 64, 48)
-    tiled = MAKERS["tile"](picture).astype(float)
+    image = draw_noise(0, 64, 48)
+    tiled = MAKERS["tile"](image).astype(float)
     for y, x in ((0, 0), (8, 16), (40, 56)):
         tile = tiled[y : y + 8, x : x + 8]
         assert (tile == tile[0, 0]).all()
-        assert np.abs(tile[0, 0] - picture[y : y + 8, x : x + 8].mean(axis=(0, 1))).max() <= 1
+        assert np.abs(tile[0, 0] - image[y : y + 8, x : x + 8].mean(axis=(0, 1))).max() <= 1
     assert MAKERS["tile"](draw_noise(0, 50, 30)).shape == (30, 50, 3)
     assert MAKERS["tile"](draw_noise(0, 3, 2)).shape == (2, 3, 3)
 
@@ -96,8 +96,8 @@ def test_each_video_has_a_control_of_all_its_frames_without_loss(folder, kind):
         )
         assert of_control.fps == pytest.approx(of_clip.fps, abs=1e-6)
         assert of_control.times == pytest.approx(of_clip.times, abs=2e-3)
-        for picture, drawn in zip(pictures_of(clip), pictures_of(control), strict=True):
-            assert np.array_equal(drawn, MAKERS[kind](picture))
+        for image, drawn in zip(images_of(clip), images_of(control), strict=True):
+            assert np.array_equal(drawn, MAKERS[kind](image))
 
 
 def test_what_was_made_goes_with_the_clips_that_training_takes(folder, capsys):

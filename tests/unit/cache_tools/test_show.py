@@ -30,7 +30,7 @@ def test_videos_show_the_frames_of_each_clip(folder, capsys):
     assert show("video") == 0
     files = sorted((folder / "cache_debug/dataset_1").iterdir())
     assert [path.stem[:11] for path in files] == ["a_00000-005", "a_00005-005", "b_00000-005"]
-    numbers = [read_number(picture) for _, picture in read_frames(files[1], range(5))]
+    numbers = [read_number(image) for _, image in read_frames(files[1], range(5))]
     assert numbers == [5, 6, 7, 8, 9]
     out = capsys.readouterr().out
     assert "clips/a.mp4 from frame 5: 64 wide, 48 high, 5 frames" in out and "caption of a" in out
@@ -38,7 +38,7 @@ def test_videos_show_the_frames_of_each_clip(folder, capsys):
     assert not list(folder.glob("cache/*.safetensors"))
 
 
-def test_pictures_are_sheets_of_all_frames(folder):
+def test_images_are_sheets_of_all_frames(folder):
     assert show("image", "--debug_dir", "seen", "--console_num_images", "2") == 0
     files = sorted((folder / "seen/dataset_1").iterdir())
     assert len(files) == 2 and {path.suffix for path in files} == {".png"}
@@ -67,9 +67,9 @@ def test_the_terminal_shows_colours(folder, capsys):
     assert show("console", "--console_width", "16", "--console_num_images", "1") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "▀" in line]
     assert len(lines) == 6 and all(len(CELL.findall(line)) == 16 for line in lines)  # 16 x 12 pixels
-    picture = np.zeros((4, 8, 3), np.uint8)
-    picture[:2, :4], picture[2:, 4:] = (255, 0, 0), (0, 0, 255)
-    (line,) = draw_blocks(picture, 4)
+    image = np.zeros((4, 8, 3), np.uint8)
+    image[:2, :4], image[2:, 4:] = (255, 0, 0), (0, 0, 255)
+    (line,) = draw_blocks(image, 4)
     assert CELL.findall(line)[0][:3] == ("255", "0", "0")
     assert CELL.findall(line)[3] == ("0", "0", "0", "0", "0", "255")
 
@@ -82,5 +82,5 @@ def test_the_rim_has_the_colour_asked_for():
 
 
 def test_an_unknown_way_is_refused(capsys):
-    assert show("picture") == 2
+    assert show("image") == 2
     assert "image, console, video" in capsys.readouterr().err

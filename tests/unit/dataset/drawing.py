@@ -11,21 +11,21 @@ BITS = 8
 
 
 def draw_frame(number: int, width: int = 64, height: int = 48) -> np.ndarray:
-    """A picture of 8 vertical stripes: the bits of `number`, white for 1."""
+    """An image of 8 vertical stripes: the bits of `number`, white for 1."""
     bits = [number >> bit & 1 for bit in range(BITS)]
     row = np.repeat(np.array(bits, np.uint8) * 255, -(-width // BITS))[:width]
     return np.broadcast_to(row[None, :, None], (height, width, 3)).copy()
 
 
-def read_number(picture: np.ndarray) -> int:
+def read_number(image: np.ndarray) -> int:
     """The number that `draw_frame` put there, after compression and scaling without cropping."""
-    width = picture.shape[1]
+    width = image.shape[1]
     centres = [int((bit + 0.5) * width / BITS) for bit in range(BITS)]
-    return sum((picture[:, x].mean() > 127) << bit for bit, x in enumerate(centres))
+    return sum((image[:, x].mean() > 127) << bit for bit, x in enumerate(centres))
 
 
 def draw_noise(number: int, width: int, height: int) -> np.ndarray:
-    """A picture that compresses badly, as real ones do."""
+    """An image that compresses badly, as real ones do."""
     return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 

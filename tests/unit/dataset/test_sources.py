@@ -83,9 +83,9 @@ def test_clips_hold_exactly_the_planned_frames(tmp_path):
     found = plan(configure(tmp_path, lines)).clips
     kept = [i for i in range(30) if i % 3 != 1]  # 24 fps to 16 drops the second of three
     assert [(clip.start, clip.num_frames) for clip in found] == [(0, 1), (19, 1), (0, 9), (11, 9)]
-    for clip, pictures in zip(found, load_clips(found), strict=True):
-        assert pictures.shape == (clip.num_frames, 48, 64, 3)
-        assert [read_number(picture) for picture in pictures] == kept[clip.start : clip.start + clip.num_frames]
+    for clip, images in zip(found, load_clips(found), strict=True):
+        assert images.shape == (clip.num_frames, 48, 64, 3)
+        assert [read_number(image) for image in images] == kept[clip.start : clip.start + clip.num_frames]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_every_extraction_decodes_exactly_its_frames(tmp_path, lines, spans):
     make_clips(tmp_path / "clips", {"a": 30})
     found = plan(configure(tmp_path, lines)).clips
     assert [(clip.start, clip.num_frames) for clip in found] == spans
-    for clip, pictures in zip(found, load_clips(found), strict=True):
-        assert [read_number(picture) for picture in pictures] == list(range(clip.start, clip.start + clip.num_frames))
+    for clip, images in zip(found, load_clips(found), strict=True):
+        assert [read_number(image) for image in images] == list(range(clip.start, clip.start + clip.num_frames))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_dataset_without_any_clip_is_an_error(tmp_path):
         plan(configure(tmp_path, "target_frames = [5]\nsource_fps = 32"))
 
 
-def test_a_picture_too_small_for_the_grid_is_named(tmp_path):
+def test_a_image_too_small_for_the_grid_is_named(tmp_path):
     folder = tmp_path / "clips"
     folder.mkdir()
     draw_image(folder / "tiny.png", (12, 40))

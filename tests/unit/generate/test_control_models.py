@@ -15,8 +15,8 @@ from generate.jobs import make_jobs
 from generate.main import main
 from generate.settings import GenerateSettings
 from tests.tiny.control import CONTROLLER, TASKS, make_control_models
+from tests.tiny.images import CLIP, make_image_models
 from tests.tiny.make import SCENES, T5, VAE, draw_frames, make_models
-from tests.tiny.pictures import CLIP, make_picture_models
 from wan_train.cli import parse
 from wan_train.errors import InputError
 from wan_train.media_out import write_image, write_video
@@ -25,7 +25,7 @@ from wan_train.models.loading import load_dit
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import sample_latents
-from wan_train.sampling.encode import encode_pictures, encode_texts, see_requests
+from wan_train.sampling.encode import encode_images, encode_texts, see_requests
 from wan_train.sampling.grammar import parse_line
 from wan_train.sampling.request import preview_defaults
 
@@ -78,7 +78,7 @@ def control_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny control models, and what they are given."""
     folder = tmp_path_factory.mktemp("control")
     make_models(folder)
-    make_picture_models(folder)
+    make_image_models(folder)
     make_control_models(folder)
     frames = np.stack([np.asarray(image) for image in draw_frames(next(iter(SCENES)), size=SIZE, num_frames=9)])
     write_video(folder / CONTROL, frames, fps=16)
@@ -275,7 +275,7 @@ def test_a_preview_is_the_generators_video(task: str, make: Make) -> None:
     texts = encode_texts([request.prompt, request.negative_prompt], settings.text, cpu)
     (tokens,) = see_requests([request], settings.image, cpu)
     vae = open_vae(settings.vae, cpu)
-    images = encode_pictures(request, vae, tokens, cpu)
+    images = encode_images(request, vae, tokens, cpu)
     model = load_dit(f"{TASKS[task]}.safetensors")
     assert isinstance(model, Dit)
     both = (texts[text].with_images(images) for text in (request.prompt, request.negative_prompt))

@@ -49,16 +49,16 @@ def test_each_type_leaves_what_it_says(kind: str, left: set[str], given: Given, 
     written = write(settings)
     assert {path.name for path in written} == left == {path.name for path in tmp_path.iterdir()}
     if "x" in left:
-        pictures = sorted((tmp_path / "x").iterdir())
-        assert [path.name for path in pictures] == [f"x_{i:03d}.png" for i in range(5)]
-        assert all(np.array_equal(np.asarray(Image.open(path)), FRAMES[i]) for i, path in enumerate(pictures))
+        images = sorted((tmp_path / "x").iterdir())
+        assert [path.name for path in images] == [f"x_{i:03d}.png" for i in range(5)]
+        assert all(np.array_equal(np.asarray(Image.open(path)), FRAMES[i]) for i, path in enumerate(images))
     if "x_latent.safetensors" in left:
         with safe_open(tmp_path / "x_latent.safetensors", framework="pt") as file:
             assert file.get_tensor("latent").shape == (16, 2, 4, 4)
             assert {"seeds": "3", "prompt": "a", "wan_train": '{"a": 1}'}.items() <= file.metadata().items()
 
 
-def test_one_frame_is_a_picture_unless_a_video_is_named(given: Given, tmp_path: Path) -> None:
+def test_one_frame_is_a_image_unless_a_video_is_named(given: Given, tmp_path: Path) -> None:
     names = {"folder": ".png", "a.png": ".png", "b.mp4": ".mp4"}
     for name, suffix in names.items():
         (written,) = write(given("--prompt", "a", "--save_path", tmp_path / name), FRAMES[:1])
@@ -110,7 +110,7 @@ def test_seed_and_index_are_filled_in(given: Given, tmp_path: Path) -> None:
         (("--save_path", "x.JPG"), r"\.jpg is not written"),
         (("--save_path", "x.safetensors"), "is for latent"),
         (("--save_path", "x.png", "--output_type", "latent"), "is for video and both"),
-        (("--save_path", "x.png"), "a picture for 5 frames"),
+        (("--save_path", "x.png"), "an image for 5 frames"),
         (("--save_path", "x", "--trim_tail_frames", 5), "none of 5 frames"),
         (("--save_path", "README.md/x"), "cannot write"),
         (("--save_path", "x", "--codec", "lossless", "--video_quality", 20), "lossless has one quality"),

@@ -107,7 +107,7 @@ def test_another_model_is_told(given: Given, tmp_path: Path, capsys: pytest.Capt
     assert "--vae is not the file" in capsys.readouterr().err
 
 
-def test_a_picture_that_has_changed_is_told(tmp_path: Path, given: Given, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_image_that_has_changed_is_told(tmp_path: Path, given: Given, capsys: pytest.CaptureFixture[str]) -> None:
     write_image(tmp_path / "first.png", FRAMES[0])
     settings = given("--prompt", "a", "--task", "i2v-14B", "--image_path", tmp_path / "first.png")
     (job,) = make_jobs(settings)

@@ -45,7 +45,7 @@ def test_a_short_video_gives_a_short_one(request_: SampleRequest, tmp_path: Path
     assert fit_to_source(replace(request_, video_path=str(tmp_path / "s.mp4")), 16).frames == 5
 
 
-def test_a_picture_is_one_frame_and_a_folder_of_them_a_video(request_: SampleRequest, tmp_path: Path) -> None:
+def test_a_image_is_one_frame_and_a_folder_of_them_a_video(request_: SampleRequest, tmp_path: Path) -> None:
     write_image(tmp_path / "p.png", FRAMES[5])
     wished = fit_to_source(replace(request_, video_path=str(tmp_path / "p.png")), 16)
     assert wished.frames == 1 and greys(read_source(wished, 16)) == [60]
@@ -56,7 +56,7 @@ def test_a_picture_is_one_frame_and_a_folder_of_them_a_video(request_: SampleReq
 
 def test_what_does_not_read_is_refused(request_: SampleRequest, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for name in ("absent.mp4", "text.mp4", "text.png", "."):
         with pytest.raises(InputError):
             fit_to_source(replace(request_, video_path=str(tmp_path / name)), 16)

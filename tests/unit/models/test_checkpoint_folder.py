@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny.images import CLIP, clip_shapes, image_dit_shapes
 from tests.tiny.make import DIT, T5, VAE, Shapes, dit_shapes, make_models, make_tokenizer, save, t5_shapes
-from tests.tiny.pictures import CLIP, clip_shapes, picture_dit_shapes
 from tests.tiny.vae22 import VAE22, vae22_shapes
 from wan_train.errors import InputError
 from wan_train.models.checkpoint_folder import with_found_files
@@ -66,7 +66,7 @@ def test_an_official_folder(official: Path, capsys: pytest.CaptureFixture[str]) 
 def test_files_are_told_by_what_they_hold(official: Path) -> None:
     for index, path in enumerate(sorted(official.glob("*.safetensors"))):
         path.rename(official / f"{index}.safetensors")
-    put(official / "i2v.safetensors", picture_dit_shapes())
+    put(official / "i2v.safetensors", image_dit_shapes())
     put(official / "clip.safetensors", clip_shapes())
     save(official / "vae22.safetensors", vae22_shapes(), torch.float32)
     text, image = found(official, "t2v-1.3B"), found(official, "i2v-14B")

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.tiny.control import controller_shapes
+from tests.tiny.images import image_dit_shapes
 from tests.tiny.make import Shapes, dit_shapes, draw_weight
-from tests.tiny.pictures import picture_dit_shapes
 from wan_train.assemble import ModelSettings, assemble_dit
 from wan_train.errors import InputError
 from wan_train.models.additions import extended_header, idle_weights
@@ -103,7 +103,7 @@ def test_an_i2v_base_keeps_its_image_columns_and_mask(tmp_path: Path) -> None:
 
 
 def test_an_i2v_base_of_wan21_gives_up_its_mask(tmp_path: Path) -> None:
-    path = base(tmp_path, picture_dit_shapes())
+    path = base(tmp_path, image_dit_shapes())
     plain = assemble_dit(settings(path, "i2v-14B", None), device=CPU)
     made = assemble_dit(settings(path, "fun-control-14B", "auto"), device=CPU)
     weight = made.patch_embedding.weight
@@ -160,7 +160,7 @@ def test_the_whole_model_is_of_its_task_and_known_before_it_is_loaded(task: str,
         (dit_shapes(), "vace-1.3B", "reference", "reads no reference image: give auto"),
         (dit_shapes(in_dim=36), "vace-1.3B", "auto", "reads 36 channels"),
         (dit_shapes(in_dim=48), "fun-control-A14B", "auto", "reads 48 channels"),
-        (picture_dit_shapes(), "fun-control-A14B", "auto", "reads an image through CLIP"),
+        (image_dit_shapes(), "fun-control-A14B", "auto", "reads an image through CLIP"),
         ({**dit_shapes(), "ref_conv.weight": (256, 16, 2, 2)}, "fun-control-1.3B", "auto", "has a ref_conv already"),
     ],
 )

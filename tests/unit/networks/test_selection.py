@@ -150,7 +150,7 @@ def test_filtering_by_what_is_not_there() -> None:
 @pytest.mark.parametrize("written", [kohya_state, lambda deltas: peft_state(deltas, "diffusion_model")])
 @pytest.mark.parametrize("pattern", ["k_img|v_img", r"cross_attn\.[kv]_img", "lora_unet_blocks_._cross_attn_._img"])
 def test_what_is_excluded_need_not_fit_the_model(make_model, make_deltas, tmp_path, written, pattern: str) -> None:
-    """A LoRA of a model with pictures on one without, as Wan2.1's I2V on T2V or Wan2.2."""
+    """A LoRA of a model with images on one without, as Wan2.1's I2V on T2V or Wan2.2."""
     path, sizes = tmp_path / "i2v.safetensors", shapes(make_model())
     wanted = {name for name in make_deltas(make_model(image=True)) if not name.endswith("_img")}
     save_tensors(path, written(make_deltas(make_model(image=True))))

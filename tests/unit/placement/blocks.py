@@ -7,7 +7,7 @@ from networks.lora_wan import attach
 from networks.settings import NetworkSettings
 from wan_train.models.dit.block import Block
 from wan_train.models.dit.dit import DitConfig
-from wan_train.models.dit.rope import rotations
+from wan_train.models.dit.rope import rope_table
 
 GRID = (2, 3, 4)
 NUM_TOKENS = 24
@@ -31,10 +31,10 @@ class Stack(nn.Module):
         context = torch.randn(len(x), 5, self.config.dim, generator=generator)
         time = torch.randn(len(x), 1, 6, self.config.dim, generator=generator)
         frames = x.shape[1] // 12
-        turns = rotations((frames, 3, 4), self.config.dim // self.config.num_heads, device=x.device)
+        rope = rope_table((frames, 3, 4), self.config.dim // self.config.num_heads, device=x.device)
         context = context.to(self.blocks[0].self_attn.q.weight)
         for block in self.blocks:
-            x = block(x, context, time.to(x.device), turns)
+            x = block(x, context, time.to(x.device), rope)
         return x
 
     def trained(self) -> list[Tensor]:

@@ -12,7 +12,7 @@ from wan_train.conditions.camera import camera_path, read_camera_file
 from wan_train.conditions.conditions import ImageConditions
 from wan_train.media_out import write_image, write_video
 from wan_train.models.variants import VARIANTS
-from wan_train.sampling.encode import encode_pictures
+from wan_train.sampling.encode import encode_images
 from wan_train.sampling.grammar import GENERATOR, parse_line
 from wan_train.sampling.request import preview_defaults
 
@@ -36,7 +36,7 @@ class Blocks:
 def built(task: str, line: str) -> dict[str, Tensor]:
     size = "" if "--w" in line else "--w 48 --h 32 "
     request = parse_line(f"{LINE} {size}{line}", preview_defaults(VARIANTS[task]), GENERATOR)
-    made = encode_pictures(request, Blocks(), None, CPU)  # type: ignore[arg-type]
+    made = encode_images(request, Blocks(), None, CPU)  # type: ignore[arg-type]
     assert isinstance(made, ImageConditions)
     return dict(made.extras)
 
@@ -81,7 +81,7 @@ def test_camera_and_speed_need_no_vae(folder: Path) -> None:
     by_words = built("fun-camera-14B", "--f 5 --i image.png --camera_direction InLeft --camera_speed 0.5")["camera"]
     assert torch.equal(by_words, camera_path("InLeft", 5, 0.5))
     request = parse_line(f"{LINE} --motion_bucket_id 7", preview_defaults(VARIANTS["t2v-1.3B"]), GENERATOR)
-    made = encode_pictures(request, None, None, CPU)
+    made = encode_images(request, None, None, CPU)
     assert made is not None and made.extras["motion_bucket_id"].item() == 7 and not request.is_from_pixels
 
 
@@ -94,7 +94,7 @@ def test_vace_without_inputs_is_grey_and_all_made_anew(folder: Path) -> None:
     context = built("vace-14B", "--f 5")["vace_context"]
     assert context.shape == (96, 2, 4, 6) and not context[:32].any() and context[32:].eq(1).all()
     request = parse_line(f"{LINE} --f 5 --vace_scale 0", preview_defaults(VARIANTS["vace-14B"]), GENERATOR)
-    assert encode_pictures(request, None, None, CPU) is None
+    assert encode_images(request, None, None, CPU) is None
 
 
 def test_vace_inpainting_keeps_what_is_black(folder: Path) -> None:

@@ -80,7 +80,7 @@ def test_sizes_and_lengths_are_made_to_fit() -> None:
         ("a cat --ei cat.png", r"--end_image_path \(--ei\): .*text alone"),
         ("a cat --i cat.png", r"--image_path \(--i\): .*text alone"),
         ("a cat --cn dir", r"--control_path \(--cn\): --task t2v-1.3B does not read a control video"),
-        ("a cat --ci cat.png", r"--control_image_path \(--ci\) is for pictures made as one frame"),
+        ("a cat --ci cat.png", r"--control_image_path \(--ci\) is for images made as one frame"),
         ("a cat --of x=1", "--of x=1 .* takes control_index=0"),
         ("a cat --of control_index=0,target_index=1 --ci cat.png", "not for t2v-1.3B"),
     ],

@@ -71,8 +71,8 @@ class Real:
             loss_of(self.model.train(), settings, batch(), CPU).backward()
         trained = [parameter for _, parameter in self.adapter.named_parameters()]
         self.gradients = sum(size(parameter.grad) for parameter in trained if parameter.grad is not None)
-        turns = (rounded(0),) if settings.network.full_bf16 else None
-        optimizer = make_optimizer(self.adapter.parameter_groups(1e-3), settings.optimizer, turns=turns)
+        step_contexts = (rounded(0),) if settings.network.full_bf16 else None
+        optimizer = make_optimizer(self.adapter.parameter_groups(1e-3), settings.optimizer, step_contexts=step_contexts)
         optimizer.step()
         states = {t.untyped_storage()._cdata: size(t) for t in tensors_in(list(optimizer.state.values()))}
         self.states = sum(states.values())
@@ -169,9 +169,9 @@ def test_what_states_in_main_memory_take_is_told(sizes: tuple[int, ...]) -> None
     """There as much as they are, and on the device those of three weights in a row, however many steps are taken."""
     settings = OptimizerSettings(optimizer_type="SGD", learning_rate=1e-3, optimizer_args=("momentum=0.9",))
     ledger = Ledger()
-    turns = (states_at_hand(HostStates(OutlineLane(ledger))),)
+    step_contexts = (states_at_hand(HostStates(OutlineLane(ledger))),)
     weights = [nn.Parameter(torch.empty(size, device=META)) for size in sizes]
-    optimizer = make_optimizer([{"params": weights, "lr": 1e-3}], settings, turns=turns)
+    optimizer = make_optimizer([{"params": weights, "lr": 1e-3}], settings, step_contexts=step_contexts)
     for weight in weights:
         weight.grad = torch.empty_like(weight)
     ledger.leave_out(iter([weight.grad for weight in weights if weight.grad is not None] + weights))
@@ -187,15 +187,15 @@ def test_what_cannot_fit_is_refused_with_the_ways_out(tiny: Path) -> None:
     settings = settings_of(tiny, "--full_bf16")
     needs = Needs(Bytes(3 << 30), Bytes(1 << 30), Bytes(2 << 30, 5 << 30), Bytes(), Bytes(1 << 30), 2 << 30)
     assert needs.total == Bytes(7 << 30, 5 << 30)
-    check_fits(needs, Bytes(7 << 30, 5 << 30), ways_out(settings), what="cuda:0")
-    check_fits(needs, Bytes(0, 12 << 30), ways_out(settings), what="cpu")
+    check_fits(needs, Bytes(7 << 30, 5 << 30), ways_out(settings), device_name="cuda:0")
+    check_fits(needs, Bytes(0, 12 << 30), ways_out(settings), device_name="cpu")
     for free, told in {
         Bytes(6 << 30, 50 << 30): "takes 7.00 GiB of cuda:0, and 6.00 GiB are free",
         Bytes(8 << 30, 4 << 30): "takes 5.00 GiB of main memory, and 4.00 GiB are free",
         Bytes(0, 11 << 30): "takes 12.00 GiB of main memory, and 11.00 GiB are free",
     }.items():
         with pytest.raises(InputError, match=told) as refused:
-            check_fits(needs, free, ways_out(settings), what="cuda:0")
+            check_fits(needs, free, ways_out(settings), device_name="cuda:0")
         said = str(refused.value)
         assert "--fused_backward_pass" in said and "--full_bf16" not in said and "\n" not in said
 

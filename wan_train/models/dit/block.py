@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor, rope: Tensor) -> Tensor:
-        """x (B, L, d) float32, context (B, T, d), time (B, G, 6, d) float32, turns (2, L, 1, D) -> like x."""
+        """x (B, L, d) float32, context (B, T, d), time (B, G, 6, d) float32, rope (2, L, 1, D) -> like x."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unbind(2)
         dtype = context.dtype
         modulated = modulate(self.norm1(x), shift1, scale1).to(dtype)

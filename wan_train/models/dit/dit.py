@@ -23,7 +23,7 @@ from wan_train.models.dit.embedding import embed_patches, pad_context, sinusoid
 from wan_train.models.dit.inputs import NOTHING_BESIDE, Inputs, check_inputs
 from wan_train.models.dit.layers import GELU, ImageEmbedding
 from wan_train.models.dit.layers import DitConfig as DitConfig
-from wan_train.models.dit.rope import Riflex, rotations
+from wan_train.models.dit.rope import Riflex, rope_table
 from wan_train.models.dit.vace import VaceState, add_hint, make_vace_blocks
 from wan_train.precision import Conv2d, Linear
 
@@ -230,7 +230,7 @@ class Dit(nn.Module):
             assert frames is None, "models with a reference have their frames one after the other"
             grid = (grid[0] + 1, *grid[1:])
         head_dim = self.config.dim // self.config.num_heads
-        return rotations(grid, head_dim, device=device, frames=frames, riflex=inputs.riflex)
+        return rope_table(grid, head_dim, device=device, frames=frames, riflex=inputs.riflex)
 
     def _begin_vace(self, inputs: Inputs, device: torch.device) -> VaceState | None:
         if inputs.vace_context is None or inputs.vace_scale == 0:

@@ -45,7 +45,7 @@ class Channels:
     @property
     def images(self) -> str:
         """What it reads through CLIP, in words."""
-        return ("a first and a last picture" if self.last else "one picture") if self.clip else "no picture"
+        return ("a first and a last image" if self.last else "one image") if self.clip else "no image"
 
 
 def channels_of(shapes: Shapes) -> Channels | None:

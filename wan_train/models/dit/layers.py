@@ -1,4 +1,4 @@
-"""The parts of a DiT's block that know of pictures, and what they share with the others.
+"""The parts of a DiT's block that know of images, and what they share with the others.
 
 Legend: B batch, S L tokens, I image tokens, N heads, D head width, d = N*D the width of a token.
 """
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(dim, config.eps)
 
     def forward(self, x: Tensor, source: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x (B, L, d) attends to source (B, S, d), both turned by `turns` (2, L, 1, D) if given -> (B, L, d)."""
+        """x (B, L, d) attends to source (B, S, d), both turned by `rope` (2, L, 1, D) if given -> (B, L, d)."""
         query = self.norm_q(self.q(x), self.num_heads, rope)
         key, value = self.read(source) if rope is None else self.read(source, rope)
         return self.o(rearrange(self.attend(query, key, value), "B L N D -> B L (N D)"))

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, num_heads: int, rope: Tensor | None = None) -> Tensor:
-        """x (B, L, N*D) -> (B, L, N, D), each token turned by `turns` (2, L, 1, D) if given."""
+        """x (B, L, N*D) -> (B, L, N, D), each token turned by `rope` (2, L, 1, D) if given."""
         heads: Tensor = _NormTurn.apply(x, self.weight, rope, self.eps, num_heads)  # type: ignore[no-untyped-call]
         return heads
 
@@ -56,9 +56,9 @@ class _NormTurn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, weight, turns, inverse = ctx.saved_tensors
+        x, weight, rope, inverse = ctx.saved_tensors
         grad = grad.float()
-        grad = (rotate(grad, turns[0], -turns[1]) if turns is not None else grad).flatten(-2)
+        grad = (rotate(grad, rope[0], -rope[1]) if rope is not None else grad).flatten(-2)
         normed = x.float() * inverse
         grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad = grad * weight.float()

@@ -64,7 +64,7 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def rotations(
+def rope_table(
     grid: tuple[int, int, int],
     head_dim: int,
     *,
@@ -117,7 +117,7 @@ def _make_table(places: _Places, head_dim: int, device: torch.device, rate: Rate
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn the pairs of adjacent numbers of x (..., L, N, D) float32: x cos + swapped x sin.
 
-    `cosines` and `sines` as in `rotations`, to broadcast against x; negated sines turn back.
+    `cosines` and `sines` as in `rope_table`, to broadcast against x; negated sines turn back.
     """
     swapped = torch.empty_like(x)
     swapped[..., 0::2] = x[..., 1::2]

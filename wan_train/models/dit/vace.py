@@ -29,7 +29,7 @@ class VaceBlock(Block):
     ) -> tuple[Tensor, Tensor]:
         """Return the context's next tokens (B, L, d) float32 and their hint (B, L, d).
 
-        x (B, L, d) float32, context (B, T, d), time (B, G, 6, d), turns (2, L, 1, D) as in `Block`; `start` (B, L, d)
+        x (B, L, d) float32, context (B, T, d), time (B, G, 6, d), rope (2, L, 1, D) as in `Block`; `start` (B, L, d)
         are the base's tokens before its first block, for the first block here.
         """
         dtype = context.dtype

@@ -50,7 +50,7 @@ _UNUSED = (
 
 
 class ImageEncoder(nn.Module):
-    """Pictures -> tokens; make one with `load_image_encoder`."""
+    """Images -> tokens; make one with `load_image_encoder`."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> tokens (B, 1+P, width) before the last block, the class token first.
 
-        Pictures of any size are brought to the tower's own, bicubically and without regard to their shape, as the
+        Images of any size are brought to the tower's own, bicubically and without regard to their shape, as the
         official code does.
         """
         device = self.embeddings.class_embedding.device
@@ -98,9 +98,9 @@ def load_image_encoder(
 
     The encoder: pixels (B, 3, H, W) in [-1, 1] -> tokens (B, 1+P, width) before the last block, P patches.
     """
-    header, what = read_header(source), _describe(source)
-    encoder = _make_empty(header.shapes, config or {}, what)
-    fill(encoder, _tower(read_tensors(source), header.shapes), device=device, dtype=dtype, what=what)
+    header, label = read_header(source), _describe(source)
+    encoder = _make_empty(header.shapes, config or {}, label)
+    fill(encoder, _tower(read_tensors(source), header.shapes), device=device, dtype=dtype, label=label)
     embeddings = encoder.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).expand(1, -1)
     stored = dtype or mode(header.dtypes[name] for name in header.shapes if _is_used(name))
@@ -111,12 +111,12 @@ def load_image_encoder(
 
 def check_image_encoder(source: TensorSource, flag: str = "--clip") -> int:
     """The width of the tokens of a file's tower, by its header. InputError unless `load_image_encoder` takes it."""
-    what = flag if isinstance(source, Mapping) else f"{flag} {os.fspath(source)}"
+    label = flag if isinstance(source, Mapping) else f"{flag} {os.fspath(source)}"
     header = read_header(source)
-    encoder = _make_empty(header.shapes, {}, what)
+    encoder = _make_empty(header.shapes, {}, label)
     for name, dtype in header.dtypes.items():
         if _is_used(name) and not (dtype.is_floating_point and dtype.itemsize > 1):
-            raise InputError(f"{what} stores {name} in eight bits or as whole numbers: give a bf16, fp16 or fp32 file")
+            raise InputError(f"{label} stores {name} in eight bits or as whole numbers: give a bf16, fp16 or fp32 file")
     return int(encoder.embeddings.class_embedding.shape[0])
 
 

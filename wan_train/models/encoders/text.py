@@ -79,14 +79,14 @@ def load_text_encoder(
     `sharding` splits the blocks' matrices over processes, which then have to encode the same texts together. Raises
     InputError when the file or the tokenizer cannot be used.
     """
-    what = describe(source)
+    label = describe(source)
     header = read_header(source)
-    model = make_empty(header, what)
+    model = make_empty(header, label)
     reader = None
     if tokenizer is not None:
-        reader = _read_tokenizer(tokenizer, source, embedded=EMBEDDED_TOKENIZER in header.shapes, what=what)
+        reader = _read_tokenizer(tokenizer, source, embedded=EMBEDDED_TOKENIZER in header.shapes, label=label)
         if reader.num_tokens > (known := model.config.vocab_size):
-            raise InputError(f"the tokenizer has {reader.num_tokens} tokens, {what} knows {known}: give its own")
+            raise InputError(f"the tokenizer has {reader.num_tokens} tokens, {label} knows {known}: give its own")
     if sharding is not None:
         sharding.split(model, list(model.encoder.block))
     dtype = dtype or storage_dtype(header)
@@ -105,19 +105,19 @@ def check_text_encoder(
 
     A tokenizer that only the hub has is downloaded now: that may fail, and then in good time.
     """
-    what = flag if isinstance(source, Mapping) else f"{flag} {os.fspath(source)}"
+    label = flag if isinstance(source, Mapping) else f"{flag} {os.fspath(source)}"
     header = read_header(source)
-    make_empty(header, what)
+    make_empty(header, label)
     if tokenizer is not None:
         find_tokenizer(tokenizer, source, embedded=EMBEDDED_TOKENIZER in header.shapes)
 
 
-def _read_tokenizer(wanted: str | os.PathLike[str], source: TensorSource, *, embedded: bool, what: str) -> Tokenizer:
+def _read_tokenizer(wanted: str | os.PathLike[str], source: TensorSource, *, embedded: bool, label: str) -> Tokenizer:
     path = find_tokenizer(wanted, source, embedded=embedded)
     if path is not None:
         return read_tokenizer(path)
     model = next(tensor for name, tensor in read_tensors(source) if name == EMBEDDED_TOKENIZER)
-    return tokenizer_of_sentencepiece(model.numpy().tobytes(), what)
+    return tokenizer_of_sentencepiece(model.numpy().tobytes(), label)
 
 
 class _FeedForward(UMT5DenseGatedActDense):  # type: ignore[misc]

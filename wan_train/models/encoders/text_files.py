@@ -71,7 +71,7 @@ def fill_wide(model: UMT5EncoderModel, source: TensorSource, *, device: torch.de
     """Fill the model with the file's weights in `dtype`, what has a scale times that."""
     header = read_header(source)
     tensors = unscaled(_weights(source, header), _scales(source, header), kept=())
-    fill(model, tensors, device=device, dtype=dtype, what=describe(source))
+    fill(model, tensors, device=device, dtype=dtype, label=describe(source))
 
 
 def fill_fp8(model: UMT5EncoderModel, source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -94,7 +94,7 @@ def fill_fp8(model: UMT5EncoderModel, source: TensorSource, *, device: torch.dev
         tensors,
         device=lambda name: host if name == _TABLE else device,
         dtype=dtypes_kept(stored, dtype, plan.codes()),
-        what=describe(source),
+        label=describe(source),
     )
 
 

@@ -141,7 +141,7 @@ _END = "</s>"
 
 
 def tokenizer_of_sentencepiece(model: bytes, label: str) -> Tokenizer:
-    """The tokenizer that a SentencePiece unigram model describes; InputError, naming `what`, when it is not one.
+    """The tokenizer that a SentencePiece unigram model describes; InputError, naming `label`, when it is not one.
 
     As in Hugging Face's conversion for T5, a character that no piece covers is unknown: the model's pieces for single
     bytes are not used.

@@ -33,7 +33,7 @@ class Encoder(nn.Module):
         return x
 
     def finish(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The part that sees the whole picture, in one size."""
+        """The part that sees the whole image, in one size."""
         for layer in self.middle:
             x = layer(x, cache)
         return run_head(self.head, x, cache)
@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         return self.widen(self.begin(x, cache), cache)
 
     def begin(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The part that sees the whole picture, in one size: to features (B, C, T, h, w)."""
+        """The part that sees the whole image, in one size: to features (B, C, T, h, w)."""
         x = self.conv1(x, cache)
         for layer in self.middle:
             x = layer(x, cache)

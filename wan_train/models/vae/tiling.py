@@ -1,4 +1,4 @@
-"""Work in tiles that overlap and blend: the memory of one tile, whatever the size of the picture.
+"""Work in tiles that overlap and blend: the memory of one tile, whatever the size of the image.
 
 What a tile gives near its inner edges saw zeros in place of its neighbourhood; its weight is nought there and rises
 further in, and the weights of all tiles over one position add up to one.

@@ -38,7 +38,7 @@ class WanVAE(nn.Module):
     layers remember between chunks in main memory.
 
     With `tiling` (settable) the layers above the latents' own size work in tiles, and their memory does not grow with
-    the picture either; the features between them and the layers that see the whole picture are then held for all
+    the image either; the features between them and the layers that see the whole image are then held for all
     frames. With `strips` (settable) several processes share these layers out, each with a strip of the frames: all
     encode and decode the same, and the frames are the first one's.
     """
@@ -205,12 +205,12 @@ def load_vae(source: TensorSource, *, device: torch.device | str = "cpu", dtype:
     (None: as stored) and compute in it; on a CPU they are float32 in any case. Raises InputError when the file cannot
     be read, is something else, or has missing, unexpected or misshapen tensors.
     """
-    what = "the VAE state dict" if isinstance(source, Mapping) else os.fspath(source)
+    label = "the VAE state dict" if isinstance(source, Mapping) else os.fspath(source)
     shapes = read_header(source).shapes
-    model = _make_empty(shapes, what)
+    model = _make_empty(shapes, label)
     on_cpu = torch.device(device).type == "cpu"
     tensors = renamed(read_tensors(source), vae_rename(shapes))
-    fill(model, tensors, device=device, dtype=torch.float32 if on_cpu else dtype, what=what)
+    fill(model, tensors, device=device, dtype=torch.float32 if on_cpu else dtype, label=label)
     for parameter in model.parameters():
         if parameter.ndim in _CHANNELS_LAST:
             parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.ndim])
@@ -222,8 +222,8 @@ def check_vae(source: TensorSource, flag: str = "--vae", *, latent_channels: int
 
     `latent_channels`: those of the model that the VAE is for; the VAE of another kind of model is refused.
     """
-    what = flag if isinstance(source, Mapping) else f"{flag} {os.fspath(source)}"
-    _make_empty(read_header(source).shapes, what, latent_channels=latent_channels)
+    label = flag if isinstance(source, Mapping) else f"{flag} {os.fspath(source)}"
+    _make_empty(read_header(source).shapes, label, latent_channels=latent_channels)
 
 
 def _make_empty(shapes: Shapes, label: str, *, latent_channels: int | None = None) -> WanVAE:

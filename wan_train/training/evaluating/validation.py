@@ -98,8 +98,8 @@ class Validator:
     """Measures the loss on held-out clips, and judges each measurement against those before it.
 
     Each clip counts once, whatever its `num_repeats`, with its first caption and as it is; batches are of its
-    dataset's `batch_size`, and the last of a bucket is taken too. `without_pictures` is the share of clips, always the
-    same, that a model which is text and picture to video in one is measured on as text to video; any other reads all
+    dataset's `batch_size`, and the last of a bucket is taken too. `without_images` is the share of clips, always the
+    same, that a model which is text and image to video in one is measured on as text to video; any other reads all
     that it is given.
     """
 
@@ -112,10 +112,10 @@ class Validator:
         experts: ExpertPlan | None = None,
         *,
         variant: Variant,
-        without_pictures: float | None = None,
+        without_images: float | None = None,
     ) -> None:
         experts = experts or ExpertPlan()
-        self._variant, self._without = variant, without_pictures
+        self._variant, self._without = variant, without_images
         self.settings, self._dataset, self._timesteps, self._loss = settings, dataset, timesteps, loss
         # From data to noise, as the strata of one model are.
         trained: list[str | None] = [*reversed(experts.trained)] or [None]

@@ -14,9 +14,9 @@ from wan_train.conditions.control import dit_arguments
 from wan_train.conditions.kinds import CLIP_FEATURES, CONTROL_LATENTS, KINDS, REFERENCE, VACE_CONTEXT
 from wan_train.conditions.vace import num_references
 from wan_train.models.variants import Variant
-from wan_train.training.settings import PictureSettings
+from wan_train.training.settings import ImageSettings
 
-I2V_RATIO = 0.5  # of a model that is text and picture to video in one, where nobody says
+I2V_RATIO = 0.5  # of a model that is text and image to video in one, where nobody says
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def conditions_of(batch: Batch, variant: Variant, device: torch.device, *, dropp
     return Conditions(tuple(batch.context), dit_arguments(placed, variant, shape)).to(device)
 
 
-def dropping_rates(settings: PictureSettings, variant: Variant) -> Rates:
+def dropping_rates(settings: ImageSettings, variant: Variant) -> Rates:
     """The shares of samples that go without a condition."""
     images = settings.image_dropout_rate
     if variant.is_fused:

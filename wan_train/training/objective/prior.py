@@ -1,7 +1,7 @@
 """Keeping what the model knows: on given captions the trained model shall predict what it did without its adapter.
 
 The model itself, its adapter switched off, is the teacher (as in "differential output preservation" of other trainers):
-no pictures of what is to be kept are needed, but two more passes of each batch.
+no images of what is to be kept are needed, but two more passes of each batch.
 """
 
 import random

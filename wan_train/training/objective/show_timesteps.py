@@ -1,4 +1,4 @@
-"""`--show_timesteps`: how noise levels will be drawn, as text or a picture."""
+"""`--show_timesteps`: how noise levels will be drawn, as text or an image."""
 
 import random
 from pathlib import Path
@@ -66,10 +66,10 @@ def chart(t: Tensor, settings: TimestepSettings, size: tuple[int, int]) -> str:
 
 
 def paint(t: Tensor, settings: TimestepSettings, size: tuple[int, int]) -> np.ndarray:
-    """The histogram as a picture (H, W, 3) uint8, levels 0 to 1000 from left to right."""
+    """The histogram as an image (H, W, 3) uint8, levels 0 to 1000 from left to right."""
     counts = count(t)
-    picture = Image.new("RGB", (WIDTH + 2 * MARGIN, HEIGHT + 2 * MARGIN), "white")
-    pen, floor, width = ImageDraw.Draw(picture), MARGIN + HEIGHT, WIDTH // NUM_BINS
+    image = Image.new("RGB", (WIDTH + 2 * MARGIN, HEIGHT + 2 * MARGIN), "white")
+    pen, floor, width = ImageDraw.Draw(image), MARGIN + HEIGHT, WIDTH // NUM_BINS
     for place, number in enumerate(counts.tolist()):
         left, top = MARGIN + place * width, floor - round(HEIGHT * number / float(counts.max()))
         if number:
@@ -78,4 +78,4 @@ def paint(t: Tensor, settings: TimestepSettings, size: tuple[int, int]) -> np.nd
     for level in range(0, NUM_TIMESTEPS + 1, 100):
         pen.text((MARGIN + level * WIDTH // NUM_TIMESTEPS, floor + 6), str(level), fill="black", anchor="ma")
     pen.text((MARGIN, MARGIN // 3), describe(settings, size), fill="black")
-    return np.asarray(picture)
+    return np.asarray(image)

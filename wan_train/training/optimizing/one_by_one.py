@@ -1,7 +1,7 @@
 """Optimizers that step one weight after another, so that what a step takes beside it is there for one at a time.
 
 The classes of torch and others take all weights at once. Here each gets a subclass that hands it one, inside of what
-the `turns` of a weight do: bring its states to the device, let a float32 one stand in for it. Weights are stepped in
+the `step_contexts` of a weight do: bring its states to the device, let a float32 one stand in for it. Weights are stepped in
 parts: those of a block, or of what stands beside the blocks, so that a part can be stepped as soon as its gradients are
 there.
 """
@@ -53,9 +53,9 @@ def check_apart(optimizer_class: Any, name: str, flag: str) -> None:
 
 @cache
 def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
-    """The class that steps as `kind` does, one weight at a time.
+    """The class that steps as `optimizer_class` does, one weight at a time.
 
-    It takes `turns` besides. Each is a context for the step of one weight. It is given the optimizer, the weight and a
+    It takes `step_contexts` besides. Each is a context for the step of one weight. It is given the optimizer, the weight and a
     key that tells the number of steps taken and the weight's place, and gives the weight to step: that one, or one that
     stands in for it.
     """
@@ -64,9 +64,9 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
     class OneByOne(base):  # type: ignore[misc]
         param_groups: list[dict[str, Any]]
 
-        def __init__(self, params: Any, *, turns: Iterable[StepContext], **arguments: Any) -> None:
+        def __init__(self, params: Any, *, step_contexts: Iterable[StepContext], **arguments: Any) -> None:
             super().__init__(params, **arguments)
-            self.turns = tuple(turns)
+            self.step_contexts = tuple(step_contexts)
             self.param_groups[0][COUNT] = 0
             owned = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
             self._groups = {parameter: group for parameter, group in owned}
@@ -90,7 +90,7 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
                     with ExitStack() as stack:
                         key = f"{self.param_groups[0][COUNT]}/{self._places[parameter]}"
                         stepped = parameter
-                        for turn in self.turns:
+                        for turn in self.step_contexts:
                             stepped = stack.enter_context(turn(self, stepped, key))
                         self._step_alone(stepped, self._groups[parameter])
 

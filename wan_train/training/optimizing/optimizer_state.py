@@ -12,7 +12,10 @@ from torch import Tensor
 
 def comes_from(optimizer_class: Any, package: str, name: str) -> bool:
     """Whether a class is, or inherits from, `name` of `package`; it need not be importable to be told apart."""
-    return any(base.__name__ == name and base.__module__.partition(".")[0] == package for base in inspect.getmro(optimizer_class))
+    return any(
+        base.__name__ == name and base.__module__.partition(".")[0] == package
+        for base in inspect.getmro(optimizer_class)
+    )
 
 
 def is_schedule_free(optimizer: Any) -> bool:
@@ -133,23 +136,23 @@ def _rate(optimizer: Any, group: dict[str, Any]) -> float:
     return float(group.get("scheduled_lr") or group["lr"])
 
 
-def _portable(value: Any, place: str) -> Any:
+def _portable(value: Any, location: str) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
     if value is None or type(value) in (bool, int, float, complex, str):
         return value
     if isinstance(value, Mapping):
-        return {_portable(key, place): _portable(found, f"{place}.{key}") for key, found in value.items()}
+        return {_portable(key, location): _portable(found, f"{location}.{key}") for key, found in value.items()}
     if isinstance(value, tuple):
-        return tuple(_portable(found, place) for found in value)
+        return tuple(_portable(found, location) for found in value)
     if isinstance(value, list | set | frozenset):
-        return [_portable(found, place) for found in value]
+        return [_portable(found, location) for found in value]
     if isinstance(value, bool | int | float | str):  # enumerations, and numpy's numbers
         base = next(kind for kind in (bool, int, float, str) if isinstance(value, kind))
         return base(value)
     if callable(getattr(value, "item", None)) and not getattr(value, "shape", ()):
         return value.item()
-    raise TypeError(f"{place} is a {type(value).__name__}, which a saved state cannot hold")
+    raise TypeError(f"{location} is a {type(value).__name__}, which a saved state cannot hold")
 
 
 def _unwrap(optimizer: Any) -> Any:

@@ -55,11 +55,11 @@ def make_optimizer(
     settings: OptimizerSettings,
     *,
     warmup: int = 0,
-    turns: Sequence[StepContext] | None = None,
+    step_contexts: Sequence[StepContext] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer over the adapter's parameter groups, ready for its first step.
 
-    `warmup` is for a schedule-free optimizer, which warms up by itself; with `turns` it steps one weight at a time,
+    `warmup` is for a schedule-free optimizer, which warms up by itself; with `step_contexts` it steps one weight at a time,
     each inside of them. See `check_optimizer` for what is refused.
     """
     several = len({group.get("lr", settings.learning_rate) for group in groups}) > 1
@@ -67,7 +67,11 @@ def make_optimizer(
     if warmup and is_schedule_free(kind):
         arguments["warmup_steps"] = warmup
     _explain(kind, arguments, settings.learning_rate)
-    optimizer = kind(groups, **arguments) if turns is None else one_by_one(kind)(groups, turns=turns, **arguments)
+    optimizer = (
+        kind(groups, **arguments)
+        if step_contexts is None
+        else one_by_one(kind)(groups, step_contexts=step_contexts, **arguments)
+    )
     for_training(optimizer)
     return optimizer
 
@@ -170,42 +174,44 @@ def read_arguments(flag: str, texts: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
-def refuse_unknown(flag: str, given: dict[str, Any], kind: Callable[..., Any], *, own: Sequence[str]) -> None:
-    """InputError for an argument that `kind` does not take, or that is our `own` to give."""
-    parameters = inspect.signature(kind).parameters.values()
+def refuse_unknown(
+    flag: str, given: dict[str, Any], optimizer_class: Callable[..., Any], *, own: Sequence[str]
+) -> None:
+    """InputError for an argument that `optimizer_class` does not take, or that is our `own` to give."""
+    parameters = inspect.signature(optimizer_class).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return
     known = [parameter.name for parameter in parameters if parameter.name not in own]
     for name in given:
         if name not in known:
             raise InputError(
-                f"{flag}: {getattr(kind, '__name__', kind)} takes no {name}{nearest(name, known)}; "
-                f"known are {', '.join(known)}"
+                f"{flag}: {getattr(optimizer_class, '__name__', optimizer_class)} takes no {name}"
+                f"{nearest(name, known)}; known are {', '.join(known)}"
             )
 
 
-def _check_warmup(kind: OptimizerClass, given: dict[str, Any], settings: OptimizerSettings) -> None:
-    if not is_schedule_free(kind) or settings.lr_warmup_steps.strip(" %") in ("0", "0.0"):
+def _check_warmup(optimizer_class: OptimizerClass, given: dict[str, Any], settings: OptimizerSettings) -> None:
+    if not is_schedule_free(optimizer_class) or settings.lr_warmup_steps.strip(" %") in ("0", "0.0"):
         return
     if "warmup_steps" in given:
         raise InputError("--optimizer_args warmup_steps and --lr_warmup_steps say the same thing: give one of them")
-    if "warmup_steps" not in inspect.signature(kind).parameters:
+    if "warmup_steps" not in inspect.signature(optimizer_class).parameters:
         raise InputError(f"{settings.optimizer_type} has no warm-up: leave out --lr_warmup_steps")
 
 
-def _defaults(kind: OptimizerClass, given: dict[str, Any]) -> dict[str, Any]:
+def _defaults(optimizer_class: OptimizerClass, given: dict[str, Any]) -> dict[str, Any]:
     """Where ours are not the package's: Adafactor steps by --learning_rate, as it is, unless it is asked otherwise."""
     relative = bool(given.get("relative_step"))
-    adafactor = comes_from(kind, "transformers", "Adafactor")
+    adafactor = comes_from(optimizer_class, "transformers", "Adafactor")
     return {"relative_step": relative, "scale_parameter": relative} if adafactor else {}
 
 
-def _explain(kind: OptimizerClass, arguments: dict[str, Any], learning_rate: float) -> None:
-    if sets_own_rate(kind, arguments):
+def _explain(optimizer_class: OptimizerClass, arguments: dict[str, Any], learning_rate: float) -> None:
+    if sets_own_rate(optimizer_class, arguments):
         log.warning("Adafactor with relative_step sets its own learning rate: --learning_rate is not used")
-    elif comes_from(kind, "transformers", "Adafactor") and arguments["scale_parameter"]:
+    elif comes_from(optimizer_class, "transformers", "Adafactor") and arguments["scale_parameter"]:
         log.warning("Adafactor with scale_parameter multiplies --learning_rate by each weight's own size")
-    elif comes_from(kind, "prodigyopt", "Prodigy") and learning_rate < LOW_FOR_PRODIGY:
+    elif comes_from(optimizer_class, "prodigyopt", "Prodigy") and learning_rate < LOW_FOR_PRODIGY:
         log.warning(
             "Prodigy multiplies the learning rate that it finds by --learning_rate %g: 1 is usual", learning_rate
         )

@@ -34,9 +34,9 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(x.isfinite(), cut, x).to(torch.bfloat16)
 
 
-def check_rounding(kind: Any, name: str) -> None:
+def check_rounding(optimizer_class: Any, name: str) -> None:
     """InputError for an optimizer class, called `name`, that cannot round so."""
-    if kind.__name__ not in _IN_FLOAT32.get(kind.__module__.partition(".")[0], ()):
+    if optimizer_class.__name__ not in _IN_FLOAT32.get(optimizer_class.__module__.partition(".")[0], ()):
         known = ", ".join(dict.fromkeys(name for names in _IN_FLOAT32.values() for name in names))
         raise InputError(f"--full_bf16 rounds at random, which --optimizer_type {name} cannot: take one of {known}")
 

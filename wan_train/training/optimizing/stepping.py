@@ -66,8 +66,8 @@ def check_stepping(settings: TrainSettings) -> None:
         "--prior_captions": settings.prior.prior_captions is not None,
         "fp16, whose gradients are scaled,": launched_dtype(settings.loop) == torch.float16,
     }
-    if what := first_given(given):
-        raise InputError(f"--fused_backward_pass steps in every backward pass, and {what} does not go with that")
+    if label := first_given(given):
+        raise InputError(f"--fused_backward_pass steps in every backward pass, and {label} does not go with that")
 
 
 def make_stepping(
@@ -83,17 +83,19 @@ def make_stepping(
     groups = adapter.parameter_groups(settings.optimizer.learning_rate)
     if not trains_weights(settings.network):
         streams = {}  # what is in main memory stays as it is
-    turns, settled = [], [stream.settle for stream in streams.values()]
+    step_contexts, settled = [], [stream.settle for stream in streams.values()]
     if settings.optimizer.optimizer_cpu_offload:
         states = HostStates(make_lane(accelerator.device))
-        turns.append(states_at_hand(states))
+        step_contexts.append(states_at_hand(states))
         settled.append(states.settle)
     if settings.network.full_bf16:
-        turns.append(rounded(seed))
+        step_contexts.append(rounded(seed))
     # All at once takes as much again as what is stepped: little for a LoRA.
     whole = trains_weights(settings.network) and steps_apart(find_optimizer(settings.optimizer.optimizer_type))
-    apart = turns or whole or needs_parts(settings)
-    optimizer = make_optimizer(groups, settings.optimizer, warmup=warmup, turns=turns if apart else None)
+    apart = step_contexts or whole or needs_parts(settings)
+    optimizer = make_optimizer(
+        groups, settings.optimizer, warmup=warmup, step_contexts=step_contexts if apart else None
+    )
     fused = None
     if apart:
         parts = parts_of(dict(adapter.named_parameters()), streams)

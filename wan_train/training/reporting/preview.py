@@ -98,7 +98,7 @@ class Previewer:
     def _try_one(self, model: nn.Module, moment: str, index: int, request: SampleRequest) -> Path | None:
         try:
             return self._make_one(model, moment, index, request)
-        except Exception as problem:  # a run of days is worth more than a picture of it
+        except Exception as problem:  # a run of days is worth more than an image of it
             reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
         # Here the exception is gone, and with it what its frames held.
         self.vae.to("cpu")

@@ -87,8 +87,8 @@ def _known(rows: Sequence[Row], *path: str) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def _smooth(steps: list[Row], what: str, name: str = "smoothed", colour: int = 0) -> Series:
-    return Series(name, _column(steps, "step"), smoothed(_column(steps, what), max(1, len(steps) // 25)), colour)
+def _smooth(steps: list[Row], column: str, name: str = "smoothed", colour: int = 0) -> Series:
+    return Series(name, _column(steps, "step"), smoothed(_column(steps, column), max(1, len(steps) // 25)), colour)
 
 
 def _each_and_smooth(steps: list[Row], column: str, *, colour: int) -> list[Series]:

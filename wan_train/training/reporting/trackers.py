@@ -31,7 +31,7 @@ class Tracker(Protocol):
         ...
 
     def media(self, paths: Mapping[str, Path], step: int, *, fps: int) -> None:
-        """Record videos (.mp4) and pictures (.png)."""
+        """Record videos (.mp4) and images (.png)."""
         ...
 
     def close(self) -> None:
@@ -59,18 +59,18 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def media(self, paths: Mapping[str, Path], step: int, *, fps: int) -> None:
-        """Pictures; a video becomes one that moves."""
+        """Images; a video becomes one that moves."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         for name, path in paths.items():
             frames = read_frames(path)
-            picture = Summary.Image(
+            image = Summary.Image(
                 height=frames.shape[1],
                 width=frames.shape[2],
                 colorspace=3,
                 encoded_image_string=encode_gif(frames, fps),
             )
-            summary = Summary(value=[Summary.Value(tag=name, image=picture)])
+            summary = Summary(value=[Summary.Value(tag=name, image=image)])
             self._writer._get_file_writer().add_summary(summary, step)
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class Wandb:
         self._run.log({"step": step, **values})
 
     def media(self, paths: Mapping[str, Path], step: int, *, fps: int) -> None:
-        """Videos and pictures as they are."""
+        """Videos and images as they are."""
         import wandb
 
         made = {
@@ -170,7 +170,7 @@ def open_board(logs: LogSettings, save: SaveSettings, keep_until: int | None) ->
 
 
 def read_frames(path: Path) -> np.ndarray:
-    """Frames (F, H, W, 3) uint8 of a video, one of a picture."""
+    """Frames (F, H, W, 3) uint8 of a video, one of an image."""
     if path.suffix == ".png":
         return np.asarray(Image.open(path).convert("RGB"))[None]
     with av.open(str(path)) as container:
@@ -179,12 +179,12 @@ def read_frames(path: Path) -> np.ndarray:
 
 def encode_gif(frames: np.ndarray, fps: int) -> bytes:
     """Frames (F, H, W, 3) uint8 as an endless GIF; a single one as PNG."""
-    pictures, buffer = [Image.fromarray(frame) for frame in frames], io.BytesIO()
-    if len(pictures) == 1:
-        pictures[0].save(buffer, format="PNG")
+    images, buffer = [Image.fromarray(frame) for frame in frames], io.BytesIO()
+    if len(images) == 1:
+        images[0].save(buffer, format="PNG")
     else:
-        pictures[0].save(
-            buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+        images[0].save(
+            buffer, format="GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
         )
     return buffer.getvalue()
 

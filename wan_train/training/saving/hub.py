@@ -134,9 +134,9 @@ def read_place(text: str) -> HubFolder:
     return HubFolder("/".join(parts[:2]), "/".join(parts[2:]), revision or "main", kind or "model")
 
 
-def fetch_state(place: str, token: str | None) -> Path:
+def fetch_state(address: str, token: str | None) -> Path:
     """Download the state folder at a place on the hub, and where it is now. InputError if that fails."""
-    wanted = read_place(place)
+    wanted = read_place(address)
     try:
         copy = make_client(token).snapshot_download(
             wanted.repo_id,
@@ -145,10 +145,10 @@ def fetch_state(place: str, token: str | None) -> Path:
             allow_patterns=f"{wanted.folder}/*",
         )
     except Exception as problem:
-        raise InputError(f"--resume {place} cannot be downloaded: {_first_line(problem)}") from None
+        raise InputError(f"--resume {address} cannot be downloaded: {_first_line(problem)}") from None
     folder = Path(copy) / wanted.folder
     if not folder.is_dir():
-        raise InputError(f"--resume {place}: {wanted.repo_id} has no folder {wanted.folder} at {wanted.revision}")
+        raise InputError(f"--resume {address}: {wanted.repo_id} has no folder {wanted.folder} at {wanted.revision}")
     return folder
 
 

@@ -43,7 +43,7 @@ log = get_logger(__name__)
 
 AUTO = "auto"
 # What decides the numbers of a run: groups of its settings, and the fields that do not, or are told apart below.
-GROUPS = ("init", "weights", "network", "loop", "optimizer", "timesteps", "loss", "pictures", "prior")
+GROUPS = ("init", "weights", "network", "loop", "optimizer", "timesteps", "loss", "images", "prior")
 INDIFFERENT = {
     "lr_warmup_steps",
     "mixed_precision",
@@ -135,8 +135,8 @@ def _options(settings: TrainSettings) -> dict[str, str]:
             "--shared_lora": experts.shared_lora,
         }
     variant = VARIANTS[settings.dit.task]
-    pictured = variant.images is not None or variant.control is not None
-    for group in (group for group in GROUPS if group != "pictures" or pictured):
+    imaged = variant.images is not None or variant.control is not None
+    for group in (group for group in GROUPS if group != "images" or imaged):
         values = getattr(settings, group)
         fields = dataclasses.fields(values)
         known |= {f"--{f.name}": getattr(values, f.name) for f in fields if f.name not in INDIFFERENT}

@@ -129,15 +129,15 @@ def _what_it_is(path: Path) -> str:
     if (path.parent / MANIFEST).is_file():
         return f"--resume {path} is a file of a state: give its folder, --resume {path.parent}"
     begin = f"--network_weights {path}"
-    what = "a file"
+    label = "a file"
     if path.suffix == ".safetensors":
         is_lora = any(map(is_pair, read_header(path).shapes))
-        what, begin = ("a LoRA file", begin) if is_lora else ("a checkpoint", f"--dit {path}")
+        label, begin = ("a LoRA file", begin) if is_lora else ("a checkpoint", f"--dit {path}")
     state = path.with_name(f"{path.stem}-state")
     kept = f"--resume {state}, which was saved with it" if (state / MANIFEST).is_file() else "--resume FOLDER-state"
-    start = f", or start anew from what it learnt with {begin}" if what != "a file" else ""
+    start = f", or start anew from what it learnt with {begin}" if label != "a file" else ""
     return (
-        f"--resume {path} is {what}, which does not hold the optimizer: give a state folder (of --save_state), "
+        f"--resume {path} is {label}, which does not hold the optimizer: give a state folder (of --save_state), "
         f"{kept}{start}"
     )
 

@@ -52,12 +52,12 @@ def test_random_sizes_agree_with_a_search_of_every_bucket():
 
 
 @pytest.mark.parametrize("size", [(1920, 1080), (100, 900)])
-def test_without_buckets_every_picture_goes_to_the_resolution(size):
+def test_without_buckets_every_image_goes_to_the_resolution(size):
     assert choose(size, (832, 480), enable_bucket=False) == (832, 480)
     assert choose(size, (832, 480), enable_bucket=False, no_upscale=True) == (832, 480)
 
 
-def test_no_upscale_keeps_small_pictures_at_their_floored_size():
+def test_no_upscale_keeps_small_images_at_their_floored_size():
     assert choose((500, 333), (832, 480), no_upscale=True) == (496, 320)
     assert choose((390, 1024), (832, 480), no_upscale=True) == (384, 1024)  # the very same area
     assert choose((1920, 1080), (832, 480), no_upscale=True) == choose((1920, 1080), (832, 480))
@@ -76,7 +76,7 @@ def reference_resize(rgb, size):
     return scaled[y : y + to_height, x : x + to_width]
 
 
-def test_random_pictures_cover_their_bucket():
+def test_random_images_cover_their_bucket():
     chance = random.Random(1)
     noise = np.random.default_rng(1)
     for _ in range(200):
@@ -98,7 +98,7 @@ def test_halving_averages_and_the_crop_is_in_the_middle():
     assert (resized[:, :4] == 0).all() and (resized[:, 12:] == 0).all()
 
 
-def test_a_picture_of_the_right_size_is_unchanged():
+def test_a_image_of_the_right_size_is_unchanged():
     rgb = np.random.default_rng(2).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     assert np.array_equal(resize_to_bucket(rgb, (64, 48)), rgb)
 

@@ -116,7 +116,7 @@ def test_another_precision_is_stale_for_caching_alone(clip, manifest, vae):
 
 def test_an_image_in_another_bucket_is_stale(tmp_path, manifest, vae):
     draw = tmp_path / "a.png"
-    draw.write_bytes(b"a picture")
+    draw.write_bytes(b"an image")
     config = DatasetConfig(tmp_path / "data.toml", 1, False, tmp_path, tmp_path / "cache")
     image = Clip(Item(config, draw, ("",)), 0, (0,), (64, 48), (640, 480))
     save(image, vae, manifest)

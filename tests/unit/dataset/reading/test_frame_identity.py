@@ -1,4 +1,4 @@
-"""Clips of drawn videos hold exactly the frames that the plan says, told by the number in each picture."""
+"""Clips of drawn videos hold exactly the frames that the plan says, told by the number in each image."""
 
 from fractions import Fraction
 
@@ -82,9 +82,9 @@ def test_every_extraction_takes_the_planned_frames(tmp_path, name):
             f'source_fps = "auto"\ntarget_frames = [5, 13]\nframe_extraction = "{extraction}"\n'
             "frame_stride = 3\nframe_sample = 3\nmax_frames = 20"
         )
-        for clip, pictures in loaded_clips(folder, keys):
+        for clip, images in loaded_clips(folder, keys):
             wanted = expected[clip.start : clip.start + clip.num_frames]
-            assert [read_number(picture) for picture in pictures] == wanted, (extraction, clip.start)
+            assert [read_number(image) for image in images] == wanted, (extraction, clip.start)
 
 
 def test_times_come_from_the_packets(tmp_path):
@@ -100,15 +100,15 @@ def test_reordered_frames_without_stamps_of_their_own_have_times(tmp_path):
     assert probe(path, with_times=True).times == pytest.approx([i / 24 for i in range(31)], abs=2e-3)
 
 
-def test_a_folder_of_pictures_is_a_video_at_16_a_second(tmp_path):
+def test_a_folder_of_images_is_a_video_at_16_a_second(tmp_path):
     frames = tmp_path / "clips" / "walk"
     frames.mkdir(parents=True)
     for number in range(12):
         Image.fromarray(draw_frame(number)).save(frames / f"{number}.png")
     (tmp_path / "clips" / "walk.txt").write_text("a walk")
     for keys, expected in (("", range(9)), ('source_fps = "auto"', range(9)), ("source_fps = 24", (0, 2, 3, 5, 6))):
-        ((clip, pictures),) = loaded_clips(frames.parent, f"target_frames = [{len(expected)}]\n{keys}")
-        assert [read_number(picture) for picture in pictures] == list(expected)
+        ((clip, images),) = loaded_clips(frames.parent, f"target_frames = [{len(expected)}]\n{keys}")
+        assert [read_number(image) for image in images] == list(expected)
         assert clip.item.caption == "a walk"
 
 
@@ -116,16 +116,16 @@ def test_a_folder_of_pictures_is_a_video_at_16_a_second(tmp_path):
 def test_animations_are_videos(tmp_path, suffix):
     folder = tmp_path / "clips"
     folder.mkdir()
-    pictures = [Image.fromarray(draw_frame(number)) for number in range(10)]
+    images = [Image.fromarray(draw_frame(number)) for number in range(10)]
     lengths = [60] * 5 + [130] * 5
     options = {"lossless": True} if suffix == "webp" else {}
-    pictures[0].save(folder / f"a.{suffix}", save_all=True, append_images=pictures[1:], duration=lengths, **options)
+    images[0].save(folder / f"a.{suffix}", save_all=True, append_images=images[1:], duration=lengths, **options)
     times = [sum(lengths[:i]) / 1000 for i in range(11)]
     info = probe(folder / f"a.{suffix}", with_times=True)
     assert (info.width, info.height, info.num_frames) == (64, 48, 10)
     assert info.times == pytest.approx(times)
     ((_, found),) = loaded_clips(folder, 'target_frames = [13]\nsource_fps = "auto"')
-    assert [read_number(picture) for picture in found] == list(timed_frames(times)[:13])
+    assert [read_number(image) for image in found] == list(timed_frames(times)[:13])
 
 
 def test_a_still_webp_is_no_video(tmp_path):

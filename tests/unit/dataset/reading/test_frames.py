@@ -135,7 +135,7 @@ def test_16_fps_is_taken_as_it_is_whatever_the_container_rounds_to():
 
 
 def test_variable_rates_keep_their_time():
-    # A picture that stays for half a second, then eight at 32 a second.
+    # An image that stays for half a second, then eight at 32 a second.
     times = [0.0, *(0.5 + i / 32 for i in range(9))]
     assert timed_frames(times) == (0,) * 8 + (1, 3, 5, 7)
 

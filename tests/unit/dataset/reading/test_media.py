@@ -11,7 +11,7 @@ from wan_train.errors import InputError
 
 
 def numbers(path, wanted):
-    return [(index, read_number(picture)) for index, picture in read_frames(path, wanted)]
+    return [(index, read_number(image)) for index, image in read_frames(path, wanted)]
 
 
 @pytest.mark.parametrize(
@@ -104,19 +104,19 @@ def test_a_cut_off_image_is_named(tmp_path):
 @pytest.mark.parametrize("turned", [0, 90, 180, 270])
 def test_videos_are_shown_the_way_up_that_they_say(tmp_path, turned):
     def draw(number, width, height):
-        picture = np.zeros((height, width, 3), np.uint8)
-        picture[: height // 4, : width // 4] = 255  # white in the upper left corner
-        return picture
+        image = np.zeros((height, width, 3), np.uint8)
+        image[: height // 4, : width // 4] = 255  # white in the upper left corner
+        return image
 
     path = draw_video(tmp_path / "a.mp4", 2, size=(64, 32), draw=draw, turned=turned)
     info = probe(path)
     assert (info.width, info.height) == ((32, 64) if turned % 180 else (64, 32))
-    ((_, picture),) = read_frames(path, [0])
-    assert picture.shape == (info.height, info.width, 3)
+    ((_, image),) = read_frames(path, [0])
+    assert image.shape == (info.height, info.width, 3)
     # A quarter turn to the left takes the upper left corner to the lower left.
     corner = {0: (2, 2), 90: (-3, 2), 180: (-3, -3), 270: (2, -3)}[turned]
-    assert picture[corner].min() > 200
-    assert picture.mean() < 40
+    assert image[corner].min() > 200
+    assert image.mean() < 40
 
 
 def test_images_are_shown_the_way_up_that_they_say(tmp_path):
@@ -126,9 +126,9 @@ def test_images_are_shown_the_way_up_that_they_say(tmp_path):
     tags[0x0112] = 6  # to be turned to the right
     image.save(tmp_path / "a.png", exif=tags)
     assert (probe(tmp_path / "a.png").width, probe(tmp_path / "a.png").height) == (24, 40)
-    picture = read_image(tmp_path / "a.png")
-    assert picture.shape == (40, 24, 3)
-    assert picture[0, -1].min() == 255
+    image = read_image(tmp_path / "a.png")
+    assert image.shape == (40, 24, 3)
+    assert image[0, -1].min() == 255
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_images_are_shown_the_way_up_that_they_say(tmp_path):
         ("alpha.mov", "png", "rgba", (64, 48)),
     ],
 )
-def test_unusual_pictures_are_decoded(tmp_path, name, codec, pix_fmt, size):
+def test_unusual_images_are_decoded(tmp_path, name, codec, pix_fmt, size):
     path = draw_video(tmp_path / name, 6, size=size, codec=codec, pix_fmt=pix_fmt)
     assert (probe(path).width, probe(path).height, probe(path).num_frames) == (*size, 6)
     assert numbers(path, range(6)) == [(i, i) for i in range(6)]
@@ -192,7 +192,7 @@ def test_a_folder_of_frames_is_sorted_by_number_and_of_one_size(tmp_path):
     draw_image(tmp_path / "shot11.png", (32, 32))
     with pytest.raises(InputError, match=r"shot11\.png has another size"):
         numbers(tmp_path, [4])
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="holds no images"):
         (tmp_path / "none").mkdir()
         probe(tmp_path / "none")
 

@@ -21,7 +21,7 @@ def items_of(lines, kind="video_directory", media="clips"):
     return list_items(config, allow_missing_captions=True)
 
 
-def test_masks_match_by_stem_and_a_video_goes_before_a_picture(folder, capsys):
+def test_masks_match_by_stem_and_a_video_goes_before_a_image(folder, capsys):
     for name in ("a", "b", "c", "d"):
         draw_video(folder / f"clips/{name}.mp4", 1)
     draw_image(folder / "masks/a.png")
@@ -31,7 +31,7 @@ def test_masks_match_by_stem_and_a_video_goes_before_a_picture(folder, capsys):
     draw_image(folder / "masks/c/0.png")
     masks = [item.mask for item in items_of('mask_directory = "masks"')]
     assert masks == [Path("masks/a.mov"), Path("masks/b.jpg"), Path("masks/c"), None]
-    assert "1 of 4 files have no mask (d.mp4): all of their picture counts" in capsys.readouterr().err
+    assert "1 of 4 files have no mask (d.mp4): all of their image counts" in capsys.readouterr().err
 
 
 def test_controls_of_videos_match_whole_name_folder_stem_in_that_order(folder):

@@ -45,9 +45,9 @@ def test_deep_greys_are_scaled_to_eight_bits(tmp_path, name, kind, white):
     values = np.linspace(0, 1, 64 * 48).reshape(48, 64) * white
     path = save_deep(tmp_path / name, values, kind)
     assert probe(path).reading == (("grey float",) if kind == "float32" else ("grey 16-bit",))
-    for picture in readers(tmp_path, path):
-        assert picture.shape == (48, 64, 3)
-        assert np.abs(picture[..., 0] - values / white * 255).max() <= 1
+    for image in readers(tmp_path, path):
+        assert image.shape == (48, 64, 3)
+        assert np.abs(image[..., 0] - values / white * 255).max() <= 1
 
 
 def test_deep_grey_is_the_bits_that_deep_rgb_is(tmp_path):
@@ -74,9 +74,9 @@ def test_an_image_in_a_list_of_videos_is_turned(tmp_path, suffix):
     image.save(tmp_path / f"a.{suffix}", exif=tags)
     info = probe(tmp_path / f"a.{suffix}", with_times=True)
     assert (info.width, info.height, info.num_frames, info.reading) == (32, 64, 1, ("turned",))
-    for picture in readers(tmp_path, tmp_path / f"a.{suffix}"):
-        assert picture.shape == (64, 32, 3)
-        assert picture[:28].min() > 240 and picture[36:].max() < 15
+    for image in readers(tmp_path, tmp_path / f"a.{suffix}"):
+        assert image.shape == (64, 32, 3)
+        assert image[:28].min() > 240 and image[36:].max() < 15
 
 
 def test_an_image_has_no_second_frame(tmp_path):
@@ -104,8 +104,8 @@ def test_profiles_are_converted_to_srgb(tmp_path, name, mode):
     assert probe(tmp_path / name).reading[0] == "profile Display P3"
     expected = to_srgb((200, 120, 60), P3, 2.2)
     assert np.abs(expected - (200, 120, 60)).max() > 8
-    for picture in readers(tmp_path, tmp_path / name):
-        assert np.abs(picture - expected).max() <= 3
+    for image in readers(tmp_path, tmp_path / name):
+        assert np.abs(image - expected).max() <= 3
 
 
 def test_srgb_by_any_name_changes_nothing(tmp_path):
@@ -143,10 +143,10 @@ def test_transparency_is_composed_on_the_background(tmp_path, mode, background):
     path = tmp_path / "a.png"
     hide_red(mode).save(path)
     assert probe(path).reading == ("alpha",)
-    picture = read_image(path, background)
-    assert picture[0, 3].tolist() == [100, 100, 100]
-    assert picture[0, 20].tolist() == list(background)
-    assert np.array_equal(next(read_frames(path, {0}, background))[1], picture)
+    image = read_image(path, background)
+    assert image[0, 3].tolist() == [100, 100, 100]
+    assert image[0, 20].tolist() == list(background)
+    assert np.array_equal(next(read_frames(path, {0}, background))[1], image)
     alpha = read_image(path, None)
     assert alpha.shape == (16, 32, 3) and alpha[:, :16].min() == 255 and alpha[:, 16:].max() == 0
 
@@ -170,39 +170,39 @@ def test_half_transparency_is_mixed_and_opaque_alpha_changes_no_bit(tmp_path):
     values[..., 3] = 255
     values[0, 0] = (200, 0, 0, 128)
     Image.fromarray(values).save(tmp_path / "a.png")
-    picture = read_image(tmp_path / "a.png")
-    assert picture[0, 0].tolist() == [227, 127, 127]
-    assert np.array_equal(picture.reshape(-1, 3)[1:], values[..., :3].reshape(-1, 3)[1:])
+    image = read_image(tmp_path / "a.png")
+    assert image[0, 0].tolist() == [227, 127, 127]
+    assert np.array_equal(image.reshape(-1, 3)[1:], values[..., :3].reshape(-1, 3)[1:])
 
 
 @pytest.mark.parametrize("suffix", ["webp", "gif"])
 def test_transparent_animations_are_composed_too(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
-    pictures = [Image.new("RGBA", (32, 16), (0, 100 + 50 * i, 0, 255)) for i in range(3)]
-    for picture in pictures:
-        picture.paste((*RED, 0), (16, 0, 32, 16))
+    images = [Image.new("RGBA", (32, 16), (0, 100 + 50 * i, 0, 255)) for i in range(3)]
+    for image in images:
+        image.paste((*RED, 0), (16, 0, 32, 16))
     options = {"lossless": True, "exact": True} if suffix == "webp" else {"disposal": 2}
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100, **options)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100, **options)
     assert probe(path).reading == ("alpha",)
-    for index, picture in read_frames(path, range(3), (0, 0, 255)):
-        assert np.abs(picture[0, 3].astype(int) - (0, 100 + 50 * index, 0)).max() <= 3
-        assert picture[0, 20].tolist() == [0, 0, 255]
+    for index, image in read_frames(path, range(3), (0, 0, 255)):
+        assert np.abs(image[0, 3].astype(int) - (0, 100 + 50 * index, 0)).max() <= 3
+        assert image[0, 20].tolist() == [0, 0, 255]
 
 
 @pytest.mark.parametrize("suffix", ["webp", "gif"])
 def test_frames_that_last_no_time_last_a_tenth_of_a_second(tmp_path, suffix):
-    pictures = [Image.new("RGB", (32, 16), (60 * i, 0, 0)) for i in range(4)]
-    pictures[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=pictures[1:], duration=0)
+    images = [Image.new("RGB", (32, 16), (60 * i, 0, 0)) for i in range(4)]
+    images[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=images[1:], duration=0)
     info = probe(tmp_path / f"a.{suffix}", with_times=True)
     assert info.times == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
 def test_frames_of_a_gif_that_states_no_durations_are_all_read(tmp_path):
     noise = np.random.default_rng(3).integers(0, 256, (5, 64, 96, 3), dtype=np.uint8)  # FFmpeg reads it as one frame
-    pictures = [Image.fromarray(each) for each in noise]
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+    images = [Image.fromarray(each) for each in noise]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:])
     info = probe(tmp_path / "a.gif", with_times=True)
     assert info.times == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
-    for index, picture in read_frames(tmp_path / "a.gif", range(5)):
-        differences = [np.abs(picture.astype(int) - each).mean() for each in noise]
+    for index, image in read_frames(tmp_path / "a.gif", range(5)):
+        differences = [np.abs(image.astype(int) - each).mean() for each in noise]
         assert np.argmin(differences) == index

@@ -16,9 +16,9 @@ OPEN_GROUPS = {"x264-params": "open-gop=1:scenecut=0:keyint=12:min-keyint=12:b-a
 
 def draw_corner(number, width, height):
     """White in the upper left quarter."""
-    picture = np.zeros((height, width, 3), np.uint8)
-    picture[: height // 2, : width // 2] = 255
-    return picture
+    image = np.zeros((height, width, 3), np.uint8)
+    image[: height // 2, : width // 2] = 255
+    return image
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
@@ -30,19 +30,19 @@ def test_pixels_are_shown_square(tmp_path, suffix, aspect, width):
     info = probe(path)
     assert (info.width, info.height) == (width, 48)
     assert info.reading == ((f"pixels {aspect.numerator}:{aspect.denominator}",) if aspect != 1 else ())
-    for _, picture in read_frames(path, range(3)):
-        assert picture.shape == (48, width, 3)
-        assert picture[:20, : width // 2 - 3].min() > 200 and picture[:, width // 2 + 3 :].max() < 50
+    for _, image in read_frames(path, range(3)):
+        assert image.shape == (48, width, 3)
+        assert image[:20, : width // 2 - 3].min() > 200 and image[:, width // 2 + 3 :].max() < 50
 
 
-def test_pixels_are_made_square_before_the_picture_is_turned(tmp_path):
+def test_pixels_are_made_square_before_the_image_is_turned(tmp_path):
     path = draw_video(tmp_path / "a.mp4", 2, draw=draw_corner, aspect=Fraction(2), turned=90)
     info = probe(path)
     assert (info.width, info.height) == (48, 128)
-    ((_, picture),) = read_frames(path, [0])
-    assert picture.shape == (128, 48, 3)
+    ((_, image),) = read_frames(path, [0])
+    assert image.shape == (128, 48, 3)
     # A quarter turn to the left takes the upper left quarter to the lower left.
-    assert picture[70:, :20].min() > 200 and picture[:60].max() < 50
+    assert image[70:, :20].min() > 200 and image[:60].max() < 50
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_frames_that_do_not_decode_are_not_promised(tmp_path, suffix, codec, opt
     # In MP4 an edit list says that they are not shown.
     assert bool(info.lost_frames) == (suffix != "mp4")
     assert info.times == pytest.approx([i / 25 for i in range(32)], abs=2e-3)
-    found = [read_number(picture) for _, picture in read_frames(cut, range(info.num_frames))]
+    found = [read_number(image) for _, image in read_frames(cut, range(info.num_frames))]
     assert found == list(range(12, 43))
 
 
@@ -93,14 +93,14 @@ def test_hdr_is_tone_mapped_and_told(tmp_path, suffix, transfer, name):
 
     path = draw_video(tmp_path / f"a.{suffix}", 2, pix_fmt="yuv420p10le", transfer=transfer, draw=draw)
     assert probe(path).reading == (f"hdr {name}",)
-    ((_, picture),) = read_frames(path, [0])
+    ((_, image),) = read_frames(path, [0])
     ((_, plain),) = read_frames(
         draw_video(tmp_path / f"b.{suffix}", 2, pix_fmt="yuv420p10le", transfer=1, draw=draw), [0]
     )
     assert probe(tmp_path / f"b.{suffix}").reading == ()
     expected = to_sdr(plain.astype(np.uint16) * 257, transfer, 9)
-    assert np.abs(picture.astype(int) - expected).max() <= 4
-    assert abs(plain.mean() - 148) < 3 < abs(picture.mean() - 148)
+    assert np.abs(image.astype(int) - expected).max() <= 4
+    assert abs(plain.mean() - 148) < 3 < abs(image.mean() - 148)
 
 
 def test_side_data_that_has_no_name_is_passed_over(tmp_path):
@@ -112,14 +112,14 @@ def test_side_data_that_has_no_name_is_passed_over(tmp_path):
 @pytest.mark.skipif("libvpx-vp9" not in av.codecs_available, reason="PyAV was built without libvpx")
 @pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
 def test_transparency_of_webm_is_composed(tmp_path, codec):
-    picture = np.zeros((48, 64, 4), np.uint8)
-    picture[:, :32] = (200, 0, 0, 255)
-    picture[:, 32:] = (0, 255, 0, 0)  # a colour that is hidden
+    image = np.zeros((48, 64, 4), np.uint8)
+    image[:, :32] = (200, 0, 0, 255)
+    image[:, 32:] = (0, 255, 0, 0)  # a colour that is hidden
     with av.open(str(tmp_path / "a.webm"), "w") as container:
         stream = container.add_stream(codec, rate=16, options={"auto-alt-ref": "0", "crf": "4", "b": "4M"})
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuva420p"
         for _ in range(5):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgba").reformat(format="yuva420p")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgba").reformat(format="yuva420p")))
         container.mux(stream.encode())
     info = probe(tmp_path / "a.webm", with_times=True)
     assert (info.num_frames, info.reading) == (5, ("alpha",))

@@ -8,7 +8,7 @@ from wan_train.errors import InputError
 from wan_train.models.dit.block import modulate
 from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.models.dit.embedding import sinusoid
-from wan_train.models.dit.rope import axis_widths, rotate, rotations
+from wan_train.models.dit.rope import axis_widths, rope_table, rotate
 from wan_train.models.loading import check_dit, load_dit
 from wan_train.models.variants import VARIANTS
 from wan_train.models.weights import diffusers_name, official_name
@@ -129,23 +129,23 @@ def test_the_kind_of_a_file_is_checked_against_the_task() -> None:
 
 def test_rotation_turns_by_position_and_keeps_lengths() -> None:
     assert axis_widths(128) == (44, 42, 42)
-    turns = rotations((2, 2, 3), 24, device=torch.device("cpu"))
+    rope = rope_table((2, 2, 3), 24, device=torch.device("cpu"))
     x = torch.randn(1, 12, 2, 24)
-    turned = rotate(x, *turns)
+    turned = rotate(x, *rope)
     torch.testing.assert_close(turned[:, 0], x[:, 0])
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     # Relative positions alone matter: the same offset gives the same product.
     query, key = torch.randn(1, 1, 1, 24).expand(1, 12, 1, 24), torch.randn(1, 1, 1, 24).expand(1, 12, 1, 24)
-    products = torch.einsum("bind,bjnd->ij", rotate(query, *turns), rotate(key, *turns))
+    products = torch.einsum("bind,bjnd->ij", rotate(query, *rope), rotate(key, *rope))
     torch.testing.assert_close(products[0, 1], products[1, 2])
     torch.testing.assert_close(products[0, 3], products[1, 4])
 
 
 def test_rotation_equals_a_hand_written_pair() -> None:
-    turns = rotations((1, 1, 4), 12, device=torch.device("cpu"))
+    rope = rope_table((1, 1, 4), 12, device=torch.device("cpu"))
     x = torch.zeros(1, 4, 1, 12)
     x[..., 8] = 1.0  # the first pair of the column axis, which turns by one radian a column
-    turned = rotate(x, *turns)[0, :, 0]
+    turned = rotate(x, *rope)[0, :, 0]
     for column in range(4):
         assert turned[column, 8].item() == pytest.approx(math.cos(column), abs=1e-6)
         assert turned[column, 9].item() == pytest.approx(math.sin(column), abs=1e-6)

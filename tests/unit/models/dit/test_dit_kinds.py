@@ -87,8 +87,8 @@ def test_other_names_make_no_difference(prefix: str) -> None:
         ("wan2.1-t2v-14B", "i2v-14B", "reads 16 channels, but --task i2v-14B is for 36: use --task t2v-14B"),
         ("wan2.1-i2v-14B", "t2v-14B", "reads 36 channels, but --task t2v-14B is for 16: use --task i2v-14B"),
         ("wan2.2-i2v-A14B", "t2v-14B", "reads 36 channels, but --task t2v-14B is for 16: use --task i2v-A14B"),
-        ("wan2.2-i2v-A14B", "i2v-14B", "reads no picture through CLIP, .* gives it one picture: use --task i2v-A14B"),
-        ("wan2.1-flf2v-14B", "i2v-14B", "reads a first and a last picture through CLIP, .* use --task flf2v-14B"),
+        ("wan2.2-i2v-A14B", "i2v-14B", "reads no image through CLIP, .* gives it one image: use --task i2v-A14B"),
+        ("wan2.1-flf2v-14B", "i2v-14B", "reads a first and a last image through CLIP, .* use --task flf2v-14B"),
         ("wan2.2-ti2v-5B", "t2v-1.3B", "reads 48 channels, but --task t2v-1.3B is for 16: use --task ti2v-5B"),
     ],
 )

@@ -4,15 +4,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan_train.models.dit.norms import LayerNorm, RMSNorm
-from wan_train.models.dit.rope import rotations
+from wan_train.models.dit.rope import rope_table
 
 
-def plain(x: Tensor, norm: RMSNorm, turns: Tensor | None) -> Tensor:
+def plain(x: Tensor, norm: RMSNorm, rope: Tensor | None) -> Tensor:
     """The same from complex numbers and torch's own norm."""
     heads = F.rms_norm(x, (24,), norm.weight.to(x.dtype), norm.eps).unflatten(-1, (2, 12))
-    if turns is None:
+    if rope is None:
         return heads
-    turn = torch.complex(turns[0, ..., 0::2], turns[1, ..., 1::2]).to(torch.complex128)
+    turn = torch.complex(rope[0, ..., 0::2], rope[1, ..., 1::2]).to(torch.complex128)
     return torch.view_as_real(torch.view_as_complex(heads.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
@@ -21,14 +21,14 @@ def test_norm_and_rotation_equal_the_plain_form_with_gradients(turned: bool) -> 
     torch.manual_seed(0)
     norm = RMSNorm(24, 1e-6)
     torch.nn.init.normal_(norm.weight)
-    turns = rotations((2, 2, 3), 12, device=torch.device("cpu")) if turned else None
+    rope = rope_table((2, 2, 3), 12, device=torch.device("cpu")) if turned else None
     x, target = torch.randn(2, 12, 24, requires_grad=True), torch.randn(2, 12, 2, 12)
-    out = norm(x, 2, turns)
+    out = norm(x, 2, rope)
     (out * target).sum().backward()
     wide = x.detach().double().requires_grad_()
     twin = RMSNorm(24, 1e-6).double()
     twin.weight.data.copy_(norm.weight.data)
-    expected = plain(wide, twin, turns)
+    expected = plain(wide, twin, rope)
     (expected * target).sum().backward()
     assert x.grad is not None and wide.grad is not None
     assert norm.weight.grad is not None and twin.weight.grad is not None

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.unit.models.dit.test_dit import inputs, state
 from wan_train.errors import InputError
 from wan_train.models.dit import rope
-from wan_train.models.dit.rope import MAX_TABLES, Rate, Riflex, axis_widths, rotations
+from wan_train.models.dit.rope import MAX_TABLES, Rate, Riflex, axis_widths, rope_table
 from wan_train.models.loading import load_dit
 from wan_train.placement.ledger import Ledger
 
@@ -57,7 +57,7 @@ def test_a_table_is_that_of_each_token_to_the_bit(frames: list[float] | None) ->
     given = None if frames is None else torch.tensor(frames)
     for width in (12, 128):
         expected = by_token((3, 5, 7), width, frames or [0.0, 1.0, 2.0])
-        assert torch.equal(rotations((3, 5, 7), width, device=CPU, frames=given), expected)
+        assert torch.equal(rope_table((3, 5, 7), width, device=CPU, frames=given), expected)
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,12 @@ def test_riflex_stretches_a_period_over_videos_that_are_longer_than_trained_and_
     frames: int, index: int, period: float | None
 ) -> None:
     grid, positions = (frames, 1, 2), [float(position) for position in range(frames)]
-    plain = rotations(grid, 128, device=CPU)
-    table = rotations(grid, 128, device=CPU, riflex=Riflex(index, 21))
+    plain = rope_table(grid, 128, device=CPU)
+    table = rope_table(grid, 128, device=CPU, riflex=Riflex(index, 21))
     expected = by_token(grid, 128, positions, None if period is None else (index, period))
     assert torch.equal(table, plain) == (period is None)
     assert (table.double() - expected.double()).abs().max() <= 1e-7  # float32's last bit
-    assert torch.equal(rotations(grid, 128, device=CPU), plain)  # whatever tables are kept
+    assert torch.equal(rope_table(grid, 128, device=CPU), plain)  # whatever tables are kept
     changed = (table != plain).any(dim=1).any(dim=0).nonzero()[:, -1].tolist()
     assert changed == ([] if period is None else [2 * index - 2, 2 * index - 1])
 
@@ -104,22 +104,22 @@ def test_a_second_forward_pass_makes_no_table(made: list[torch.device]) -> None:
 
 
 def test_another_grid_width_or_device_has_its_own_table(made: list[torch.device]) -> None:
-    first = rotations((2, 3, 4), 12, device=CPU)
+    first = rope_table((2, 3, 4), 12, device=CPU)
     for count, (grid, width) in enumerate([((2, 4, 3), 12), ((2, 3, 4), 24)], start=2):
-        table = rotations(grid, width, device=CPU)
+        table = rope_table(grid, width, device=CPU)
         assert len(made) == count
         assert table.shape != first.shape or not torch.equal(table, first)
-    assert rotations((2, 3, 4), 12, device=torch.device("meta")).is_meta
-    assert torch.equal(rotations((2, 3, 4), 12, device=CPU), first)
+    assert rope_table((2, 3, 4), 12, device=torch.device("meta")).is_meta
+    assert torch.equal(rope_table((2, 3, 4), 12, device=CPU), first)
 
 
 def test_few_tables_are_kept(made: list[torch.device]) -> None:
     for rows in range(1, 3 * MAX_TABLES):
-        rotations((1, rows, 1), 12, device=CPU)
+        rope_table((1, rows, 1), 12, device=CPU)
     assert len(rope._tables) == MAX_TABLES
     count = len(made)
     for rows in range(3 * MAX_TABLES - MAX_TABLES, 3 * MAX_TABLES):
-        rotations((1, rows, 1), 12, device=CPU)
+        rope_table((1, rows, 1), 12, device=CPU)
     assert len(made) == count
 
 
@@ -135,15 +135,15 @@ def test_what_a_preview_in_inference_mode_made_trains(made: list[torch.device]) 
 
 def test_a_table_that_is_kept_is_still_counted(made: list[torch.device]) -> None:
     """Where the bytes of a pass are planned, the table is among them, whoever was there before."""
-    rotations((2, 3, 4), 12, device=CPU)
+    rope_table((2, 3, 4), 12, device=CPU)
     with Ledger() as ledger:
-        table = rotations((2, 3, 4), 12, device=CPU)
+        table = rope_table((2, 3, 4), 12, device=CPU)
         assert ledger.alive["work"] >= table.nbytes
 
 
 def test_a_compilers_notes_stay_with_their_caller() -> None:
-    table = rotations((2, 3, 4), 12, device=CPU)
+    table = rope_table((2, 3, 4), 12, device=CPU)
     torch._dynamo.maybe_mark_dynamic(table, 1)
-    again = rotations((2, 3, 4), 12, device=CPU)
+    again = rope_table((2, 3, 4), 12, device=CPU)
     assert again.data_ptr() == table.data_ptr()
     assert not hasattr(again, "_dynamo_weak_dynamic_indices")

@@ -49,7 +49,7 @@ def test_blending_gives_back_what_every_tile_agrees_on() -> None:
     torch.testing.assert_close(small, x[..., ::8, ::8])
 
 
-def test_a_tile_as_large_as_the_picture_changes_nothing(vae: WanVAE) -> None:
+def test_a_tile_as_large_as_the_image_changes_nothing(vae: WanVAE) -> None:
     pixels = draw_smooth(5, 48, 64)
     latents = vae.encode(pixels)
     decoded = vae.decode(latents)

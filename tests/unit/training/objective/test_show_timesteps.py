@@ -61,7 +61,7 @@ def test_the_same_seed_shows_the_same(tmp_path: Path) -> None:
     assert shown("3") == shown("3") != shown("4")
 
 
-def test_the_picture_has_bars_where_levels_are(tmp_path: Path) -> None:
+def test_the_image_has_bars_where_levels_are(tmp_path: Path) -> None:
     words: Any = ("--show_timesteps", "image", "--min_timestep", "500")
     path = tmp_path / "out" / "timesteps.png"
     assert show_timesteps(settings(tmp_path / "out", *words)) == f"wrote {path}"

@@ -39,7 +39,9 @@ class Model(nn.Module):
 def made(model: Model, name: str, *, rate: float, limit: float | None) -> tuple[torch.optim.Optimizer, FusedBackward]:
     """An optimizer with the model's parts, and steps inside of the backward pass unless `limit` is None."""
     settings = OptimizerSettings(optimizer_type=name, learning_rate=rate)
-    optimizer = make_optimizer([{"params": list(model.parameters()), "lr": rate}], settings, turns=(rounded(3),))
+    optimizer = make_optimizer(
+        [{"params": list(model.parameters()), "lr": rate}], settings, step_contexts=(rounded(3),)
+    )
     optimizer.parts = parts_of(dict(model.named_parameters()), {})
     return optimizer, FusedBackward(optimizer, optimizer.parts if limit is not None else (), limit=limit or 0)
 

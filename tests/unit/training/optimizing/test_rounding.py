@@ -25,7 +25,7 @@ def turns_of(seed: int | None) -> Any:
 def train(name: str, weight: torch.nn.Parameter, steps: int, *, rate: float, seed: int | None = 1) -> Any:
     """Steps down a slope that varies a little."""
     optimizer = make_optimizer(
-        [{"params": [weight], "lr": rate}], settings_of(name, rate, *ONES[name]), turns=turns_of(seed)
+        [{"params": [weight], "lr": rate}], settings_of(name, rate, *ONES[name]), step_contexts=turns_of(seed)
     )
     go_on(optimizer, weight, range(steps))
     return optimizer
@@ -78,7 +78,7 @@ def test_it_goes_on_to_the_bit_and_another_seed_rounds_otherwise(name: str) -> N
     state = portable_state(train(name, parts, 4, rate=1e-3))
     again = torch.nn.Parameter(parts.detach().clone())
     optimizer = make_optimizer(
-        [{"params": [again], "lr": 1e-3}], settings_of(name, 1e-3, *ONES[name]), turns=turns_of(1)
+        [{"params": [again], "lr": 1e-3}], settings_of(name, 1e-3, *ONES[name]), step_contexts=turns_of(1)
     )
     load_portable_state(optimizer, state)
     go_on(optimizer, again, range(4, 10))

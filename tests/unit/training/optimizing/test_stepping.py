@@ -85,7 +85,7 @@ def test_two_stacks_that_stream_learn_what_plain_ones_do(fused: bool) -> None:
 
 def train(model: TwoStacks, streams: dict[str | None, Stream], *, fused: bool) -> None:
     settings = OptimizerSettings(optimizer_type="AdamW", learning_rate=1e-2)
-    optimizer = make_optimizer([{"params": list(model.parameters()), "lr": 1e-2}], settings, turns=())
+    optimizer = make_optimizer([{"params": list(model.parameters()), "lr": 1e-2}], settings, step_contexts=())
     optimizer.parts = parts_of(dict(model.named_parameters()), streams)
     stepping = FusedBackward(optimizer, optimizer.parts if fused else (), limit=math.inf)
     for step in range(3):

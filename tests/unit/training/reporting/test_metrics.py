@@ -119,8 +119,8 @@ def test_tensorboard_has_curves_and_previews(tmp_path: Path) -> None:
     }
     assert set(found.Tags()["scalars"]) == wanted
     assert found.Scalars("loss_by_t/t7")[0].value == pytest.approx(0.9)
-    video, picture = (found.Images(f"preview/{index:02d}")[0].encoded_image_string for index in range(2))
-    assert (video[:4], picture[1:4]) == (b"GIF8", b"PNG")
+    video, image = (found.Images(f"preview/{index:02d}")[0].encoded_image_string for index in range(2))
+    assert (video[:4], image[1:4]) == (b"GIF8", b"PNG")
 
 
 def test_settings_are_shown_if_asked_for(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models for tasks with pictures, beside those of `tests.tiny.make`: I2V, FLF2V and their image encoder."""
+"""Tiny random models for tasks with images, beside those of `tests.tiny.make`: I2V, FLF2V and their image encoder."""
 
 from pathlib import Path
 
@@ -11,22 +11,22 @@ FLF2V = "wan_flf2v_tiny.safetensors"
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors"
 FIRST, LAST = "first.png", "last.png"
 
-WIDTH, PATCHES = 160, 4  # two heads of 80; pictures of 28 x 28
+WIDTH, PATCHES = 160, 4  # two heads of 80; images of 28 x 28
 TOKENS = PATCHES + 1
 
 
-def make_picture_models(folder: Path) -> None:
-    """The two DiTs and the image encoder, and two pictures to begin and to end with."""
-    save(folder / I2V, picture_dit_shapes(), torch.bfloat16)
-    save(folder / FLF2V, picture_dit_shapes(pictures=2), torch.bfloat16)
+def make_image_models(folder: Path) -> None:
+    """The two DiTs and the image encoder, and two images to begin and to end with."""
+    save(folder / I2V, image_dit_shapes(), torch.bfloat16)
+    save(folder / FLF2V, image_dit_shapes(images=2), torch.bfloat16)
     save(folder / CLIP, clip_shapes(), torch.float32)
     frames = list(draw_frames(next(iter(SCENES)), size=(120, 80)))
     frames[0].save(folder / FIRST)
     frames[-1].save(folder / LAST)
 
 
-def picture_dit_shapes(*, pictures: int = 1, num_layers: int = 2, dim: int = 256) -> Shapes:
-    """Names and shapes of a Wan2.1 I2V DiT, or with two pictures of an FLF2V one."""
+def image_dit_shapes(*, images: int = 1, num_layers: int = 2, dim: int = 256) -> Shapes:
+    """Names and shapes of a Wan2.1 I2V DiT, or with two images of an FLF2V one."""
     shapes = dit_shapes(dim=dim, num_layers=num_layers, in_dim=36)
     for block in (f"blocks.{i}.cross_attn" for i in range(num_layers)):
         for part in ("k_img", "v_img"):
@@ -36,7 +36,7 @@ def picture_dit_shapes(*, pictures: int = 1, num_layers: int = 2, dim: int = 256
         shapes |= {f"img_emb.{part}.weight": (out, width), f"img_emb.{part}.bias": (out,)}
     for part, width in (("proj.0", WIDTH), ("proj.4", dim)):
         shapes |= {f"img_emb.{part}.{leaf}": (width,) for leaf in ("weight", "bias")}
-    return shapes | ({"img_emb.emb_pos": (1, pictures * TOKENS, WIDTH)} if pictures > 1 else {})
+    return shapes | ({"img_emb.emb_pos": (1, images * TOKENS, WIDTH)} if images > 1 else {})
 
 
 def clip_shapes(*, num_layers: int = 3, patch: int = 14, inner: int = 96) -> Shapes:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from cache_tools.settings import LATENTS_TOOL
 from generate import interactive
 from generate.settings import TOOL as GENERATE
+from tests.tiny.images import CLIP, FIRST, FLF2V, I2V, LAST, image_dit_shapes, make_image_models
 from tests.tiny.make import DIT, SIZE, T5, VAE, draw_weight
-from tests.tiny.pictures import CLIP, FIRST, FLF2V, I2V, LAST, make_picture_models, picture_dit_shapes
 from wan_train.cli import run
 from wan_train.training.settings import TOOL as TRAIN
 
@@ -27,7 +27,7 @@ MODELS = {"i2v-14B": I2V, "flf2v-14B": FLF2V}
 
 
 class Desk:
-    """A folder with the tiny models for pictures and clips; caches of a task go into a folder of its own."""
+    """A folder with the tiny models for images and clips; caches of a task go into a folder of its own."""
 
     def __init__(self, folder: Path, run_tool: Tool) -> None:
         self.folder, self.run_tool = folder, run_tool
@@ -38,7 +38,7 @@ class Desk:
         path.write_text(text + "".join(f"{key} = {value}\n" for key, value in keys.items()))
         return path
 
-    def pictures(self, task: str) -> list[object]:
+    def images(self, task: str) -> list[object]:
         both = ("--end_image_path", self.folder / LAST) if task == "flf2v-14B" else ()
         return ["--image_path", self.folder / FIRST, *both]
 
@@ -81,7 +81,7 @@ class Desk:
         ]
 
     def generate(self, task: str, name: str, *more: object, length: int = 5) -> np.ndarray:
-        words = self.generating(task, name, "--prompt", PROMPT, *self.pictures(task), *more, length=length)
+        words = self.generating(task, name, "--prompt", PROMPT, *self.images(task), *more, length=length)
         self.run_tool("wan_generate_video.py", *words)
         return frames_of(self.folder / f"{name}.mp4")
 
@@ -93,17 +93,15 @@ def frames_of(path: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def desk(tiny: Path, tmp_path_factory: pytest.TempPathFactory, run_here: Tool) -> Desk:
-    folder = tmp_path_factory.mktemp("pictures") / "all"
+    folder = tmp_path_factory.mktemp("images") / "all"
     shutil.copytree(tiny, folder)
-    make_picture_models(folder)
+    make_image_models(folder)
     data = folder / "data.toml"
     data.write_text(data.read_text().replace(str(tiny), str(folder)))
     made = Desk(folder, run_here)
     for task in MODELS:
         made.cache(task)
-        words = (
-            " ".join(map(str, made.pictures(task))).replace("--image_path", "--i").replace("--end_image_path", "--ei")
-        )
+        words = " ".join(map(str, made.images(task))).replace("--image_path", "--i").replace("--end_image_path", "--ei")
         line = f"{PROMPT} --w {SIZE[0]} --h {SIZE[1]} --f 5 --s 2 --d 11 {words}\n"
         (folder / f"{task}.txt").write_text(line)
     return made
@@ -148,7 +146,7 @@ def test_cached_trained_previewed_resumed_and_generated(desk: Desk, task: str) -
     ],
 )
 def test_low_memory(desk: Desk, options: tuple[object, ...]) -> None:
-    shapes = picture_dit_shapes(num_layers=4)
+    shapes = image_dit_shapes(num_layers=4)
     path = desk.folder / "four.safetensors"
     if not path.is_file():
         save_file({name: draw_weight(name, shape).bfloat16() for name, shape in shapes.items()}, path)
@@ -165,7 +163,7 @@ def test_low_memory(desk: Desk, options: tuple[object, ...]) -> None:
     assert desk.generate("i2v-14B", "saving", *words).shape == (5, SIZE[1], SIZE[0], 3)
 
 
-def test_each_line_has_pictures_of_its_own(desk: Desk, tmp_path: Path) -> None:
+def test_each_line_has_images_of_its_own(desk: Desk, tmp_path: Path) -> None:
     Image.new("RGB", (80, 120), "#2fae4d").save(tmp_path / "tall.png")
     wide, tall = desk.folder / FIRST, tmp_path / "tall.png"
     end = f"--ei {desk.folder / LAST}"
@@ -185,7 +183,7 @@ def test_each_line_has_pictures_of_its_own(desk: Desk, tmp_path: Path) -> None:
     assert np.array_equal(frames_of(tmp_path / "000_again.mp4"), made[0])
 
 
-def test_lines_from_the_keyboard_have_pictures_of_their_own(
+def test_lines_from_the_keyboard_have_images_of_their_own(
     desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [f"{PROMPT} --d 1 --i {desk.folder / name}" for name in (FIRST, LAST, FIRST)]
@@ -199,8 +197,8 @@ def test_lines_from_the_keyboard_have_pictures_of_their_own(
     assert not np.array_equal(first, other)
 
 
-def test_dropping_pictures_and_mirrored_clips(desk: Desk) -> None:
-    """Trained always without pictures, the picture's keys get no gradient that depends on it; mirrored clips have
+def test_dropping_images_and_mirrored_clips(desk: Desk) -> None:
+    """Trained always without images, the image's keys get no gradient that depends on it; mirrored clips have
     conditions of their own."""
     desk.cache("i2v-14B", flip_augment="true")
     files = list((desk.folder / "cache_i2v-14B").glob("*_wan.safetensors"))
@@ -238,16 +236,16 @@ def refused(desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 
 def test_what_the_generator_refuses(desk: Desk, tmp_path: Path, refused: Callable[..., str]) -> None:
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     whole = (desk.folder / FIRST).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
 
-    def line(task: str, *more: object, pictures: bool = True) -> str:
-        given = desk.pictures(task) if pictures else []
+    def line(task: str, *more: object, images: bool = True) -> str:
+        given = desk.images(task) if images else []
         return refused("generate", desk.generating(task, "no", "--prompt", PROMPT, *given, *more))
 
-    assert "--image_path" in line("i2v-14B", pictures=False)
-    assert "--end_image_path" in line("flf2v-14B", "--image_path", desk.folder / FIRST, pictures=False)
+    assert "--image_path" in line("i2v-14B", images=False)
+    assert "--end_image_path" in line("flf2v-14B", "--image_path", desk.folder / FIRST, images=False)
     assert "--clip" in line("i2v-14B", "--clip", "")
     assert "--clip" in line("i2v-14B", "--clip", desk.folder / VAE)
     for name in ("absent.png", "text.png", "cut.png"):
@@ -257,7 +255,7 @@ def test_what_the_generator_refuses(desk: Desk, tmp_path: Path, refused: Callabl
     assert "--task flf2v-14B" in line("i2v-14B", "--dit", desk.folder / FLF2V)
     assert "--task i2v-14B" in line("flf2v-14B", "--dit", desk.folder / I2V)
     words = desk.generating("i2v-14B", "no", "--prompt", PROMPT, "--task", "t2v-1.3B", "--dit", desk.folder / DIT)
-    assert "--image_path" in refused("generate", [*words, *desk.pictures("i2v-14B")])
+    assert "--image_path" in refused("generate", [*words, *desk.images("i2v-14B")])
     (tmp_path / "lines.txt").write_text(f"{PROMPT} --i {desk.folder / FIRST}\n{PROMPT}\n")
     assert "line 2" in refused("generate", desk.generating("i2v-14B", "no", "--from_file", tmp_path / "lines.txt"))
 
@@ -269,7 +267,7 @@ def test_what_training_and_caching_refuse(desk: Desk, tmp_path: Path, refused: C
     assert "wan_cache_latents.py" in line and "--task flf2v-14B" in line and "--clip" in line
     assert "--task i2v-14B" in refused("train", [*desk.training("i2v-14B", "no"), *of_other["flf2v-14B"]])
     line = refused("train", [*desk.training("i2v-14B", "no", "--trust_cache"), *of_other["flf2v-14B"]])
-    assert "of other pictures" in line
+    assert "of other images" in line
     bare = desk.data("t2v-1.3B")
     shutil.copytree(desk.folder / "cache_i2v-14B", desk.folder / "cache_t2v-1.3B", dirs_exist_ok=True)
     for path in (desk.folder / "cache_t2v-1.3B").glob("*_wan.safetensors"):

@@ -1,4 +1,4 @@
-"""The pictures that a video begins and ends with."""
+"""The images that a video begins and ends with."""
 
 import math
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import Variant
 
 
-def check_pictures(variant: Variant, first: str | None, last: str | None) -> None:
-    """InputError for a picture that the task needs and has not, that it does not take, or that does not read."""
+def check_images(variant: Variant, first: str | None, last: str | None) -> None:
+    """InputError for an image that the task needs and has not, that it does not take, or that does not read."""
     if variant.images is None:
         if flag := "--image_path (--i)" * bool(first) or "--end_image_path (--ei)" * bool(last):
             made_from = "its VACE inputs" if variant.control else "text alone"
@@ -27,43 +27,41 @@ def check_pictures(variant: Variant, first: str | None, last: str | None) -> Non
             )
         return
     if last and (variant.is_fused or variant.control):
-        raise InputError(f"--end_image_path (--ei): --task {variant.name} takes a first picture only: leave it out")
+        raise InputError(f"--end_image_path (--ei): --task {variant.name} takes a first image only: leave it out")
     if not first and (variant.is_fused or variant.images.optional):
         return
     if not first:
-        raise InputError(f"--task {variant.name} begins with a picture: give --image_path (--i in a line of prompts)")
+        raise InputError(f"--task {variant.name} begins with an image: give --image_path (--i in a line of prompts)")
     if variant.images.last and not last:
-        raise InputError(
-            f"--task {variant.name} ends with a picture: give --end_image_path (--ei in a line of prompts)"
-        )
+        raise InputError(f"--task {variant.name} ends with an image: give --end_image_path (--ei in a line of prompts)")
     for flag, path in (("--image_path", first), ("--end_image_path", last)):
         if path:
             check_image(flag, path)
 
 
-def check_controls(variant: Variant, one_frame: OneFrame, pictures: Sequence[str]) -> None:
-    """InputError for pictures that do not do for making one frame beside them."""
+def check_controls(variant: Variant, one_frame: OneFrame, images: Sequence[str]) -> None:
+    """InputError for images that do not do for making one frame beside them."""
     if variant.images is None or not variant.images.clip or variant.control:
-        raise InputError(f"--one_frame_inference is for Wan2.1's tasks with pictures, not for {variant.name}")
+        raise InputError(f"--one_frame_inference is for Wan2.1's tasks with images, not for {variant.name}")
     if variant.images.last and len(one_frame.controls) != 2:
-        raise InputError(f"--one_frame_inference {one_frame}: {variant.name} is given two pictures: list two indices")
-    if len(pictures) != len(one_frame.controls):
+        raise InputError(f"--one_frame_inference {one_frame}: {variant.name} is given two images: list two indices")
+    if len(images) != len(one_frame.controls):
         raise InputError(
-            f"--one_frame_inference {one_frame} is given {len(one_frame.controls)} pictures, and there are"
-            f" {len(pictures)}: give one --control_image_path for each index (--ci in a line of prompts)"
+            f"--one_frame_inference {one_frame} is given {len(one_frame.controls)} images, and there are"
+            f" {len(images)}: give one --control_image_path for each index (--ci in a line of prompts)"
         )
-    for path in pictures:
+    for path in images:
         check_image("--control_image_path", path)
 
 
-def size_like(picture: str, size: tuple[int, int], variant: Variant) -> tuple[int, int]:
-    """(width, height) of a picture's proportions at about the area of `size`, in the task's steps, never above it.
+def size_like(image: str, size: tuple[int, int], variant: Variant) -> tuple[int, int]:
+    """(width, height) of an image's proportions at about the area of `size`, in the task's steps, never above it.
 
     The rule of the official image2video: the sides of the exact area, each floored, here in whole numbers throughout.
     For models that read the first frame fused, the official rule of the 5B: one side floored, the other the most that
-    the area leaves; of the two ways that which is nearer to the picture's proportions.
+    the area leaves; of the two ways that which is nearer to the image's proportions.
     """
-    (width, height), area, step = image_size(Path(picture)), size[0] * size[1], variant.space.size_step
+    (width, height), area, step = image_size(Path(image)), size[0] * size[1], variant.space.size_step
 
     def floored(side: int, other: int) -> int:
         return max(1, math.isqrt(area * side // (other * step**2))) * step
@@ -76,13 +74,13 @@ def size_like(picture: str, size: tuple[int, int], variant: Variant) -> tuple[in
     return min(ways, key=lambda way: max(way[0] / way[1] / wanted, wanted * way[1] / way[0]))
 
 
-def load_pictures(paths: Sequence[str], size: tuple[int, int]) -> list[Tensor]:
-    """Pixels (3, H, W) in [-1, 1] of pictures, scaled to cover a size (width, height) and cropped in the middle, just
+def load_images(paths: Sequence[str], size: tuple[int, int]) -> list[Tensor]:
+    """Pixels (3, H, W) in [-1, 1] of images, scaled to cover a size (width, height) and cropped in the middle, just
     as clips are when they are cached."""
-    return [to_picture(resize_to_bucket(read_image(Path(path)), size)) for path in paths]
+    return [to_image(resize_to_bucket(read_image(Path(path)), size)) for path in paths]
 
 
-def to_picture(rgb: NDArray[np.uint8]) -> Tensor:
+def to_image(rgb: NDArray[np.uint8]) -> Tensor:
     """(H, W, 3) uint8 as pixels (3, H, W) in [-1, 1]."""
     return rearrange(torch.from_numpy(rgb.copy()), "h w c -> c h w").float().div_(127.5).sub_(1.0)
 
