@@ -129,15 +129,15 @@ def with_recorded_options(argv: Sequence[str], alone: Mapping[str, bool]) -> lis
     replaced = {other for one, others in REPLACED.items() if named_file(argv, f"--{one}") for other in others}
     kept = [(name, value) for name, value in recorded.items() if name not in replaced]
     words = words_of(kept, alone, f"{FLAG} {path}")
-    kind = named_file(argv, "--output_type") or recorded.get("output_type", "video")
-    place = [] if named_file(argv, "--output_pattern") else [f"--save_path={_again(Path(path), kind)}"]
+    output_type = named_file(argv, "--output_type") or recorded.get("output_type", "video")
+    place = [] if named_file(argv, "--output_pattern") else [f"--save_path={_again(Path(path), output_type)}"]
     return [*words, *place, *argv]
 
 
-def _again(old: Path, kind: str) -> Path:
+def _again(old: Path, output_type: str) -> Path:
     """Beside an old file or folder of images, the `--save_path` for another of that output type."""
     old = old if old.name.strip(".") else old.resolve()
-    suffix = ".png" if old.suffix.lower() == ".png" and kind in ("video", "both") else ".mp4"
+    suffix = ".png" if old.suffix.lower() == ".png" and output_type in ("video", "both") else ".mp4"
     return old.with_name(f"{plain_name(old)}_again{suffix}")
 
 

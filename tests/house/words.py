@@ -74,7 +74,7 @@ def in_code(path: Path, source: str) -> Iterator[Find]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             for argument in arguments:
-                if argument.arg in VAGUE_NAMES:
+                if argument.arg in VAGUE_NAMES and not _is_place(argument):
                     yield Find("parameter", f"{path}:{argument.lineno}", "what the parameter holds", argument.arg)
         if isinstance(node, ast.Raise) and node.exc is not None:
             yield from _in_strings("raised message", path, node.exc)
@@ -104,6 +104,11 @@ def find_all(folders: Iterable[str] = ()) -> list[Find]:
     for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]):
         found += in_docs(path.relative_to(ROOT), path.read_text(encoding="utf-8"))
     return [find for find in found if not wanted or find.where.startswith(wanted)]
+
+
+def _is_place(argument: ast.arg) -> bool:
+    """Whether it is a `Place`, a process among all."""
+    return isinstance(argument.annotation, ast.Name) and argument.annotation.id == "Place"
 
 
 def _in_strings(text_kind: str, path: Path, node: ast.AST) -> Iterator[Find]:

@@ -89,8 +89,8 @@ def new_layers(shapes: Shapes, variant: Variant, model_kind: str, label: str) ->
     """What a base with these `shapes`, official names, lacks to serve a task.
 
     `model_kind` "auto" adds what every model of the task has, "reference" a reference image too, where the task may
-    have one, "motion" a motion controller alone. InputError that names the base, `label`, where it cannot become such a model or
-    nothing is to be added.
+    have one, "motion" a motion controller alone. InputError that names the base, `label`, where it cannot become such a
+    model or nothing has to be added.
     """
     _require_plain(shapes, label)
     if model_kind == MOTION:

@@ -1,9 +1,9 @@
 """Optimizers that step one weight after another, so that what a step takes beside it is there for one at a time.
 
 The classes of torch and others take all weights at once. Here each gets a subclass that hands it one, inside of what
-the `step_contexts` of a weight do: bring its states to the device, let a float32 one stand in for it. Weights are stepped in
-parts: those of a block, or of what stands beside the blocks, so that a part can be stepped as soon as its gradients are
-there.
+the `step_contexts` of a weight do: bring its states to the device, let a float32 copy stand in for it. Weights are
+stepped in parts: those of a block, or of what is outside the blocks, so that a part can be stepped as soon as its
+gradients are there.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -55,9 +55,9 @@ def check_apart(optimizer_class: Any, name: str, flag: str) -> None:
 def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
     """The class that steps as `optimizer_class` does, one weight at a time.
 
-    It takes `step_contexts` besides. Each is a context for the step of one weight. It is given the optimizer, the weight and a
-    key that tells the number of steps taken and the weight's place, and gives the weight to step: that one, or one that
-    stands in for it.
+    It takes `step_contexts` besides. Each is a context for the step of one weight. It is given the optimizer, the
+    weight and a key that tells the number of steps taken and the weight's place, and gives the weight to step: that
+    one, or one that stands in for it.
     """
     base: Any = optimizer_class
 

@@ -57,10 +57,10 @@ def make_optimizer(
     warmup: int = 0,
     step_contexts: Sequence[StepContext] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the adapter's parameter groups, ready for its first step.
+    """Return the optimizer over the adapter's parameter groups, ready for its first step.
 
-    `warmup` is for a schedule-free optimizer, which warms up by itself; with `step_contexts` it steps one weight at a time,
-    each inside of them. See `check_optimizer` for what is refused.
+    `warmup` is for a schedule-free optimizer, which warms up by itself; with `step_contexts` it steps one weight at a
+    time, each inside of them. See `check_optimizer` for what is refused.
     """
     several = len({group.get("lr", settings.learning_rate) for group in groups}) > 1
     kind, arguments = check_optimizer(settings, several_rates=several)
