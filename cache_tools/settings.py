@@ -21,16 +21,23 @@ CONSOLE_COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan",
 class LatentRunSettings:
     """Encoding."""
 
-    device: str = option("", _DEVICE_HELP)
+    device: str = option("", "Device to encode on, such as cuda or cpu; default: the first accelerator, else the CPU.")
     batch_size: int | None = option(
-        None, "At most so many clips in one call of the VAE; also at most the dataset's batch_size.", minimum=1
+        None, "Maximum number of clips per VAE call, limited by the dataset's batch_size.", minimum=1
     )
     num_workers: int = option(
-        2, "Videos decoded ahead while the VAE computes; 0 decodes in turn and takes the least memory.", minimum=0
+        2,
+        "Number of videos decoded ahead while the VAE encodes; 0 decodes in the main process and uses the "
+        "least memory.",
+        minimum=0,
     )
-    skip_existing: bool = option(False, _SKIP_HELP)
-    keep_cache: bool = option(False, _KEEP_HELP)
-    prune: bool = option(False, _PRUNE_HELP)
+    skip_existing: bool = option(
+        False, "Accepted for compatibility: up-to-date caches are always kept, and stale ones are always replaced."
+    )
+    keep_cache: bool = option(False, "Accepted for compatibility: nothing is deleted without --prune.")
+    prune: bool = option(
+        False, "Delete caches that belong to no item of the dataset; stale ones are deleted and cached again."
+    )
 
 
 @dataclass(frozen=True)
@@ -38,17 +45,19 @@ class InspectSettings:
     """Looking in place of caching."""
 
     plan: bool = option(
-        False, "Print what would be cached: each file's rates, clips and bucket, what is lost and why. Needs no model."
+        False, "Print what would be cached, without a model: frame rates, clips, buckets, and what is dropped and why."
     )
-    plan_json: str = option("", "Write what --plan tells to this file, for programs; - prints it.", metavar="FILE")
+    plan_json: str = option("", "Write the output of --plan to this JSON file; - writes to stdout.", metavar="FILE")
     debug_mode: str = option(
-        "", "Show each clip as it would be cached: an image of all frames, the terminal, or an mp4.", choices=SHOWN
+        "",
+        "Show each clip as it would be cached: as an image of all frames, in the terminal, or as an mp4.",
+        choices=SHOWN,
     )
-    debug_dir: str = option("cache_debug", "Folder for what --debug_mode image and video write.")
-    console_width: int = option(80, "Characters in a line of --debug_mode console.", minimum=8)
-    console_back: str = option("", "A rim of this colour around --debug_mode console.", choices=CONSOLE_COLOURS)
+    debug_dir: str = option("cache_debug", "Output folder for --debug_mode image and video.")
+    console_width: int = option(80, "Width of --debug_mode console, in characters.", minimum=8)
+    console_back: str = option("", "Color of the border around --debug_mode console.", choices=CONSOLE_COLOURS)
     console_num_images: int | None = option(
-        None, "At most so many clips of each dataset with --debug_mode; without it all.", minimum=1
+        None, "Maximum number of clips shown per dataset with --debug_mode; default: all.", minimum=1
     )
 
 
@@ -58,8 +67,8 @@ class MakeControlSettings:
 
     make_control: str = option(
         "",
-        "Write a control for each video or image that has none, into control_directory or a folder beside the media's,"
-        " and end: its edges, its grey values, or what is left of it when blurred or in tiles. Needs no model.",
+        "Write a control video or image for each media file that has none, into control_directory or a folder"
+        " next to the media, and exit: edges, grayscale, blurred or tiled. Needs no model.",
         choices=MADE,
     )
 
@@ -70,15 +79,15 @@ class ImageSettings:
 
     task: str = option(
         "",
-        "What the caches are for: with an i2v or flf2v task they hold what it reads of a clip's first, or first and"
-        " last frame; with a fun or vace task what it reads of controls, reference images, masks and camera paths.",
+        "Task to cache for: i2v and flf2v tasks also cache the first, or first and last frame; fun and vace "
+        "tasks also cache controls, reference images, masks and camera paths.",
         choices=VARIANTS,
     )
-    i2v: bool = option(False, "Cache what i2v tasks read of each clip's first frame; --clip alone means this too.")
+    i2v: bool = option(False, "Cache the first frame of each clip for i2v tasks; implied by --clip.")
     one_frame: bool = option(
         False,
-        "Cache images as one frame of several: the dataset's fp_1f_clean_indices and fp_1f_target_index say where in"
-        " time its controls and its own images are.",
+        "Cache images for one-frame training; fp_1f_clean_indices and fp_1f_target_index of the dataset give "
+        "the temporal positions of the control and target images.",
     )
 
 
@@ -86,11 +95,15 @@ class ImageSettings:
 class TextRunSettings:
     """Encoding."""
 
-    device: str = option("", _DEVICE_HELP)
+    device: str = option("", "Device to encode on, such as cuda or cpu; default: the first accelerator, else the CPU.")
     batch_size: int = option(4, "Captions in one call of the text encoder.", minimum=1)
-    skip_existing: bool = option(False, _SKIP_HELP)
-    keep_cache: bool = option(False, _KEEP_HELP)
-    prune: bool = option(False, _PRUNE_HELP)
+    skip_existing: bool = option(
+        False, "Accepted for compatibility: up-to-date caches are always kept, and stale ones are always replaced."
+    )
+    keep_cache: bool = option(False, "Accepted for compatibility: nothing is deleted without --prune.")
+    prune: bool = option(
+        False, "Delete caches that belong to no item of the dataset; stale ones are deleted and cached again."
+    )
 
 
 @dataclass(frozen=True)

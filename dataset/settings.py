@@ -11,13 +11,15 @@ class DatasetSettings:
 
     dataset_config: str = option(
         "",
-        "TOML file with [general] and one [[datasets]] for each folder, or JSON with the same keys.",
+        "TOML file with [general] and one [[datasets]] per folder, or JSON with the same keys.",
         required=True,
         metavar="TOML",
     )
-    allow_missing_captions: bool = option(False, "Take empty text for a file without a caption, in place of an error.")
+    allow_missing_captions: bool = option(
+        False, "Use an empty caption for files without one instead of raising an error."
+    )
     skip_broken: bool = option(
-        False, "Name files that cannot be read or decoded and go on without them, in place of an error."
+        False, "Skip files that cannot be read or decoded, with a warning, instead of raising an error."
     )
 
 
@@ -27,6 +29,5 @@ class CacheReadSettings:
 
     trust_cache: bool = option(
         False,
-        "Train on all that the cache folders hold, as it is, without the sources: they need not be there and are not"
-        " compared.",
+        "Train on everything in the cache folders without comparing it with the source files, which may be absent.",
     )

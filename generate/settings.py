@@ -27,11 +27,11 @@ CODEC_NAMES = ("h264", "vp9", "lossless")
 class GenerateExpertSettings(ExpertSettings):
     """Two experts (Wan2.2 A14B)."""
 
-    offload_inactive_dit: bool = option(False, "Accepted for old commands and does nothing: see --lazy_loading.")
+    offload_inactive_dit: bool = option(False, "Accepted for compatibility, no effect: see --lazy_loading.")
     lazy_loading: bool = option(
         False,
-        "Accepted for old commands and does nothing: an expert is always read when its steps come and freed after them,"
-        " with --interactive kept in host memory meanwhile.",
+        "Accepted for compatibility, no effect: an expert is loaded when its steps begin and freed after "
+        "them, or kept in CPU RAM with --interactive.",
     )
 
 
@@ -39,19 +39,24 @@ class GenerateExpertSettings(ExpertSettings):
 class LoraSettings:
     """LoRA."""
 
-    lora_weight: tuple[str, ...] = option((), "LoRA files, kohya or lora_A/lora_B keys.")
-    lora_multiplier: tuple[float, ...] = option((), "Strength of each LoRA, in their order; 1.0 where none is given.")
-    lora_weight_high_noise: tuple[str, ...] = option((), "LoRA files of the expert for high noise.")
-    lora_multiplier_high_noise: tuple[float, ...] = option((), "Strength of each of them, as --lora_multiplier.")
+    lora_weight: tuple[str, ...] = option((), "LoRA files, with kohya or PEFT (lora_A/lora_B) keys.")
+    lora_multiplier: tuple[float, ...] = option((), "Multiplier of each LoRA, in order; default: 1.0.")
+    lora_weight_high_noise: tuple[str, ...] = option((), "LoRA files for the high-noise expert.")
+    lora_multiplier_high_noise: tuple[float, ...] = option(
+        (), "Multiplier of each --lora_weight_high_noise file, in order; default: 1.0."
+    )
     lora_mode: str = option(
         "merge",
-        "merge adds LoRAs to the weights, which costs no time per step; attach computes them beside, as in training.",
+        "merge adds LoRAs to the weights, with no cost per step; attach computes them as separate branches, "
+        "as in training.",
         choices=LORA_MODES,
     )
     include_patterns: tuple[str, ...] = option(
-        (), "Take of every LoRA only the modules in whose names one of these regular expressions is found."
+        (), "Regular expressions: use only the LoRA modules whose names match one of them."
     )
-    exclude_patterns: tuple[str, ...] = option((), "Leave out the modules in whose names one of these is found.")
+    exclude_patterns: tuple[str, ...] = option(
+        (), "Regular expressions: skip the LoRA modules whose names match one of them."
+    )
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,16 @@ class BatchSettings(PromptSettings):
 
     from_file: str | None = option(
         None,
-        "Make every prompt of a file: text with one to a line, .toml or .json. A line is `words --w 832 --h 480 --f 81"
-        " --d 1 --s 20 --l 5 --fs 5 --n negative` and takes any sampling option by its name; the command line's hold"
-        " where it says nothing.",
+        "Generate every prompt of a file: text with one prompt per line, .toml or .json. A line is `words --w"
+        " 832 --h 480 --f 81 --d 1 --s 20 --l 5 --fs 5 --n negative` and may name any sampling option; the "
+        "command line sets the defaults.",
     )
-    interactive: bool = option(False, "Read prompt lines, in the same grammar, from the keyboard; models stay loaded.")
-    latent_path: tuple[str, ...] = option((), "Decode saved latents, files or folders of them, and nothing else.")
+    interactive: bool = option(False, "Read prompt lines from the keyboard, in the same format; models stay loaded.")
+    latent_path: tuple[str, ...] = option((), "Latent files, or folders of them, to decode; nothing is sampled.")
     from_metadata: str | None = option(
         None,
-        "Make a video, image or latent file again from what it says of itself; options given beside it win.",
+        "Generate a video, image or latent file again from the settings in its metadata; options on the "
+        "command line take precedence.",
         expands="generate.record:with_recorded_options",
     )
 
@@ -79,8 +85,8 @@ class CalibrationSettings:
 
     calibrate_steps: int | None = option(
         None,
-        "Make --prompt, or every prompt of --from_file, with this number of steps in full, measure what reusing would"
-        " cost, write that to --cache_profile, and nothing else.",
+        "Number of sampling steps to calibrate a step cache with: sample --prompt, or each prompt of "
+        "--from_file, without a cache, write the measured errors to --cache_profile, and exit.",
         minimum=1,
         maximum=1000,
     )
@@ -92,43 +98,47 @@ class OutputSettings:
 
     save_path: str = option(
         "",
-        "Where to write: a file or a folder, also by a URL that fsspec takes, such as gs://bucket/folder. {seed} and"
-        " {index} stand for those of each video.",
+        "Output file or folder, local or a URL that fsspec opens, such as gs://bucket/folder. {seed} and "
+        "{index} are replaced by those of each video.",
         flags=("--save_file",),
         metavar="PATH",
     )
     local_output_dir: str | None = option(
         None,
-        "With a remote --save_path, local folder in which the results are written first, and stay; default: a folder"
-        " in ~/.cache/wan-train/remote from which they are removed once uploaded.",
+        "With a remote --save_path, local folder for the results, which are kept; default: a folder in "
+        "~/.cache/wan-train/remote, emptied once uploaded.",
         metavar="FOLDER",
     )
     output_pattern: str | None = option(
         None,
-        "Name of each file, as in wan_output_{seed}_{index}.mp4, in the folder --save_path; default folder: the current"
-        " one.",
+        "Name pattern of each output file, such as wan_output_{seed}_{index}.mp4, in the folder --save_path; "
+        "default folder: the working directory.",
         metavar="NAME",
     )
     output_type: str = option(
         "video",
-        "What to write; both is latent and video, latent_images latent and images.",
+        "What to save; both is latent and video, latent_images is latent and images.",
         choices=OUTPUT_TYPES,
     )
-    fps: int | None = option(None, "Frames per second of the video; without it the task's.", minimum=1, maximum=240)
-    trim_tail_frames: int = option(0, "Leave out so many frames at the end.", minimum=0)
-    codec: str = option("h264", "How the video is encoded; lossless keeps every pixel.", choices=CODEC_NAMES)
+    fps: int | None = option(None, "Frames per second of the video; default: the task's.", minimum=1, maximum=240)
+    trim_tail_frames: int = option(0, "Number of frames to drop from the end of the video.", minimum=0)
+    codec: str = option("h264", "Video codec; lossless is H.264 RGB without loss.", choices=CODEC_NAMES)
     video_quality: int | None = option(
         None,
-        "Constant rate factor of the codec, lower is better; without it 16 for h264, 24 for vp9.",
+        "Constant rate factor (CRF) of the codec, lower is better; default: 16 for h264, 24 for vp9.",
         minimum=0,
         maximum=63,
     )
-    no_metadata: bool = option(False, "Write nothing about prompt, settings and models into the files.")
-    text_cache: str | None = option(None, "Folder that keeps embeddings of prompts, to do without the text encoder.")
-    save_merged_model: str | None = option(
-        None, "Write the DiT with the LoRA files merged in as a checkpoint to this path, and nothing else."
+    no_metadata: bool = option(False, "Write no prompt, settings or model hashes into the output files.")
+    text_cache: str | None = option(
+        None, "Folder that caches prompt embeddings, so that the text encoder is not loaded for known prompts."
     )
-    device: str | None = option(None, "Where to compute; without it the first accelerator, else the CPU.")
+    save_merged_model: str | None = option(
+        None, "Merge the LoRA files into the DiT, save it as a checkpoint at this path, and exit."
+    )
+    device: str | None = option(
+        None, "Device to compute on, such as cuda:0 or cpu; default: the first accelerator, else the CPU."
+    )
 
     @property
     def target(self) -> str:

@@ -15,43 +15,44 @@ DEFAULT_DIM = 4
 class NetworkSettings:
     """Network."""
 
-    network_module: str = option("networks.lora_wan", "Python module of what is trained.")
-    network_dim: int | None = option(None, f"Rank of each LoRA pair; {DEFAULT_DIM} when not given.", minimum=1)
-    network_alpha: float = option(1.0, "The learnt change is scaled by alpha/dim; above 0, often the dim itself.")
+    network_module: str = option(
+        "networks.lora_wan",
+        "Python module of the network to train: networks.lora_wan for LoRA, networks.full for full fine-tuning.",
+    )
+    network_dim: int | None = option(None, "LoRA rank; default: 4.", minimum=1)
+    network_alpha: float = option(
+        1.0, "LoRA alpha; the effective scale is alpha/dim. Greater than 0, often equal to --network_dim."
+    )
     network_dropout: float | None = option(
-        None, "Probability of dropping a rank's activation in training; from 0 to below 1."
+        None, "Dropout probability of the LoRA's rank activations during training, 0 to below 1."
     )
     network_args: tuple[str, ...] = option(
         (),
-        "Further arguments of the network module; of a LoRA exclude_patterns, include_patterns, conv_dim, "
-        "conv_alpha, rank_dropout, module_dropout, loraplus_lr_ratio and verbose.",
+        "Additional arguments of the network module, as key=value. For LoRA: exclude_patterns, "
+        "include_patterns, conv_dim, conv_alpha, rank_dropout, module_dropout, loraplus_lr_ratio and verbose.",
         metavar="KEY=VALUE",
     )
-    network_weights: str | None = option(None, "LoRA file to start from; it must fit the network in every part.")
-    dim_from_weights: bool = option(
-        False, "Train the modules of the file given as --network_weights, with its dims and alphas."
-    )
+    network_weights: str | None = option(None, "LoRA file to initialize the network from; all keys must match.")
+    dim_from_weights: bool = option(False, "Take modules, ranks and alphas from the file given as --network_weights.")
     scale_weight_norms: float | None = option(
-        None, "After each step shrink each module's learnt change to this norm at most; above 0, often 1."
+        None, "Maximum norm of each module's weight change, applied after each step; greater than 0, often 1."
     )
     trainable: tuple[str, ...] = option(
         (),
-        "With networks.full, patterns of the names of the weights that are trained, such as blocks.*.self_attn.*;"
-        " without it all are.",
+        "With networks.full, patterns of the parameter names to train, such as blocks.*.self_attn.*; default:"
+        " all parameters.",
         metavar="PATTERN",
     )
     train_also: str | None = option(
-        None, "With --trainable, train a LoRA as well, on the Linears that are left: networks.lora_wan."
+        None, "With --trainable, also train a LoRA on the remaining Linear layers: networks.lora_wan."
     )
     full_bf16: bool = option(
         False,
-        "With networks.full, keep matrices in bfloat16, rounded at random after each step so that small ones count.",
+        "With networks.full, keep the matrices in bfloat16 and update them with stochastic rounding.",
     )
-    base_weights: tuple[str, ...] = option(
-        (), "LoRA files to merge into the model before the network is trained on it."
-    )
+    base_weights: tuple[str, ...] = option((), "LoRA files to merge into the model before training.")
     base_weights_multiplier: tuple[float, ...] = option(
-        (), "Strength of each of the --base_weights, in their order; 1.0 where none is given."
+        (), "Multiplier of each --base_weights file, in order; default: 1.0."
     )
 
     def __post_init__(self) -> None:
@@ -114,12 +115,12 @@ class ConvertSettings:
     output: str = option("", "Safetensors file to write.", required=True)
     target: str = option(
         "",
-        "Naming to write: other is lora_A/lora_B with alpha folded in, default is lora_unet_ with alpha, "
-        "diffusers is other with its own names of modules, which it needs for VACE.",
+        "Key format to write: other is lora_A/lora_B with alpha folded in, default is kohya's lora_unet_ with"
+        " alpha, diffusers is other with diffusers' module names, which it needs for VACE.",
         choices=("other", "default", "diffusers"),
         required=True,
     )
-    diffusers_prefix: str = option("diffusion_model", "First part of the names under --target other.", metavar="PREFIX")
+    diffusers_prefix: str = option("diffusion_model", "Prefix of the keys with --target other.", metavar="PREFIX")
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,14 @@ TOOL = Tool(
 class ExtractSettings:
     """Extraction."""
 
-    base: str = option("", "Checkpoint that the tuning began with.", flags=("--model_org",), required=True)
-    tuned: str = option("", "Checkpoint after it.", flags=("--model_tuned",), required=True)
+    base: str = option("", "Checkpoint before fine-tuning.", flags=("--model_org",), required=True)
+    tuned: str = option("", "Checkpoint after fine-tuning.", flags=("--model_tuned",), required=True)
     output: str = option("", "Safetensors file to write.", flags=("--save_to",), required=True)
-    rank: int = option(64, "Rank of each pair, at most.", flags=("--dim",), minimum=1)
-    save_precision: str = option("float", "Precision of the LoRA.", choices=("float", "fp32", "bf16", "fp16"))
-    device: str = option("", "Where to decompose, as cuda or cpu; without it an accelerator where there is one.")
+    rank: int = option(64, "Maximum rank of each LoRA pair.", flags=("--dim",), minimum=1)
+    save_precision: str = option("float", "Data type of the saved LoRA.", choices=("float", "fp32", "bf16", "fp16"))
+    device: str = option(
+        "", "Device for the decomposition, such as cuda or cpu; default: the first accelerator, else the CPU."
+    )
 
 
 @dataclass(frozen=True)
@@ -168,24 +171,24 @@ EXTRACT = Tool(
 class AverageSettings:
     """Averaging."""
 
-    path: tuple[str, ...] = positional("Two or more LoRA files of one run.")
+    path: tuple[str, ...] = positional("Two or more LoRA files of one training run.")
     output_file: str = option("", "Safetensors file to write.", required=True)
-    beta: float = option(0.95, "Share of the average that each further file leaves.", minimum=0, maximum=1)
+    beta: float = option(
+        0.95, "EMA decay: weight of the running average when the next file is added.", minimum=0, maximum=1
+    )
     beta2: float | None = option(
         None,
-        "Share at the last file; between the second and it the share changes in equal steps.",
+        "EMA decay at the last file; the decay is interpolated linearly from --beta.",
         minimum=0,
         maximum=1,
     )
     sigma_rel: float | None = option(
         None,
-        "Instead of beta: width of the average relative to the length of the run (Karras et al. 2024).",
+        "Width of the EMA relative to the length of the run (Karras et al. 2024), in place of --beta.",
         minimum=0.01,
         maximum=0.28,
     )
-    no_sort: bool = option(
-        False, "Take the files in the order given; default: in the order of the steps that they say."
-    )
+    no_sort: bool = option(False, "Average the files in the order given; default: by their training step.")
 
 
 @dataclass(frozen=True)

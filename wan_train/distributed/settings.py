@@ -11,34 +11,32 @@ class ParallelSettings:
 
     ulysses_size: int = option(
         1,
-        "Number of processes that split the tokens of each pass, with an all-to-all around attention; it divides the"
-        " number of attention heads.",
+        "Number of processes for Ulysses sequence parallelism; must divide the number of attention heads.",
         minimum=1,
         maximum=1024,
     )
     ring_size: int = option(
         1,
-        "Number of processes that pass keys and values around a ring during attention.",
+        "Number of processes for ring attention.",
         minimum=1,
         maximum=1024,
     )
     cfg_size: int = option(
         1,
-        "2 computes the prompt and the negative prompt on two halves of the processes.",
+        "Number of processes for CFG parallelism; 2 computes the prompt and the negative prompt on two halves"
+        " of the processes.",
         minimum=1,
         maximum=2,
     )
     data_parallel: int = option(
         1,
-        "Number of groups of processes that share out the videos of --from_file; each group makes a video with"
-        " --ulysses_size x --ring_size x --cfg_size processes.",
+        "Number of process groups that share the prompts of --from_file; each group has --ulysses_size x "
+        "--ring_size x --cfg_size processes.",
         minimum=1,
         maximum=1024,
     )
-    dit_fsdp: bool = option(False, "Shard the DiT's blocks over the processes that share a video's tokens (FSDP2).")
-    t5_fsdp: bool = option(
-        False, "Shard the text encoder's blocks over the processes that make a video together (FSDP2)."
-    )
+    dit_fsdp: bool = option(False, "Shard the DiT's blocks over the sequence-parallel processes (FSDP2).")
+    t5_fsdp: bool = option(False, "Shard the text encoder's blocks over the processes of a group (FSDP2).")
     vae_parallel: bool = option(
-        False, "Encode and decode strips of the frames, one on each process of a group, with overlapping borders."
+        False, "Split VAE encoding and decoding into strips of rows with halos, one per process of a group."
     )

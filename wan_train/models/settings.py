@@ -14,11 +14,13 @@ PRECISIONS = ("fp32", "float32", "fp16", "float16", "bf16", "bfloat16")
 class DitSettings:
     """Diffusion transformer."""
 
-    task: str = option("t2v-14B", "What the model is and does.", choices=VARIANTS)
-    dit: str = option("", "DiT checkpoint: a safetensors file, any shard or folder of a set, or a .pth.")
+    task: str = option("t2v-14B", "Model family and task, such as t2v-1.3B.", choices=VARIANTS)
+    dit: str = option(
+        "", "DiT checkpoint: a safetensors file, any shard or the folder of a sharded checkpoint, or a .pth file."
+    )
     attn_mode: str = option(
         "torch",
-        "Attention backend; torch and sdpa are one, flash and flash2 too; sageattn cannot train.",
+        "Attention backend; torch is sdpa, flash is flash2; sageattn cannot be used for training.",
         choices=ATTENTION_MODES,
         shortcuts={
             "--sdpa": "torch",
@@ -31,12 +33,12 @@ class DitSettings:
     motion_controller: str = option(
         "", "Motion controller checkpoint (DiffSynth-Studio's speedcontrol), for data and prompts with a motion bucket."
     )
-    split_attn: bool = option(False, "Attend for one sample of a batch at a time: less memory with some backends.")
+    split_attn: bool = option(False, "Compute attention one sample at a time: less memory with some backends.")
     disable_numpy_memmap: bool = option(
-        False, "Accepted for old commands and does nothing: checkpoints are read tensor by tensor."
+        False, "Accepted for compatibility, no effect: checkpoints are read tensor by tensor."
     )
     force_v2_1_time_embedding: bool = option(
-        False, "Accepted for old commands and does nothing: time is embedded once for each frame, never for each token."
+        False, "Accepted for compatibility, no effect: the time embedding is computed per frame, never per token."
     )
 
 
@@ -62,9 +64,9 @@ class InitSettings:
 
     init_control: str | None = option(
         None,
-        "Add the layers that --task needs to a T2V or I2V checkpoint given as --dit: auto all that its models have,"
-        " reference those of a reference image too, motion a motion controller. They add nothing until they are"
-        " trained, with networks.full; default: --dit has them.",
+        "Add the layers that --task needs to a T2V or I2V checkpoint given as --dit: auto adds all of them, "
+        "reference also those for a reference image, motion only a motion controller. They are initialized to"
+        " have no effect and trained with networks.full; default: --dit has them already.",
         choices=("auto", "reference", "motion"),
     )
 
@@ -73,16 +75,14 @@ class InitSettings:
 class ExpertSettings:
     """Two experts (Wan2.2 A14B)."""
 
-    dit_high_noise: str = option(
-        "", "DiT checkpoint of the expert for high noise; --dit is then that of the one for low noise."
-    )
+    dit_high_noise: str = option("", "DiT checkpoint of the high-noise expert; --dit is then the low-noise expert.")
     timestep_boundary: float | None = option(
         None,
-        "Where the experts meet: t from 0 to 1, or a timestep up to 1000; without it the task's, 0.875 or 0.9.",
+        "Boundary between the experts: t from 0 to 1, or a timestep up to 1000; default: the task's, 0.875 or 0.9.",
         minimum=0,
         maximum=1000,
     )
-    offload_inactive_dit: bool = option(False, "Keep the expert that has nothing to do in main memory.")
+    offload_inactive_dit: bool = option(False, "Keep the inactive expert in CPU RAM.")
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,16 @@ class VaeSettings:
 
     vae: str = option("", "VAE checkpoint: Wan2.1_VAE.pth, for ti2v-5B Wan2.2_VAE.pth, or a safetensors file.")
     vae_dtype: str = option(
-        "bf16", "Precision of the VAE and of cached latents; a CPU computes in float32.", choices=PRECISIONS
+        "bf16", "Data type of the VAE and of cached latents; the CPU always computes in float32.", choices=PRECISIONS
     )
-    vae_cache_cpu: bool = option(False, "Keep the VAE's frame cache in main memory: less device memory, slower.")
+    vae_cache_cpu: bool = option(False, "Keep the VAE's temporal feature cache in CPU RAM: less GPU memory, slower.")
     vae_tiling: bool = option(
-        False, "Encode and decode in tiles that overlap and blend: much less device memory for big images, slower."
+        False, "Encode and decode in overlapping, blended tiles: much less GPU memory for large frames, slower."
     )
-    vae_tile_size: int = option(34, "Side of a tile with --vae_tiling, in latent cells.", minimum=2)
-    vae_tile_overlap: int = option(8, "What two tiles have in common, in latent cells; 8 and more are safe.", minimum=0)
+    vae_tile_size: int = option(34, "Tile size for --vae_tiling, in latent pixels.", minimum=2)
+    vae_tile_overlap: int = option(
+        8, "Overlap of neighboring tiles, in latent pixels; at least 8 is recommended.", minimum=0
+    )
 
     def __post_init__(self) -> None:
         if self.vae_tile_overlap >= self.vae_tile_size:
@@ -115,12 +117,13 @@ class TextEncoderSettings:
     t5: str = option("", "UMT5-XXL encoder checkpoint (.pth or safetensors).")
     tokenizer: str = option(
         "",
-        "Tokenizer folder; without it google/umt5-xxl beside the T5 file, then the one inside the file, then the hub.",
+        "Tokenizer folder; default: google/umt5-xxl next to the T5 file, then the tokenizer inside the file, "
+        "then the hub.",
     )
     fp8_t5: bool = option(
         False,
-        "Keep the text encoder's matrices in fp8 and its token table in main memory: 5 GB on the device in place of 11,"
-        " embeddings a little off. Captions that are cached are not encoded again for it.",
+        "Store the text encoder's matrices in fp8 and its token embedding in CPU RAM: 5 GB of GPU memory "
+        "instead of 11, with slightly different embeddings. Cached captions are not encoded again.",
     )
 
 
@@ -130,6 +133,6 @@ class ImageEncoderSettings:
 
     clip: str = option(
         "",
-        "CLIP image encoder of Wan2.1's tasks with images"
-        " (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, or a safetensors file).",
+        "CLIP image encoder for Wan2.1 image tasks (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, "
+        "or a safetensors file).",
     )

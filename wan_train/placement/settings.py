@@ -16,17 +16,17 @@ class StreamSettings:
 
     blocks_to_swap: int = option(
         0,
-        "Keep so many blocks in main memory and bring each to the device for its turn; all but one at most.",
+        "Number of transformer blocks to keep in CPU RAM and stream to the GPU on demand; at most all but one.",
         minimum=0,
     )
-    block_swap_ring_size: int = option(2, "Blocks that are on the device at once for that, at least 2.", minimum=2)
+    block_swap_ring_size: int = option(2, "Number of streamed blocks held on the GPU at once, at least 2.", minimum=2)
     use_pinned_memory_for_block_swap: bool = option(
         False,
-        "Accepted for old commands and does nothing: host copies of these blocks are pinned as far as memory can be.",
+        "Accepted for compatibility, no effect: streamed blocks are always pinned in CPU RAM as far as possible.",
     )
     block_swap_h2d_only: bool = option(
         False,
-        "Accepted for old commands and does nothing: frozen blocks are never copied back, trained ones always are.",
+        "Accepted for compatibility, no effect: frozen blocks are never copied back, trained ones always are.",
     )
 
 
@@ -35,7 +35,9 @@ class ActivationSettings:
     """Activations."""
 
     ffn_chunks: int = option(
-        1, "Take the tokens through the feed-forward in so many parts, one after another: a lower peak.", minimum=1
+        1,
+        "Number of chunks of tokens in which the feed-forward is computed, one after another: lower peak memory.",
+        minimum=1,
     )
 
 
@@ -45,12 +47,14 @@ class RecomputeSettings(ActivationSettings):
 
     recompute: str = option(
         "none",
-        "What the backward pass computes again: nothing, each block, or each block but its attention.",
+        "Activation checkpointing: none, full (recompute each block in the backward pass), or keep_attention "
+        "(recompute all but attention).",
         choices=RECOMPUTE_MODES,
     )
-    gradient_checkpointing: bool = option(False, "The same as --recompute full, unless that says keep_attention.")
+    gradient_checkpointing: bool = option(False, "Same as --recompute full, unless that is keep_attention.")
     gradient_checkpointing_cpu_offload: bool = option(
-        False, "Keep the blocks' inputs in main memory until the backward pass; needs --gradient_checkpointing."
+        False,
+        "Offload the checkpointed activations to CPU RAM until the backward pass; needs --gradient_checkpointing.",
     )
 
     def __post_init__(self) -> None:
@@ -66,17 +70,17 @@ class RecomputeSettings(ActivationSettings):
 class CompileSettings:
     """Compilation."""
 
-    compile: bool = option(False, "Compile the blocks with torch.compile: a slower start, faster steps.")
+    compile: bool = option(False, "Compile the blocks with torch.compile: slower start, faster steps.")
     compile_backend: str = option("inductor", "Backend of torch.compile.")
     compile_mode: str = option("default", "Mode of torch.compile.", choices=COMPILE_MODES)
     compile_dynamic: str = option(
         "auto",
-        "Whether one compilation serves all sizes; auto lets the number of tokens vary.",
+        "Whether to compile for dynamic shapes; auto makes only the number of tokens dynamic.",
         choices=COMPILE_DYNAMIC,
     )
-    compile_fullgraph: bool = option(False, "Fail rather than compile a block in pieces.")
+    compile_fullgraph: bool = option(False, "Raise an error on graph breaks in a block.")
     compile_cache_size_limit: int | None = option(
-        None, "Compilations kept for each block; without it torch's own limit.", minimum=1
+        None, "Maximum number of recompilations per block; default: torch's limit.", minimum=1
     )
     compile_cache: str | None = option(
         None,
@@ -84,8 +88,10 @@ class CompileSettings:
         " Default: torch's own folder for temporary files.",
         metavar="FOLDER",
     )
-    cuda_allow_tf32: bool = option(False, "Let products of float32 numbers be taken in TF32: faster, 10 bits exact.")
-    cuda_cudnn_benchmark: bool = option(False, "Let cuDNN try its kernels for each new size and keep the fastest.")
+    cuda_allow_tf32: bool = option(False, "Allow TF32 for float32 matrix products: faster, with a 10-bit mantissa.")
+    cuda_cudnn_benchmark: bool = option(
+        False, "Enable cuDNN's benchmark mode, which chooses the fastest kernel for each new size."
+    )
 
 
 def check_stream(settings: StreamSettings, num_blocks: int, *, recompute: str | None) -> None:

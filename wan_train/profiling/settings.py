@@ -11,7 +11,7 @@ class ProfileSettings:
 
     profile: str | None = option(
         None,
-        "Write a torch.profiler trace of three steps to this folder, and a table of the most expensive operators. In"
-        " training they are optimizer steps 3 to 5, in generation sampling steps 3 to 5 of the first video.",
+        "Folder for a torch.profiler trace of three steps and a table of the most expensive operators: "
+        "optimizer steps 3 to 5 in training, sampling steps 3 to 5 of the first video in generation.",
         metavar="FOLDER",
     )

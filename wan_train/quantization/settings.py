@@ -10,12 +10,20 @@ from wan_train.errors import InputError
 class WeightSettings:
     """Precision of the frozen weights."""
 
-    fp8_base: bool = option(False, "Keep the matrices of the blocks in fp8 (e4m3): half of bf16.", flags=("--fp8",))
-    fp8_scaled: bool = option(False, "Scale every 64 inputs of those matrices apart: much closer; needs --fp8_base.")
-    int8_base: bool = option(
-        False, "Keep the matrices of the blocks in int8 and multiply in int8, inputs rounded too.", flags=("--int8",)
+    fp8_base: bool = option(
+        False, "Store the blocks' matrices in fp8 (e4m3): half the memory of bf16.", flags=("--fp8",)
     )
-    int8_ffn2: bool = option(False, "With --int8_base, the second matrix of the feed-forward as well: it errs most.")
+    fp8_scaled: bool = option(
+        False, "Scale fp8 weights block-wise, every 64 inputs: much more accurate; needs --fp8_base."
+    )
+    int8_base: bool = option(
+        False,
+        "Store the blocks' matrices in int8 and multiply in int8, with activations quantized per token.",
+        flags=("--int8",),
+    )
+    int8_ffn2: bool = option(
+        False, "With --int8_base, also quantize the second feed-forward matrix, which loses the most accuracy."
+    )
 
     def __post_init__(self) -> None:
         if self.fp8_scaled and not self.fp8_base:
@@ -30,7 +38,9 @@ class WeightSettings:
 class FastWeightSettings(WeightSettings):
     """Precision of the weights."""
 
-    fp8_fast: bool = option(False, "Multiply in fp8 where the device can, inputs rounded too; needs --fp8_scaled.")
+    fp8_fast: bool = option(
+        False, "Multiply in fp8 where the device supports it, with activations quantized too; needs --fp8_scaled."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

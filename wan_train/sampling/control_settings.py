@@ -24,80 +24,77 @@ class ControlOptions:
 
     control_path: str | None = option(
         None,
-        "Control video of a fun-control task: a video, an image or a folder of frames; it is scaled and cropped to the"
-        " video's size, and the video is made no longer than it.",
+        "Control video for fun-control tasks: a video, image or folder of frames, scaled and cropped to the "
+        "output size; it limits the number of frames.",
         traits=Sampled(letter="cn", table="control_video_path", is_file=True),
     )
     control_start: float = option(
-        0.0, "Share of the steps after which the control video, or VACE, begins to act.", minimum=0, maximum=1
+        0.0, "Ratio of steps at which the control video, or VACE, starts to apply.", minimum=0, maximum=1
     )
-    control_end: float = option(1.0, "Share of the steps after which it no longer acts.", minimum=0, maximum=1)
+    control_end: float = option(1.0, "Ratio of steps at which it stops.", minimum=0, maximum=1)
     control_strength: float = option(
         1.0,
-        "Scale of the control video's latents; 0 is no control. VACE has --vace_scale.",
+        "Scale of the control video's latents; 0 disables the control. VACE has --vace_scale.",
         minimum=0,
         maximum=10,
         traits=Sampled(beside="control_path"),
     )
     reference_image: str | None = option(
         None,
-        "Reference image: what the subject looks like. For fun-control tasks whose model reads one (Wan2.1 V1.1,"
-        " Wan2.2); VACE has --vace_reference.",
+        "Reference image of the subject, for fun-control models that take one (Wan2.1 V1.1, Wan2.2); VACE has"
+        " --vace_reference.",
         traits=Sampled(is_file=True),
     )
     vace_video: str | None = option(
         None,
-        "Video that VACE works on: one to follow (depth, pose, outline), or with --vace_mask one to change in part. A"
-        " video, an image or a folder of frames.",
+        "VACE input video: a control to follow (depth, pose, edges), or with --vace_mask a video to edit. A "
+        "video, image or folder of frames.",
         traits=Sampled(is_file=True),
     )
     vace_mask: str | None = option(
         None,
-        "What of --vace_video is made anew: white is generated, black is kept. An image holds for all frames; a mask"
-        " longer than the video extends it. Default: all of it.",
+        "Mask of --vace_video: white is generated, black is kept. An image applies to all frames; a mask "
+        "longer than the video extends it. Default: generate everything.",
         traits=Sampled(is_file=True),
     )
     vace_reference: tuple[str, ...] = option(
-        (), "Reference images of VACE: subjects that the video shows.", traits=Sampled(is_file=True)
+        (), "VACE reference images: subjects to show in the video.", traits=Sampled(is_file=True)
     )
-    vace_scale: float = option(
-        1.0, "Scale of what VACE adds; with 0 the base model makes the video alone.", minimum=0, maximum=10
-    )
+    vace_scale: float = option(1.0, "Scale of VACE's hints; 0 uses the base model alone.", minimum=0, maximum=10)
     vace_pad: str | tuple[int, ...] | None = option(
         None,
-        "Outpainting: pixels that are generated around --vace_video at each side of the finished video, one number for"
-        " all four sides or four.",
+        "Outpainting: number of pixels to generate around --vace_video, one value for all sides or four for "
+        "left, top, right, bottom.",
         metavar="LEFT,TOP,RIGHT,BOTTOM",
         traits=Sampled(read=read_pad),
     )
     camera_direction: str | None = option(
         None,
-        "Which way the camera goes, of fun-camera tasks: Left, Right, Up, Down, LeftUp, LeftDown, RightUp, RightDown,"
-        " In or Out.",
+        "Camera motion for fun-camera tasks: Left, Right, Up, Down, LeftUp, LeftDown, RightUp, RightDown, In or Out.",
     )
     camera_speed: float = option(
         CAMERA_SPEED,
-        "How far it goes with each frame; default: 1/54.",
+        "Camera motion per frame; default: 1/54.",
         minimum=0,
         maximum=10,
         traits=Sampled(beside="camera_direction"),
     )
     camera_origin: str | tuple[float, ...] | None = option(
         None,
-        "Where it starts: 19 numbers as RealEstate10K writes a camera; default: the one that the models were trained"
-        " with.",
+        "Initial camera, as 19 values in RealEstate10K format; default: the camera that the models were trained with.",
         metavar="N,N,...",
         traits=Sampled(read=read_camera),
     )
     camera_path: str | None = option(
         None,
-        "Camera path in a file in place of --camera_direction: a line of 19 numbers for each frame (RealEstate10K).",
+        "Camera trajectory file in place of --camera_direction: one line of 19 values per frame "
+        "(RealEstate10K format).",
         traits=Sampled(is_file=True),
     )
     motion_bucket_id: int | None = option(
         None,
-        "How much moves, from 0 slow to 100 fast, of a model with a motion controller; default: as the model does"
-        " without.",
+        "Amount of motion, from 0 (slow) to 100 (fast), for models with a motion controller; default: no "
+        "motion control.",
         minimum=0,
         maximum=NUM_MOTION_BUCKETS,
     )

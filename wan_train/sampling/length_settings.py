@@ -19,26 +19,24 @@ class LengthOptions:
 
     sliding_window_size: int | None = option(
         None,
-        "Sample in windows over time that overlap and blend: number of latent frames of a window (four frames each);"
-        " default: the whole video at once.",
+        "Window size for temporal sliding-window sampling, in latent frames (four frames each); default: no windows.",
         minimum=1,
         traits=Sampled(maximum=4096),
     )
     sliding_window_stride: int | None = option(
         None,
-        "Number of latent frames from the start of a window to that of the next, at most --sliding_window_size;"
-        " default: half of it.",
+        "Window stride, in latent frames, at most --sliding_window_size; default: half of it.",
         minimum=1,
         traits=Sampled(beside="sliding_window_size", maximum=4096),
     )
     riflex: bool = option(
         False,
-        "RIFLEx, against repetition in videos longer than the model was trained with: lower a temporal rotary frequency"
-        " so that its period covers the video.",
+        "RIFLEx: lower one temporal RoPE frequency against repetition in videos longer than the model was trained for.",
     )
     riflex_freq_index: int = option(
         RIFLEX_INDEX,
-        "Which temporal frequency --riflex lowers; 1 is the highest. 6 changes videos of 181 frames and more, 4 of 85.",
+        "Index of the temporal RoPE frequency that --riflex lowers; 1 is the highest. 6 has an effect from "
+        "181 frames, 4 from 85.",
         minimum=1,
         maximum=NUM_FREQUENCIES,
         traits=Sampled(beside="riflex"),

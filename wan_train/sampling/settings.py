@@ -28,8 +28,7 @@ class PromptSettings:
 
     strict_prompts: bool = option(
         False,
-        "Refuse a prompt with a part that looks like an option and is read as text, as -w 832 is; by default that is a"
-        " warning.",
+        "Raise an error for text in a prompt that looks like an option, such as -w 832; default: a warning.",
     )
 
 
@@ -37,10 +36,10 @@ class PromptSettings:
 class TaskSettings:
     """What a task has defaults for: the prompts, the size and the steps."""
 
-    prompt: str = option("", "What the video shows.", traits=Sampled(always=True))
+    prompt: str = option("", "Text prompt.", traits=Sampled(always=True))
     negative_prompt: str | None = option(
         None,
-        "What it must not show; default: the task's own text.",
+        "Negative prompt; default: the task's.",
         traits=Sampled(letter="n", task="negative_prompt", always=True),
     )
     video_size: tuple[int, int] | None = option(
@@ -53,7 +52,7 @@ class TaskSettings:
     )
     video_length: int | None = option(
         None,
-        "Number of frames, 4n+1; default: the task's.",
+        "Number of frames, of the form 4n+1; default: the task's.",
         flags=("--frame_num",),
         minimum=1,
         traits=Sampled(letter="f", table="frame_count", field="frames", task="frames", always=True, maximum=4096),
@@ -68,20 +67,20 @@ class TaskSettings:
     )
     guidance_scale: float | None = option(
         None,
-        "Classifier-free guidance; 1 leaves out the negative prompt; default: the task's.",
+        "Classifier-free guidance scale; 1 disables guidance; default: the task's.",
         flags=("--sample_guide_scale",),
         minimum=0,
         traits=Sampled(letter="l", table="cfg_scale", field="guidance", task="guidance", always=True, maximum=1000),
     )
     guidance_scale_high_noise: float | None = option(
         None,
-        "Guidance of the expert for high noise; default: the task's.",
+        "Guidance scale of the high-noise expert; default: the task's.",
         minimum=0,
         traits=Sampled(field="guidance_high_noise", maximum=1000),
     )
     flow_shift: float | None = option(
         None,
-        "Shift of the noise levels; default: the task's, which for some depends on the size.",
+        "Shift of the flow-matching sigma schedule; default: the task's, for some by resolution.",
         flags=("--sample_shift",),
         minimum=1e-3,
         traits=Sampled(
@@ -90,14 +89,14 @@ class TaskSettings:
     )
     sample_solver: str = option(
         "unipc",
-        "Solver of the sampling ODE; lcm adds new noise at every step, for distilled models.",
+        "Sampling solver; lcm adds new noise at each step, for distilled models.",
         choices=SOLVER_NAMES,
         traits=Sampled(field="solver", always=True),
     )
     timesteps: str | None = option(
         None,
-        "Noise levels to visit, as in 1000,750,500,250 for a model distilled to four steps; in place of --infer_steps."
-        " --flow_shift shifts them.",
+        "Explicit timesteps, such as 1000,750,500,250 for a model distilled to four steps, in place of "
+        "--infer_steps; --flow_shift is applied to them.",
         metavar="N,N,...",
         traits=Sampled(read=read_numbers, example="1000,750,500,250"),
     )
@@ -109,7 +108,7 @@ class StartOptions:
 
     seed: int | None = option(
         None,
-        "Seed of the noise; without it one is drawn and printed.",
+        "Random seed of the noise; default: random, and logged.",
         flags=("--base_seed",),
         minimum=0,
         maximum=MAX_SEED,
@@ -117,20 +116,20 @@ class StartOptions:
     )
     rand_device: str = option(
         "cpu",
-        "Where noise is drawn: cpu gives the same on every machine, device (cuda) what the official code draws there.",
+        "Device that draws the noise: cpu is the same on every machine, device (cuda) matches the official code.",
         choices=NOISE_DEVICES,
         shortcuts={"--cpu_noise": "cpu"},
         traits=Sampled(always=True),
     )
     image_path: str | None = option(
         None,
-        "The image that the video begins with, of tasks that make it from one.",
+        "First-frame image, for image-to-video tasks.",
         flags=("--image",),
         traits=Sampled(letter="i", is_file=True),
     )
     end_image_path: str | None = option(
         None,
-        "The image that it ends with: of flf2v tasks, and as a trial of i2v ones (Fun-InP models are made for it).",
+        "Last-frame image, for flf2v tasks, and experimentally for i2v tasks (Fun-InP models are trained for it).",
         traits=Sampled(letter="ei", is_file=True),
     )
 
@@ -141,14 +140,14 @@ class OneFrameSettings:
 
     one_frame_inference: str | None = option(
         None,
-        "Make an image as one latent frame beside given ones: where in time they and it are, as in"
-        " control_index=0,target_index=1.",
+        "Generate one image as a latent frame next to control images: their temporal positions, as in "
+        "control_index=0,target_index=1.",
         metavar="control_index=N;N,target_index=N",
         traits=Sampled(letter="of", table="one_frame", field="one_frame", read=read_one_frame),
     )
     control_image_path: tuple[str, ...] = option(
         (),
-        "The given images of --one_frame_inference, one for each index.",
+        "Control images of --one_frame_inference, one per control index.",
         traits=Sampled(letter="ci", field="control_images", is_file=True),
     )
 
@@ -159,62 +158,66 @@ class SampleOptions:
 
     exact_size: bool = option(
         False,
-        "Take --video_size as it is, and crop the image to it; without it the video has the image's proportions at"
-        " the area of --video_size.",
+        "Use --video_size exactly and crop the image to it; default: keep the image's aspect ratio at the "
+        "area of --video_size.",
         traits=Sampled(recorded="is_fitted"),
     )
     video_path: str | None = option(
         None,
-        "Begin with this video, image or folder of images in place of noise: video to video.",
+        "Video-to-video: a video, image or folder of images to start from instead of pure noise.",
         traits=Sampled(is_file=True, not_in_previews="previews begin with noise: leave it to the generator"),
     )
     denoising_strength: float | None = option(
         None,
-        "How much of --video_path is made anew: 1 all of it, 0.3 a little; 0.7 without it.",
+        "Strength of video-to-video, from 0.001 (keep --video_path) to 1 (ignore it); default: 0.7.",
         minimum=0.001,
         maximum=1,
         traits=Sampled(beside="video_path"),
     )
     cfg_skip_mode: str = option(
         "none",
-        "Which steps go without guidance, for speed; needs --cfg_apply_ratio.",
+        "Which steps run without guidance, for speed; needs --cfg_apply_ratio.",
         choices=CFG_SKIP_MODES,
         traits=Sampled(beside="cfg_apply_ratio"),
     )
     cfg_apply_ratio: float | None = option(
-        None, "Share of the steps that are guided; needs --cfg_skip_mode.", minimum=0, maximum=1
+        None, "Ratio of steps with guidance; needs --cfg_skip_mode.", minimum=0, maximum=1
     )
     cfg_merge: bool = option(
         False, "Run the prompt and the negative prompt as one batch: faster for small videos, more memory."
     )
     slg_layers: str | tuple[int, ...] | None = option(
         None,
-        "Skip-layer guidance: numbers of the blocks that are left out, as in 9 or 9,10.",
+        "Skip-layer guidance: indices of the blocks to skip, such as 9 or 9,10.",
         metavar="N,N,...",
         traits=Sampled(read=read_layers, example="9 or 9,10"),
     )
     slg_mode: str | None = option(
         None,
-        "original adds a third pass that guidance leads away from, uncond leaves the blocks out of the negative pass;"
-        " original where --slg_layers is given without it.",
+        "original adds a third pass to guide away from, uncond skips the blocks in the negative pass; default"
+        " with --slg_layers: original.",
         choices=SLG_MODES,
         traits=Sampled(beside="slg_layers"),
     )
     slg_scale: float = option(
         3.0,
-        "Strength of skip-layer guidance in mode original.",
+        "Scale of skip-layer guidance in mode original.",
         minimum=0,
         traits=Sampled(beside="slg_layers", maximum=1000),
     )
     slg_start: float = option(
         0.0,
-        "Share of the steps after which skip-layer guidance begins.",
+        "Ratio of steps at which skip-layer guidance starts.",
         minimum=0,
         maximum=1,
         traits=Sampled(beside="slg_layers"),
     )
     slg_end: float = option(
-        0.3, "Share of the steps after which it ends.", minimum=0, maximum=1, traits=Sampled(beside="slg_layers")
+        0.3,
+        "Ratio of steps at which skip-layer guidance ends.",
+        minimum=0,
+        maximum=1,
+        traits=Sampled(beside="slg_layers"),
     )
 
 

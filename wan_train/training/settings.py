@@ -37,7 +37,7 @@ class ConfigSettings:
 
     config_file: str | None = option(
         None,
-        "TOML file with options by name; those on the command line win. Each run leaves NAME.config.toml.",
+        "TOML file of options by name; the command line takes precedence. Each run writes NAME.config.toml.",
         expands="wan_train.config_file:with_config_file",
     )
 
@@ -46,28 +46,32 @@ class ConfigSettings:
 class LoopSettings:
     """Training loop."""
 
-    max_train_steps: int = option(1600, "Optimizer steps to take.", minimum=1)
-    max_train_epochs: int | None = option(None, "Epochs to train; overrides --max_train_steps.", minimum=1)
-    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", minimum=1)
-    max_grad_norm: float = option(1.0, "Clip the gradient to this norm; 0 does not clip.", minimum=0)
+    max_train_steps: int = option(1600, "Number of optimizer steps.", minimum=1)
+    max_train_epochs: int | None = option(None, "Number of epochs; overrides --max_train_steps.", minimum=1)
+    gradient_accumulation_steps: int = option(1, "Number of batches per optimizer step.", minimum=1)
+    max_grad_norm: float = option(1.0, "Maximum gradient norm for clipping; 0 disables clipping.", minimum=0)
     skip_nonfinite: int = option(
-        0, "Leave out at most so many steps whose loss or gradient is not a number, instead of stopping.", minimum=0
+        0, "Maximum number of steps to skip when the loss or gradient is NaN or Inf; 0 stops at the first.", minimum=0
     )
     ema_decay: float | None = option(
         None,
-        "Keep an average of what is trained, with this decay, and save it beside, as NAME-ema.",
+        "Decay of an exponential moving average (EMA) of the trained weights, saved as NAME-ema; default: no EMA.",
         minimum=0,
         maximum=1,
     )
-    ema_cpu: bool = option(False, "Keep that average in main memory.")
+    ema_cpu: bool = option(False, "Keep the EMA in CPU RAM.")
     mixed_precision: str | None = option(
-        None, "Precision that the model computes in; default: the launcher's, or no.", choices=MIXED_PRECISIONS
+        None, "Data type of the forward and backward pass; default: the launcher's, or no.", choices=MIXED_PRECISIONS
     )
     seed: int | None = option(
-        None, "Seed of noise, timesteps, order and LoRA; without it one is drawn and printed.", minimum=0
+        None,
+        "Random seed of noise, timesteps, data order and LoRA initialization; default: random, and logged.",
+        minimum=0,
     )
-    max_data_loader_n_workers: int = option(8, "Processes that read batches; 0 reads in the trainer.", minimum=0)
-    persistent_data_loader_workers: bool = option(False, "Keep the readers between epochs.")
+    max_data_loader_n_workers: int = option(
+        8, "Number of DataLoader worker processes; 0 loads in the main process.", minimum=0
+    )
+    persistent_data_loader_workers: bool = option(False, "Keep DataLoader workers alive between epochs.")
 
     def __post_init__(self) -> None:
         if self.ema_cpu and self.ema_decay is None:
@@ -80,11 +84,11 @@ class ProcessSettings:
 
     ddp_timeout: float = option(
         240.0,
-        "Minutes that a process waits for the others, such as for their previews or a file, before the run ends.",
+        "Timeout, in minutes, for waiting for other processes.",
         minimum=0.1,
     )
-    ddp_gradient_as_bucket_view: bool = option(False, "Let gradients share memory with what is exchanged.")
-    ddp_static_graph: bool = option(False, "Promise that each step takes the same path through the model.")
+    ddp_gradient_as_bucket_view: bool = option(False, "Set gradient_as_bucket_view of DistributedDataParallel.")
+    ddp_static_graph: bool = option(False, "Set static_graph of DistributedDataParallel.")
 
 
 @dataclass(frozen=True)
@@ -96,35 +100,37 @@ class OptimizerSettings:
         "AdamW, AdamW8bit, AdamW8bitSR, PagedAdamW8bit, Lion, Lion8bit, Adafactor, Prodigy, CAME, AdamWScheduleFree, "
         "the name of any torch.optim class, or any package.Class.",
     )
-    optimizer_args: tuple[str, ...] = option((), "Further arguments of the optimizer.", metavar="NAME=VALUE")
-    learning_rate: float = option(2e-6, "Learning rate; Prodigy finds its own and takes 1 here.", minimum=0)
+    optimizer_args: tuple[str, ...] = option(
+        (), "Additional arguments of the optimizer, as key=value.", metavar="NAME=VALUE"
+    )
+    learning_rate: float = option(2e-6, "Learning rate; 1 for Prodigy, which adapts it.", minimum=0)
     fused_backward_pass: bool = option(
         False,
-        "Step each block as soon as the backward pass has its gradients, and give them up; clips block by block.",
+        "Step each block's optimizer during the backward pass and free its gradients; clips gradients block-wise.",
     )
     optimizer_cpu_offload: bool = option(
-        False, "Keep the optimizer's states in main memory; each weight's come to the device for its step."
+        False, "Keep optimizer states in CPU RAM and copy them to the GPU for each parameter's step."
     )
-    lr_scheduler: str = option("constant", "How the learning rate goes after the warm-up.", choices=SCHEDULES)
+    lr_scheduler: str = option("constant", "Learning rate schedule after warmup.", choices=SCHEDULES)
     lr_scheduler_type: str | None = option(
-        None, "A schedule of torch.optim.lr_scheduler, or any package.Class, in place of --lr_scheduler."
+        None, "Class of torch.optim.lr_scheduler, or any package.Class, in place of --lr_scheduler."
     )
-    lr_scheduler_args: tuple[str, ...] = option((), "Further arguments of the schedule.", metavar="NAME=VALUE")
-    lr_warmup_steps: str = option("0", "Steps of linear warm-up: a number, a share below 1, or a percentage like 5%.")
-    lr_decay_steps: str = option(
-        "0", "Steps of the final decay, for warmup_stable_decay: a number, a share below 1, or a percentage."
+    lr_scheduler_args: tuple[str, ...] = option(
+        (), "Additional arguments of the scheduler, as key=value.", metavar="NAME=VALUE"
     )
+    lr_warmup_steps: str = option("0", "Warmup steps: a number, a ratio below 1, or a percentage such as 5%.")
+    lr_decay_steps: str = option("0", "Decay steps of warmup_stable_decay: a number, a ratio below 1, or a percentage.")
     lr_scheduler_num_cycles: int = option(
-        1, "Cycles, for cosine_with_restarts, cosine_with_min_lr and warmup_stable_decay.", minimum=1
+        1, "Number of cycles, for cosine_with_restarts, cosine_with_min_lr and warmup_stable_decay.", minimum=1
     )
-    lr_scheduler_power: float = option(1.0, "Power of the decay, for polynomial.", minimum=0)
+    lr_scheduler_power: float = option(1.0, "Power of the polynomial schedule.", minimum=0)
     lr_scheduler_timescale: int | None = option(
-        None, "Steps that the decay is measured in, for inverse_sqrt; without it those of the warm-up.", minimum=1
+        None, "Timescale of inverse_sqrt, in steps; default: the warmup steps.", minimum=1
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         None,
-        "Lowest learning rate as a part of the highest: for cosine_with_min_lr, for warmup_stable_decay (without it 0) "
-        "and for rex (without it 0.01).",
+        "Minimum learning rate as a ratio of the maximum, for cosine_with_min_lr, warmup_stable_decay "
+        "(default: 0) and rex (default: 0.01).",
         minimum=0,
         maximum=1,
     )
@@ -134,34 +140,39 @@ class OptimizerSettings:
 class TimestepSettings:
     """Noise levels."""
 
-    timestep_sampling: str = option("uniform", "How noise levels are drawn.", choices=TIMESTEP_SAMPLINGS)
+    timestep_sampling: str = option("uniform", "Distribution of training timesteps.", choices=TIMESTEP_SAMPLINGS)
     discrete_flow_shift: float = option(
-        1.0, "Shift towards noise, for shift and sigma.", flags=("--flow_shift",), minimum=1e-3, maximum=1e3
+        1.0, "Timestep shift towards noise, for shift and sigma.", flags=("--flow_shift",), minimum=1e-3, maximum=1e3
     )
     sigmoid_scale: float = option(
-        1.0, "Width of the distribution, for sigmoid, shift, flux_shift and qinglong_flux.", minimum=1e-3, maximum=1e3
+        1.0,
+        "Scale of the sigmoid's input, for sigmoid, shift, flux_shift and qinglong_flux.",
+        minimum=1e-3,
+        maximum=1e3,
     )
     weighting_scheme: str = option(
         "none",
-        "logit_normal and mode: how sigma draws noise levels; cosmap and sigma_sqrt: how much the loss of each counts.",
+        "logit_normal and mode: timestep distribution for sigma; cosmap and sigma_sqrt: loss weighting.",
         choices=WEIGHTING_SCHEMES,
     )
-    logit_mean: float = option(
-        0.0, "Mean, for logsnr, qinglong_flux and logit_normal; above 0 is less noise.", minimum=-100, maximum=100
+    logit_mean: float = option(0.0, "Mean, for logsnr, qinglong_flux and logit_normal.", minimum=-100, maximum=100)
+    logit_std: float = option(
+        1.0, "Standard deviation, for logsnr, qinglong_flux and logit_normal.", minimum=1e-3, maximum=1e3
     )
-    logit_std: float = option(1.0, "Deviation, for logsnr, qinglong_flux and logit_normal.", minimum=1e-3, maximum=1e3)
-    mode_scale: float = option(1.29, "How far mode draws towards the middle.", minimum=-1, maximum=1.75)
-    min_timestep: int = option(0, "Least noise level to train, of 1000.", minimum=0, maximum=1000)
-    max_timestep: int = option(1000, "Greatest noise level to train, of 1000.", minimum=0, maximum=1000)
+    mode_scale: float = option(1.29, "Scale of the mode distribution.", minimum=-1, maximum=1.75)
+    min_timestep: int = option(0, "Minimum training timestep, 0 to 1000.", minimum=0, maximum=1000)
+    max_timestep: int = option(1000, "Maximum training timestep, 0 to 1000.", minimum=0, maximum=1000)
     preserve_distribution_shape: bool = option(
-        False, "Draw from what the distribution has between those two, instead of squeezing all of it in between."
+        False, "Truncate the distribution at --min_timestep and --max_timestep instead of rescaling it."
     )
     num_timestep_buckets: int | None = option(
-        None, "Spread each epoch's samples evenly over N strata of the noise levels.", minimum=1
+        None,
+        "Number of strata of the timestep distribution over which each epoch's samples are spread evenly.",
+        minimum=1,
     )
     show_timesteps: str | None = option(
         None,
-        "Show how noise levels will be drawn, here or in OUTPUT_DIR/timesteps.png, and stop.",
+        "Show the timestep distribution in the console or as OUTPUT_DIR/timesteps.png, and exit.",
         choices=("image", "console"),
     )
 
@@ -170,8 +181,8 @@ class TimestepSettings:
 class LossSettings:
     """Loss."""
 
-    loss_type: str = option("mse", "How an error counts: squared, or with huber linearly once large.", choices=LOSSES)
-    huber_c: float = option(0.1, "From which error on huber is linear.", minimum=1e-6)
+    loss_type: str = option("mse", "Loss function; huber is linear for large errors.", choices=LOSSES)
+    huber_c: float = option(0.1, "Error at which huber becomes linear.", minimum=1e-6)
 
 
 @dataclass(frozen=True)
@@ -180,26 +191,26 @@ class ImageSettings:
 
     image_dropout_rate: float = option(
         0.0,
-        "Share of the samples that are trained on without their images, drawn anew each time.",
+        "Probability of dropping a sample's images.",
         minimum=0,
         maximum=1,
     )
     control_dropout_rate: float = option(
         0.0,
-        "Share of the samples that are trained on without their control video, or VACE video, drawn anew each time.",
+        "Probability of dropping a sample's control video, or VACE video.",
         minimum=0,
         maximum=1,
     )
     reference_dropout_rate: float = option(
         0.0,
-        "Share of the samples that are trained on without their reference images, drawn anew each time.",
+        "Probability of dropping a sample's reference images.",
         minimum=0,
         maximum=1,
     )
     one_frame: bool = option(False, "Train on caches that were made with --one_frame.")
     i2v_ratio: float | None = option(
         None,
-        "With ti2v-5B, the share of samples whose first frame is given; the others are text to video; 0.5 without it.",
+        "With ti2v-5B, ratio of samples trained as image-to-video, with the first frame given; default: 0.5.",
         minimum=0,
         maximum=1,
     )
@@ -209,10 +220,8 @@ class ImageSettings:
 class PriorSettings:
     """Keeping what the model knows."""
 
-    prior_loss_weight: float = option(
-        0.0, "How much it counts that captions of --prior_captions look as they did without the adapter.", minimum=0
-    )
-    prior_captions: str | None = option(None, "Text file of such captions, one to a line; needs --t5.")
+    prior_loss_weight: float = option(0.0, "Weight of the prior preservation loss on --prior_captions.", minimum=0)
+    prior_captions: str | None = option(None, "Text file of captions for prior preservation, one per line; needs --t5.")
 
     def __post_init__(self) -> None:
         if (self.prior_loss_weight > 0) != (self.prior_captions is not None):
@@ -225,27 +234,29 @@ class ValidationSettings:
 
     validation_config: str | None = option(
         None,
-        "TOML or JSON file, like --dataset_config, of cached clips that are never trained on, to measure the loss on.",
+        "Dataset file, like --dataset_config, of cached clips for validation that are never trained on.",
         metavar="TOML",
     )
     validation_split: float | None = option(
         None,
-        "Hold out this share of the training files, chosen by their names, to measure the loss on.",
+        "Ratio of the training files to hold out for validation, chosen by file name.",
         minimum=0.001,
         maximum=0.5,
     )
     validate_every_n_steps: int | None = option(
-        None, "Measure after every N optimizer steps, beside before the first and after the last.", minimum=1
+        None, "Evaluate every N optimizer steps, and before the first and after the last step.", minimum=1
     )
-    validate_every_n_epochs: int | None = option(None, "Measure after every N epochs.", minimum=1)
+    validate_every_n_epochs: int | None = option(None, "Evaluate every N epochs.", minimum=1)
     validation_timesteps: int = option(
-        8, "Noise levels that each held-out clip is measured at, one from each of as many equal shares.", minimum=1
+        8, "Number of timesteps at which each validation clip is evaluated, stratified.", minimum=1
     )
     validation_seed: int = option(
-        0, "Key of the held-out noise and of --validation_split; runs with the same one can be compared.", minimum=0
+        0,
+        "Random seed of the validation noise and of --validation_split; runs with the same seed are comparable.",
+        minimum=0,
     )
     early_stop: int | None = option(
-        None, "Stop after N measurements in a row without an improvement beyond its 95% interval.", minimum=1
+        None, "Stop after N evaluations in a row without an improvement beyond the 95% confidence interval.", minimum=1
     )
 
 

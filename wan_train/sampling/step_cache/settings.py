@@ -29,58 +29,57 @@ class CacheOptions:
 
     step_cache: str = option(
         OFF,
-        "Reuse what earlier steps computed, for speed at a loss of quality: teacache and magcache by published rules,"
-        " attention the self-attention alone, auto by errors measured with --calibrate_steps.",
+        "Reuse results of earlier steps, for speed at some loss of quality: teacache and magcache by "
+        "published rules, attention for self-attention only, auto by errors measured with --calibrate_steps.",
         choices=STEP_CACHES,
         shortcuts={"--use_attentioncache": ATTENTION},
     )
     tea_cache_l1_thresh: float = option(
         0.05,
-        "TeaCache: threshold of the accumulated relative change; more reuses more steps, 0 none.",
+        "TeaCache threshold of the accumulated relative L1 change; higher reuses more steps, 0 none.",
         minimum=0,
         maximum=100,
     )
     tea_cache_model_id: str | None = option(
         None,
-        "TeaCache: model whose published coefficients are used; default: by task and size.",
+        "Model whose published TeaCache coefficients are used; default: by task and size.",
         choices=TEACACHE_MODELS,
     )
     magcache_thresh: float = option(
         0.12,
-        "MagCache: threshold of the accumulated error of the residual's magnitude; more reuses more steps, 0 none.",
+        "MagCache threshold of the accumulated magnitude error; higher reuses more steps, 0 none.",
         minimum=0,
         maximum=100,
     )
-    magcache_k: int = option(2, "MagCache: at most this number of reused steps in a row.", minimum=1, maximum=1000)
+    magcache_k: int = option(2, "MagCache: maximum number of consecutive reused steps.", minimum=1, maximum=1000)
     magcache_retention: float = option(
-        0.2, "MagCache: share of each model's steps, from its first, that is always computed.", minimum=0, maximum=1
+        0.2, "MagCache: ratio of initial steps of each model that are always computed.", minimum=0, maximum=1
     )
     start_step: int | None = option(
         None,
-        "Attention cache: first step, from 0, of the range in which outputs are reused; default: a quarter of the"
-        " steps.",
+        "Attention cache: first step, counted from 0, at which outputs may be reused; default: a quarter of the steps.",
         minimum=0,
         maximum=1000,
     )
     attentioncache_interval: int = option(
-        4, "Attention cache: one of this number of steps in the range is computed.", minimum=1, maximum=1000
+        4, "Attention cache: compute every Nth step in the range, reuse the others.", minimum=1, maximum=1000
     )
     end_step: int | None = option(
         None,
-        "Attention cache: step behind the range's last one; default: three quarters of the steps.",
+        "Attention cache: end of the range of steps, exclusive; default: three quarters of the steps.",
         minimum=1,
         maximum=1000,
     )
     cache_profile: str | None = option(
         None,
-        "File of measured errors that auto and magcache read, and --calibrate_steps writes.",
+        "JSON file of measured errors, read by auto and magcache and written by --calibrate_steps.",
         metavar="FILE",
         traits=Sampled(is_file=True),
     )
     error_budget: float = option(
         0.05,
-        "auto: largest predicted error of the final latents against the run without cache, relative L2; 0 reuses"
-        " nothing.",
+        "auto: maximum predicted relative L2 error of the final latents against the run without a cache; 0 "
+        "reuses nothing.",
         minimum=0,
         maximum=10,
     )

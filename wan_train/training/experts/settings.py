@@ -11,16 +11,16 @@ class TrainExpertSettings(ExpertSettings):
     """Two experts (Wan2.2 A14B)."""
 
     expert_steps: int = option(
-        10, "With both experts given, train one for so many optimizer steps, then the other.", minimum=1
+        10, "With both experts, number of optimizer steps on one expert before switching to the other.", minimum=1
     )
-    shared_lora: bool = option(False, "Train one LoRA on both experts, in place of one for each.")
+    shared_lora: bool = option(False, "Train one LoRA shared by both experts instead of one for each.")
     audit_timesteps: bool = option(
-        False, "Tell which noise levels each expert will be trained on, and which generation will ask for, and stop."
+        False, "Print which timesteps each expert is trained on and which are used in generation, and exit."
     )
-    convert_boundary: bool = option(False, "Tell the boundary in the units of other trainers, and stop.")
+    convert_boundary: bool = option(False, "Print the boundary in the units of other trainers, and exit.")
     allow_unused_timesteps: bool = option(
-        False, "Train an expert at noise levels for which generation never asks it, all the same."
+        False, "Allow training an expert at timesteps that generation never uses it for."
     )
     network_weights_high_noise: str | None = option(
-        None, "LoRA file that the expert for high noise starts from; --network_weights is the other's."
+        None, "LoRA file to initialize the high-noise expert from; --network_weights is for the low-noise expert."
     )

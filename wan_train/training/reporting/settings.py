@@ -15,49 +15,49 @@ class PreviewSettings(PromptSettings):
 
     sample_prompts: str | None = option(
         None,
-        "File of prompts: text with one to a line, words --w 832 --h 480 --f 81 ..., or .toml, or .json. Default of a"
-        " line: 256x256, 1 frame, 20 steps, and the task's shift and guidance.",
+        "Prompt file for previews: text with one prompt per line, words --w 832 --h 480 --f 81 ..., or .toml "
+        "or .json. Defaults of a prompt: 256x256, 1 frame, 20 steps, and the task's shift and guidance.",
     )
-    sample_every_n_epochs: int | None = option(None, "Make previews after every N epochs.", minimum=1)
-    sample_every_n_steps: int | None = option(None, "Make previews after every N optimizer steps.", minimum=1)
-    sample_at_first: bool = option(False, "Make previews before the first step too.")
-    sample_with_ema: bool = option(False, "Make previews with the average of --ema_decay in place of the last weights.")
+    sample_every_n_epochs: int | None = option(None, "Generate previews every N epochs.", minimum=1)
+    sample_every_n_steps: int | None = option(None, "Generate previews every N optimizer steps.", minimum=1)
+    sample_at_first: bool = option(False, "Generate previews before the first step.")
+    sample_with_ema: bool = option(False, "Generate previews with the EMA weights of --ema_decay.")
 
 
 @dataclass(frozen=True)
 class LogSettings:
     """Logs."""
 
-    logging_dir: str | None = option(None, "Folder for TensorBoard and W&B; without it OUTPUT_DIR/logs.")
+    logging_dir: str | None = option(None, "Folder for TensorBoard and W&B logs; default: OUTPUT_DIR/logs.")
     log_with: str = option(
         "auto",
-        "Where curves go beside NAME.metrics.jsonl; auto is TensorBoard where it is installed, all is both.",
+        "Trackers besides NAME.metrics.jsonl; auto is TensorBoard if it is installed, all is both.",
         choices=LOG_TARGETS,
     )
-    log_prefix: str | None = option(None, "First part of the name of TensorBoard's folder, before the output name.")
-    log_tracker_name: str = option("network_train", "Name of the W&B project.")
+    log_prefix: str | None = option(None, "Prefix of the name of the TensorBoard folder.")
+    log_tracker_name: str = option("network_train", "W&B project name.")
     log_tracker_config: str | None = option(
-        None, "TOML file whose tables, [wandb] and [tensorboard], are further arguments of wandb.init, SummaryWriter."
+        None, "TOML file with tables [wandb] and [tensorboard] of additional arguments of wandb.init and SummaryWriter."
     )
-    wandb_run_name: str | None = option(None, "Name of the run in W&B; without it the output name.")
-    wandb_api_key: str | None = option(None, "Key for W&B; better in the environment variable WANDB_API_KEY.")
-    log_config: bool = option(False, "Show the settings of the run beside its curves.")
+    wandb_run_name: str | None = option(None, "W&B run name; default: --output_name.")
+    wandb_api_key: str | None = option(None, "W&B API key; the environment variable WANDB_API_KEY is safer.")
+    log_config: bool = option(False, "Log the settings of the run to the trackers.")
 
 
 @dataclass(frozen=True)
 class HubSettings:
     """Hugging Face Hub."""
 
-    huggingface_repo_id: str | None = option(None, "Repository, OWNER/NAME, that gets a copy of each saved file.")
-    huggingface_repo_type: str = option("model", "Kind of that repository.", choices=HUB_REPOSITORIES)
-    huggingface_path_in_repo: str = option("", "Folder in it.")
-    huggingface_token: str | None = option(None, "Token for it; without it HF_TOKEN or the one of a login.")
+    huggingface_repo_id: str | None = option(None, "Hugging Face repository, OWNER/NAME, to upload each saved file to.")
+    huggingface_repo_type: str = option("model", "Type of the repository.", choices=HUB_REPOSITORIES)
+    huggingface_path_in_repo: str = option("", "Folder in the repository.")
+    huggingface_token: str | None = option(None, "Hugging Face token; default: HF_TOKEN or the stored login.")
     huggingface_repo_visibility: str = option(
-        "private", "Who sees it, if it is made now.", choices=("private", "public")
+        "private", "Visibility of the repository if it is created.", choices=("private", "public")
     )
     save_state_to_huggingface: bool = option(False, "Upload states too.")
     resume_from_huggingface: bool = option(
         False,
-        "Take --resume as REPO_ID/PATH_IN_REPO:REVISION:REPO_TYPE, a state on the hub; the last two may be left out.",
+        "Read --resume as REPO_ID/PATH_IN_REPO:REVISION:REPO_TYPE, a state on the hub; the last two are optional.",
     )
-    async_upload: bool = option(False, "Upload while training goes on; several processes always do.")
+    async_upload: bool = option(False, "Upload in the background; always on with several processes.")

@@ -22,7 +22,7 @@ class SaveSettings:
         required=True,
     )
     output_name: str = option(
-        "", "Name of the saved LoRA or checkpoint, and first part of the names of the run's other files.", required=True
+        "", "Name of the saved LoRA or checkpoint, and prefix of the run's other files.", required=True
     )
     local_output_dir: str | None = option(
         None,
@@ -30,40 +30,38 @@ class SaveSettings:
         " that URL in ~/.cache/wan-train/remote.",
         metavar="FOLDER",
     )
-    save_every_n_epochs: int | None = option(None, "Save after every N epochs.", minimum=1)
-    save_every_n_steps: int | None = option(None, "Save after every N optimizer steps.", minimum=1)
-    save_last_n_epochs: int | None = option(None, "Keep the files of the last N saved epochs only.", minimum=1)
-    save_last_n_steps: int | None = option(None, "Keep the files of the last N steps only.", minimum=1)
-    save_state: bool = option(False, "Save, with each file, all that it takes to resume from there.")
-    save_state_on_train_end: bool = option(False, "Save a state at the end.")
+    save_every_n_epochs: int | None = option(None, "Save every N epochs.", minimum=1)
+    save_every_n_steps: int | None = option(None, "Save every N optimizer steps.", minimum=1)
+    save_last_n_epochs: int | None = option(None, "Keep only the files of the last N saved epochs.", minimum=1)
+    save_last_n_steps: int | None = option(None, "Keep only the files of the last N steps.", minimum=1)
+    save_state: bool = option(False, "Save the training state for --resume with each checkpoint.")
+    save_state_on_train_end: bool = option(False, "Save the training state at the end.")
     save_last_n_epochs_state: int | None = option(
-        None, "Keep the states of the last N saved epochs only; without it as many as files.", minimum=1
+        None, "Keep only the states of the last N saved epochs; default: as --save_last_n_epochs.", minimum=1
     )
     save_last_n_steps_state: int | None = option(
-        None, "Keep the states of the last N steps only; without it as many as files.", minimum=1
+        None, "Keep only the states of the last N steps; default: as --save_last_n_steps.", minimum=1
     )
     resume: str | None = option(
         None,
         "State folder to resume from, or its URL; auto: the newest of the last run of this name, if there is one.",
     )
-    resume_anyway: bool = option(
-        False, "Resume from a state of another configuration, or of a dataset that has changed."
-    )
-    save_precision: str = option("float", "Precision of the saved LoRA or checkpoint.", choices=SAVE_PRECISIONS)
+    resume_anyway: bool = option(False, "Resume even if the configuration or dataset differs from that of the state.")
+    save_precision: str = option("float", "Data type of the saved LoRA or checkpoint.", choices=SAVE_PRECISIONS)
     max_shard_size: str | None = option(
         None,
-        "With networks.full, cut a checkpoint into files of at most this size, as 10GB or 500MB, and an index; without"
-        " it all is in one file.",
+        "With networks.full, maximum size of each file of a sharded checkpoint, such as 10GB or 500MB; "
+        "default: one file.",
     )
     no_metadata: bool = option(False, "Save only the metadata that loading needs.")
-    training_comment: str | None = option(None, "A remark for the metadata.")
-    metadata_title: str | None = option(None, "Title for the metadata; without it the output name.")
+    training_comment: str | None = option(None, "Comment for the metadata.")
+    metadata_title: str | None = option(None, "Title for the metadata; default: --output_name.")
     metadata_author: str | None = option(None, "Author for the metadata.")
     metadata_description: str | None = option(None, "Description for the metadata.")
-    metadata_license: str | None = option(None, "Licence for the metadata.")
-    metadata_tags: str | None = option(None, "Tags for the metadata, between commas.")
+    metadata_license: str | None = option(None, "License for the metadata.")
+    metadata_tags: str | None = option(None, "Comma-separated tags for the metadata.")
     metadata_reso: str | None = option(
-        None, "Resolution for the metadata; without it the task's.", metavar="WIDTHxHEIGHT"
+        None, "Resolution for the metadata; default: the task's.", metavar="WIDTHxHEIGHT"
     )
     metadata_arch: str | None = option(
         None, "Architecture for the metadata; default: wan2.1 or wan2.2 by the task, with /lora for a LoRA."
