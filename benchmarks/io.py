@@ -36,7 +36,7 @@ ROUNDS = 5
 
 
 def make_plan(folder: Path, count: int) -> ClipPlan:
-    """So many clips of one dataset, none of them cached yet."""
+    """That number of clips of one dataset, none of them cached yet."""
     config = DatasetConfig(folder / "data.toml", 1, is_video=True, directory=folder, cache_directory=folder / "cache")
     items = [Item(config, folder / f"clip{number:04d}.mp4", ("a caption",)) for number in range(count)]
     clips = [Clip(item, 0, tuple(range(FRAMES)), SIZE, SIZE) for item in items]

@@ -3,7 +3,7 @@
     python benchmarks/known.py [--items 1000] [--planned 10000]
 
 Prints JSON: seconds beyond imports of `wan_cache_latents.py` over `items` videos whose latents are up to date, and of
-planning `planned` videos whose headers the manifest knows; each the median of five, with the first look beside it.
+planning `planned` videos whose headers the manifest knows; each the median of five, with the first run beside it.
 """
 
 import argparse
@@ -40,7 +40,7 @@ target_frames = [17]
 
 
 def make_data(folder: Path, num_items: int) -> Path:
-    """So many copies of a drawn video with captions, and the TOML over them."""
+    """That number of copies of a drawn video with captions, and the TOML over them."""
     draw_clips(folder / "drawn")
     source, clips = next((folder / "drawn").glob("*.mp4")), folder / "clips"
     clips.mkdir()

@@ -40,7 +40,7 @@ SCALED = WeightSettings(fp8_base=True, fp8_scaled=True)
 @dataclass(frozen=True)
 class Cell:
     """One way to run; `swap` is a share of the blocks, of which one always stays. With an `optimizer` all weights are
-    trained, in bf16; it steps in the backward pass if `fused`, its states are in main memory if `offload`."""
+    trained, in bf16; it steps in the backward pass if `fused`, its states are in CPU RAM if `offload`."""
 
     swap: float = 0.0
     weights: WeightSettings = BF16

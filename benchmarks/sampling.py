@@ -5,8 +5,8 @@ choice of noise levels, guidance and the solver among them. `batched` is `--cfg_
 
     python benchmarks/sampling.py [--pairs 9] [--threads 2] [--kind guided batched]
 
-With a CUDA device, the whole 1.3B and 14B with random bfloat16 weights at 480x832x81, and the share that this is of
-what the card makes of a big product of bfloat16 matrices in the same run:
+With a CUDA device, the whole 1.3B and 14B with random bfloat16 weights at 480x832x81, and its share of
+the GPU's rate for a large bfloat16 matrix product in the same run:
 
     python benchmarks/sampling.py --gpu [--models 1.3B 14B] [--rounds 3]
 
@@ -169,14 +169,14 @@ def timed(run: Callable[[], None], rounds: int) -> list[float]:
 
 
 def measure_whole(names: list[str], rounds: int, device: torch.device) -> Iterator[dict[str, object]]:
-    """For each model, seconds per step and the share of the card's ceiling."""
+    """For each model, seconds per step and the share of the GPU's ceiling."""
     ceiling = gemm_ceiling(device)
     yield {"gemm_tflops": ceiling / 1e12}
     for name in names:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
-            # The latents come back to the main memory, so that a run ends when the device has done it.
+            # The latents come back to the CPU RAM, so that a run ends when the device has done it.
             seconds = timed(our_run(random_model(MODELS[name], device), request(WHOLE), device), rounds)
         except torch.OutOfMemoryError:
             yield {"model": name, "failed": "out of memory"}

@@ -1,4 +1,4 @@
-"""Ours against diffusers + peft, side by side: a DiT forward pass, a LoRA step, and one with blocks computed again.
+"""Ours against diffusers + peft, side by side: a DiT forward pass, a LoRA step, and one with blocks recomputed.
 
 Each side lives in a process of its own, so that its peak memory is its own; the two take turns, step by step, in an
 order that alternates, and the ratio is taken within each pair.

@@ -255,7 +255,7 @@ def _format_reading(dataset: DatasetPlan) -> list[str]:
         f"{told}: {len(names)} of {num_files} files: {name_some(names)}" for told, names in dataset.reading.items()
     ]
     if undecoded := [f"{Path(file.path).name} ({file.frames_lost})" for file in dataset.files if file.frames_lost]:
-        lines.append(f"cut within a group of pictures, frames that do not decode: {name_some(undecoded)}")
+        lines.append(f"start within a GOP, with frames that cannot be decoded: {name_some(undecoded)}")
     if dataset.unread:
         lines.append(f"not read: {len(dataset.unread)} files: {name_some(map(str, dataset.unread))}")
     return lines

@@ -252,7 +252,7 @@ def _warn_lost_frames(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) ->
     ]
     if lost:
         logger.warning(
-            "%s: %d videos were cut within a group of pictures; frames that do not decode are left out (%s)",
+            "%s: %d videos start within a GOP; frames that cannot be decoded are skipped (%s)",
             config,
             len(lost),
             name_some(lost),

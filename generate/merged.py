@@ -53,7 +53,7 @@ def save_merged_model(settings: GenerateSettings, loras: list[WeightedLora], pat
     """Write the checkpoint under official names while it streams by; no more than one tensor of it is in memory.
 
     Sums are taken in float32 and rounded once, to the dtype of the file's own tensor, or to bfloat16 where that has
-    eight bits. InputError for a full disk.
+    8 bits. InputError for a full disk.
     """
     source = settings.dit.dit
     header = read_header(source)

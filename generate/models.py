@@ -61,7 +61,7 @@ class Beginning:
 class Models:
     """Text and image encoder, DiT and VAE as the settings want them; one at a time is on the device.
 
-    With `keep` they rest in main memory between two uses, without it they are freed. Of `groups` of several processes
+    With `keep` they rest in CPU RAM between two uses, else they are freed. Of `groups` of several processes
     all that make a video together use the same models at the same time.
     """
 
@@ -150,11 +150,11 @@ class Models:
         return decode_frames(vae.model, latents, self.device)
 
     def encode_video(self, vae: Lent, pixels: Tensor) -> Tensor:
-        """Latents (C, F', H', W'), in main memory, of pixels (1, 3, F, H, W)."""
+        """Latents (C, F', H', W'), in CPU RAM, of pixels (1, 3, F, H, W)."""
         return vae.model.encode(pixels.to(self.device))[0].cpu()
 
     def see(self, encoder: Lent, request: SampleRequest) -> Tensor:
-        """CLIP's tokens (I, width), in main memory, of the request's images."""
+        """CLIP's tokens (I, width), in CPU RAM, of the request's images."""
         return see_images(request, encoder.model)
 
     def encode_images(self, vae: Lent | None, request: SampleRequest, tokens: Tensor | None) -> ImageConditions | None:
@@ -179,7 +179,7 @@ class Models:
             release_memory()
 
     def _moves(self, name: str) -> bool:
-        """Whether a model goes to main memory between two uses: not if parts of it are there all the time."""
+        """Whether a model goes to CPU RAM between two uses: not if parts of it are there all the time."""
         streamed = name.startswith("DiT") and self.settings.stream.blocks_to_swap
         return not (streamed or (name == "text encoder" and self.settings.text.fp8_t5))
 

@@ -113,7 +113,7 @@ def check_place(settings: OutputSettings, count: int) -> None:
     if suffix in _FILE_SUFFIXES:
         if settings.output_type not in _FILE_SUFFIXES[suffix]:
             raise InputError(
-                f"{flag} {given} is no name for --output_type {settings.output_type}: {suffix} is for "
+                f"{flag} {given} does not match --output_type {settings.output_type}: {suffix} is for "
                 f"{' and '.join(_FILE_SUFFIXES[suffix])}"
             )
         if count > 1 and "{index}" not in given:

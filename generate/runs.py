@@ -154,7 +154,7 @@ class Failures:
             if self.alone:
                 raise
             self.reasons[job.index] = str(problem).strip().partition("\n")[0] or type(problem).__name__
-            log.warning("%s failed, the others go on: %s", job.shown, self.reasons[job.index])
+            log.warning("%s failed, continuing with the others: %s", job.shown, self.reasons[job.index])
 
     def others(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs that have not failed."""

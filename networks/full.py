@@ -1,7 +1,7 @@
 """Full fine-tuning: the model's own weights are what is trained, all of them or those that patterns choose.
 
 What is trained is kept in float32, whatever the file stores; each product casts it. With `--full_bf16` matrices are
-kept in bfloat16, and an optimizer that rounds at random is asked for; norms, biases and modulations stay float32. A
+kept in bfloat16, and an optimizer with stochastic rounding is asked for; norms, biases and modulations stay float32. A
 saved file is a checkpoint under the official names, the weights that were not trained among the others.
 """
 
@@ -17,7 +17,7 @@ from networks.norms import Norms
 from networks.settings import NetworkSettings, read_arguments
 from wan_train.errors import InputError
 
-TRAINS_WEIGHTS = True  # of the model itself, which then cannot be in eight bits or elsewhere
+TRAINS_WEIGHTS = True  # of the model itself, which then cannot be in 8 bits or elsewhere
 CONTROLLER = "motion_controller."  # trained by itself it is saved by itself, under the names of its published file
 _OF_LORA = ("network_dim", "network_dropout", "network_weights", "dim_from_weights", "scale_weight_norms")
 

@@ -42,7 +42,7 @@ class Size:
 class Lora:
     """The branches of a model, as an `Adapter`. Weights are float32, saved under kohya's names with alpha.
 
-    `sizes` of the pairs by module name; without them all are as the settings say.
+    `sizes` of the pairs by module name; default: as the settings say.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Lora:
         return rows
 
     def describe(self) -> str:
-        """How many modules and parameters, and how strongly they count; with `verbose` each module too."""
+        """Log the number of modules and parameters and the effective scale; with `verbose` each module too."""
         count = sum(parameter.numel() for _, parameter in self.named_parameters())
         text = f"LoRA on {len(self.branches)} modules, {count:,} parameters, "
         common = self._common_size()

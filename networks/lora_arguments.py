@@ -36,7 +36,7 @@ def _patterns(key: str, text: str) -> tuple[str, ...]:
     if isinstance(value, list | tuple) and all(isinstance(pattern, str) for pattern in value):
         return tuple(value)
     raise InputError(
-        f"--network_args {key}={text} is no list of patterns: write \"{key}=['.*ffn.*', '.*cross_attn.*']\""
+        f"--network_args {key}={text} is not a list of patterns: write \"{key}=['.*ffn.*', '.*cross_attn.*']\""
     )
 
 
@@ -64,13 +64,13 @@ def _whole(key: str, text: str) -> int:
 def _number(key: str, text: str) -> float:
     value = _literal(text)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"--network_args {key}={text} is no number: give one")
+        raise InputError(f"--network_args {key}={text} is not a finite number: give one")
     return float(value)
 
 
 def _switch(key: str, text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise InputError(f"--network_args {key}={text} is no switch: give True or False")
+        raise InputError(f"--network_args {key}={text} is not a boolean: give True or False")
     return text.lower() == "true"
 
 

@@ -16,7 +16,7 @@ def compile_patterns(patterns: Iterable[str], label: str) -> list[re.Pattern[str
         try:
             compiled.append(re.compile(pattern))
         except re.error as problem:
-            raise InputError(f"{label}: {pattern!r} is no regular expression ({problem}): correct it") from None
+            raise InputError(f"{label}: {pattern!r} is not a valid regular expression ({problem})") from None
     return compiled
 
 

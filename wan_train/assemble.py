@@ -1,5 +1,5 @@
 """The one ordered list of what is done to a DiT: read, rename, merge, add, quantise, fill, attach; then, from the bare
-block outwards, chunk, compile, shard or stream, and recompute: what the backward pass computes again goes through the
+block outwards, chunk, compile, shard or stream, and recompute: what the backward pass recomputes goes through the
 streaming again. Sharding is said to an empty model, so that no process ever holds the whole, and acts in that place.
 """
 
@@ -67,13 +67,13 @@ class ModelSettings:
 
     @property
     def recompute(self) -> RecomputeSettings | None:
-        """What the backward pass computes again; None where nothing is trained."""
+        """What the backward pass recomputes; None where nothing is trained."""
         return self.activations if isinstance(self.activations, RecomputeSettings) else None
 
 
 @dataclass(frozen=True)
 class WeightedLora:
-    """A LoRA file, how strongly it counts, and which of its modules: `networks.selection.choose_modules`."""
+    """A LoRA file, its multiplier, and which of its modules: `networks.selection.choose_modules`."""
 
     path: str
     multiplier: float = 1.0
@@ -161,7 +161,7 @@ def assemble_dit(
 
 
 def streamed_names(stream: StreamSettings, shapes: dict[str, tuple[int, ...]]) -> Callable[[str], bool]:
-    """Which tensors stay in main memory because their block is brought to the device when it is its turn."""
+    """Which tensors stay in CPU RAM because their block is brought to the device when it is its turn."""
     blocks = block_names(shapes)
     prefixes = tuple(f"{blocks[index]}." for index in streamed_blocks(len(blocks), stream.blocks_to_swap))
     streamed = {f"{module}.{leaf}" for module in block_matrices(shapes) for leaf in ("weight", SCALE)}

@@ -23,7 +23,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Bytes:
-    """So many on the device, and so many in main memory."""
+    """Number of bytes on the device, and in CPU RAM."""
 
     device: int = 0
     host: int = 0
@@ -51,7 +51,7 @@ class Needs:
         return Bytes(kept.device + self.peak, kept.host + self.activations.host)
 
     def describe(self) -> str:
-        """One line in GiB, what is in main memory by itself."""
+        """One line in GiB, what is in CPU RAM by itself."""
         rows = {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -61,7 +61,7 @@ class Needs:
         }
         told = ", ".join(f"{gib(part.device)} GiB of {name}" for name, part in rows.items() if part.device)
         away = ", ".join(f"{gib(part.host)} GiB of {name}" for name, part in rows.items() if part.host)
-        beside = f"; in main memory {away}, {gib(self.total.host)} GiB in all" if away else ""
+        beside = f"; in CPU RAM {away}, {gib(self.total.host)} GiB in all" if away else ""
         return f"needs {told}: at most {gib(self.total.device)} GiB at a time{beside}"
 
     def beside(self, other: "Needs") -> "Needs":
@@ -88,7 +88,7 @@ def _larger(one: Bytes, other: Bytes) -> Bytes:
 def check_fits(needs: Needs, free: Bytes, ways: Iterable[str], *, device_name: str) -> None:
     """InputError where more is needed than is `free`; on a CPU both are the same memory, and `free.device` is 0."""
     total = needs.total if free.device else Bytes(0, needs.total.device + needs.total.host)
-    for need, there, where in ((total.device, free.device, device_name), (total.host, free.host, "main memory")):
+    for need, there, where in ((total.device, free.device, device_name), (total.host, free.host, "CPU RAM")):
         if need > there:
             out = ", ".join(ways) or "a smaller model or smaller clips"
             raise InputError(

@@ -120,7 +120,7 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _looked_up(codes: Tensor) -> Tensor:
-    """Floats of eight bits in float32 by a table of all 256, five times faster than a cast on a CPU; others as are."""
+    """Floats of 8 bits in float32 by a table of all 256, five times faster than a cast on a CPU; others as are."""
     narrow = codes.is_floating_point() and codes.itemsize == 1
     if not narrow or codes.device.type != "cpu" or torch.compiler.is_compiling():
         return codes

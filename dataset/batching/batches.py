@@ -29,7 +29,7 @@ _OF_ITEMS = (CONTROL_LATENTS, CAMERA, MOTION)  # beside references
 class Sample:
     """One cached clip: normalised latents (C, F, H, W) and text (L, dim), in the dtypes of their files.
 
-    `weights` (F, H, W), in float32 and 1 in the mean, say how much each latent cell counts; without them all the same.
+    `weights` (F, H, W), in float32 and 1 in the mean, say how much each latent cell counts; default: all the same.
     `loss_weight` and `is_reg` are the dataset's. `extras` are what else the model reads, by name of `KINDS`;
     `has_vace_mask`: some of the VACE video may be kept, which the packed mask alone does not tell of every frame.
     """
@@ -136,7 +136,7 @@ class CachedDataset(Dataset[Sample]):
         return Sample(key, latents, text, weights, config.loss_weight, config.is_reg, extras, masked)
 
     def key_of(self, pick: Pick) -> SampleKey:
-        """What a picked sample is called; when one is taken again in an epoch its repeats are counted on."""
+        """What a picked sample is called; when one is repeated in an epoch its repeats are counted on."""
         key, config = self.keys[pick.position], self._clips[pick.position].item.config
         return SampleKey(key.item, key.repeat + pick.turn * config.num_repeats)
 
@@ -174,7 +174,7 @@ def open_cached(
 
 
 def open_trusted(configs: Sequence[DatasetConfig]) -> CachedDataset:
-    """The samples that the cache folders hold; the sources are not looked at. Raises what `plan_from_caches` raises."""
+    """The samples that the cache folders hold; the sources are not read. Raises what `plan_from_caches` raises."""
     return CachedDataset([plan_from_caches(config) for config in configs])
 
 

@@ -20,7 +20,7 @@ class EpochBatches:
     the first batches of the epoch are given out again, so that every process has as many.
 
     An epoch takes as many samples as there are, each once, unless datasets have a `weight`: then each bucket takes its
-    share of that number, at least one, and an epoch goes on in it where the one before stopped. The last batch of a
+    share of that number, at least one, and an epoch continues in it where the one before stopped. The last batch of a
     bucket may be smaller; `drop_last` leaves it out.
     """
 
@@ -72,5 +72,5 @@ def epoch_sizes(dataset: CachedDataset) -> dict[Bucket, int]:
 
 
 def count_batches(num_samples: int, config: DatasetConfig) -> int:
-    """Batches that so many samples of one bucket make."""
+    """Number of batches that samples of one bucket make."""
     return num_samples // config.batch_size if config.drop_last else math.ceil(num_samples / config.batch_size)

@@ -22,7 +22,7 @@ def split_off(dataset: CachedDataset, share: float, *, seed: int) -> Split:
 
     Which ones depends on `seed` and on the files' names without folder and suffix: not on their order, nor on what
     else a run does. A name that is in several datasets (one video cut in two ways) is held out of all. Datasets with
-    `is_reg` are no measure of what is learnt, so none of their clips are measured. Raises InputError where no other
+    `is_reg` do not measure what is learnt, so none of their clips are measured. Raises InputError where no other
     dataset has two files.
     """
     chosen = choose_names([_names(plan) for plan in dataset.plans if not plan.config.is_reg], share, seed=seed)

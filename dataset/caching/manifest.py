@@ -1,7 +1,7 @@
 """What was found out about files, kept in a cache folder so that no run finds it out again: `manifest.db`.
 
-A fact holds as long as the size and the time of change of its file stay the same. The manifest saves time and nothing
-else: without it, or with a broken one, the same is found out again and written anew.
+A fact holds as long as the size and the time of change of its file stay the same. The manifest only saves
+time: if it is missing or broken, the same facts are found out again and written anew.
 """
 
 import contextlib

@@ -100,7 +100,7 @@ def read_recipe(text: str) -> Recipe | None:
 
 
 def take_fingerprint(path: Path, manifest: Manifest, reading: str = "") -> Fingerprint:
-    """The fingerprint of a file, of a set of shards or of a folder's files; a hash that is known is not taken again.
+    """The fingerprint of a file, of a set of shards or of a folder's files; a known hash is kept.
 
     Raises OSError or InputError where it is not there.
     """

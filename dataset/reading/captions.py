@@ -13,7 +13,7 @@ VARIANTS = ("none", "lines", "files")
 def find_caption_files(media: Collection[Path], extension: str, variants: str) -> dict[Path, tuple[Path, ...]]:
     """For each media file the caption files beside it: `clip.txt` and, with "files", `clip.1.txt` and so on by number.
 
-    What is the caption of another media file, `clip.1.mp4`, is no variant of this one's.
+    What is the caption of another media file, `clip.1.mp4`, is not a variant of this one's.
     """
     found = {path: [path.with_name(f"{path.stem}{extension}")] for path in media}
     if variants == "files":
@@ -38,7 +38,7 @@ def split_variants(texts: Iterable[str], variants: str) -> tuple[str, ...]:
 
 
 def _find_numbered(folders: Iterable[Path], extension: str) -> dict[Path, list[Path]]:
-    """The numbered caption files of folders, by number, under the path that they would have without it."""
+    """The numbered caption files of folders, by number, under the path that they would have otherwise."""
     pattern = re.compile(rf"(.+)\.(\d+){re.escape(extension)}")
     found: dict[Path, list[tuple[int, Path]]] = {}
     for path in (path for folder in folders for path in folder.iterdir()):

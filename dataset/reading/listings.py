@@ -133,15 +133,15 @@ def _read_row(config: DatasetConfig, row: _Row) -> Entry:
     assert config.listing is not None
     place = f"{config.listing} line {row.number}"
     if not isinstance(row.path, str) or not row.path:
-        raise InputError(f"{place}: the path of the {'video' if config.is_video else 'image'} is no text")
+        raise InputError(f"{place}: the path of the {'video' if config.is_video else 'image'} is not a string")
     if not all(isinstance(caption, str) for caption in row.captions):
-        raise InputError(f"{place}: the caption is no text, nor a list of texts")
+        raise InputError(f"{place}: the caption is neither a string nor a list of strings")
     path = Path(row.path).expanduser()
     if not path.is_file() and not (config.is_video and path.is_dir()):
         start = "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
         raise InputError(f"{place}: no such file: {path}{start}")
     if not config.is_video and path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise InputError(f"{place}: {path.name} is no image that can be read: read are {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(f"{place}: {path.name} is not a supported image: supported are {', '.join(IMAGE_SUFFIXES)}")
     columns = read_columns(row.cells, config, place)
     return Entry(path, split_variants(row.captions, config.caption_variants), columns)
 

@@ -20,7 +20,7 @@ _ENTRIES = "camera entries"
 def check_pairs(
     clips: Mapping[Item, Sequence[Clip]], infos: Mapping[Item, MediaInfo], manifest: Manifest, pool: Executor
 ) -> None:
-    """Raise InputError for the first pair of files that do not go together; items without clips are not looked at.
+    """Raise InputError for the first pair of files that do not go together; items without clips are skipped.
 
     A control video or VACE mask has at least the frames that the clips take, and the aspect ratio of its file within
     2%; a camera file has at least as many entries; a reference can be read. Nothing is checked of a dataset for a model

@@ -201,7 +201,7 @@ def _is_shown(packet: Any) -> bool:
 def _starts_whole(path: Path, stream: Any, packets: Sequence[Any]) -> bool:
     """Whether all frames among the first packets can be decoded.
 
-    A file that was cut without re-encoding may begin within a group of pictures: with frames before its first key
+    A file that was cut without re-encoding may begin within a GOP: with frames before its first key
     frame, or with some that are shown before it and refer to what was cut away (an open group).
     """
     held = [packet for packet in packets if packet.size]

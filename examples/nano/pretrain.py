@@ -2,7 +2,7 @@
 
     python examples/nano/pretrain.py [--folder examples/nano] [--work FOLDER] [--vae_minutes 22] [--dit_minutes 45]
 
-What is interrupted goes on where it was. Losses are in FOLDER/losses.jsonl, and the files that other tools load in
+What is interrupted continues where it was. Losses are in FOLDER/losses.jsonl, and the files that other tools load in
 `--folder`. Minutes are of this machine's clock: a faster one trains longer.
 """
 

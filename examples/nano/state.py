@@ -1,4 +1,4 @@
-"""What the stages of the pretraining share: going on after an interruption, and the trail of losses."""
+"""What the stages of the pretraining share: continuing after an interruption, and the trail of losses."""
 
 import json
 import time
@@ -44,7 +44,7 @@ def save_state(
     step: int,
     spent: float,
 ) -> None:
-    """Keep all that a stage goes on with; `spent` in seconds."""
+    """Keep all that a stage continues with; `spent` in seconds."""
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": dict(average)}
     with replacing(path) as temporary:
         save_parts(temporary, parts | {"step": step, "spent": spent})
@@ -53,7 +53,7 @@ def save_state(
 def load_state(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
 ) -> tuple[int, float]:
-    """Go on with what was kept, if anything was: the step, and the seconds spent."""
+    """Resume from what was kept, if anything was: the step, and the seconds spent."""
     if not path.is_file():
         return 0, 0.0
     parts = read_parts(path)

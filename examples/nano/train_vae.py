@@ -112,7 +112,7 @@ def _chunks(x: Tensor) -> Iterator[Tensor]:
 
 
 def train_vae(work: Path, settings: VaeSettings, trail: Trail) -> WanVAE:
-    """The trained VAE, its latents not yet normalised; goes on from what `work` holds."""
+    """The trained VAE, its latents not yet normalised; continues from what `work` holds."""
     vae, teacher = make_vae(), Teacher(draw_batch(600, 17, 10**6))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
     average = {name: tensor.clone() for name, tensor in vae.state_dict().items()}

@@ -1,4 +1,4 @@
-"""What every kind of change of a matrix answers to, whatever a file keeps of it."""
+"""The interface of every kind of change of a matrix, whatever a file keeps of it."""
 
 from collections.abc import Sequence
 from typing import Protocol, Self

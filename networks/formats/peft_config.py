@@ -14,7 +14,7 @@ METADATA_KEY = "lora_adapter_metadata"  # where diffusers puts the configuration
 
 
 def declared_scale(source: TensorSource, metadata: Mapping[str, str], label: str) -> Callable[[int], float]:
-    """The scale of a rank by the configuration in the file or beside it; without one always 1."""
+    """The scale of a rank by the configuration in the file or beside it; default: always 1."""
     config = _read(source, metadata, label)
     if "lora_alpha" not in config:
         return lambda rank: 1.0

@@ -60,7 +60,7 @@ def gamma(sigma_rel: float) -> float:
 
 
 def _take_in(average: dict[str, Tensor], tensors: Mapping[str, Tensor], share: float, path: str) -> None:
-    """average = share * average + (1 - share) * tensors, in float32; an alpha is no weight, and stays."""
+    """average = share * average + (1 - share) * tensors, in float32; an alpha is not a weight and stays."""
     for name, tensor in tensors.items():
         if name not in average:
             average[name] = tensor.float()

@@ -28,7 +28,7 @@ WRITERS: dict[str, Callable[[Mapping[str, LoraDelta], str], dict[str, Tensor]]] 
 
 
 def main(settings: ConvertLoraSettings) -> None:
-    """Read, rename and write. Raises InputError for what cannot be read, is no LoRA, or cannot be written."""
+    """Read, rename and write. Raises InputError for what cannot be read, is not a LoRA, or cannot be written."""
     convert = settings.convert
     write = choose("target", convert.target, WRITERS)
     _check_paths(convert)

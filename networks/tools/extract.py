@@ -41,7 +41,7 @@ class Extracted:
 
 
 def main(settings: ExtractLoraSettings) -> None:
-    """Compare, decompose and write. InputError for files that are no DiT, are in eight bits or do not fit together."""
+    """Compare, decompose and write. InputError for files that are not a DiT, are in 8 bits or do not fit together."""
     extract = settings.extract
     device, dtype = default_device(extract.device or None), dtype_of(extract.save_precision)
     _check_output(extract)
@@ -96,12 +96,12 @@ def _decompose(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _open(source: str, flag: str) -> dict[str, Tensor]:
-    """The tensors of a DiT by official name, as views of its file. InputError for eight bits and for other models."""
+    """The tensors of a DiT by official name, as views of its file. InputError for 8 bits and for other models."""
     header = read_header(source)
     require_kind(header.shapes, "DiT", f"{flag} {source}")
     eight = [name for name, dtype in header.dtypes.items() if dtype.itemsize == 1]
     if eight:
-        raise InputError(f"{flag} {source} stores {eight[0]} in eight bits: give it as it was before it was quantised")
+        raise InputError(f"{flag} {source} stores {eight[0]} in 8 bits: give the checkpoint from before quantization")
     rename = dit_rename(header.shapes)
     return {rename(name): tensor for name, tensor in read_tensors(source)}
 

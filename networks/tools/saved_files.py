@@ -64,7 +64,10 @@ def files_to_average(settings: AverageSettings) -> list[Saved]:
         raise InputError(f"{kept[0].path} is left alone, and one file is its own average: give two or more")
     experts = {saved.header.metadata.get(EXPERT_KEY): saved.path for saved in kept}
     if len(experts) > 1:
-        raise InputError(f"{' and '.join(map(str, experts.values()))} are of two experts: average each by itself")
+        raise InputError(
+            f"{' and '.join(map(str, experts.values()))} belong to two experts:"
+            " average the files of each expert separately"
+        )
     sessions = {saved.session: saved.path for saved in kept}
     if len(sessions) > 1:
         log.warning("these may not be of one run, their ss_session_id differ: %s", _listed(sessions.values()))

@@ -1,4 +1,4 @@
-"""Caching that is killed at any moment goes on where it stopped, and leaves no half file to be read."""
+"""Caching that is killed at any moment continues where it stopped, and leaves no half file to be read."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""Full fine-tuning through the same trainer: saved checkpoints, patterns, going on, both experts."""
+"""Full fine-tuning through the same trainer: saved checkpoints, patterns, continuing, both experts."""
 
 import json
 import shutil

@@ -41,7 +41,7 @@ def difference(ours: Path, right: Path) -> float:
 
 
 def said(err: str) -> list[str]:
-    """The lines that are no notes of what goes on."""
+    """The lines that are no notes of what continues."""
     return [line for line in err.splitlines() if line.startswith(("error", "Traceback", "interrupted"))]
 
 

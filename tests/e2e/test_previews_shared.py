@@ -71,7 +71,7 @@ def test_slow_previews_are_shared_out_and_nobody_waits_too_long(desk: Desk, tmp_
     ],
 )
 def test_all_processes_preview_the_same_model(desk: Desk, name: str, options: tuple[object, ...]) -> None:
-    """One prompt twice, once by each process, before and after training; which goes on as without previews."""
+    """One prompt twice, once by each process, before and after training; which continues as without previews."""
     prompts = [LINE.format("a red ball", 5)] * 2
     more = (*options, "--max_train_steps", 3)
     often = ("--sample_at_first", "--sample_every_n_steps", 2)

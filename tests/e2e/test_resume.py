@@ -1,4 +1,4 @@
-"""Runs that are killed or asked to stop go on as if nothing had been."""
+"""Runs that are killed or asked to stop continue as if nothing had been."""
 
 import json
 import os

@@ -20,7 +20,7 @@ PLANTED = {
     "image, frame": "the picture that the video begins with",
     "rope table": "queries turned by the table",
     "transfer stream": "copied on a lane",
-    "evaluate, evaluation": "the held-out loss is looked at after each epoch",
+    "evaluate, evaluation": "the first look at the held-out clips",
     "per channel, per token, block-wise": "scales of each block apart",
     "scale, effective scale alpha/rank": "how much it counts",
     "unmatched keys": "nothing answers to 2 keys",

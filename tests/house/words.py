@@ -28,7 +28,7 @@ LEFT_OUT = {
     "image, frame": r"\bpictures?\b",
     "rope table": r"\bturned by\b|\brope rotations\b",
     "transfer stream": r"\blanes?\b",
-    "evaluate, evaluation": r"\blook(s|ed)? at\b|\b(a|first|next|two|each|last|every) looks?\b",
+    "evaluate, evaluation": r"\blook(s|ed)? at the (held-out|loss)|\b(a|one|first|next|two|each|last|every) looks?\b",
     "per channel, per token, block-wise": r"\beach by itself\b|\bapart\b(?! from)",
     "scale, effective scale alpha/rank": r"\bhow (much|strongly) (it|they|each|\w+ of them) counts?\b",
     "unmatched keys": r"\banswers? to\b",
@@ -38,8 +38,9 @@ _PATTERNS = {say: re.compile(pattern, re.IGNORECASE) for say, pattern in LEFT_OU
 VAGUE_NAMES = ("what", "thing", "place", "kind", "turns")
 LOG_CALLS = ("debug", "info", "warning", "error", "exception")
 PRODUCT = ("wan_train", "networks", "dataset", "cache_tools", "generate", "examples", "benchmarks", "docs")
-# The class that copies is called Lane; users read of a transfer stream.
-_ALLOWED = {("transfer stream", "docstring")}
+# The class that copies is called Lane, and docstrings tell things apart; users read of transfer streams and block-wise
+# scales.
+_ALLOWED = {("transfer stream", "docstring"), ("per channel, per token, block-wise", "docstring")}
 
 
 @dataclass(frozen=True)

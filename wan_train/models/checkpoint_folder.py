@@ -93,7 +93,7 @@ def _default_task() -> str:
 
 
 def _wanted_flags(variant: Variant | None) -> list[str]:
-    """The options of the models that a task has; without one, those of the VAE and the text encoder."""
+    """The options of the models that a task has; default: those of the VAE and the text encoder."""
     experts = ["--dit_high_noise"] if variant and variant.experts else []
     return ["--dit", *experts, "--vae", "--t5", "--tokenizer", *(["--clip"] if variant and variant.reads_clip else [])]
 

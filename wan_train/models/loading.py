@@ -45,7 +45,7 @@ def load_dit(
 ) -> Dit:
     """Load a DiT from a path (a file, a shard, a folder of shards, a `.pth`) or a state dict of any known naming.
 
-    `config` overrides what cannot be read off the tensors (`num_heads`, `eps`); without it a `config.json` beside the
+    `config` overrides what cannot be read off the tensors (`num_heads`, `eps`); default: a `config.json` beside the
     file or the file's metadata is asked, and then num_heads = dim/128. `dtype` None keeps the file's. The weights need
     no gradient. Raises InputError when the file is not a DiT or a tensor is missing, unexpected or misshapen.
 
@@ -65,7 +65,7 @@ def load_dit(
 class Placement:
     """Where weights go and what they are kept in.
 
-    `dtype` None keeps the file's; tensors that `on_host` names stay in main memory, which something else brings to the
+    `dtype` None keeps the file's; tensors that `on_host` names stay in CPU RAM, which something else brings to the
     device when they are needed. With `sharding` the blocks' matrices are split over processes.
     """
 
@@ -132,7 +132,7 @@ def check_dit(
 ) -> str | None:
     """Refuse a file that cannot serve a task, from its header alone; a warning when it can but is of another size.
 
-    `header` stands for that of the file where tensors are added to it. Raises InputError when the file is no DiT, of
+    `header` stands for that of the file where tensors are added to it. Raises InputError when the file is not a DiT, of
     another kind than the task's, or does not fit by name or shape.
     """
     header = header or read_header(source)
@@ -145,7 +145,7 @@ def check_dit(
     if (found.dim, found.num_layers) != (variant.dim, variant.num_layers):
         return (
             f"{label} is {found.dim} wide with {found.num_layers} blocks; {variant.name} as published is "
-            f"{variant.dim} wide with {variant.num_layers}: going on with the file's own size"
+            f"{variant.dim} wide with {variant.num_layers}: continuing with the file's own size"
         )
     return None
 

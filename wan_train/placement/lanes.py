@@ -1,4 +1,4 @@
-"""How weights travel from main memory to a device, and back.
+"""How weights travel from CPU RAM to a device, and back.
 
 A lane has two queues that run side by side, one that computes and one that copies. Python only fills them; marks set
 them in order against each other.
@@ -27,7 +27,7 @@ class Lane(Protocol):
     device: torch.device
 
     def host(self, num_bytes: int) -> Tensor:
-        """Main memory of exactly this size from which the device can copy."""
+        """CPU RAM of exactly this size from which the device can copy."""
         ...
 
     def slot(self, num_bytes: int) -> Tensor:
@@ -41,7 +41,7 @@ class Lane(Protocol):
     def upload(self, slot: Tensor, master: Tensor, after: Mark) -> Mark:
         """Queue a copy of all of `master` to the start of `slot` behind `after`; gives the point where it is done.
 
-        Copies are made in the order of the calls. The way back is the same with `slot` in main memory.
+        Copies are made in the order of the calls. The way back is the same with `slot` in CPU RAM.
         """
         ...
 
@@ -50,12 +50,12 @@ class Lane(Protocol):
         ...
 
     def finish(self) -> None:
-        """Wait, here, until all copies are done: what came to main memory can be read."""
+        """Wait, here, until all copies are done: what came to CPU RAM can be read."""
         ...
 
 
 class HostLane:
-    """For a device that computes in main memory, or that has one queue only: a copy is done when it is asked for."""
+    """For a device that computes in CPU RAM, or that has one queue only: a copy is done when it is asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

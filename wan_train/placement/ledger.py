@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from wan_train.placement.lanes import HostLane
 
-WORK, GRADIENTS, HOST = "work", "gradients", "main memory"
+WORK, GRADIENTS, HOST = "work", "gradients", "CPU RAM"
 
 
 class Ledger(TorchDispatchMode):
@@ -38,7 +38,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def on(self, account: str) -> Iterator[None]:
-        """What is made inside goes on this account."""
+        """What is made inside continues this account."""
         self._account, before = account, self._account
         yield
         self._account = before
@@ -71,7 +71,7 @@ class Ledger(TorchDispatchMode):
 
 
 class OutlineLane(HostLane):
-    """To the meta device, from main memory that is meta too and has an account of its own."""
+    """To the meta device, from CPU RAM that is meta too and has an account of its own."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(torch.device("meta"))

@@ -1,4 +1,4 @@
-"""What blocks keep for the backward pass, moved to main memory until then.
+"""What blocks keep for the backward pass, moved to CPU RAM until then.
 
 A call of a block keeps a few tensors. Their copies out start as soon as each is kept and run beside the block's
 products; the device's own are given up when the next block starts. On the way back each block's turn starts the copies
@@ -31,7 +31,7 @@ class HostMemory(Protocol):
 
 
 class Store:
-    """Main memory for copies, used again and again: pinning is slow."""
+    """CPU RAM for copies, used again and again: pinning is slow."""
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
@@ -52,7 +52,7 @@ class Store:
 
 
 class Kept:
-    """A tensor that is on the device, in main memory, or on its way."""
+    """A tensor that is on the device, in CPU RAM, or on its way."""
 
     def __init__(self, store: HostMemory, tensor: Tensor) -> None:
         near = without_gaps(tensor.detach())  # without its graph, which may hold this in turn

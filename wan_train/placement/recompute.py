@@ -1,4 +1,4 @@
-"""Trading time for memory: activations of a block are computed again in the backward pass."""
+"""Trading time for memory: activations of a block are recomputed in the backward pass."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -19,7 +19,7 @@ from wan_train.placement.settings import RecomputeSettings
 from wan_train.placement.spare import LeavingOut, is_spare, mark_last_product
 
 # The operators that compute attention, each with the attention itself as its first result. One that is missing here is
-# computed again: right, but no faster than "full".
+# recomputed: right, but no faster than "full".
 ATTENTION_KERNELS = frozenset(
     {
         "aten::_scaled_dot_product_flash_attention_for_cpu",

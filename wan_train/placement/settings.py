@@ -102,10 +102,7 @@ def check_stream(settings: StreamSettings, num_blocks: int, *, recompute: str | 
             f"--blocks_to_swap {count} is too many for a model of {num_blocks} blocks: give at most {num_blocks - 1}"
         )
     if count and recompute == "none":
-        raise InputError(
-            f"--blocks_to_swap {count} needs the blocks computed again in the backward pass:"
-            " add --gradient_checkpointing"
-        )
+        raise InputError(f"--blocks_to_swap {count} needs activation checkpointing: add --gradient_checkpointing")
 
 
 def check_recompute(recompute: RecomputeSettings, compile: CompileSettings) -> None:

@@ -1,7 +1,7 @@
-"""Leaving out, when a block is computed again, the product that nothing needs.
+"""Leaving out, when a block is recomputed, the product that nothing needs.
 
 The backward pass wants what the operators of a block have saved. The last product, of the feed-forward's second
-matrix, is only added to the residual stream: no operator saves its result, and when the block is computed again it is a
+matrix, is only added to the residual stream: no operator saves its result, and when the block is recomputed it is a
 third of the work. So then it is not taken, and NaN stands in its place: should anything read it all the same, the loss
 shows it.
 """

@@ -1,6 +1,6 @@
-"""Block swap: the matrices of some blocks stay in main memory and come to the device for their block's turn.
+"""Block swap: the matrices of some blocks stay in CPU RAM and come to the device for their block's turn.
 
-Each such block has a master, one flat piece of main memory, and its tensors are views: of the master, or, from the
+Each such block has a master, one flat piece of CPU RAM, and its tensors are views: of the master, or, from the
 block's turn until its slot is needed, of one of a few slots on the device. A slot is filled by one copy, while blocks
 before it compute. A master is only ever read, unless its matrices are trained: then the optimizer steps them in the
 slot, while the block is `held`, and the slot is copied back.
@@ -14,7 +14,7 @@ Why no copy lands on what is still needed. `bring` is called when a block begins
 pass, and all that it overwrites belongs to other blocks. By then every use of these has been put into the computing
 queue. Copies in both directions are made in the order in which they are asked for, so that a slot is stored before it
 is filled again, and a master is whole before it is read. Forward that is plain. In the backward pass autograd runs
-what is ready in the reverse order in which it was recorded, and a block is computed again when the first of its own
+what is ready in the reverse order in which it was recorded, and a block is recomputed when the first of its own
 steps runs: by then all steps of later blocks have run, for each was recorded later, and none of them waits for a step
 of this block. So a copy that waits for the mark taken in `bring` comes behind them all. Without checkpointing autograd
 would read a block's weights after they are gone: their version counters are raised when they go, so that it raises an
@@ -96,7 +96,7 @@ class Stream:
 
     @property
     def host_bytes(self) -> int:
-        """Main memory for the masters."""
+        """CPU RAM for the pinned host copies."""
         return sum(len(cargo.master) for cargo in self._cargos)
 
     @property
@@ -194,7 +194,7 @@ class Stream:
 def apply_stream(blocks: Iterable[nn.Module], settings: StreamSettings, lane: Lane) -> Stream:
     """Let `settings.blocks_to_swap` evenly spaced blocks stream; adapters, biases and norms stay where they are.
 
-    Parameters and buffers of the Linears with two axes and more go into main memory, block by block, and may be there
+    Parameters and buffers of the Linears with two axes and more go into CPU RAM, block by block, and may be there
     before; those that are trained are stepped while their block is `held`. Put it inside of checkpointing: without that
     these blocks have no backward pass. A `state_dict` holds the masters.
     """

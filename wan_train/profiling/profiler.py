@@ -23,7 +23,7 @@ class Profiler:
     """Profiles the steps taken inside the first time that it is entered: `step` is called after each.
 
     FOLDER/NAME.trace.json.gz is for chrome://tracing or ui.perfetto.dev, FOLDER/NAME.operators.txt a table. With
-    `folder` None nothing is done. What cannot be written costs a warning; the steps are computed as without it.
+    `folder` None nothing is done. What cannot be written costs a warning; the steps are computed as without a profile.
     """
 
     def __init__(self, folder: str | None, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Keeping the matrices of frozen Linears in eight bits.
+"""Keeping the matrices of frozen Linears in 8 bits.
 
 A scheme says how a matrix is turned into codes with their scales, and by which Linear they are multiplied. Weights are
 quantised while they stream by (`quantised`), into a model made on `meta` whose Linears were told what comes
@@ -78,7 +78,7 @@ def _fitted(groups: Tensor) -> Codes:
 
 
 def _to_four_bits(numbers: Tensor) -> Tensor:
-    """float32 numbers rounded to the four significant bits of e4m3, six times faster than by a cast there and back."""
+    """float32 values rounded to the four significant bits of e4m3, six times faster than by a cast there and back."""
     return numbers.view(torch.int32).add(0x80000).bitwise_and_(-0x100000).view(torch.float32)
 
 
@@ -149,7 +149,7 @@ class _Fp8Product(InputGradient):
 
 
 def _rounded_rows(x: Tensor, largest: float, cast: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens (rows, in) in eight bits and what one step of each counts (rows, 1) float32."""
+    """Tokens (rows, in) in 8 bits and what one step of each counts (rows, 1) float32."""
     rows = x.flatten(0, -2).float()
     steps = _largest(rows, largest)
     return cast(rows / steps), steps
@@ -183,7 +183,7 @@ SCHEMES: dict[str, Scheme] = {
     "fp8_fast": Scheme(quantise_rows, Fp8Linear),
     "int8": Scheme(quantise_int8, Int8Linear),
 }
-# What the devices' products in eight bits ask of both sides of a matrix.
+# What the devices' products in 8 bits ask of both sides of a matrix.
 MULTIPLES = {"fp8_fast": 16, "int8": 8}
 
 

@@ -1,6 +1,6 @@
 """How a checkpoint stores its matrices, and how those of a DiT's blocks are stored in memory.
 
-Files of eight bits: plain ones are all e4m3; scaled ones (ComfyUI's, musubi-tuner's) have a float32 scale beside each
+Files of 8 bits: plain ones are all e4m3; scaled ones (ComfyUI's, musubi-tuner's) have a float32 scale beside each
 matrix, for the whole of it, for each output, or for groups of inputs. `M` below is a module's official dotted name.
 """
 
@@ -94,7 +94,7 @@ def check_storage(header: Header, settings: WeightSettings, label: str) -> None:
 
 
 def check_scales(header: Header, label: str) -> None:
-    """InputError unless each matrix of eight bits has a scale that fits, by the header of a scaled file."""
+    """InputError unless each matrix of 8 bits has a scale that fits, by the header of a scaled file."""
     scaled = set()
     for name in (name for name in header.shapes if name.endswith(_SCALES)):
         module = name.rpartition(".")[0]
@@ -104,7 +104,7 @@ def check_scales(header: Header, label: str) -> None:
     codes = [name for name, dtype in header.dtypes.items() if dtype in _FP8 and name.endswith(".weight")]
     lacking = [name for name in codes if len(header.shapes[name]) == 2 and name not in scaled]
     if lacking:
-        raise InputError(f"{label} has scales, but none for {lacking[0]}, which is of eight bits: give a whole file")
+        raise InputError(f"{label} has no scale for {lacking[0]}, which is stored in 8 bits: give a complete file")
 
 
 def plan_storage(
@@ -197,7 +197,7 @@ def unscaled(
     tensors: Iterable[tuple[str, Tensor]], scales: Mapping[str, Tensor], kept: Container[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """A pipe from a scaled file's tensors to weights: each code times its scale, float32, but `kept` ones as stored
-    with their scale behind them; what is no weight is left out."""
+    with their scale behind them; what is not a weight is left out."""
     for name, tensor in tensors:
         if is_beside(name):
             continue
@@ -216,7 +216,7 @@ def dtypes_kept(
     stored: Mapping[str, torch.dtype], dtype: torch.dtype | None, codes: set[str]
 ) -> Callable[[str, Tensor], torch.dtype]:
     """The dtype that each tensor is kept in, from its name and itself: `dtype`, or without one the file's own
-    (`stored`, by name), bfloat16 where that has eight bits. Codes and their scales stay what they are."""
+    (`stored`, by name), bfloat16 where that has 8 bits. Codes and their scales stay what they are."""
 
     def kept(name: str, tensor: Tensor) -> torch.dtype:
         if name in codes:

@@ -113,7 +113,7 @@ def fit_frames(given: ControlOptions, variant: Variant, *, size: Size, frames: i
         frames = _shortened(frames, given.control_path, length)
     if given.vace_video:
         length, longest = _length("--vace_video", given.vace_video, variant, inner_size(given, size)), given.vace_video
-        if given.vace_mask and not is_still(given.vace_mask):  # it may go on behind the video, which it extends
+        if given.vace_mask and not is_still(given.vace_mask):  # it may continue behind the video, which it extends
             length, longest = len(frame_indices("--vace_mask", given.vace_mask, variant.fps)), given.vace_mask
         elif given.vace_mask:
             check_image("--vace_mask", given.vace_mask)
@@ -136,7 +136,7 @@ def inner_size(given: ControlOptions, size: Size) -> Size:
 
 
 def sides_of(given: ControlOptions) -> tuple[int, int, int, int]:
-    """Return `vace_pad` as (left, top, right, bottom) pixels; zeros without it."""
+    """Return `vace_pad` as (left, top, right, bottom) pixels; default: zeros."""
     assert not isinstance(given.vace_pad, str)
     left, top, right, bottom = given.vace_pad or (0, 0, 0, 0)
     return left, top, right, bottom

@@ -118,7 +118,7 @@ def check_given_clip(
     settings: ImageEncoderSettings, variant: Variant, dit: DitSettings, init: InitSettings = NO_INIT
 ) -> None:
     """InputError for an image encoder that a task needs and has not, that is none, or that is of another width than
-    the DiT reads; headers alone are looked at. Tasks that do without images need it for those of a request alone, which
+    the DiT reads; only headers are read. Tasks that do without images need it for those of a request alone, which
     `check_encodable` says."""
     if not variant.reads_clip:
         if settings.clip:

@@ -165,5 +165,5 @@ def _read(option: SamplingOption, read: Read, text: str) -> Any:
             raise InputError(f"--{option.name} {text!r}: it {problem}") from None
         value = None
     if not value and option.traits.example:
-        raise InputError(f"--{option.name} {text!r} is no list of numbers: write {option.traits.example}")
+        raise InputError(f"--{option.name} {text!r} is not a list of numbers: write {option.traits.example}")
     return value

@@ -78,7 +78,7 @@ def _read_json(path: str, text: str) -> list[Entry]:
     try:
         whole = json.loads(text)
         if not isinstance(whole, list):
-            raise InputError(f'{path} is no list: write [{{"prompt": "words", "width": 832}}, ...]')
+            raise InputError(f'{path} is not a list: write [{{"prompt": "words", "width": 832}}, ...]')
         entries, place = [], text.index("[") + 1
         for number, item in enumerate(whole, 1):
             place = _skip(text, place)

@@ -26,7 +26,7 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
     """Everything that decides a video but the weights. Sizes in pixels, `frames` 4n+1, `seed` None draws one.
 
     `shift` None is the variant's for the size. `timesteps`, 0..1000 before the shift, take the place of `steps` even
-    ones. `video_path` is what the run begins with, at `denoising_strength`; without it that is pure noise. The video
+    ones. `video_path` is what the run begins with, at `denoising_strength`; default: pure noise. The video
     itself begins with `image_path` and ends with `end_image_path`; it takes the first's proportions at the area that
     width and height say, unless `exact_size`. With `one_frame` an image is made in place of a video, as a frame beside
     `control_images`. Of two experts `guidance` is the low-noise one's; `guidance_high_noise` and `boundary`, a t in
@@ -175,7 +175,7 @@ def checked(request: SampleRequest) -> SampleRequest:
     plans = [plan for expert in experts for plan in plan_steps(request.steps, request.guided(expert), request.acting)]
     if (request.control_path or request.vace_video) and not any(plan.controlled for plan in plans):
         log.warning(
-            "--control_start and --control_end leave none of %d steps: give them further apart, or more --infer_steps",
+            "--control_start and --control_end include none of %d steps: widen the range, or increase --infer_steps",
             request.steps,
         )
     if request.slg_layers and not any(plan.skipping for plan in plans):

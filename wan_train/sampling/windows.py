@@ -91,7 +91,7 @@ def tell_length(given: LengthOptions, num_frames: int, num_trained: int) -> None
     size = given.sliding_window_size
     if size is not None:
         count = len(window_starts(num_frames, size, given.window_stride))
-        log.info("windows: %d of at most %d latent frames, %d apart", count, size, given.window_stride)
+        log.info("sliding windows: %d of at most %d latent frames, stride %d", count, size, given.window_stride)
         num_frames = min(num_frames, size)
     if not given.riflex:
         return

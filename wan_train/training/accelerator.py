@@ -114,7 +114,7 @@ def launched_dtype(loop: LoopSettings) -> torch.dtype:
 
 
 def prepare_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The model as accelerate runs it. It stays where it is: some of it may live in main memory on purpose.
+    """The model as accelerate runs it. It stays where it is: some of it may live in CPU RAM on purpose.
 
     What is frozen is the same on every process already, and may be in a dtype that cannot be sent, so it is not.
     """

@@ -218,7 +218,7 @@ def make_loader(
 
 
 def make_writer(settings: TrainSettings, state: State | None, rows: dict[str, str]) -> MetricsWriter:
-    """What records the run; of one that goes on, what was recorded up to its state is kept."""
+    """What records the run; of one that continues, what was recorded up to its state is kept."""
     keep_until = None if state is None else state.position.step
     return MetricsWriter(settings.logs, settings.save, keep_until=keep_until, config=rows)
 

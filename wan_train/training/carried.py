@@ -22,7 +22,7 @@ class Stateful(Protocol):
         ...
 
     def load_state_dict(self, state: Any, /) -> Any:
-        """Go on from there."""
+        """Resume from there."""
         ...
 
 
@@ -37,7 +37,7 @@ class Skipped:
         return {"count": self.count}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on counting."""
+        """Resume counting."""
         self.count = state["count"]
 
 
@@ -62,6 +62,6 @@ class RunningMean:
         return {"values": list(self._values)}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Go on from saved values."""
+        """Resume from saved values."""
         self._values.clear()
         self._values.extend(state["values"])

@@ -114,7 +114,7 @@ def _warn_of_unread(items: list[Item], task: str) -> None:
     if unread:
         log.warning(
             "%d of %d clips have a control in their caches (latents_control), which --task %s does not read: they are"
-            " trained on without it",
+            " trained without the control",
             unread,
             len(items),
             task,

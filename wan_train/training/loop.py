@@ -145,7 +145,7 @@ def is_due(count: int, every: int | None) -> bool:
 
 
 def has_learnt_enough(validator: Validator | None) -> bool:
-    """Whether `--early_stop` says that going on is in vain."""
+    """Whether `--early_stop` says that continuing is in vain."""
     return validator is not None and validator.should_stop
 
 

@@ -165,7 +165,7 @@ def tensors_in(value: object) -> Iterable[Tensor]:
 
 
 def average_of(trained: dict[str, nn.Parameter], settings: TrainSettings, outline: Outline) -> Bytes:
-    """The average of what is trained, float32; that of what streams is in main memory with it."""
+    """The average of what is trained, float32; that of what streams is in CPU RAM with it."""
     if settings.loop.ema_decay is None:
         return Bytes()
     away = set(trained) if settings.loop.ema_cpu else outline.stream.names(outline.model)
@@ -187,7 +187,7 @@ def largest_batch(dataset: CachedDataset) -> Batch:
 
 
 def free_memory(device: torch.device) -> Bytes:
-    """What is free on a device, and this process's share of what is free in main memory."""
+    """What is free on a device, and this process's share of what is free in CPU RAM."""
     host = psutil.virtual_memory().available
     try:
         limit = _CGROUP.read_text().strip()

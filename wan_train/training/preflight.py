@@ -163,7 +163,7 @@ def check_full(settings: TrainSettings) -> None:
     stored = read_header(settings.dit.dit).dtypes if settings.dit.dit else {}
     if any(dtype.itemsize == 1 for dtype in stored.values()):
         raise InputError(
-            f"--dit {settings.dit.dit} is stored in eight bits, too few to train: give a bf16, fp16 or fp32 file"
+            f"--dit {settings.dit.dit} is stored in 8 bits, which cannot be trained: give a bf16, fp16 or fp32 file"
         )
 
 

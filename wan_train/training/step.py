@@ -221,7 +221,7 @@ def leave_out(
 ) -> None:
     """Leave a step out whose loss or gradient is NaN or Inf.
 
-    In fp16 the gradient is scaled up, too far at first: that is no fault of the run as long as the scale can fall.
+    In fp16 the gradient is scaled up, too far at first: that is not a fault of the run as long as the scale can fall.
     """
     scaler = model.accelerator.scaler
     if scaler is None or not math.isfinite(loss) or scaler.get_scale() <= 1:
@@ -244,7 +244,7 @@ def skip_or_stop(
     if skipped.count > limit:
         raise RunError(
             f"{where}: stopped {taken}; files saved before this are whole. "
-            "Lower --learning_rate, look at that sample's cache, or let some pass with --skip_nonfinite"
+            "Lower --learning_rate, check that sample's cache, or skip some steps with --skip_nonfinite"
         )
     log.warning("%s: left out, %d of %d", where, skipped.count, limit)
 

@@ -79,7 +79,7 @@ def test_a_job_that_fails_costs_itself_only(
         run(given("--from_file", prompts, "--save_path", tmp_path / "out"))
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
     assert not list((tmp_path / "out").glob("*latent*"))
-    assert "the others go on: no room" in capsys.readouterr().err
+    assert "the others continue: no room" in capsys.readouterr().err
 
 
 def test_latents_are_there_before_anything_is_decoded_and_can_be_decoded_later(

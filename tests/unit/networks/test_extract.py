@@ -115,7 +115,7 @@ def test_bad_input_is_one_line(base, tuned, tmp_path, capsys) -> None:
     save_tensors(less, {n: t for n, t in read_tensors(base) if "blocks.1" not in n})
     for before, after, output, wanted in (
         (base, base, lora, "nothing to extract"),
-        (eight, tuned, lora, "eight bits"),
+        (eight, tuned, lora, "8 bits"),
         (base, less, lora, "only one of"),
         (base, tuned, base, "is one of the checkpoints"),
         (base, tuned, tmp_path / "lora.pt", "ends in .safetensors"),

@@ -1,4 +1,4 @@
-"""What recomputed blocks keep, moved to main memory and back: in time, in order, and nothing of it changed."""
+"""What recomputed blocks keep, moved to CPU RAM and back: in time, in order, and nothing of it changed."""
 
 import weakref
 from collections.abc import Callable
@@ -66,7 +66,7 @@ class LazyLane:
             self.queue[number] = lambda: None
 
     def far(self) -> int:
-        """Bytes of main memory in use."""
+        """Bytes of CPU RAM in use."""
         return sum(storage.nbytes() for memory in self.hosts if (storage := memory()) is not None)
 
 

@@ -1,4 +1,4 @@
-"""A model that rests in main memory: copied there once, brought from there, whatever is trained left alone."""
+"""A model that rests in CPU RAM: copied there once, brought from there, whatever is trained left alone."""
 
 import itertools
 from typing import Any
@@ -108,7 +108,7 @@ def test_what_came_for_a_preview_serves_the_training_after_it() -> None:
 
 
 def test_where_one_expert_finds_no_room_the_other_answers_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A preview that fails costs a warning: the training goes on with the expert that was there."""
+    """A preview that fails costs a warning: the training continues with the expert that was there."""
     lane = Lane()
     pair, _ = parked_pair(lane, torch.float32)
     wanted = {expert: answers(pair, expert) for expert in (LOW, HIGH)}

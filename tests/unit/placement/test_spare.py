@@ -1,4 +1,4 @@
-"""A block that is computed again does not take the product whose result nothing has saved."""
+"""A block that is recomputed does not take the product whose result nothing has saved."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""States of an optimizer in main memory: brought in time, sent back whole, however late copies are made."""
+"""States of an optimizer in CPU RAM: brought in time, sent back whole, however late copies are made."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Matrices in eight bits: their errors, their products, their gradients."""
+"""Matrices in 8 bits: their errors, their products, their gradients."""
 
 import time
 

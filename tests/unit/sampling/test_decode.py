@@ -56,7 +56,7 @@ def decoded(vae: WanVAE, device: torch.device) -> np.ndarray:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Whether each frame cache lay in main memory, and how large each tile was."""
+    """Whether each frame cache lay in CPU RAM, and how large each tile was."""
     seen = SimpleNamespace(on_cpu=[], tiles=[])
     build, blend = FeatureCache.__init__, wan_train.models.vae.vae.blend_tiles
 

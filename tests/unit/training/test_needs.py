@@ -191,8 +191,8 @@ def test_what_cannot_fit_is_refused_with_the_ways_out(tiny: Path) -> None:
     check_fits(needs, Bytes(0, 12 << 30), ways_out(settings), device_name="cpu")
     for free, told in {
         Bytes(6 << 30, 50 << 30): "takes 7.00 GiB of cuda:0, and 6.00 GiB are free",
-        Bytes(8 << 30, 4 << 30): "takes 5.00 GiB of main memory, and 4.00 GiB are free",
-        Bytes(0, 11 << 30): "takes 12.00 GiB of main memory, and 11.00 GiB are free",
+        Bytes(8 << 30, 4 << 30): "takes 5.00 GiB of CPU RAM, and 4.00 GiB are free",
+        Bytes(0, 11 << 30): "takes 12.00 GiB of CPU RAM, and 11.00 GiB are free",
     }.items():
         with pytest.raises(InputError, match=told) as refused:
             check_fits(needs, free, ways_out(settings), device_name="cuda:0")

@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(dim, config.eps)
 
     def forward(self, x: Tensor, source: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x (B, L, d) attends to source (B, S, d), both turned by `rope` (2, L, 1, D) if given -> (B, L, d)."""
+        """x (B, L, d) attends to source (B, S, d), both rotated by `rope` (2, L, 1, D) if given -> (B, L, d)."""
         query = self.norm_q(self.q(x), self.num_heads, rope)
         key, value = self.read(source) if rope is None else self.read(source, rope)
         return self.o(rearrange(self.attend(query, key, value), "B L N D -> B L (N D)"))

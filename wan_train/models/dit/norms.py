@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, num_heads: int, rope: Tensor | None = None) -> Tensor:
-        """x (B, L, N*D) -> (B, L, N, D), each token turned by `rope` (2, L, 1, D) if given."""
+        """x (B, L, N*D) -> (B, L, N, D), each token rotated by `rope` (2, L, 1, D) if given."""
         heads: Tensor = _NormTurn.apply(x, self.weight, rope, self.eps, num_heads)  # type: ignore[no-untyped-call]
         return heads
 

@@ -94,7 +94,7 @@ def load_image_encoder(
     `source`: a .pth, a safetensors file or a state dict, under official names (with `visual.` or without) or those of
     transformers and ComfyUI. Sizes are read off the tensors; heads are 80 wide unless `config` gives `num_heads`. The
     weights are `dtype` (None: as stored); on a CPU they stay so and compute in float32. Raises InputError when the file
-    is no image tower, or a tensor is missing or misshapen.
+    is not an image tower, or a tensor is missing or misshapen.
 
     The encoder: pixels (B, 3, H, W) in [-1, 1] -> tokens (B, 1+P, width) before the last block, P patches.
     """
@@ -116,7 +116,7 @@ def check_image_encoder(source: TensorSource, flag: str = "--clip") -> int:
     encoder = _make_empty(header.shapes, {}, label)
     for name, dtype in header.dtypes.items():
         if _is_used(name) and not (dtype.is_floating_point and dtype.itemsize > 1):
-            raise InputError(f"{label} stores {name} in eight bits or as whole numbers: give a bf16, fp16 or fp32 file")
+            raise InputError(f"{label} stores {name} as 8-bit floats or integers: give a bf16, fp16 or fp32 file")
     return int(encoder.embeddings.class_embedding.shape[0])
 
 

@@ -74,8 +74,8 @@ def load_text_encoder(
     `source`: a .pth, safetensors file or folder of shards, or a state dict, under official, transformers or ComfyUI
     names, fp8 files with and without scales among them. `tokenizer`: a folder or file, None for none, or "auto":
     google/umt5-xxl beside the file, else the one inside it, else the hub's. The weights are `dtype` (None: as stored,
-    and bfloat16 for eight bits); on a CPU they stay so and compute in float32. `fp8` keeps the blocks' matrices in
-    eight bits, e4m3 with a scale for every 64 inputs or what an fp8 file has, and the token table in main memory.
+    and bfloat16 for 8 bits); on a CPU they stay so and compute in float32. `fp8` keeps the blocks' matrices in
+    8 bits, e4m3 with a scale for every 64 inputs or what an fp8 file has, and the token table in CPU RAM.
     `sharding` splits the blocks' matrices over processes, which then have to encode the same texts together. Raises
     InputError when the file or the tokenizer cannot be used.
     """

@@ -75,10 +75,10 @@ def fill_wide(model: UMT5EncoderModel, source: TensorSource, *, device: torch.de
 
 
 def fill_fp8(model: UMT5EncoderModel, source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill the model with the blocks' matrices in eight bits and the rest in `dtype`; `M.scale_weight` is M's scale.
+    """Fill the model with the blocks' matrices in 8 bits and the rest in `dtype`; `M.scale_weight` is M's scale.
 
-    What the file has in eight bits is kept with its scale, if any; other matrices are quantised while they stream in.
-    The token table goes into main memory: a prompt takes but a few rows of it, and in eight bits they would err as
+    What the file has in 8 bits is kept with its scale, if any; other matrices are quantised while they stream in.
+    The token table goes into CPU RAM: a prompt takes but a few rows of it, and in 8 bits they would err as
     much as all the matrices together.
     """
     header = read_header(source)
@@ -114,7 +114,7 @@ def describe(source: TensorSource) -> str:
 
 
 def storage_dtype(header: Header) -> torch.dtype:
-    """What most weights are stored in; eight bits are too few to compute with, and become bfloat16."""
+    """What most weights are stored in; 8 bits are too few to compute with, and become bfloat16."""
     stored = mode(_of_weights(header, header.dtypes).values())
     return torch.bfloat16 if stored.itemsize == 1 else stored
 
@@ -138,7 +138,7 @@ def _transformers_name(name: str) -> str:
 
 
 def _dropped(shapes: Shapes) -> set[str]:
-    """The names that are no weights of their own."""
+    """The names that are not weights of their own."""
     names = {EMBEDDED_TOKENIZER, *filter(is_beside, shapes)}
     if shapes.get(_TIED) == shapes.get(_TABLE):
         names.add(_TIED)

@@ -56,5 +56,5 @@ KINDS: dict[str, VaeKind] = {
 
 
 def kind_of(latent_channels: int) -> VaeKind:
-    """The kind whose latents have so many channels."""
+    """The kind whose latents have that number of channels."""
     return next(kind for kind in KINDS.values() if kind.latent_channels == latent_channels)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 class FeatureCache:
     """The last frames that each layer has seen, for one stream through one encoder or decoder.
 
-    `on_cpu` keeps them in main memory between chunks, for devices that have little of their own.
+    `on_cpu` keeps them in CPU RAM between chunks, for devices that have little of their own.
     """
 
     def __init__(self, *, on_cpu: bool = False) -> None:

@@ -35,7 +35,7 @@ class WanVAE(nn.Module):
     works on latents of `latent_channels` channels, normalised with `latent_mean` and `latent_std`, one number each.
 
     Memory beyond input and output does not grow with the number of frames. `cache_on_cpu` (settable) keeps what the
-    layers remember between chunks in main memory.
+    layers remember between chunks in CPU RAM.
 
     With `tiling` (settable) the layers above the latents' own size work in tiles, and their memory does not grow with
     the image either; the features between them and the layers that see the whole image are then held for all

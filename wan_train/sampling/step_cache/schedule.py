@@ -110,7 +110,7 @@ class Rule(Protocol):
 
 
 def follow(phase: Phase, make_rule: Callable[[PassName], Rule]) -> Schedule:
-    """Return the schedule of a rule: each pass has its own state, which goes on over steps at which it does not run.
+    """Return the schedule of a rule: each pass has its own state, which continues over steps at which it does not run.
 
     What it reuses there is the residual of the last step at which it ran and was computed.
     """

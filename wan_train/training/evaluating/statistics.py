@@ -45,7 +45,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One look at the held-out clips: the mean loss, that of each stratum of t from data to noise, and comparisons.
+    """One evaluation of the held-out clips: the mean loss, the loss of each stratum of t from data to noise, comparisons.
 
     `to_first` and `to_best` compare with the first evaluation and with the best before this one; the first of all has
     neither. `is_best` is the lowest mean so far. Where two `experts` are trained the strata are those of one, then the
@@ -198,7 +198,7 @@ class History:
         return {"references": references, "since": self.since, "means": [list(pair) for pair in self.means]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Resume from what `state_dict` gave."""
         self._references = {
             name: Reference(int(kept["step"]), kept["losses"].cpu().numpy())
             for name, kept in state["references"].items()

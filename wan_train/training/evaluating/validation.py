@@ -129,7 +129,7 @@ class Validator:
 
     @property
     def should_stop(self) -> bool:
-        """Whether `--early_stop` evaluations in a row were no sure improvement."""
+        """Whether `--early_stop` evaluations in a row brought no significant improvement."""
         limit = self.settings.early_stop
         return limit is not None and self.history.since >= limit
 
@@ -210,7 +210,7 @@ class Validator:
         return {"clips": self._names, "measure": self._measure(), "history": self.history.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; anew, with a warning, where other clips or noise levels were measured."""
+        """Resume from what `state_dict` gave; anew, with a warning, where other clips or noise levels were measured."""
         if state["clips"] != self._names or state["measure"] != self._measure():
             log.warning("other clips or noise levels are held out than before: the held-out loss is compared anew")
             return

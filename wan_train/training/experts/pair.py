@@ -147,7 +147,7 @@ class PairEma:
         return {expert: part.state_dict() for expert, part in self.parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Resume from a saved state."""
         for expert, part in self.parts.items():
             part.load_state_dict(state[expert])
 

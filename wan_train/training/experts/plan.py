@@ -97,8 +97,8 @@ def _check_pair(settings: TrainSettings) -> None:
     experts = settings.experts
     if experts.offload_inactive_dit and settings.stream.blocks_to_swap:
         raise InputError(
-            f"--offload_inactive_dit and --blocks_to_swap {settings.stream.blocks_to_swap} both keep weights in main"
-            " memory: give one of them"
+            f"--offload_inactive_dit and --blocks_to_swap {settings.stream.blocks_to_swap} both keep weights in CPU"
+            " RAM: give only one of them"
         )
     if experts.shared_lora and experts.network_weights_high_noise:
         raise InputError("--network_weights_high_noise: a --shared_lora starts from --network_weights: leave it out")

@@ -27,7 +27,7 @@ DEFAULT_LOSS = LossSettings()
 class Draws:
     """The randomness of a batch: `t` (B,) in [0, 1] and `noise` of the latents' shape, float32 on the CPU.
 
-    `importance` (B,) is what the weighting scheme makes each sample's loss count; without it all count alike.
+    `importance` (B,) is what the weighting scheme makes each sample's loss count; default: all alike.
     """
 
     t: Tensor
@@ -138,7 +138,7 @@ def _squared(predicted: Tensor, target: Tensor, settings: LossSettings, reductio
 
 
 def _huber(predicted: Tensor, target: Tensor, settings: LossSettings, reduction: str) -> Tensor:
-    """Half the square up to `huber_c`, beyond it the line that goes on from there (Huber 1964)."""
+    """Half the square up to `huber_c`, beyond it the line that continues from there (Huber 1964)."""
     return F.huber_loss(predicted, target, reduction=reduction, delta=settings.huber_c)
 
 

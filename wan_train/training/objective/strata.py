@@ -13,7 +13,7 @@ GOLDEN = round(RESOLUTION * (5**0.5 - 1) / 2)  # multiples of the golden ratio f
 
 
 def assign(num_samples: int, num_strata: int, *, key: str, epoch: int) -> list[int]:
-    """The stratum of each of so many samples in an epoch (from 0).
+    """The stratum of each of a number of samples in an epoch (from 0).
 
     Each stratum is taken as often as any other, or once more where they do not divide. Fewer samples than strata lie
     evenly among these, and over the epochs all get their turn. Which sample gets which stratum depends on `key` and
@@ -30,7 +30,7 @@ class Strata:
     """Which of `num_strata` equal parts of its distribution the noise level of a sample comes from, in each epoch.
 
     Even within each dataset of the TOML, over what an epoch really takes of it (`weight` and `drop_last` included). It
-    depends on the samples, `seed` and epoch alone: every process, and a run that goes on, finds the same.
+    depends on the samples, `seed` and epoch alone: every process, and a run that continues, finds the same.
     """
 
     def __init__(self, dataset: CachedDataset, num_strata: int, *, seed: int) -> None:

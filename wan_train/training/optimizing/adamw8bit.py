@@ -1,4 +1,4 @@
-"""AdamW whose states take eight bits, in plain tensor operations: for every device, and for weights rounded at random.
+"""AdamW whose states take 8 bits, in plain tensor operations: for every device, and for weights stochastically rounded.
 
 Each state is cut into blocks of 256 numbers, kept as their largest magnitude in float32 and for each a code of one
 byte: its place in a table that is denser towards zero (Dettmers et al. 2022, sections 2 and 3; the table is that of
@@ -21,7 +21,7 @@ STATES = {"exp_avg": True, "exp_avg_sq": False}  # by name, whether it has a sig
 
 
 class AdamW8bitSR(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2). It computes in float32 and rounds what it keeps to eight bits.
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2). It computes in float32 and rounds what it keeps to 8 bits.
 
     Weights in bfloat16 are rounded to the nearest, unless `optimizing.rounding` makes them float32 for their
     turn. ValueError for what is out of range.

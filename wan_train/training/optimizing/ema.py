@@ -82,7 +82,7 @@ class Ema:
     def applied(self, forget: Callable[[], None]) -> Iterator[None]:
         """While it lasts the parameters hold their averages, each in its own memory: for the model to compute with.
 
-        What they held is in main memory meanwhile. `forget` is called before each exchange: nothing that streams may be
+        What they held is in CPU RAM meanwhile. `forget` is called before each exchange: nothing that streams may be
         on the device then.
         """
         forget()
@@ -104,7 +104,7 @@ class Ema:
         return {"steps": self._steps, "averages": self._settle()}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from a saved state."""
+        """Resume from a saved state."""
         steps, averages = state["steps"], state["averages"]
         assert isinstance(steps, int) and isinstance(averages, Mapping)
         self._steps = steps

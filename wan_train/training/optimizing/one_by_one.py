@@ -72,7 +72,7 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
             self._groups = {parameter: group for parameter, group in owned}
             self._places = {parameter: place for place, (parameter, _) in enumerate(owned, 1)}
             self.parts: tuple[Part, ...] = (Part("all", tuple(self._places)),)
-            self.home: torch.device | None = None  # of states that are loaded; without one they stay in main memory
+            self.home: torch.device | None = None  # of states that are loaded; without one they stay in CPU RAM
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
@@ -115,7 +115,7 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
 
 
 def _own(name: str, value: Any, home: torch.device | None) -> Any:
-    """A copy, on its device but for torch's count of steps, which is a number in main memory."""
+    """A copy, on its device but for torch's count of steps, which is a number in CPU RAM."""
     if not isinstance(value, Tensor):
         return value
     return value.clone() if name == "step" or home is None else value.to(home, copy=True)

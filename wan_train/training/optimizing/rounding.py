@@ -1,4 +1,4 @@
-"""Optimizers for weights in bfloat16: each is made float32 for its step and rounded back at random.
+"""Optimizers for weights in bfloat16: each is made float32 for its step and rounded back stochastically.
 
 An update below half of the last place of a bfloat16 weight is lost if it is rounded to the nearest; rounded up as often
 as its size asks for, it is there in the mean (Gupta et al. 2015, section 3). One weight at a time is float32.
@@ -38,7 +38,9 @@ def check_rounding(optimizer_class: Any, name: str) -> None:
     """InputError for an optimizer class, called `name`, that cannot round so."""
     if optimizer_class.__name__ not in _IN_FLOAT32.get(optimizer_class.__module__.partition(".")[0], ()):
         known = ", ".join(dict.fromkeys(name for names in _IN_FLOAT32.values() for name in names))
-        raise InputError(f"--full_bf16 rounds at random, which --optimizer_type {name} cannot: take one of {known}")
+        raise InputError(
+            f"--full_bf16 needs stochastic rounding, which --optimizer_type {name} does not support: use one of {known}"
+        )
 
 
 def rounded(seed: int) -> StepContext:

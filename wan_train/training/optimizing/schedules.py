@@ -119,7 +119,7 @@ def check_schedule(settings: OptimizerSettings, total: int | None = None) -> Non
     if settings.lr_scheduler == "adafactor" and own != "adafactor":
         raise InputError(
             "--lr_scheduler adafactor needs --optimizer_type Adafactor with --optimizer_args relative_step=True: "
-            "without it --learning_rate counts, and any other --lr_scheduler"
+            "otherwise use --learning_rate and any other --lr_scheduler"
         )
     _check_options(settings)
     if own:
@@ -220,9 +220,7 @@ def _build(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, *, tot
     except (ArithmeticError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as problem:
         if isinstance(problem, InputError):
             raise
-        raise InputError(
-            f"{_described(settings)}: {problem}; look at --lr_scheduler_args and --learning_rate"
-        ) from None
+        raise InputError(f"{_described(settings)}: {problem}; check --lr_scheduler_args and --learning_rate") from None
 
 
 def _named_schedule(settings: OptimizerSettings, optimizer: torch.optim.Optimizer, total: int, **given: Any) -> Any:

@@ -30,7 +30,7 @@ Streams = Mapping[str | None, Stream]  # by expert
 
 @dataclass(frozen=True)
 class Stepping:
-    """The optimizer, what steps during the backward pass, if that is asked for, and the waiting for main memory:
+    """The optimizer, what steps during the backward pass, if that is asked for, and the waiting for CPU RAM:
     after `settle` all that lives there is whole, after `forget` nothing of it is on the device besides."""
 
     optimizer: torch.optim.Optimizer
@@ -82,7 +82,7 @@ def make_stepping(
     """The optimizer of what is trained, and all that goes with it."""
     groups = adapter.parameter_groups(settings.optimizer.learning_rate)
     if not trains_weights(settings.network):
-        streams = {}  # what is in main memory stays as it is
+        streams = {}  # what is in CPU RAM stays as it is
     step_contexts, settled = [], [stream.settle for stream in streams.values()]
     if settings.optimizer.optimizer_cpu_offload:
         states = HostStates(make_lane(accelerator.device))

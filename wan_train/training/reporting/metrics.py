@@ -47,7 +47,7 @@ class StepMetrics:
 class MetricsWriter:
     """Writes `NAME.metrics.jsonl` in the output folder, TensorBoard's files and W&B's run.
 
-    A fresh run (`keep_until` None) begins the file anew; one that goes on after the step `keep_until` keeps the rows up
+    A fresh run (`keep_until` None) begins the file anew; one that resumes after the step `keep_until` keeps the rows up
     to it. `config` is what trackers show of the run with `--log_config`. A tracker that fails is given up with a
     warning; a row that cannot be written is a RunError.
     """
@@ -152,7 +152,7 @@ def cut_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of metrics; none where there is no file. A line that a killed process left half is no row."""
+    """Return the rows of a file of metrics, none if it is missing. A line that a killed process left half is skipped."""
     if not path.is_file():
         return []
     rows = []

@@ -103,7 +103,7 @@ class Previewer:
         # Here the exception is gone, and with it what its frames held.
         self.vae.to("cpu")
         release_memory()
-        log.warning("preview %d at %s failed, training goes on: %s", index, moment, reason)
+        log.warning("preview %d at %s failed, training continues: %s", index, moment, reason)
         return None
 
     def _make_one(self, model: nn.Module, moment: str, index: int, request: SampleRequest) -> Path:

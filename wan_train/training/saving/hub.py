@@ -34,7 +34,7 @@ class Client(Protocol):
 
 
 class Hub:
-    """The repository that gets the copies. A copy that fails costs a warning; the run and its own files go on."""
+    """The repository that gets the copies. A copy that fails costs a warning; the run and its own files continue."""
 
     def __init__(self, settings: HubSettings, client: Client, *, background: bool = False) -> None:
         assert settings.huggingface_repo_id is not None
@@ -91,7 +91,7 @@ def open_hub(settings: HubSettings, *, background: bool = False) -> Hub | None:
     except Exception as problem:
         raise InputError(
             f"--huggingface_repo_id {settings.huggingface_repo_id} cannot be used: {_first_line(problem)}; "
-            "look at the name and the token, or leave it out and upload later"
+            "check the name and the token, or omit it and upload later"
         ) from None
     return Hub(settings, client, background=background)
 
@@ -128,7 +128,7 @@ def read_place(text: str) -> HubFolder:
     parts = path.strip("/").split("/")
     if len(parts) < 3 or not all(parts) or (kind or "model") not in HUB_REPOSITORIES:
         raise InputError(
-            f"--resume {text!r} is no place on the hub: write OWNER/NAME/FOLDER:REVISION:TYPE, the type one of "
+            f"--resume {text!r} is not a hub path: write OWNER/NAME/FOLDER:REVISION:TYPE, the type one of "
             f"{', '.join(HUB_REPOSITORIES)}"
         )
     return HubFolder("/".join(parts[:2]), "/".join(parts[2:]), revision or "main", kind or "model")

@@ -144,7 +144,7 @@ def _options(settings: TrainSettings) -> dict[str, str]:
 
 
 def configuration(settings: TrainSettings, trained: Trained, *, num_processes: int) -> dict[str, str]:
-    """What must be the same for a resumed run to go on as the unbroken one would have: option to value.
+    """What must be the same for a resumed run to continue as the unbroken one would have: option to value.
 
     The batches of a step count, not how many processes share them; the length of the run counts where the learning rate
     depends on it.

@@ -95,11 +95,13 @@ def save_best(saving: Saving, *, position: Position, model: TrainedModel, optimi
 
 
 def save_stopped(saving: Saving, *, position: Position, model: TrainedModel, optimizing: Optimization) -> str:
-    """Save where a run is that was asked to stop; how to go on, in words."""
+    """Save where a run is that was asked to stop; how to continue, in words."""
     moment = of_step(position.step)
     save(saving, moment, position=position, model=model, optimizing=optimizing, with_state=True)
     folder = path_of(saving.settings.save, moment, STATE)
-    return f"stopped after step {position.step}: go on with the same command and --resume {folder} (or --resume auto)"
+    return (
+        f"stopped after step {position.step}: continue with the same command and --resume {folder} (or --resume auto)"
+    )
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class SaveSettings:
 
     def __post_init__(self) -> None:
         if self.max_shard_size is not None and not self.shard_bytes:
-            raise InputError(f"--max_shard_size {self.max_shard_size!r} is no size: give one like 10GB or 500MB")
+            raise InputError(f"--max_shard_size {self.max_shard_size!r} is not a size: give one like 10GB or 500MB")
 
     @property
     def metrics_path(self) -> Path:

@@ -1,4 +1,4 @@
-"""The text encoder in eight bits: quantised while it loads, and from files that have eight bits already."""
+"""The text encoder in 8 bits: quantised while it loads, and from files that have 8 bits already."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -91,7 +91,7 @@ def test_one_batch_reuses_what_two_passes_do(dit: Dit) -> None:
 
 
 def test_a_pass_ages_at_steps_at_which_it_does_not_run() -> None:
-    """The state goes on: of every other step each is two changes away from the one before."""
+    """The state continues: of every other step each is two changes away from the one before."""
     guidance = Guidance(3.0, "alternate", 0.5)
     phase = Phase(plan_steps(8, guidance), guidance, 8)
     changes = dict.fromkeys(range(1, 8), 0.1)
@@ -212,7 +212,7 @@ def test_each_window_has_a_residual_of_its_own(dit: Dit) -> None:
     with watched(dit) as passes, cache.around(dit):
         computed = [at(0, window) for window in range(2)]
         reused = [at(1, window) for window in range(2)]
-    # The same latents and time: what is reused is what would be computed again.
+    # The same latents and time: what is reused is what would be recomputed.
     torch.testing.assert_close(reused, computed)
     assert passes == [True, True, False, False] and not torch.allclose(computed[0], computed[1])
 

@@ -1,4 +1,4 @@
-"""AdamW with states of eight bits."""
+"""AdamW with states of 8 bits."""
 
 from typing import Any
 

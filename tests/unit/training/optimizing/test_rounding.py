@@ -1,4 +1,4 @@
-"""Weights in bfloat16 that are rounded at random."""
+"""Weights in bfloat16 that are stochastically rounded."""
 
 from typing import Any
 

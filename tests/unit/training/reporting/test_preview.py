@@ -90,7 +90,7 @@ def test_a_preview_that_fails_costs_a_warning_and_its_memory_comes_back(
     assert all(path.is_file() for path in made.values())
     assert model.training
     warning = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
-    assert warning == ["WARNING: preview 1 at 000005 failed, training goes on: CUDA out of memory."]
+    assert warning == ["WARNING: preview 1 at 000005 failed, training continues: CUDA out of memory."]
 
 
 def test_a_vae_that_fails_is_parked_again(tmp_path: Path) -> None:
