@@ -45,7 +45,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the held-out clips: the mean loss, the loss of each stratum of t from data to noise, comparisons.
+    """One evaluation of the held-out clips: the mean loss, the loss of each stratum of t, and comparisons.
 
     `to_first` and `to_best` compare with the first evaluation and with the best before this one; the first of all has
     neither. `is_best` is the lowest mean so far. Where two `experts` are trained the strata are those of one, then the

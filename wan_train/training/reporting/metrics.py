@@ -152,7 +152,7 @@ def cut_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of metrics, none if it is missing. A line that a killed process left half is skipped."""
+    """Return the rows of a file of metrics, none if it is missing. A line left half by a kill is skipped."""
     if not path.is_file():
         return []
     rows = []
