@@ -120,7 +120,7 @@ def _check_clip(plans: Sequence[ClipPlan], settings: CacheLatentsSettings) -> No
         if len(seen) < len(plan.items):
             without = len(plan.items) - len(seen)
             logger.info(
-                "%s: %d files are cached without CLIP tokens: no start or reference image", plan.config, without
+                "%s: %d files are cached without CLIP tokens, having no start or reference image", plan.config, without
             )
 
 

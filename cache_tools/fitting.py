@@ -26,7 +26,9 @@ def encode_fitting(
     if _fits(encode, batch):
         return
     if len(batch) > 1:
-        logger.warning("out of memory with %d clips at once (%s ...): one at a time", len(batch), name(batch[0]))
+        logger.warning(
+            "out of memory with a batch of %d clips (%s ...): encoding one at a time", len(batch), name(batch[0])
+        )
         for one in batch:
             encode_fitting(vae, [one], encode, name=name)
         return
@@ -34,7 +36,7 @@ def encode_fitting(
     before: Tiling | None = vae.tiling
     try:
         while tiling := _smaller(vae.tiling):
-            logger.warning("out of memory with %s: in tiles of %d latent cells", name(one), tiling.size)
+            logger.warning("out of memory with %s: encoding in tiles of %d latent pixels", name(one), tiling.size)
             vae.tiling = tiling
             if _fits(encode, batch):
                 return

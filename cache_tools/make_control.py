@@ -82,7 +82,7 @@ def make_controls(settings: DatasetSettings, control_kind: str) -> None:
             num_made += _make(path, folder, control_kind, config, skip_broken=settings.skip_broken)
         hint = "" if config.control_directory else f'; add control_directory = "{folder}" to the dataset'
         logger.info(
-            "%s: %d controls written to %s, %d kept that were there%s",
+            "%s: %d controls written to %s, %d existing ones kept%s",
             config,
             num_made,
             folder,

@@ -60,21 +60,24 @@ def survey_caches(
 def clear_remains(config: DatasetConfig) -> None:
     """Delete what killed runs left in a dataset's cache folder."""
     if removed := remove_remains(config.cache_directory):
-        logger.info("%s: %d unfinished writes of runs that are gone were deleted", config, len(removed))
+        logger.info("%s: %d unfinished files of ended runs deleted", config, len(removed))
 
 
 def report_findings(survey: Survey[Wanted]) -> None:
     """Name what is stale, cut off, adopted or orphaned."""
     config = survey.config
     if bad := survey.named(Staleness.STALE, Staleness.TRUNCATED):
-        logger.info("%s: %d caches are made again: %s", config, len(bad), name_some(map(str, bad)))
+        logger.info("%s: %d stale caches are encoded again: %s", config, len(bad), name_some(map(str, bad)))
     if adopted := survey.named(Staleness.FOREIGN):
         some = name_some(state.path.name for state in adopted)
-        logger.info("%s: %d caches without a recipe fit and are adopted: %s", config, len(adopted), some)
+        logger.info("%s: %d caches without metadata match and are used: %s", config, len(adopted), some)
     if survey.orphans:
         some = name_some(path.name for path in survey.orphans)
         logger.info(
-            "%s: %d caches belong to nothing here (--prune deletes them): %s", config, len(survey.orphans), some
+            "%s: %d caches belong to no item of the dataset (--prune deletes them): %s",
+            config,
+            len(survey.orphans),
+            some,
         )
 
 

@@ -220,9 +220,9 @@ def _warn_idle(table: Mapping[str, Any], config: DatasetConfig, location: str) -
     users = {"frame_sample": "uniform", "frame_stride": "slide", "max_frames": "full"}
     for key, user in users.items():
         if key in table and extraction != user:
-            logger.warning('%s: %s is for frame_extraction "%s" and changes nothing here', location, key, user)
+            logger.warning('%s: %s is for frame_extraction "%s" and has no effect here', location, key, user)
     if "target_frames" in table and extraction == "full":
-        logger.warning('%s: frame_extraction "full" takes whole videos: target_frames changes nothing', location)
+        logger.warning('%s: frame_extraction "full" uses whole videos: target_frames has no effect', location)
 
 
 def _as_one_frame(config: DatasetConfig) -> DatasetConfig:

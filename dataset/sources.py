@@ -65,12 +65,14 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool, with_part
             " write them, or train on empty text with --allow_missing_captions"
         )
     if missing:
-        logger.warning("%s: empty text for %d files without a caption (%s)", config, len(missing), name_some(missing))
+        logger.warning(
+            "%s: empty captions for %d files without a caption (%s)", config, len(missing), name_some(missing)
+        )
     blank = [entry.path.name for entry in entries if "" in entry.captions]
     if blank:
         logger.warning("%s: %d captions are empty (%s)", config, len(blank), name_some(blank))
     if unread := find_unread(config, [entry.path for entry in entries]):
-        logger.warning("%s: %d files are not read: %s", config, len(unread), name_some(map(str, unread)))
+        logger.warning("%s: %d files are ignored: %s", config, len(unread), name_some(map(str, unread)))
     prefix = config.caption_prefix
     captions = [tuple(f"{prefix}{caption}".strip() for caption in entry.captions or ("",)) for entry in entries]
     if with_partners:
@@ -85,7 +87,7 @@ def _with_partners(config: DatasetConfig, entries: Sequence[Entry], captions: Se
     masks, vace_masks = find_masks(config, paths), find_vace_masks(config, entries)
     references = find_references(config, entries)
     if config.control is not None and config.control.video and not any(controls):
-        logger.warning("%s: no control_directory and no control_path: the model is given no control video", config)
+        logger.warning("%s: no control_directory or control_path: training without a control video", config)
     if config.control is not None and config.control.vace and config.control_directory:
         _warn_without(config, paths, controls, "control", "VACE reads the clip under its mask, or no video")
     if config.mask_directory:
@@ -161,7 +163,7 @@ def warn_too_short(plans: Iterable[ClipPlan]) -> None:
     for plan in plans:
         if plan.too_short:
             logger.warning(
-                "%s: %d of %d videos give no clip, they have fewer than %d frames%s (%s)",
+                "%s: %d of %d videos give no clips because they have fewer than %d frames%s (%s)",
                 plan.config,
                 len(plan.too_short),
                 len(plan.items),

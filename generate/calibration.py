@@ -91,7 +91,7 @@ def _checked(entry: Entry, jobs: Sequence[Job], videos: "_Videos") -> Entry:
             return entry
         # The error need not fall in proportion: at least a quarter more is taken off each time.
         entry = replace(entry, scale=entry.scale * max(1.25, error / (RESERVED * request.error_budget)))
-    log.info("the errors are scaled by %.2f; the plan that this gives is not checked on the videos", entry.scale)
+    log.info("errors scaled by %.2f; the resulting schedule is not verified on the videos", entry.scale)
     return entry
 
 

@@ -152,4 +152,4 @@ def compare_hashes(path: str, now: Mapping[str, Any]) -> None:
     """Warn of every model that is another one than when the file was made."""
     for name, before in read_record(path).hashes.items():
         if now.get(name) != before:
-            log.warning("--%s is not the file that %s was made with: the result will differ", name, path)
+            log.warning("--%s is not the file that %s was generated with: the result will differ", name, path)

@@ -195,7 +195,7 @@ class OnDisk:
     def tell_left(self) -> None:
         left = [path for path in map(self._kept, self._stems) if path.is_file()]
         if left:
-            log.warning("sampled and not written: %s; --latent_path decodes latents", ", ".join(map(str, left)))
+            log.warning("sampled but not decoded: %s; decode with --latent_path", ", ".join(map(str, left)))
         self._stems.clear()
 
     def _kept(self, index: int) -> Path:

@@ -27,6 +27,6 @@ def warn_of_other_expert(path: str, expert: str) -> None:
     said = expert_of(path)
     if said is not None and said != expert:
         log.warning(
-            "%s was trained on the expert for %s and is put on the one for %s: the two do not do the same",
+            "%s was trained for the %s expert and is applied to the %s expert",
             *(path, said.replace("_", " "), expert.replace("_", " ")),
         )

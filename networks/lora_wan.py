@@ -112,7 +112,7 @@ def _is_convolution(name: str) -> bool:
 
 def _warn_of_conv_sizes(arguments: LoraArguments, reason: str) -> None:
     if arguments.conv_dim is not None or arguments.conv_alpha is not None:
-        log.warning("conv_dim and conv_alpha change nothing: %s", reason)
+        log.warning("conv_dim and conv_alpha have no effect: %s", reason)
 
 
 def _sizes(modules: Iterable[str], settings: NetworkSettings) -> dict[str, Size]:

@@ -193,12 +193,12 @@ def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Str
     blocks, stream = all_blocks(model), equip(model, settings, make_lane(device))
     if 0 < settings.stream.blocks_to_swap <= settings.stream.block_swap_ring_size:
         log.warning(
-            "--blocks_to_swap %d saves nothing: --block_swap_ring_size lets as many be on the device at once",
+            "--blocks_to_swap %d saves no memory: --block_swap_ring_size keeps that number of blocks on the device",
             settings.stream.blocks_to_swap,
         )
     elif settings.stream.blocks_to_swap:
         log.info(
-            "%d of %d blocks are streamed to the device on demand: %.2f GiB of CPU RAM, %.2f GiB on the device",
+            "%d of %d blocks are kept in CPU RAM (%.2f GiB) and streamed to the device on demand (%.2f GiB)",
             *(settings.stream.blocks_to_swap, len(blocks), stream.host_bytes / 2**30, stream.device_bytes / 2**30),
         )
     return stream

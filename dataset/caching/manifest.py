@@ -92,9 +92,7 @@ class Manifest:
                 kept = {key: fact for key, fact in facts.items() if os.sep in key[1] or key[1] in there}
                 _write(self._folder / MANIFEST, kept)
         except (InputError, OSError, sqlite3.Error) as problem:
-            logger.info(
-                "%s is not kept (%s): the next start takes as long as this one", self._folder / MANIFEST, problem
-            )
+            logger.info("%s cannot be saved (%s): the next start will not be faster", self._folder / MANIFEST, problem)
         self._new = {}
 
     def _name(self, path: Path) -> str:

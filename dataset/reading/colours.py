@@ -146,4 +146,4 @@ def _transform(profile: bytes) -> tuple[ImageCms.ImageCmsTransform, str]:
 
 @functools.cache
 def _warn_ignored(path: Path, reason: str) -> None:
-    logger.warning("%s: its colour profile %s and is ignored", path, reason)
+    logger.warning("%s: its color profile %s and is ignored", path, reason)

@@ -38,7 +38,7 @@ def main(settings: ConvertLoraSettings) -> None:
     tensors = write(deltas, convert.diffusers_prefix.rstrip("."))
     metadata = dict(header.metadata)
     if _same(tensors, source):
-        log.info("%s has the names of --target %s already", convert.input, convert.target)
+        log.info("%s already has the keys of --target %s", convert.input, convert.target)
         tensors = source
     else:
         metadata.pop(METADATA_KEY, None)  # its alpha is now in the tensors

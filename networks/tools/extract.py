@@ -133,10 +133,10 @@ def _report(kept: Mapping[str, Extracted], lost: list[str]) -> None:
         parts["outside the blocks" if name is None else name.block].append(result)
     for part, results in parts.items():
         log.info("%s: %.2f%% of the change kept in %d modules", part, 100 * kept_share(results), len(results))
-    log.info("in all: %.2f%% of the change of %d matrices kept", 100 * kept_share(list(kept.values())), len(kept))
+    log.info("total: %.2f%% of the change of %d matrices kept", 100 * kept_share(list(kept.values())), len(kept))
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        log.warning("a LoRA cannot hold what changed in %s%s; that is left out", ", ".join(lost[:3]), more)
+        log.warning("a LoRA cannot represent the changes of %s%s; they are omitted", ", ".join(lost[:3]), more)
 
 
 def kept_share(results: list[Extracted]) -> float:

@@ -70,7 +70,9 @@ def files_to_average(settings: AverageSettings) -> list[Saved]:
         )
     sessions = {saved.session: saved.path for saved in kept}
     if len(sessions) > 1:
-        log.warning("these may not be of one run, their ss_session_id differ: %s", _listed(sessions.values()))
+        log.warning(
+            "these files may be from different runs, their ss_session_id differs: %s", _listed(sessions.values())
+        )
     return kept
 
 
@@ -78,7 +80,7 @@ def _of_one_kind(given: Sequence[Saved]) -> list[Saved]:
     kind = min((saved.parts[2] for saved in given), key=KINDS.index)
     others = [saved.path for saved in given if saved.parts[2] != kind]
     if others:
-        log.warning("left out, since they are of another kind than the rest: %s", _listed(others))
+        log.warning("skipped because they are of a different kind than the rest: %s", _listed(others))
     return [saved for saved in given if saved.parts[2] == kind]
 
 
@@ -95,7 +97,7 @@ def _final(kept: Sequence[Saved], output: Path) -> list[Saved]:
     of_run = {each.path.name: each for each in saved if each.session == first.session}
     if path.name not in of_run or of_run.keys() - names != {path.name}:
         return []
-    log.info("%s is averaged too: it is the end of the run that the others are of", path)
+    log.info("%s is averaged too: it is the final file of the same run", path)
     return [of_run[path.name]]
 
 
@@ -107,13 +109,13 @@ def _in_order(files: Sequence[Saved]) -> list[Saved]:
     """By step, each once; by time of change where a file does not say its step."""
     silent = [saved.path for saved in files if saved.step is None]
     if silent:
-        log.warning("ordered by time of change, since these do not say their step: %s", _listed(silent))
+        log.warning("ordered by modification time because these have no step in their metadata: %s", _listed(silent))
         return sorted(files, key=lambda saved: saved.path.stat().st_mtime_ns)
     kept: dict[tuple[str | None, int | None], Saved] = {}
     for saved in sorted(files, key=lambda saved: saved.step or 0):
         there = kept.setdefault((saved.session, saved.step), saved)
         if there is not saved:
-            log.warning("%s is left out: it is of the same step as %s", saved.path, there.path)
+            log.warning("%s is skipped: it is from the same step as %s", saved.path, there.path)
     return list(kept.values())
 
 

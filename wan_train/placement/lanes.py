@@ -93,7 +93,7 @@ class AcceleratorLane:
         if memory is not None:
             return memory
         if not self._told:  # once: there may be a buffer for each of a thousand tensors
-            log.warning("no more memory can be pinned: what is kept in ordinary memory from now on is copied slower")
+            log.warning("cannot pin more memory: further buffers are pageable, so that transfers are slower")
             self._told = True
         return torch.empty(num_bytes, dtype=torch.uint8)
 

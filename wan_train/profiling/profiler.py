@@ -50,7 +50,7 @@ class Profiler:
             if not self._has_written:
                 needed = WAIT + WARMUP + 1
                 log.warning(
-                    "--profile: no trace was written, it takes %d steps and there were %d", needed, self._num_steps
+                    "--profile: no trace written: it needs %d steps, and there were %d", needed, self._num_steps
                 )
 
     def step(self) -> None:

@@ -60,7 +60,7 @@ class Mirror:
 
     def _upload(self, path: Path) -> None:
         if not path.exists():  # uploads are slower than --save_last_n_... keeps files
-            log.info("%s was removed before its upload had begun", path)
+            log.info("%s was removed before it was uploaded", path)
             return
         name = self.name_of(path)
         if not self._tried(path, lambda: self.remote.put(path, name, last=self._last)):
@@ -92,7 +92,7 @@ class Mirror:
             if path.exists() and path not in self.failed:
                 self.failed.append(path)
                 log.warning(
-                    "%s was not uploaded to %s in %d tries, the local copy stays: %s",
+                    "%s could not be uploaded to %s after %d attempts, the local copy is kept: %s",
                     *(path, shown(self.remote.url), len(WAITS) + 1, first_line(problem)),
                 )
             return False

@@ -96,7 +96,7 @@ def check_inputs(given: ControlOptions, variant: Variant) -> None:
     if control.camera and not (given.camera_direction or given.camera_path):
         raise InputError(f"--task {variant.name} follows a camera: give --camera_direction or --camera_path")
     if control.video and not given.control_path:
-        log.warning("--task %s gets no --control_path (--cn): nothing controls the video", variant.name)
+        log.warning("--task %s without --control_path (--cn): the video is not controlled", variant.name)
     for flag, paths in (("--reference_image", [given.reference_image]), ("--vace_reference", given.vace_reference)):
         for path in filter(None, paths):
             check_image(flag, path)
@@ -165,5 +165,5 @@ def _shortened(frames: int, path: str, available: int) -> int:
     fitting = floor_frames(max(available, 1))
     if fitting >= frames:
         return frames
-    log.info("%s has %d frame%s: making %d", path, available, "" if available == 1 else "s", fitting)
+    log.info("%s has %d frame%s: generating %d", path, available, "" if available == 1 else "s", fitting)
     return fitting

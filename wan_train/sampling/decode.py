@@ -58,7 +58,7 @@ def decode_frames(vae: WanVAE, latents: Tensor, device: torch.device) -> Iterato
         return
     del chunks
     release_memory()
-    log.warning("decoding takes more memory than %s has: decoding in tiles instead, as --vae_tiling does", device)
+    log.warning("not enough memory on %s to decode whole frames: decoding in tiles, as with --vae_tiling", device)
     vae.tiling = Tiling()
     try:
         yield from _frames(vae.decode_chunks(batch))

@@ -182,7 +182,7 @@ def _request(
     vocabulary, changes = _vocabulary(grammar.settings), dict[str, Any](prompt=prompt)
     for letter, value in given.items():
         if letter in _IGNORED:
-            log.info("%s is passed over: Wan has no embedded guidance; --l (cfg_scale) is its guidance", value.name)
+            log.info("%s is ignored: Wan has no embedded guidance; use --l (cfg_scale)", value.name)
         elif letter in grammar.refused:
             raise InputError(f"{value.name}: {grammar.refused[letter]}")
         elif letter not in vocabulary.values:

@@ -179,9 +179,7 @@ def checked(request: SampleRequest) -> SampleRequest:
             request.steps,
         )
     if request.slg_layers and not any(plan.skipping for plan in plans):
-        log.warning(
-            "--slg_layers acts on none of %d steps: give a larger --slg_end, or more --infer_steps", request.steps
-        )
+        log.warning("--slg_layers applies to none of %d steps: increase --slg_end or --infer_steps", request.steps)
     return request
 
 
@@ -221,9 +219,9 @@ def fitted(request: SampleRequest) -> SampleRequest:
     frames = max(1, (request.frames - 1) // FRAME_STEP * FRAME_STEP + 1)
     if (width, height) != (request.width, request.height):
         asked = f"{request.width} wide, {request.height} high"
-        log.warning("sizes go in steps of %d: %s becomes %d wide, %d high", step, asked, width, height)
+        log.warning("width and height must be multiples of %d: %s becomes %d wide, %d high", step, asked, width, height)
     if frames != request.frames:
-        log.warning("frames are 4n+1: %d becomes %d", request.frames, frames)
+        log.warning("the number of frames must be 4n+1: %d becomes %d", request.frames, frames)
     frames = fit_frames(request, request.variant, size=(width, height), frames=frames)
     return replace(request, width=width, height=height, frames=frames)
 

@@ -99,7 +99,7 @@ def tell_length(given: LengthOptions, num_frames: int, num_trained: int) -> None
     period = 2 * math.pi / frequency(index, 2 * NUM_FREQUENCIES)
     if rate := Riflex(index, num_trained).rate(num_frames, 2 * NUM_FREQUENCIES):
         log.info(
-            "RIFLEx: the period of temporal frequency %d becomes %.1f latent frames in place of %.1f",
+            "RIFLEx: period of temporal RoPE frequency %d set to %.1f latent frames (was %.1f)",
             index,
             2 * math.pi / rate.radians,
             period,

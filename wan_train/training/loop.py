@@ -161,7 +161,7 @@ def evaluate(run: Run, position: Position) -> None:
     if evaluation.is_best and position.step > 0:
         save_best(run.saving, position=position, model=model, optimizing=run.optimizing)
     if validator.should_stop:
-        log.info("no improvement in %d measurements: stopping early", validator.settings.early_stop)
+        log.info("no improvement in %d evaluations: stopping early", validator.settings.early_stop)
 
 
 def make_previews(

@@ -65,7 +65,7 @@ def main(settings: TrainSettings) -> None:
         configuration = path_of(settings.save, "", ".config.toml")
         write_configuration(asked, configuration, seed=seed, mixed_precision=accelerator.mixed_precision)
         if mirror is not None:
-            log.info("writing to %s, which is copied to %s", mirror.local, shown(mirror.remote.url))
+            log.info("writing to %s, uploading to %s", mirror.local, shown(mirror.remote.url))
             mirror.upload(identity_path(settings.save))
             mirror.upload(configuration)
     length, processes = run.data.length, accelerator.num_processes

@@ -246,7 +246,7 @@ def skip_or_stop(
             f"{where}: stopped {taken}; files saved before this are whole. "
             "Lower --learning_rate, check that sample's cache, or skip some steps with --skip_nonfinite"
         )
-    log.warning("%s: left out, %d of %d", where, skipped.count, limit)
+    log.warning("%s: step skipped (%d of at most %d)", where, skipped.count, limit)
 
 
 def sampled(window: list[Drawn]) -> Iterator[str]:

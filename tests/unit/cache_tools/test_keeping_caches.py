@@ -163,7 +163,7 @@ def test_what_dead_runs_left_goes_at_the_next_start(folder, capsys):
     for path in (old, other, probe):
         os.utime(path, (0, time.time() - 2 * 24 * 60 * 60))
     assert cache() == 0
-    assert "3 unfinished writes of runs that are gone were deleted" in capsys.readouterr().err
+    assert "3 unfinished files of ended runs deleted" in capsys.readouterr().err
     assert living.exists() and elsewhere.exists() and other.exists()
     assert not old.exists() and not dead.exists() and not probe.exists()
 

@@ -117,7 +117,7 @@ def test_captions_alone_ask_for_no_partner(folder, capsys):
 
 def test_a_control_task_without_any_control_says_so(capsys):
     items_of("", "fun-control-1.3B")
-    assert "no control_directory and no control_path: the model is given no control video" in capsys.readouterr().err
+    assert "no control_directory or control_path: training without a control video" in capsys.readouterr().err
 
 
 def test_a_camera_file_goes_before_the_datasets_direction(folder):

@@ -96,7 +96,7 @@ def attention(
     """
     attend = check_attention(name, device=device, dtype=dtype, training=training, head_width=head_width)
     if BACKENDS[name].module and dtype not in HALF:
-        log.info("--attn_mode %s has no kernels for %s: attention is taken in bfloat16", name, dtype)
+        log.info("--attn_mode %s has no kernels for %s: using bfloat16 for attention", name, dtype)
     prefer_cudnn(torch.device(device))
     leave_out_faulty(torch.device(device), dtype, head_width, training=training)
     return _one_by_one(attend) if split else attend

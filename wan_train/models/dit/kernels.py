@@ -117,7 +117,7 @@ def leave_out_faulty(device: torch.device, dtype: torch.dtype, head_width: int, 
         fault = fault_of(kernel, device, dtype, head_width, training=training) if kernel.is_on() else None
         if fault is not None:
             kernel.switch(False)
-            log.info("torch's %s attention is left out on %s for %s: %s", kernel.name, device, dtype, fault)
+            log.info("torch's %s attention is disabled on %s for %s: %s", kernel.name, device, dtype, fault)
 
 
 def fault_of(

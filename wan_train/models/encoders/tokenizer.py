@@ -55,7 +55,7 @@ class Tokenizer:
             if is_cut and text not in self._told:
                 self._told.add(text)
                 start = f"{' '.join(text.split())[:_SHOWN]} ..."
-                logger.warning('the text "%s" is longer than %d tokens: its end is cut off', start, TEXT_LENGTH)
+                logger.warning('the text "%s" is longer than %d tokens and is truncated', start, TEXT_LENGTH)
         return found
 
     def find_cut(self, texts: Iterable[str]) -> set[str]:

@@ -128,7 +128,7 @@ def check_cache(request: SampleRequest, *, is_compiled: bool = False, models: Ma
     entry = entry_for(path, request) if request.step_cache == AUTO else _nearest(path, request)
     for name in () if models is None else models.keys() | entry.models.keys():
         if models is not None and models.get(name) != entry.models.get(name):
-            log.warning("--cache_profile %s was measured with another --%s: the errors may be others", path, name)
+            log.warning("--cache_profile %s was measured with a different --%s: the errors may differ", path, name)
 
 
 def entry_for(path: str, request: SampleRequest) -> Entry:

@@ -84,13 +84,13 @@ def hold_out(dataset: CachedDataset, settings: ValidationSettings, read: Callabl
         return Data(dataset, None)
     assert data.held_out is not None
     if shared := find_shared(data.training, data.held_out):
-        log.warning("%d held-out files are trained on too (%s)", len(shared), name_some(shared))
+        log.warning("%d validation files are also in the training set (%s)", len(shared), name_some(shared))
     num_files = len(set(name_files(data.held_out)))
     if settings.early_stop is not None and num_files < 2:
         raise InputError("--early_stop needs an interval, and one held-out file gives none: hold out two or more")
     num_clips = sum(len(plan.clips) for plan in data.held_out.plans)
     wide = "" if num_files >= FEW else ", so few that intervals are wide"
-    log.info("held out: %d clips of %d files%s", num_clips, num_files, wide)
+    log.info("validation: %d clips of %d files%s", num_clips, num_files, wide)
     return data
 
 
@@ -212,7 +212,7 @@ class Validator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state_dict` gave; anew, with a warning, where other clips or noise levels were measured."""
         if state["clips"] != self._names or state["measure"] != self._measure():
-            log.warning("other clips or noise levels are held out than before: the held-out loss is compared anew")
+            log.warning("the validation clips or timesteps have changed: the validation loss is compared from here")
             return
         self.history.load_state_dict(state["history"])
 

@@ -208,7 +208,7 @@ def _defaults(optimizer_class: OptimizerClass, given: dict[str, Any]) -> dict[st
 
 def _explain(optimizer_class: OptimizerClass, arguments: dict[str, Any], learning_rate: float) -> None:
     if sets_own_rate(optimizer_class, arguments):
-        log.warning("Adafactor with relative_step sets its own learning rate: --learning_rate is not used")
+        log.warning("Adafactor with relative_step computes its own learning rate: --learning_rate is ignored")
     elif comes_from(optimizer_class, "transformers", "Adafactor") and arguments["scale_parameter"]:
         log.warning("Adafactor with scale_parameter multiplies --learning_rate by each weight's own size")
     elif comes_from(optimizer_class, "prodigyopt", "Prodigy") and learning_rate < LOW_FOR_PRODIGY:

@@ -155,7 +155,7 @@ def read_tracker_config(logs: LogSettings) -> dict[str, dict[str, Any]]:
 def uses_board(logs: LogSettings) -> bool:
     """Whether curves go to TensorBoard."""
     if logs.log_with == "auto" and not is_installed("tensorboard"):
-        log.info("curves go to NAME.metrics.jsonl; %s", missing("TensorBoard", "tensorboard"))
+        log.info("metrics are written to NAME.metrics.jsonl; %s", missing("TensorBoard", "tensorboard"))
         return False
     return logs.log_with in ("auto", "tensorboard", "all")
 
@@ -213,7 +213,7 @@ class Guarded:
         try:
             call(self._tracker)
         except Exception as problem:  # whatever a foreign package raises
-            log.warning("%s fails and gets no more: %s", type(self._tracker).__name__, problem)
+            log.warning("%s failed and is disabled: %s", type(self._tracker).__name__, problem)
             self._tracker = None
 
 

@@ -106,7 +106,7 @@ def keep_earlier_end(save: SaveSettings, end: End, parts: Sequence[str | None], 
             with _warning_of(folder):
                 kept.append(_keep_folder(folder, target))
     if kept:
-        log.info("kept the earlier end of the run as %s", name_some(path.name for path in kept))
+        log.info("kept the previous final file as %s", name_some(path.name for path in kept))
     return kept
 
 

@@ -53,7 +53,7 @@ class Hub:
 
     def _upload(self, path: Path) -> None:
         if not path.exists():  # copies are slower than --save_last_n_... keeps files
-            log.warning("%s was removed before its upload to %s had begun", path, self._repo)
+            log.warning("%s was removed before it was uploaded to %s", path, self._repo)
             return
         place = {
             "path_in_repo": "/".join(
@@ -68,7 +68,9 @@ class Hub:
             else:
                 self._client.upload_file(path_or_fileobj=str(path), **place)
         except Exception as problem:  # whatever the client, the network or the hub raise
-            log.warning("%s was not uploaded to %s, it is still here: %s", path, self._repo, _first_line(problem))
+            log.warning(
+                "%s could not be uploaded to %s, the local file is kept: %s", path, self._repo, _first_line(problem)
+            )
             return
         log.info("uploaded %s to %s", path.name, self._repo)
 
