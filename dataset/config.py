@@ -245,7 +245,7 @@ def _as_one_frame(config: DatasetConfig) -> DatasetConfig:
     except ValueError as problem:
         raise InputError(f"{place}: fp_1f_clean_indices and fp_1f_target_index: {problem}") from None
     if config.images.last and len(one_frame.controls) != 2:
-        raise InputError(f"{place}: fp_1f_clean_indices: a flf2v task is given two images: list two indices")
+        raise InputError(f"{place}: fp_1f_clean_indices: a flf2v task takes two images: list two indices")
     return replace(config, one_frame=one_frame)
 
 

@@ -31,7 +31,7 @@ def generate(prompt: str, **settings: Any) -> np.ndarray:
     what the command would refuse.
     """
     if writing := sorted(_ON_DISK & settings.keys()):
-        raise InputError(f"generate(): {writing[0]} is about files, and this returns frames: leave it out")
+        raise InputError(f"generate(): {writing[0]} is for output files, and generate() returns frames: leave it out")
     chosen = from_values(GenerateSettings, {"prompt": prompt, **settings}, "generate()")
     if chosen.parallel != ParallelSettings():
         raise InputError("generate() works in one process: run wan_generate_video.py under torchrun for several")

@@ -124,7 +124,7 @@ def fitted_jobs(jobs: Sequence[Job], settings: GenerateSettings) -> list[Job]:
         check_encodable(job.request, settings.image, dits)
         beyond = [layer for layer in job.request.slg_layers if layer >= blocks]
         if beyond:
-            raise InputError(f"--slg_layers {beyond[0]} is not there: the model has blocks 0 to {blocks - 1}")
+            raise InputError(f"--slg_layers {beyond[0]} does not exist: the model has blocks 0 to {blocks - 1}")
     if any(job.request.video_path for job in jobs):
         check_given_vae(settings)
     return [replace(job, request=fit_to_source(job.request, variant.fps)) for job in jobs]

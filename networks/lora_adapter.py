@@ -144,14 +144,14 @@ class Lora:
             dims = [size.dim for size in self.sizes.values()]
             text += f"dims {min(dims)} to {max(dims)}, each with its own alpha"
         else:
-            text += f"dim {common.dim}, alpha {self._alpha(common):g}, alpha/dim {common.scale:g}"
+            text += f"dim {common.dim}, alpha {self._alpha(common):g}, effective scale alpha/rank {common.scale:g}"
             text += "".join(
                 f", convolutions dim {size.dim}, alpha {size.alpha:g}" for size in set(self.sizes.values()) - {common}
             )
             if common.scale < SMALL_SCALE:
                 text += (
-                    f"\nwhat is learnt counts alpha/dim, and --network_alpha is 1 unless given: if the result is too "
-                    f"weak, raise it (with {common.dim} the factor is 1) or the learning rate"
+                    f"\neffective LoRA scale is alpha/rank = {common.scale:g} (--network_alpha defaults to 1): if the"
+                    f" result is too weak, raise --network_alpha ({common.dim} gives scale 1) or --learning_rate"
                 )
         if self.arguments.verbose:
             text += "".join(f"\n{name}: dim {size.dim}, alpha {size.alpha:g}" for name, size in self.sizes.items())

@@ -88,12 +88,12 @@ def _larger(one: Bytes, other: Bytes) -> Bytes:
 def check_fits(needs: Needs, free: Bytes, ways: Iterable[str], *, device_name: str) -> None:
     """InputError where more is needed than is `free`; on a CPU both are the same memory, and `free.device` is 0."""
     total = needs.total if free.device else Bytes(0, needs.total.device + needs.total.host)
-    for need, there, where in ((total.device, free.device, device_name), (total.host, free.host, "CPU RAM")):
+    for need, there, where in ((total.device, free.device, device_name), (total.host, free.host, "the host")):
         if need > there:
             out = ", ".join(ways) or "a smaller model or smaller clips"
             raise InputError(
-                f"this run takes {gib(need)} GiB of {where}, and {gib(there)} GiB are free ({needs.describe()}): "
-                f"what takes less is {out}"
+                f"not enough memory on {where}: needs {gib(need)} GiB, {gib(there)} GiB free ({needs.describe()}). "
+                f"To reduce it: {out}"
             )
 
 

@@ -63,7 +63,7 @@ def default_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name} is not there: leave it out, or give cpu or cuda") from None
+        raise InputError(f"--device {name} is not available: leave it out, or give cpu or cuda") from None
     return device
 
 

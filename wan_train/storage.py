@@ -65,7 +65,7 @@ def read_header(source: TensorSource) -> Header:
                 shapes[key] = tuple(piece.get_shape())
                 if piece.get_dtype() not in _DTYPES:
                     raise InputError(
-                        f"{path} stores {key} as {piece.get_dtype()}, which is not known: give another file"
+                        f"{path} stores {key} as {piece.get_dtype()}, which is not supported: give another file"
                     )
                 dtypes[key] = _DTYPES[piece.get_dtype()]
     return Header(shapes, dtypes, metadata)
@@ -94,7 +94,7 @@ def _opened(path: Path) -> Iterator[Any]:
         # "r" maps the file: a tensor that is only read costs no memory of its own.
         handle = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as problem:
-        raise InputError(f"{path} is not a whole safetensors file ({problem}): copy or download it again") from None
+        raise InputError(f"{path} is not a complete safetensors file ({problem}): copy or download it again") from None
     with handle as file:
         try:
             yield file
@@ -109,7 +109,7 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         refused = re.search(r"GLOBAL (\S+)", str(problem))
         if refused:
             raise InputError(
-                f"{path} holds code ({refused[1]}), not only tensors, and is refused: use a safetensors file"
+                f"{path} contains code ({refused[1]}) besides tensors and is refused: use a safetensors file"
             ) from None
         raise InputError(f"{path} is not a readable checkpoint: copy or download it again") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as problem:

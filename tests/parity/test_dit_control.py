@@ -74,7 +74,7 @@ def test_a_motion_controller_without_a_bucket_is_the_base_to_the_bit() -> None:
         ("wan21_t2v", {"camera": torch.zeros(1, 24, 3, 64, 80)}, "no weights for camera"),
         ("wan21_t2v", {"vace_context": torch.zeros(1, 96, 3, 8, 10)}, "no weights for vace_context"),
         ("wan21_t2v", {"motion_bucket_id": torch.tensor([3])}, "no weights for motion_bucket_id"),
-        ("fun_v11_control_camera", {"image_latents": torch.zeros(1, 16, 3, 8, 10)}, "this model needs camera"),
+        ("fun_v11_control_camera", {"image_latents": torch.zeros(1, 16, 3, 8, 10)}, "this model requires a camera map"),
     ],
 )
 def test_inputs_without_weights_and_missing_ones_are_refused(name: str, given: dict[str, Tensor], told: str) -> None:

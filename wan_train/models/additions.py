@@ -61,7 +61,9 @@ def _new_layers(header: Header, dit: DitSettings, init: InitSettings, flag: str)
     label = f"{flag} {dit.dit}"
     require_kind(header.shapes, "DiT", label)
     if storage_dtype(header).itemsize == 1:
-        raise InputError(f"--init_control: {label} is stored in 8 bits, too few to train: give a bf16 or fp32 file")
+        raise InputError(
+            f"--init_control: {label} is stored in 8 bits, which cannot be trained: give a bf16 or fp32 file"
+        )
     return new_layers(official_shapes(header.shapes), VARIANTS[dit.task], init.init_control, label)
 
 

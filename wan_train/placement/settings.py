@@ -61,9 +61,7 @@ class RecomputeSettings(ActivationSettings):
         if self.gradient_checkpointing and self.recompute == "none":
             object.__setattr__(self, "recompute", "full")
         if self.gradient_checkpointing_cpu_offload and self.recompute == "none":
-            raise InputError(
-                "--gradient_checkpointing_cpu_offload moves what --gradient_checkpointing keeps: give that too"
-            )
+            raise InputError("--gradient_checkpointing_cpu_offload requires --gradient_checkpointing")
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,9 @@ def check_fp8_product(device: torch.device) -> None:
         torch._scaled_mm(codes, codes.t(), ones, ones.t().contiguous(), out_dtype=torch.bfloat16)
     except (RuntimeError, NotImplementedError) as problem:
         reason = str(problem).splitlines()[0]
-        raise InputError(f"--fp8_fast: {device} has no fp8 product ({reason}): leave it out") from None
+        raise InputError(
+            f"--fp8_fast: {device} does not support fp8 matrix products ({reason}): leave it out"
+        ) from None
 
 
 def quantised(

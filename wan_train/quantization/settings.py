@@ -27,11 +27,11 @@ class WeightSettings:
 
     def __post_init__(self) -> None:
         if self.fp8_scaled and not self.fp8_base:
-            raise InputError("--fp8_scaled scales what --fp8_base (or --fp8) stores: give that too")
+            raise InputError("--fp8_scaled requires --fp8_base (--fp8 in the generator)")
         if self.int8_base and self.fp8_base:
-            raise InputError("--int8_base and --fp8_base both say how weights are stored: give one of them")
+            raise InputError("--int8_base and --fp8_base are mutually exclusive: give one of them")
         if self.int8_ffn2 and not self.int8_base:
-            raise InputError("--int8_ffn2 widens what --int8_base covers: give that too")
+            raise InputError("--int8_ffn2 requires --int8_base")
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,4 @@ class FastWeightSettings(WeightSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fp8_fast and not self.fp8_scaled:
-            raise InputError("--fp8_fast multiplies what --fp8_scaled stores: give --fp8 --fp8_scaled too")
+            raise InputError("--fp8_fast requires --fp8 and --fp8_scaled")

@@ -51,7 +51,7 @@ def check_options(given: ControlOptions) -> None:
             " less than it"
         )
     if given.control_strength != 1 and not given.control_path:
-        raise InputError("--control_strength scales --control_path (--cn): give that too, or leave it out")
+        raise InputError("--control_strength requires --control_path (--cn): give both, or leave it out")
     for name in ("vace_mask", "vace_pad"):
         if getattr(given, name) and not given.vace_video:
             raise InputError(f"--{name} says what of --vace_video is made anew: give that too, or leave out --{name}")
@@ -61,7 +61,7 @@ def check_options(given: ControlOptions) -> None:
 def _check_camera(given: ControlOptions) -> None:
     beside = {"--camera_speed": given.camera_speed != CAMERA_SPEED, "--camera_origin": given.camera_origin}
     if given.camera_path and (flag := first_given({"--camera_direction": given.camera_direction, **beside})):
-        raise InputError(f"{flag} and --camera_path both say where the camera goes: give one of them")
+        raise InputError(f"{flag} and --camera_path both set the camera motion: give one of them")
     if not (given.camera_path or given.camera_direction) and (flag := first_given(beside)):
         raise InputError(f"{flag} is for --camera_direction: give that too, or leave it out")
     if given.camera_direction:

@@ -178,7 +178,7 @@ def _request(
 ) -> SampleRequest:
     """The defaults with what was given by letter; `known` lists the names for a message."""
     if not prompt:
-        raise InputError("a prompt starts with its words: a cat in the rain --w 832 --h 480")
+        raise InputError("a prompt line starts with the prompt: a cat in the rain --w 832 --h 480")
     vocabulary, changes = _vocabulary(grammar.settings), dict[str, Any](prompt=prompt)
     for letter, value in given.items():
         if letter in _IGNORED:

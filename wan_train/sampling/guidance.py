@@ -171,7 +171,7 @@ def without_blocks(model: Dit, layers: Collection[int]) -> Iterator[None]:
     """While it lasts, let passes of the model leave out these of its `blocks`. InputError for one that it lacks."""
     num_blocks = len(model.blocks)
     if beyond := [layer for layer in layers if layer >= num_blocks]:
-        raise InputError(f"--slg_layers {beyond[0]} is not there: the model has blocks 0 to {num_blocks - 1}")
+        raise InputError(f"--slg_layers {beyond[0]} does not exist: the model has blocks 0 to {num_blocks - 1}")
 
     def leaving_out(run: RunBlocks) -> RunBlocks:
         def run_others(state: Embedded) -> None:
@@ -224,5 +224,5 @@ def guided_steps(steps: int, mode: str = "none", ratio: float | None = None) -> 
     if mode == "none" or ratio is None:
         return [True] * steps
     if not 0 <= ratio <= 1:
-        raise InputError(f"the share of guided steps is between 0 and 1, not {ratio}")
+        raise InputError(f"the ratio of guided steps must be between 0 and 1, not {ratio}")
     return pattern(steps, int(steps * ratio), ratio)

@@ -31,9 +31,9 @@ def check_images(variant: Variant, first: str | None, last: str | None) -> None:
     if not first and (variant.is_fused or variant.images.optional):
         return
     if not first:
-        raise InputError(f"--task {variant.name} begins with an image: give --image_path (--i in a line of prompts)")
+        raise InputError(f"--task {variant.name} needs a first image: give --image_path (--i in a line of prompts)")
     if variant.images.last and not last:
-        raise InputError(f"--task {variant.name} ends with an image: give --end_image_path (--ei in a line of prompts)")
+        raise InputError(f"--task {variant.name} needs a last image: give --end_image_path (--ei in a line of prompts)")
     for flag, path in (("--image_path", first), ("--end_image_path", last)):
         if path:
             check_image(flag, path)
@@ -44,7 +44,7 @@ def check_controls(variant: Variant, one_frame: OneFrame, images: Sequence[str])
     if variant.images is None or not variant.images.clip or variant.control:
         raise InputError(f"--one_frame_inference is for Wan2.1's tasks with images, not for {variant.name}")
     if variant.images.last and len(one_frame.controls) != 2:
-        raise InputError(f"--one_frame_inference {one_frame}: {variant.name} is given two images: list two indices")
+        raise InputError(f"--one_frame_inference {one_frame}: {variant.name} takes two images: list two indices")
     if len(images) != len(one_frame.controls):
         raise InputError(
             f"--one_frame_inference {one_frame} is given {len(one_frame.controls)} images, and there are"

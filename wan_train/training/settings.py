@@ -75,7 +75,7 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         if self.ema_cpu and self.ema_decay is None:
-            raise InputError("--ema_cpu says where the average of --ema_decay is kept: give that too")
+            raise InputError("--ema_cpu requires --ema_decay")
 
 
 @dataclass(frozen=True)

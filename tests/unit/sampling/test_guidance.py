@@ -156,7 +156,7 @@ def test_blocks_are_left_out_of_what_another_wrap_runs() -> None:
 
 
 def test_a_block_that_the_model_lacks_is_told() -> None:
-    with pytest.raises(InputError, match="--slg_layers 3 is not there: the model has blocks 0 to 2"):
+    with pytest.raises(InputError, match="--slg_layers 3 does not exist: the model has blocks 0 to 2"):
         with without_blocks(tiny_dit(), (1, 3)):
             pass
 

@@ -190,9 +190,9 @@ def test_what_cannot_fit_is_refused_with_the_ways_out(tiny: Path) -> None:
     check_fits(needs, Bytes(7 << 30, 5 << 30), ways_out(settings), device_name="cuda:0")
     check_fits(needs, Bytes(0, 12 << 30), ways_out(settings), device_name="cpu")
     for free, told in {
-        Bytes(6 << 30, 50 << 30): "takes 7.00 GiB of cuda:0, and 6.00 GiB are free",
-        Bytes(8 << 30, 4 << 30): "takes 5.00 GiB of CPU RAM, and 4.00 GiB are free",
-        Bytes(0, 11 << 30): "takes 12.00 GiB of CPU RAM, and 11.00 GiB are free",
+        Bytes(6 << 30, 50 << 30): "not enough memory on cuda:0: needs 7.00 GiB, 6.00 GiB free",
+        Bytes(8 << 30, 4 << 30): "not enough memory on the host: needs 5.00 GiB, 4.00 GiB free",
+        Bytes(0, 11 << 30): "not enough memory on the host: needs 12.00 GiB, 11.00 GiB free",
     }.items():
         with pytest.raises(InputError, match=told) as refused:
             check_fits(needs, free, ways_out(settings), device_name="cuda:0")

@@ -34,7 +34,7 @@ def read_boundary(given: float | None, variant: Variant, flag: str = "--timestep
     """The boundary as t in [0, 1]: as users give it, 0..1 or 0..1000, or the task's. InputError for another number, and
     for a task of one model, naming the option that asks for it."""
     if variant.experts is None:
-        raise InputError(f"{flag}: --task {variant.name} has one model, and so no boundary: take an A14B task")
+        raise InputError(f"{flag}: --task {variant.name} has one model and therefore no boundary: use an A14B task")
     if given is None:
         return variant.experts.boundary
     t = given / NUM_TIMESTEPS if given > 1 else given

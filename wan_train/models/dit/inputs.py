@@ -42,4 +42,4 @@ def check_inputs(inputs: Inputs, config: DitConfig, num_channels: int) -> None:
         if getattr(inputs, name) is not None and not has:
             raise ValueError(f"this model has no weights for {name}")
     if config.camera_dim and inputs.camera is None:
-        raise ValueError("this model needs camera")
+        raise ValueError("this model requires a camera map")

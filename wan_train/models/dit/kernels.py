@@ -158,7 +158,7 @@ def _probe_once(attend: Attend, given: Sequence[Tensor], *, training: bool) -> N
     theirs = _results(attend_by(SDPBackend.MATH), exact, training=training)
     for ours, right in zip(_results(attend, inputs, training=training), theirs, strict=True):
         if not ours.isfinite().all():
-            raise RuntimeError("its results have NaN or Inf")
+            raise RuntimeError("its results contain NaN or Inf")
         # The first number of a head is what moves the scores: of its gradient, rounding alone is left.
         error = float((ours.float() - right)[..., 1:].norm() / right[..., 1:].norm())
         if not error < PROBE_ERROR:

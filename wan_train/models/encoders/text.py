@@ -41,9 +41,9 @@ class TextEncoder(nn.Module):
         encoder has no tokenizer.
         """
         if self.tokenizer is None:
-            raise InputError("this text encoder takes ids only: load it with a tokenizer")
+            raise InputError("this text encoder accepts token ids only: load it with a tokenizer")
         if isinstance(texts, str):
-            raise TypeError("a list of texts is wanted, not a single text")
+            raise TypeError("expected a list of texts, not a single text")
         rows = [torch.tensor(ids, dtype=torch.long) for ids in self.tokenizer(texts)]
         if not rows:
             return []

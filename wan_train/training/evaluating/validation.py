@@ -62,11 +62,11 @@ def check_validation(settings: ValidationSettings) -> None:
     every = settings.validate_every_n_steps or settings.validate_every_n_epochs
     if settings.early_stop is not None and not every:
         raise InputError(
-            f"--early_stop {settings.early_stop} needs evaluations to count: give --validate_every_n_steps or _epochs"
+            f"--early_stop {settings.early_stop} needs evaluations: give --validate_every_n_steps or _epochs"
         )
     if every and settings.validation_config is None and settings.validation_split is None:
         raise InputError(
-            "--validate_every_n_steps and _epochs need held-out clips: give --validation_config or --validation_split"
+            "--validate_every_n_steps and _epochs need a validation set: give --validation_config or --validation_split"
         )
 
 
@@ -87,7 +87,9 @@ def hold_out(dataset: CachedDataset, settings: ValidationSettings, read: Callabl
         log.warning("%d validation files are also in the training set (%s)", len(shared), name_some(shared))
     num_files = len(set(name_files(data.held_out)))
     if settings.early_stop is not None and num_files < 2:
-        raise InputError("--early_stop needs an interval, and one held-out file gives none: hold out two or more")
+        raise InputError(
+            "--early_stop needs a confidence interval, which one validation file cannot give: hold out two or more"
+        )
     num_clips = sum(len(plan.clips) for plan in data.held_out.plans)
     wide = "" if num_files >= FEW else ", so few that intervals are wide"
     log.info("validation: %d clips of %d files%s", num_clips, num_files, wide)

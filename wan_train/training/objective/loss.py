@@ -92,7 +92,7 @@ def check_timesteps(
         if below[1] - below[0] < LEAST_SHARE:
             way = "leave out --preserve_distribution_shape" if limits == (None,) else "draw otherwise"
             raise InputError(
-                f"--timestep_sampling {sampling} draws next to nothing from {NUM_TIMESTEPS * part.low:g} to"
+                f"--timestep_sampling {sampling} almost never samples from {NUM_TIMESTEPS * part.low:g} to"
                 f" {NUM_TIMESTEPS * part.high:g}: widen --min_timestep and --max_timestep, or {way}"
             )
 

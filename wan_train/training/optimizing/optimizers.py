@@ -92,7 +92,7 @@ def check_optimizer(
         check_apart(kind, settings.optimizer_type, apart)
     given = read_arguments("--optimizer_args", settings.optimizer_args)
     if "lr" in given:
-        raise InputError("--optimizer_args has lr: give it as --learning_rate")
+        raise InputError("--optimizer_args contains lr: give it as --learning_rate")
     refuse_unknown("--optimizer_args", given, kind, own=("params", "lr"))
     _check_warmup(kind, given, settings)
     arguments = _defaults(kind, given) | {"lr": settings.learning_rate} | given
@@ -166,7 +166,7 @@ def read_arguments(flag: str, texts: Sequence[str]) -> dict[str, Any]:
         if not sign or not name:
             raise InputError(f"{flag} takes name=value, not {text!r}")
         if name in arguments:
-            raise InputError(f"{flag} has {name} twice: give it once")
+            raise InputError(f"{flag} contains {name} twice: give it once")
         try:
             arguments[name] = WORDS[value.lower()] if value.lower() in WORDS else ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -194,7 +194,7 @@ def _check_warmup(optimizer_class: OptimizerClass, given: dict[str, Any], settin
     if not is_schedule_free(optimizer_class) or settings.lr_warmup_steps.strip(" %") in ("0", "0.0"):
         return
     if "warmup_steps" in given:
-        raise InputError("--optimizer_args warmup_steps and --lr_warmup_steps say the same thing: give one of them")
+        raise InputError("--optimizer_args warmup_steps and --lr_warmup_steps set the same value: give one of them")
     if "warmup_steps" not in inspect.signature(optimizer_class).parameters:
         raise InputError(f"{settings.optimizer_type} has no warm-up: leave out --lr_warmup_steps")
 
@@ -222,5 +222,5 @@ def _by_full_name(name: str) -> OptimizerClass:
     kind: OptimizerClass = found
     closure = inspect.signature(found.step).parameters.get("closure")
     if found.__name__ in UNUSABLE or (closure is not None and closure.default is inspect.Parameter.empty):
-        raise InputError(f"--optimizer_type {name} needs a closure or sparse gradients, which training has not")
+        raise InputError(f"--optimizer_type {name} needs a closure or sparse gradients, which are not supported")
     return kind

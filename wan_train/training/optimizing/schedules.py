@@ -170,10 +170,12 @@ def _check_own_pace(settings: OptimizerSettings, own: str) -> None:
     """What a schedule would be told, an optimizer that is its own schedule never hears."""
     if settings.lr_scheduler_type or settings.lr_scheduler not in ("constant", "constant_with_warmup", own):
         raise InputError(
-            f"--optimizer_type {settings.optimizer_type} sets its own pace: leave out {_described(settings)}"
+            f"--optimizer_type {settings.optimizer_type} has its own schedule: leave out {_described(settings)}"
         )
     if settings.lr_scheduler_args:
-        raise InputError(f"--optimizer_type {settings.optimizer_type} sets its own pace: leave out --lr_scheduler_args")
+        raise InputError(
+            f"--optimizer_type {settings.optimizer_type} has its own schedule: leave out --lr_scheduler_args"
+        )
     if own == "adafactor" and warmup_steps(settings.lr_warmup_steps, UNKNOWN_LENGTH):
         raise InputError(
             f"Adafactor with relative_step does not read --lr_warmup_steps {settings.lr_warmup_steps}: leave it out, "

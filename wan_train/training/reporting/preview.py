@@ -34,10 +34,10 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
     """The previews' requests, once all that they need is there. Raises InputError before a model is loaded."""
     preview = settings.preview
     if preview.sample_with_ema and settings.loop.ema_decay is None:
-        raise InputError("--sample_with_ema needs an average to sample with: give --ema_decay, 0.999 for instance")
+        raise InputError("--sample_with_ema requires --ema_decay, such as 0.999")
     if preview.sample_prompts is None:
         if preview.sample_every_n_epochs or preview.sample_every_n_steps or preview.sample_at_first:
-            raise InputError("previews need --sample_prompts: give a file of prompts")
+            raise InputError("previews need --sample_prompts FILE")
         return []
     grammar = replace(PREVIEW, strict=preview.strict_prompts)
     requests = read_prompts(preview.sample_prompts, preview_defaults(variant), grammar)

@@ -227,7 +227,7 @@ def chosen_seed(given: int | None, state: State | None) -> int | None:
     if state is None:
         return given
     if given is not None and given != state.seed:
-        raise InputError(f"--seed {given} is not the {state.seed} that {state.folder} began with: leave it out")
+        raise InputError(f"--seed {given} differs from the seed {state.seed} of {state.folder}: leave it out")
     return state.seed
 
 
@@ -275,7 +275,7 @@ def _position_of(
             "raise --max_train_steps or --max_train_epochs to continue"
         )
         raise Stopped(told, 0) if settings.save.resume == AUTO else InputError(told)
-    log.info("resuming from %s: step %d, epoch %d", state.folder, state.position.step, state.position.epoch)
+    log.info("resumed from %s at step %d, epoch %d", state.folder, state.position.step, state.position.epoch)
     return state.position
 
 

@@ -159,7 +159,7 @@ def load_state(state: State, parameters: Mapping[str, nn.Parameter]) -> dict[str
     """Give the parameters their saved values, bit for bit, and return the saved parts."""
     saved = dict(read_tensors(state.folder / ADAPTER))
     if {name: tuple(t.shape) for name, t in saved.items()} != {n: tuple(p.shape) for n, p in parameters.items()}:
-        raise InputError(f"--resume {state.folder} is of another network: resume with the options that it began with")
+        raise InputError(f"--resume {state.folder} belongs to a different network: resume with the original options")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
