@@ -1,4 +1,4 @@
-"""Draw what each extraction mode takes of a video: docs/extraction.svg, from the positions that caching uses.
+"""Draw which frames each extraction mode takes (docs/extraction.svg), from the positions that caching uses.
 
 python docs/draw_extraction.py
 """
@@ -12,7 +12,7 @@ from dataset.reading.frames import clip_positions
 
 IMAGE = Path(__file__).resolve().parent / "extraction.svg"
 FRAMES = 30
-# (mode, its keys, the numbers of `clip_positions`)
+# (mode, its keys in the TOML file, arguments of `clip_positions`)
 ROWS: tuple[tuple[str, str, dict[str, int]], ...] = (
     ("head", "target_frames = [9]", {}),
     ("chunk", "target_frames = [9]", {}),
@@ -24,7 +24,7 @@ CELL, BAR, LEFT, GAP = 16, 14, 20, 16
 
 
 def draw() -> str:
-    """The image as SVG: for each mode a row of frames, the taken ones dark, and a bar below for each clip."""
+    """Return the SVG: for each mode a row of frames, those taken in dark, and below it a bar for each clip."""
     parts, y = [], GAP
     for mode, keys, numbers in ROWS:
         clips = clip_positions(FRAMES, [9], mode, **numbers)

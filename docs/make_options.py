@@ -1,8 +1,8 @@
-"""Write what the settings of the tools say of themselves: the options pages and the frozen list of options.
+"""Write the option pages and the frozen list of options from the settings of the tools.
 
     python docs/make_options.py
 
-Run it after changing an option and read the difference: what disappears from the list breaks someone's script.
+Run it after changing an option, and read the diff: an option that disappears from the list breaks someone's script.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ FROZEN = ROOT / "tests" / "golden" / "options.json"
 
 
 def find_tools() -> dict[str, Tool]:
-    """The tool of each entry point: every script in the root that names one."""
+    """Return the tool of each entry point, that is of every script in the root that has one."""
     tools = {}
     for path in sorted(ROOT.glob("*.py")):
         if "cli import run" not in path.read_text(encoding="utf-8"):
@@ -34,7 +34,7 @@ def find_tools() -> dict[str, Tool]:
 
 
 def describe(tool: Tool) -> str:
-    """A Markdown page of every option of a tool, made from the settings themselves."""
+    """Return a Markdown page of all options of a tool."""
     lines = [f"# {tool.program}", "", tool.description, ""]
     for group in groups(tool.settings).values():
         lines += [f"## {title(group)}", "", "| option | default | meaning |", "|---|---|---|"]
@@ -49,7 +49,7 @@ def describe(tool: Tool) -> str:
 
 
 def list_options(tool: Tool) -> dict[str, str]:
-    """Every spelling of every option of a tool, with its default in words."""
+    """Return every spelling of every option of a tool, with the repr of its default."""
     listed: dict[str, str] = {}
     for group in groups(tool.settings).values():
         for field, described, _ in options(group):
@@ -60,7 +60,7 @@ def list_options(tool: Tool) -> dict[str, str]:
 
 
 def freeze() -> str:
-    """The list of all tools' options, as its file holds it."""
+    """Return the list of all tools' options as JSON text."""
     return json.dumps({name: list_options(tool) for name, tool in find_tools().items()}, indent=1) + "\n"
 
 
