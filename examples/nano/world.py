@@ -94,7 +94,7 @@ def draw(scene: Scene, seed: int) -> NDArray[np.uint8]:
 
 
 def draw_clip(shape: str, motion: tuple[int, int], colour: Colour, background: Colour, seed: int) -> NDArray[np.uint8]:
-    """The clip (17, 32, 32, 3) of a shape of any colour on any background, always completely inside the frame."""
+    """The clip (17, 32, 32, 3) of a shape of any colour on any ground, wholly inside the image all the time."""
     frames = np.empty((FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
     for index, distance in enumerate(_distances(shape, motion, seed)):
         inside = np.clip(0.5 - distance, 0, 1)[..., None]
