@@ -116,7 +116,11 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} cannot be read ({str(problem).splitlines()[0]}): copy or download it again") from None
     while isinstance(state, dict) and len(state) == 1 and next(iter(state)) in _WRAPPERS:
         state = next(iter(state.values()))
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    ):
         raise InputError(f"{path} is not a state dict of tensors")
     return dict(state)
 

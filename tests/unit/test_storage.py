@@ -72,7 +72,9 @@ def test_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
     short_pth.write_bytes((tmp_path / "x.pth").read_bytes()[:-400])
     text = tmp_path / "text.pth"
     text.write_text("hello")
-    for bad in (short, short_pth, text, tmp_path / "absent.safetensors"):
+    unnamed = tmp_path / "unnamed.pth"
+    torch.save({(3, 4): torch.ones(1)}, unnamed)
+    for bad in (short, short_pth, text, unnamed, tmp_path / "absent.safetensors"):
         with pytest.raises(InputError, match=bad.name):
             read_header(bad)
 
