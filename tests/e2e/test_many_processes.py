@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import wan_train
+from generate.output import save_latents
 from tests import processes
 from tests.tiny.control import make_control_models
 from tests.tiny.make import DIT, SCENES, T5, VAE, dit_shapes, draw_frames, make_models, save
@@ -111,6 +112,17 @@ def test_a_video_that_fails_leaves_those_of_all_groups(tiny: Path, tmp_path: Pat
     assert sorted(path.parent.name for path in tmp_path.glob("*/*_latent.safetensors")) == ["1", "3"]
 
 
+def test_only_the_first_process_has_to_do_with_a_remote_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_latents(tmp_path / "a_latent.safetensors", torch.zeros(16, 1, 4, 4), "", {})
+    given = words(tiny, "--latent_path", tmp_path / "a_latent.safetensors", "--cfg_size", 2)
+    processes.run(SCRIPT, *given, "--save_path", f"file://{tmp_path}/there", ranks=2)
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["a.png"]
+    assert not (processes.ROOT / "file:").exists(), "a local folder of the URL's name"
+
+
 @pytest.mark.parametrize(
     ("ranks", "more", "reason"),
     [
@@ -123,6 +135,7 @@ def test_a_video_that_fails_leaves_those_of_all_groups(tiny: Path, tmp_path: Pat
         (2, ("--ulysses_size", 2, "--compile", "--compile_fullgraph"), "leave out --compile_fullgraph"),
         (2, ("--ulysses_size", 2, "--dit", "absent.safetensors"), "absent.safetensors"),
         (2, ("--cfg_size", 2, "--save_path", "a.webm"), ".webm is not written"),  # what only the first looks at
+        (2, ("--cfg_size", 2, "--save_path", "nope://x"), "--save_path nope://x cannot be opened"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
