@@ -73,12 +73,22 @@ def test_two_processes_write_the_video_of_one_once(tiny: Path, tmp_path: Path) -
                 *("--video_length", 9, "--sliding_window_size", 2, "--riflex", "--riflex_freq_index", 4),
             ),
         ),
+        (
+            ("--cfg_size", 2),
+            (
+                *("--step_cache", "auto", "--error_budget", 10, "--slg_layers", 1, "--slg_end", 0.7),
+                *("--video_length", 9, "--sliding_window_size", 2, "--cache_profile", "profile.json"),
+            ),
+        ),
     ],
 )
 def test_two_processes_reuse_the_same_passes(
     tiny: Path, tmp_path: Path, split: tuple[object, ...], given: tuple[object, ...]
 ) -> None:
+    given = tuple(tmp_path / word if word == "profile.json" else word for word in given)
     plain = words(tiny, "--prompt", "a red circle", "--output_type", "latent", *given, "--infer_steps", 5)
+    if "auto" in given:
+        processes.run(SCRIPT, *plain, "--calibrate_steps", 5)
     counts = []
     for name, ranks, more in (("one", 1, ()), ("two", 2, split)):
         done = processes.run(SCRIPT, *plain, *more, "--save_path", tmp_path / f"{name}.safetensors", ranks=ranks)
