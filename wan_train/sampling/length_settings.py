@@ -29,7 +29,7 @@ class LengthOptions:
         "Number of latent frames from the start of a window to that of the next, at most --sliding_window_size;"
         " default: half of it.",
         minimum=1,
-        traits=Sampled(beside="sliding_window_size", maximum=4096),
+        traits=Sampled(beside="sliding_window_size", recorded="window_stride", maximum=4096),
     )
     riflex: bool = option(
         False,
