@@ -45,7 +45,7 @@ def main(settings: GenerateSettings) -> None:
         raise InputError(f"--profile traces the sampling of a video, and {wanted} makes none: leave out one of them")
     with working_together(settings.parallel, lambda: default_device(settings.output.device)) as groups:
         if groups.all.size > 1:
-            set_level(logging.INFO if groups.is_first else logging.WARNING)
+            set_level(logging.INFO if groups.is_first else logging.ERROR)  # the others would warn of the same
         settings, mirror = with_local_save_path(settings, groups)
         with uploading(mirror, groups):
             _WORK[wanted](settings, groups, mirror)
