@@ -65,13 +65,16 @@ def test_two_processes_write_the_video_of_one_once(tiny: Path, tmp_path: Path) -
     [
         (
             ("--ulysses_size", 2, "--dit_fsdp"),
-            ("--step_cache", "teacache", "--tea_cache_l1_thresh", 5, "--slg_layers", 1, "--slg_end", 0.7),
+            (
+                *("--step_cache", "teacache", "--tea_cache_l1_thresh", 5, "--slg_layers", 1, "--slg_end", 0.7),
+                *("--video_size", 32, 32, "--video_length", 89, "--riflex", "--riflex_freq_index", 4),
+            ),
         ),
         (
             ("--cfg_size", 2),
             (
                 *("--step_cache", "attention", "--start_step", 0, "--attentioncache_interval", 2, "--end_step", 4),
-                *("--video_length", 9, "--sliding_window_size", 2, "--riflex", "--riflex_freq_index", 4),
+                *("--video_length", 9, "--sliding_window_size", 2),
             ),
         ),
         (
@@ -94,6 +97,7 @@ def test_two_processes_reuse_the_same_passes(
     for name, ranks, more in (("one", 1, ()), ("two", 2, split)):
         done = processes.run(SCRIPT, *plain, *more, "--save_path", tmp_path / f"{name}.safetensors", ranks=ranks)
         counts.append(re.findall(r"step cache \w+: (\d+) passes computed, (\d+) reused", done.stderr))
+        assert ("INFO: RIFLEx: the period" in done.stderr) == ("--riflex" in given)
     assert counts[0] == counts[1] and len(counts[0]) == 1 and int(counts[0][0][1]) > 0
     assert difference(tmp_path / "two_latent.safetensors", tmp_path / "one_latent.safetensors") < 1e-5
 
