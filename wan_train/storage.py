@@ -23,6 +23,7 @@ from torch import Tensor
 from wan_train.errors import InputError
 from wan_train.file_names import PROBE, hidden_prefix
 from wan_train.flushing import flush
+from wan_train.remote.addresses import check_local
 from wan_train.shards import expand
 
 TensorSource = str | os.PathLike[str] | Mapping[str, Tensor]
@@ -271,6 +272,7 @@ def _without_views(value: Any) -> Any:
 def check_writable(folder: str | os.PathLike[str]) -> None:
     """Fail now, with the folder's name, if a file cannot be written there later."""
     path = Path(folder)
+    check_local(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path, prefix=PROBE):

@@ -112,6 +112,16 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
         save_tensors(tmp_path / "file" / "x.safetensors", tensors())
 
 
+@pytest.mark.parametrize("folder", ["gs://bucket/folder", Path("s3://bucket/folder")])
+def test_a_url_is_not_taken_for_a_local_folder(
+    folder: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="only --save_path and --output_dir take URLs"):
+        check_writable(folder)
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_that_find_no_room_say_what_the_disk_said(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
