@@ -45,10 +45,9 @@ def main(settings: GenerateSettings) -> None:
         raise InputError(f"--profile traces the sampling of a video, and {wanted} makes none: leave out one of them")
     with working_together(settings.parallel, lambda: default_device(settings.output.device)) as groups:
         if groups.all.size > 1:
-            set_level(logging.INFO if groups.is_first else logging.WARNING)
-        # Only the first process of a group writes.
-        settings, mirror = with_local_save_path(settings) if groups.is_first else (settings, None)
-        with uploading(mirror):
+            set_level(logging.INFO if groups.is_first else logging.ERROR)  # the others would warn of the same
+        settings, mirror = with_local_save_path(settings, groups)
+        with uploading(mirror, groups):
             _WORK[wanted](settings, groups, mirror)
     tell_of_cache(settings.compile)
     log.info("done in %.1f s; at most %s", time.monotonic() - began, describe_peak(groups.device))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import av
 from generate.jobs import request_options
 from generate.settings import GenerateSettings
 from wan_train.config_file import changed_options, named_file, words_of
+from wan_train.distributed.settings import ParallelSettings
 from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.media_out import read_comment
@@ -37,9 +38,11 @@ _ELSEWHERE = (
     "from_metadata",
     "save_path",
     "local_output_dir",
-    "compile_cache",
     "output_pattern",
+    "compile_cache",
+    "profile",
     "ckpt_dir",
+    *(declared.name for declared in fields(ParallelSettings)),
     "text_cache",
     "device",
     "no_metadata",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from generate.output import is_file
 from generate.settings import GenerateSettings, OutputSettings
+from wan_train.distributed.exchange import from_all
+from wan_train.distributed.groups import Groups
 from wan_train.errors import RunError
 from wan_train.log import get_logger
 from wan_train.remote.addresses import check_local_folder, is_remote, local_folder, shown
@@ -16,9 +18,10 @@ from wan_train.remote.mirror import Mirror
 log = get_logger(__name__)
 
 
-def with_local_save_path(settings: GenerateSettings) -> tuple[GenerateSettings, Mirror | None]:
+def with_local_save_path(settings: GenerateSettings, groups: Groups) -> tuple[GenerateSettings, Mirror | None]:
     """The settings with a local path in the place of a remote `--save_path`, and what uploads the results, which then
-    leave the disk unless `--local_output_dir` is given. InputError for a URL that cannot be used or written to."""
+    leave the disk unless `--local_output_dir` is given; None in processes that write nothing, all but the first of
+    each group. InputError for a URL that cannot be used or written to."""
     output = settings.output
     check_local_folder("--save_path", output.save_path, output.local_output_dir)
     if not is_remote(output.save_path):
@@ -27,24 +30,32 @@ def with_local_save_path(settings: GenerateSettings) -> tuple[GenerateSettings, 
         named = f"{output.save_path.rstrip('/')}/{output.output_pattern}"
         output = replace(output, save_path=named, output_pattern=None)
     url, inside = _split(output)
-    remote, local = open_remote(url, "--save_path"), local_folder(url, output.local_output_dir)
+    local = local_folder(url, output.local_output_dir)
+    settings = replace(settings, output=replace(output, save_path=str(local / inside) if inside else str(local)))
+    if not groups.is_first:
+        return settings, None
+    remote = open_remote(url, "--save_path")
     remote.check_writable("--save_path")
-    path = str(local / inside) if inside else str(local)
-    mirror = Mirror(local, remote, keeps_local=output.local_output_dir is not None)
-    return replace(settings, output=replace(output, save_path=path)), mirror
+    return settings, Mirror(local, remote, keeps_local=output.local_output_dir is not None)
 
 
 @contextmanager
-def uploading(mirror: Mirror | None) -> Iterator[None]:
-    """Wait, at the end, for what is uploaded. RunError that names the files that could not be."""
+def uploading(mirror: Mirror | None, groups: Groups) -> Iterator[None]:
+    """Wait, at the end, for what is uploaded, by all processes: one that fails ends the others, uploads and all.
+
+    RunError that names the files that could not be.
+    """
     try:
         yield
     finally:
         if mirror is not None:
             mirror.finish()
-    if mirror is not None and mirror.failed:
-        named = ", ".join(map(str, mirror.failed))
-        raise RunError(f"{len(mirror.failed)} result(s) could not be uploaded to {shown(mirror.remote.url)}: {named}")
+    failed = from_all(
+        groups.all, [] if mirror is None else [(shown(mirror.remote.url), path) for path in mirror.failed]
+    )
+    if files := [file for part in failed for file in part]:
+        named = ", ".join(str(path) for _, path in files)
+        raise RunError(f"{len(files)} result(s) could not be uploaded to {files[0][0]}: {named}")
 
 
 def deliver(path: Path, mirror: Mirror | None) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from wan_train.errors import InputError
 from wan_train.file_names import PROBE, hidden_prefix
 from wan_train.flushing import flush
+from wan_train.remote.addresses import check_local
 from wan_train.shards import expand
 
 TensorSource = str | os.PathLike[str] | Mapping[str, Tensor]
@@ -116,7 +117,11 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} cannot be read ({str(problem).splitlines()[0]}): copy or download it again") from None
     while isinstance(state, dict) and len(state) == 1 and next(iter(state)) in _WRAPPERS:
         state = next(iter(state.values()))
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    ):
         raise InputError(f"{path} is not a state dict of tensors")
     return dict(state)
 
@@ -267,6 +272,7 @@ def _without_views(value: Any) -> Any:
 def check_writable(folder: str | os.PathLike[str]) -> None:
     """Fail now, with the folder's name, if a file cannot be written there later."""
     path = Path(folder)
+    check_local(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path, prefix=PROBE):

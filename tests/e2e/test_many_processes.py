@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import wan_train
+from generate.output import save_latents
 from tests import processes
 from tests.tiny.control import make_control_models
 from tests.tiny.images import CLIP, I2V, make_image_models
@@ -53,7 +54,8 @@ def test_two_processes_write_the_video_of_one_once(tiny: Path, tmp_path: Path) -
         done = processes.run(
             SCRIPT, *plain, *guided, flag, size, "--save_path", tmp_path / f"{flag}.safetensors", ranks=2
         )
-        assert done.stderr.count("INFO: wrote") == done.stderr.count("INFO: encoding") == 1, done.stderr
+        for told in ("INFO: wrote", "INFO: encoding", "WARNING: --dit"):
+            assert done.stderr.count(told) == 1, done.stderr
         assert difference(tmp_path / f"{flag}_latent.safetensors", tmp_path / "one_latent.safetensors") < 1e-5, flag
     assert len(list(tmp_path.iterdir())) == 1 + len(SPLITS)
 
@@ -63,13 +65,23 @@ def test_two_processes_write_the_video_of_one_once(tiny: Path, tmp_path: Path) -
     [
         (
             ("--ulysses_size", 2, "--dit_fsdp"),
-            ("--step_cache", "teacache", "--tea_cache_l1_thresh", 5, "--slg_layers", 1, "--slg_end", 0.7),
+            (
+                *("--step_cache", "teacache", "--tea_cache_l1_thresh", 5, "--slg_layers", 1, "--slg_end", 0.7),
+                *("--video_size", 32, 32, "--video_length", 89, "--riflex", "--riflex_freq_index", 4),
+            ),
         ),
         (
             ("--cfg_size", 2),
             (
                 *("--step_cache", "attention", "--start_step", 0, "--attentioncache_interval", 2, "--end_step", 4),
-                *("--video_length", 9, "--sliding_window_size", 2, "--riflex", "--riflex_freq_index", 4),
+                *("--video_length", 9, "--sliding_window_size", 2),
+            ),
+        ),
+        (
+            ("--cfg_size", 2),
+            (
+                *("--step_cache", "auto", "--error_budget", 10, "--slg_layers", 1, "--slg_end", 0.7),
+                *("--video_length", 9, "--sliding_window_size", 2, "--cache_profile", "profile.json"),
             ),
         ),
     ],
@@ -77,11 +89,15 @@ def test_two_processes_write_the_video_of_one_once(tiny: Path, tmp_path: Path) -
 def test_two_processes_reuse_the_same_passes(
     tiny: Path, tmp_path: Path, split: tuple[object, ...], given: tuple[object, ...]
 ) -> None:
+    given = tuple(tmp_path / word if word == "profile.json" else word for word in given)
     plain = words(tiny, "--prompt", "a red circle", "--output_type", "latent", *given, "--infer_steps", 5)
+    if "auto" in given:
+        processes.run(SCRIPT, *plain, "--calibrate_steps", 5)
     counts = []
     for name, ranks, more in (("one", 1, ()), ("two", 2, split)):
         done = processes.run(SCRIPT, *plain, *more, "--save_path", tmp_path / f"{name}.safetensors", ranks=ranks)
         counts.append(re.findall(r"step cache \w+: (\d+) passes computed, (\d+) reused", done.stderr))
+        assert ("INFO: RIFLEx: the period" in done.stderr) == ("--riflex" in given)
     assert counts[0] == counts[1] and len(counts[0]) == 1 and int(counts[0][0][1]) > 0
     assert difference(tmp_path / "two_latent.safetensors", tmp_path / "one_latent.safetensors") < 1e-5
 
@@ -111,6 +127,17 @@ def test_a_video_that_fails_leaves_those_of_all_groups(tiny: Path, tmp_path: Pat
     assert sorted(path.parent.name for path in tmp_path.glob("*/*_latent.safetensors")) == ["1", "3"]
 
 
+def test_only_the_first_process_has_to_do_with_a_remote_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_latents(tmp_path / "a_latent.safetensors", torch.zeros(16, 1, 4, 4), "", {})
+    given = words(tiny, "--latent_path", tmp_path / "a_latent.safetensors", "--cfg_size", 2)
+    processes.run(SCRIPT, *given, "--save_path", f"file://{tmp_path}/there", ranks=2)
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["a.png"]
+    assert not (processes.ROOT / "file:").exists(), "a local folder of the URL's name"
+
+
 @pytest.mark.parametrize(
     ("ranks", "more", "reason"),
     [
@@ -123,6 +150,7 @@ def test_a_video_that_fails_leaves_those_of_all_groups(tiny: Path, tmp_path: Pat
         (2, ("--ulysses_size", 2, "--compile", "--compile_fullgraph"), "leave out --compile_fullgraph"),
         (2, ("--ulysses_size", 2, "--dit", "absent.safetensors"), "absent.safetensors"),
         (2, ("--cfg_size", 2, "--save_path", "a.webm"), ".webm is not written"),  # what only the first looks at
+        (2, ("--cfg_size", 2, "--save_path", "nope://x"), "--save_path nope://x cannot be opened"),
     ],
 )
 def test_what_does_not_fit_is_one_line(

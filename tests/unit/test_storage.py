@@ -72,7 +72,9 @@ def test_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
     short_pth.write_bytes((tmp_path / "x.pth").read_bytes()[:-400])
     text = tmp_path / "text.pth"
     text.write_text("hello")
-    for bad in (short, short_pth, text, tmp_path / "absent.safetensors"):
+    unnamed = tmp_path / "unnamed.pth"
+    torch.save({(3, 4): torch.ones(1)}, unnamed)
+    for bad in (short, short_pth, text, unnamed, tmp_path / "absent.safetensors"):
         with pytest.raises(InputError, match=bad.name):
             read_header(bad)
 
@@ -108,6 +110,16 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "folder")
     with pytest.raises(InputError, match=r"x\.safetensors"):
         save_tensors(tmp_path / "file" / "x.safetensors", tensors())
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/folder", Path("s3://bucket/folder")])
+def test_a_url_is_not_taken_for_a_local_folder(
+    folder: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="only --save_path and --output_dir take URLs"):
+        check_writable(folder)
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_that_find_no_room_say_what_the_disk_said(tmp_path: Path) -> None:

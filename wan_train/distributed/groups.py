@@ -59,19 +59,9 @@ class Groups:
     store: Store | None = None
 
     @property
-    def video(self) -> ProcessGroup | None:
-        """All processes that make one video together; None alone."""
-        return self.whole.group
-
-    @property
     def num_in_video(self) -> int:
         """Number of processes that make one video together."""
         return self.whole.size
-
-    @property
-    def rank_in_video(self) -> int:
-        """This process's rank among them."""
-        return self.whole.rank
 
     @property
     def is_first(self) -> bool:

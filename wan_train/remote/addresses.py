@@ -8,6 +8,7 @@ from pathlib import Path
 from wan_train.errors import InputError
 
 _PROTOCOL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_COLLAPSED = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # what a Path leaves of it; a drive has one letter
 _PASSWORD = re.compile(r"(?<=://)([^/@:]*):[^/@]*@")
 _MAX_SLUG = 80  # characters of an address in the name of its local folder
 
@@ -53,6 +54,16 @@ def local_folder(url: str, chosen: str | None = None) -> Path:
     digest = hashlib.sha256(plain.encode()).hexdigest()[:8]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "wan-train" / "remote" / f"{slug}-{digest}"
+
+
+def check_local(path: str | os.PathLike[str]) -> None:
+    """Raise InputError for a URL in the place of a local path."""
+    text = os.fspath(path)
+    if _COLLAPSED.match(text):
+        url = re.sub(":/+", "://", text, count=1)
+        raise InputError(
+            f"cannot write to {shown(url)}: only --save_path and --output_dir take URLs; give a local path"
+        )
 
 
 def check_local_folder(option: str, path: str, chosen: str | None) -> None:

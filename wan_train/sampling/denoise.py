@@ -80,7 +80,7 @@ class Sampling:
         self.request, self.positive, self.negative, self.device = request, positive, negative, device
         self._sharing, self._measurement = sharing, measurement
         self.count: Count | None = None  # of passes, where a step cache acts
-        tell_length(request, num_frames, request.variant.trained_frames)
+        tell_length(request, num_frames, request.variant.trained_frames, num_before=self._num_before)
         self.solver = make_solver(
             request.solver,
             steps=request.steps,

@@ -27,7 +27,7 @@ class LengthOptions:
         None,
         "Window stride, in latent frames, at most --sliding_window_size; default: half of it.",
         minimum=1,
-        traits=Sampled(beside="sliding_window_size", maximum=4096),
+        traits=Sampled(beside="sliding_window_size", recorded="window_stride", maximum=4096),
     )
     riflex: bool = option(
         False,

@@ -86,8 +86,9 @@ def lowering_frequency(riflex: Riflex) -> Wrap:
     return lambda run: lambda one: run(replace(one, inputs={**one.inputs, "riflex": riflex}))
 
 
-def tell_length(given: LengthOptions, num_frames: int, num_trained: int) -> None:
-    """Say in the log what `given` does to a video of `num_frames` latent frames, where `num_trained` were trained."""
+def tell_length(given: LengthOptions, num_frames: int, num_trained: int, *, num_before: int = 0) -> None:
+    """Say in the log what `given` does to a video of `num_frames` latent frames, where `num_trained` were trained;
+    `num_before` frames of references stand before the video's, or before a window's."""
     size = given.sliding_window_size
     if size is not None:
         count = len(window_starts(num_frames, size, given.window_stride))
@@ -95,6 +96,7 @@ def tell_length(given: LengthOptions, num_frames: int, num_trained: int) -> None
         num_frames = min(num_frames, size)
     if not given.riflex:
         return
+    num_frames += num_before
     index = given.riflex_freq_index
     period = 2 * math.pi / frequency(index, 2 * NUM_FREQUENCIES)
     if rate := Riflex(index, num_trained).rate(num_frames, 2 * NUM_FREQUENCIES):

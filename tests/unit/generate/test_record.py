@@ -14,8 +14,10 @@ from generate.record import compare_hashes, input_hashes, make_record, model_has
 from generate.settings import GenerateSettings
 from tests.unit.generate.conftest import Given
 from wan_train.cli import parse
+from wan_train.distributed.settings import ParallelSettings
 from wan_train.errors import InputError
 from wan_train.media_out import write_image, write_images, write_video
+from wan_train.profiling.settings import ProfileSettings
 from wan_train.sampling.request import STRENGTH
 from wan_train.sampling.settings import SamplingSettings
 
@@ -49,6 +51,30 @@ def test_every_kind_of_file_gives_the_settings_back(given: Given, tmp_path: Path
         assert again.output.save_path == str(path.with_name(f"{path.stem}_again{suffix}"))
         # Where it was made and what it was allowed to say belong to the command, not to the video.
         assert not again.output.no_metadata and again.output.text_cache is None and again.output.device is None
+
+
+def test_windows_and_caches_are_recorded_as_they_acted(given: Given, tmp_path: Path) -> None:
+    settings = given(
+        *("--prompt", "a cat", "--seed", 5, "--save_path", "x.mp4", "--sliding_window_size", 3, "--riflex"),
+        *("--riflex_freq_index", 4, "--step_cache", "auto", "--cache_profile", "profile.json", "--error_budget", 0.1),
+    )
+    (job,) = make_jobs(settings)
+    path = write_all(tmp_path, make_record(settings, job.request, {}).text())[0]
+    (again,) = make_jobs(parse(GenerateSettings, ["--from_metadata", str(path)]))
+    recorded = {"shift": job.request.noise_shift, "sliding_window_stride": job.request.window_stride}
+    assert again.request == replace(job.request, **recorded)
+
+
+def test_processes_and_traces_belong_to_the_command(given: Given, tmp_path: Path) -> None:
+    """A video of several processes is made again by one, and by as many as are asked for."""
+    sizes = ("--ulysses_size", 2, "--ring_size", 2, "--cfg_size", 2, "--data_parallel", 2)
+    settings = given(*WORDS, *sizes, "--dit_fsdp", "--t5_fsdp", "--vae_parallel", "--profile", "traces")
+    (job,) = make_jobs(settings)
+    path = write_all(tmp_path, make_record(settings, job.request, {}).text())[0]
+    again = parse(GenerateSettings, ["--from_metadata", str(path)])
+    assert (again.parallel, again.profile) == (ParallelSettings(), ProfileSettings())
+    words = ["--from_metadata", str(path), "--ulysses_size", "4"]
+    assert parse(GenerateSettings, words).parallel == ParallelSettings(ulysses_size=4)
 
 
 def test_what_is_given_beside_wins(given: Given, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def compare_texts(folder: Path, sharding: Sharding) -> dict[str, list[float]]:
 
 def main(result: str, folder: str, ulysses: str, ring: str, cfg: str) -> None:
     groups = make_groups(ParallelSettings(ulysses_size=int(ulysses), ring_size=int(ring), cfg_size=int(cfg)), CPU)
-    sharding, texts = make_sharding(groups.tokens.group, CPU), make_sharding(groups.video, CPU)
+    sharding, texts = make_sharding(groups.tokens.group, CPU), make_sharding(groups.whole.group, CPU)
     assert sharding is not None and texts is not None
     found = compare_dits(Path(folder), groups, sharding)
     found |= compare_ways(Path(folder), sharding) | compare_texts(Path(folder), texts)

@@ -16,9 +16,10 @@ from wan_train.models.loading import load_dit
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.denoise import sample_latents
 from wan_train.sampling.grammar import parse_line
+from wan_train.sampling.length_settings import LengthOptions
 from wan_train.sampling.passes import POSITIVE, Pass, PassName
 from wan_train.sampling.request import SampleRequest, preview_defaults
-from wan_train.sampling.windows import sliding_windows, window_starts, window_weights
+from wan_train.sampling.windows import sliding_windows, tell_length, window_starts, window_weights
 
 CPU = torch.device("cpu")
 
@@ -129,6 +130,12 @@ def test_riflex_changes_videos_longer_than_trained_and_the_log_says_so(
     windows = "--sliding_window_size 20 --sliding_window_stride 15"
     assert torch.equal(sample(model, f"{line} 1 {windows}"), sample(model, f"--f 193 {windows}"))
     assert "no effect on 20 latent frames, the model was trained with 21" in capsys.readouterr().err
+
+
+def test_the_log_counts_the_frames_of_references(capsys: pytest.CaptureFixture[str]) -> None:
+    """The model has them on its temporal axis: the first video that RIFLEx changes is shorter by as many."""
+    tell_length(LengthOptions(riflex=True, riflex_freq_index=1), 21, 21, num_before=1)
+    assert "the period of temporal frequency 1 becomes 24.4 latent frames" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
