@@ -30,7 +30,7 @@ def expand(source: str | os.PathLike[str]) -> list[Path]:
     if os.path.isdir(path):
         return _in_folder(path)
     if not os.path.isfile(path):
-        raise InputError(f"file not found: {path}")
+        raise InputError(f"no such file: {path}")
     if path.name.endswith(INDEX):
         return _of_index(path)
     shard = _SHARD.match(path.name)

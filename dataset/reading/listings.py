@@ -139,7 +139,7 @@ def _read_row(config: DatasetConfig, row: _Row) -> Entry:
     path = Path(row.path).expanduser()
     if not path.is_file() and not (config.is_video and path.is_dir()):
         start = "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
-        raise InputError(f"{place}: file not found: {path}{start}")
+        raise InputError(f"{place}: no such file: {path}{start}")
     if not config.is_video and path.suffix.lower() not in IMAGE_SUFFIXES:
         raise InputError(f"{place}: {path.name} is not a supported image: supported are {', '.join(IMAGE_SUFFIXES)}")
     columns = read_columns(row.cells, config, place)

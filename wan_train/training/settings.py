@@ -100,9 +100,7 @@ class OptimizerSettings:
         "AdamW, AdamW8bit, AdamW8bitSR, PagedAdamW8bit, Lion, Lion8bit, Adafactor, Prodigy, CAME, AdamWScheduleFree, "
         "the name of any torch.optim class, or any package.Class.",
     )
-    optimizer_args: tuple[str, ...] = option(
-        (), "Additional arguments of the optimizer, as key=value.", metavar="NAME=VALUE"
-    )
+    optimizer_args: tuple[str, ...] = option((), "Additional optimizer arguments, as key=value.", metavar="NAME=VALUE")
     learning_rate: float = option(2e-6, "Learning rate; 1 for Prodigy, which adapts it.", minimum=0)
     fused_backward_pass: bool = option(
         False,

@@ -96,8 +96,8 @@ def test_each_kind_of_cache_is_told_counted_and_dealt_with(folder, capsys):
     error = capsys.readouterr().err
     assert "a_00000-001_0064x0048_wan.safetensors: source changed" in error
     assert "b_00000-001_0064x0048_wan.safetensors: truncated" in error
-    assert "1 caches without a recipe fit and are adopted: c_00000-001" in error
-    assert "1 caches belong to nothing here (--prune deletes them): gone_00000-001" in error
+    assert "1 caches without metadata match and are used: c_00000-001" in error
+    assert "1 caches belong to no item of the dataset (--prune deletes them): gone_00000-001" in error
     last = error.strip().splitlines()[-1]
     for part in ("3 encoded, 3 kept", "2 stale", "1 truncated", "1 adopted", "1 orphaned"):
         assert part in last

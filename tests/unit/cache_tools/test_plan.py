@@ -236,8 +236,8 @@ def test_frames_that_do_not_decode_are_told_in_the_plan(folder, capsys):
     describe("frame_extraction = 'full'")
     assert tell("--plan", "--allow_missing_captions") == 0
     told = capsys.readouterr()
-    assert "frames that do not decode: cut.mkv (3)" in told.out
-    assert "1 videos were cut within a group of pictures" in told.err and "cut.mkv (3 of 34)" in told.err
+    assert "frames that cannot be decoded: cut.mkv (3)" in told.out
+    assert "1 videos start within a GOP" in told.err and "cut.mkv (3 of 34)" in told.err
     (row,) = (line for line in told.out.splitlines() if line.startswith("cut.mkv") and "64 x 48" in line)
     assert row.split()[4:6] == ["31", "1"]
 

@@ -100,9 +100,9 @@ def test_metadata_is_text_that_rebuilds_the_network(make_model) -> None:
 
 def test_the_log_names_a_weak_scale_and_the_way_out(make_model) -> None:
     weak = create(make_model(), NetworkSettings(network_dim=8)).describe()
-    assert "20 modules" in weak and "alpha/dim 0.125" in weak and "--network_alpha" in weak
+    assert "20 modules" in weak and "effective scale alpha/rank 0.125" in weak and "--network_alpha" in weak
     plain = create(make_model(), NetworkSettings(network_dim=8, network_alpha=8.0)).describe()
-    assert plain.endswith("alpha/dim 1")
+    assert plain.endswith("effective scale alpha/rank 1")
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_conv_dim_and_conv_alpha_are_theirs_alone(caplog, monkeypatch, tmp_path)
     assert (adapter.sizes["ref_conv"].dim, adapter.sizes["ref_conv"].alpha) == (5, 2)
     assert (adapter.sizes["blocks.0.ffn.0"].dim, adapter.sizes["blocks.0.ffn.0"].alpha) == (3, 1.5)
     assert adapter.metadata()["ss_network_dim"] == "3" and '"conv_dim": "5"' in adapter.metadata()["ss_network_args"]
-    assert "dim 3, alpha 1.5, alpha/dim 0.5, convolutions dim 5, alpha 2" in adapter.describe()
+    assert "dim 3, alpha 1.5, effective scale alpha/rank 0.5, convolutions dim 5, alpha 2" in adapter.describe()
     path = tmp_path / "start.safetensors"
     save_tensors(path, adapter.export())
     again = settings(REQUEST, "conv_dim=5", "conv_alpha=2", network_weights=str(path))

@@ -75,16 +75,16 @@ def test_patterns_that_match_nothing_or_leave_nothing(make_model, texts, message
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("exclude_patterns=['.*(ffn']", "no regular expression"),
-        ("include_patterns=['*']", "no regular expression"),
-        ("exclude_patterns=.*ffn.*", "no list of patterns"),
-        ("exclude_patterns='.*ffn.*'", "no list of patterns"),
-        ("exclude_patterns=[1]", "no list of patterns"),
+        ("exclude_patterns=['.*(ffn']", "not a valid regular expression"),
+        ("include_patterns=['*']", "not a valid regular expression"),
+        ("exclude_patterns=.*ffn.*", "not a list of patterns"),
+        ("exclude_patterns='.*ffn.*'", "not a list of patterns"),
+        ("exclude_patterns=[1]", "not a list of patterns"),
         ("rank_dropout=1", "rank_dropout=1 is out of range"),
         ("module_dropout=-0.1", "out of range"),
-        ("module_dropout=nan", "no number"),
+        ("module_dropout=nan", "not a finite number"),
         ("loraplus_lr_ratio=0", "out of range"),
-        ("loraplus_lr_ratio=True", "no number"),
+        ("loraplus_lr_ratio=True", "not a finite number"),
         ("verbose=perhaps", "True or False"),
         ("conv_dim=1.5", "whole number"),
     ],
@@ -143,7 +143,7 @@ def test_filtering_by_what_is_not_there() -> None:
         choose_modules(deltas, ["attn"])
     with pytest.raises(InputError, match="leave none"):
         choose_modules(deltas, ["ffn"], ["blocks"])
-    with pytest.raises(InputError, match="no regular expression"):
+    with pytest.raises(InputError, match="not a valid regular expression"):
         choose_modules(deltas, [], ["("])
 
 

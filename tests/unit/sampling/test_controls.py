@@ -59,7 +59,7 @@ def read(task: str, line: str) -> SampleRequest:
         ),
         ("i2v-14B", "--i image.png --camera_direction Left", "--camera_direction: .* take a fun-camera task"),
         ("fun-camera-14B", "--i image.png", "follows a camera: give --camera_direction or --camera_path"),
-        ("fun-camera-14B", "--camera_direction Left", "begins with an image"),
+        ("fun-camera-14B", "--camera_direction Left", "needs a first image"),
         ("fun-camera-14B", "--i image.png --camera_direction Sideways", "known are Left, Right, Up"),
         ("fun-camera-14B", "--i image.png --camera_direction In --camera_path camera.txt", "give one of them"),
         (
@@ -78,14 +78,14 @@ def read(task: str, line: str) -> SampleRequest:
         ("fun-camera-14B", "--i image.png --camera_path short.txt", r"--camera_path: short.txt, line 1: .*19 numbers"),
         ("fun-camera-14B", "--i image.png --camera_path absent.txt", "--camera_path absent.txt: no such file"),
         ("fun-control-14B", "--control_start 0.5 --control_end 0.5", "--control_start 0.5 leaves nothing before"),
-        ("fun-control-14B", "--control_strength 0.5", "--control_strength scales --control_path"),
+        ("fun-control-14B", "--control_strength 0.5", "--control_strength requires --control_path"),
         ("fun-control-14B", "--cn nine.mp4 --control_strength 11", "0 to 10"),
         ("fun-control-14B", "--cn absent.mp4", "--control_path absent.mp4: no such file"),
         ("fun-control-14B", "--cn text.mp4", "--control_path: text.mp4"),
         ("fun-control-14B", "--reference_image text.png", "--reference_image text.png"),
         ("fun-control-14B", "--ei image.png", "takes a first image only"),
         ("fun-control-14B", "--of control_index=0,target_index=1 --ci image.png", "not for fun-control-14B"),
-        ("i2v-14B-FC", "--cn nine.mp4", "begins with an image"),
+        ("i2v-14B-FC", "--cn nine.mp4", "needs a first image"),
         ("vace-14B", "--vace_mask image.png", "--vace_mask says what of --vace_video is made anew: give that too"),
         ("vace-14B", "--vace_pad 16", "--vace_pad says what of --vace_video"),
         ("vace-14B", "--vace_video nine.mp4 --vace_pad 1,2", "takes pixels LEFT,TOP,RIGHT,BOTTOM"),
@@ -105,14 +105,14 @@ def test_what_cannot_be_is_refused(task: str, line: str, told: str, folder: Path
 @pytest.mark.parametrize(
     ("task", "line", "frames", "told"),
     [
-        ("fun-control-14B", "--cn nine.mp4", 9, "nine.mp4 has 9 frames: making 9"),
+        ("fun-control-14B", "--cn nine.mp4", 9, "nine.mp4 has 9 frames: generating 9"),
         ("fun-control-14B", "--cn long.mp4", 17, ""),
-        ("fun-control-14B", "--cn folder", 5, "folder has 6 frames: making 5"),
-        ("fun-control-14B", "--cn image.png", 1, "image.png has 1 frame: making 1"),
-        ("fun-camera-14B", "--i image.png --camera_path camera.txt", 5, "camera.txt has 7 frames: making 5"),
-        ("vace-14B", "--vace_video nine.mp4 --cim image.png", 9, "nine.mp4 has 9 frames: making 9"),
+        ("fun-control-14B", "--cn folder", 5, "folder has 6 frames: generating 5"),
+        ("fun-control-14B", "--cn image.png", 1, "image.png has 1 frame: generating 1"),
+        ("fun-camera-14B", "--i image.png --camera_path camera.txt", 5, "camera.txt has 7 frames: generating 5"),
+        ("vace-14B", "--vace_video nine.mp4 --cim image.png", 9, "nine.mp4 has 9 frames: generating 9"),
         ("vace-14B", "--vace_video nine.mp4 --vace_mask long.mp4", 17, ""),
-        ("vace-14B", "--vace_video long.mp4 --vace_mask nine.mp4", 9, "nine.mp4 has 9 frames: making 9"),
+        ("vace-14B", "--vace_video long.mp4 --vace_mask nine.mp4", 9, "nine.mp4 has 9 frames: generating 9"),
         ("vace-14B", "--vace_reference image.png", 17, ""),
     ],
 )
@@ -135,12 +135,12 @@ def test_other_sizes_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_control_task_without_a_control_is_a_warning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     read("fun-control-14B", "")
-    assert "gets no --control_path (--cn)" in capsys.readouterr().err
+    assert "without --control_path (--cn)" in capsys.readouterr().err
 
 
 def test_a_window_without_steps_is_a_warning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     read("fun-control-14B", "--cn nine.mp4 --s 4 --control_end 0.2")
-    assert "leave none of 4 steps" in capsys.readouterr().err
+    assert "include none of 4 steps" in capsys.readouterr().err
 
 
 def test_every_option_has_its_names(folder: Path) -> None:

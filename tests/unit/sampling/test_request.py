@@ -53,7 +53,7 @@ def test_words_that_begin_like_an_option_are_words(words: str) -> None:
 
 def test_embedded_guidance_is_passed_over_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse_line("a cat --g 6", DEFAULTS) == replace(DEFAULTS, prompt="a cat")
-    assert "--g is passed over" in capsys.readouterr().err
+    assert "--g is ignored" in capsys.readouterr().err
 
 
 def test_a_hyphen_in_the_words_is_not_an_option() -> None:
@@ -74,7 +74,7 @@ def test_sizes_and_lengths_are_made_to_fit() -> None:
         ("a cat --s 0", "1 to 1000"),
         ("a cat --l", "nothing"),
         ("a cat --i cat.png", "image"),
-        ("--w 832", "starts with its words"),
+        ("--w 832", "starts with the prompt"),
         ("a cat --w 832 --W 640", "--w comes twice"),
         ("a cat --l nan", "0 to 1000"),
         ("a cat --ei cat.png", r"--end_image_path \(--ei\): .*text alone"),
@@ -109,4 +109,4 @@ def test_layers_that_no_step_skips_are_told_of(capsys: pytest.CaptureFixture[str
     checked(replace(request, steps=20))
     assert capsys.readouterr().err == ""
     checked(replace(request, steps=3))
-    assert "--slg_layers acts on none of 3 steps" in capsys.readouterr().err
+    assert "--slg_layers applies to none of 3 steps" in capsys.readouterr().err

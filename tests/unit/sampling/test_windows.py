@@ -126,7 +126,7 @@ def test_riflex_changes_videos_longer_than_trained_and_the_log_says_so(
     line = "--f 193 --riflex --riflex_freq_index"
     plain = sample(model, "--f 193")
     assert not torch.equal(sample(model, f"{line} 1"), plain)
-    assert "the period of temporal frequency 1 becomes 54.4 latent frames in place of 6.3" in capsys.readouterr().err
+    assert "period of temporal RoPE frequency 1 set to 54.4 latent frames (was 6.3)" in capsys.readouterr().err
     windows = "--sliding_window_size 20 --sliding_window_stride 15"
     assert torch.equal(sample(model, f"{line} 1 {windows}"), sample(model, f"--f 193 {windows}"))
     assert "no effect on 20 latent frames, the model was trained with 21" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_a_list_in_a_jsonl_file_gives_variants(folder):
     listing = 'image_jsonl_file = "list.jsonl"'
     assert captions_of("", source=listing) == {"a": ("one", "two"), "b": ("b",)}
     Path("list.jsonl").write_text('{"image_path": "stills/a.png", "caption": ["one", 2]}\n')
-    with pytest.raises(InputError, match=r"line 1.*list of texts"):
+    with pytest.raises(InputError, match=r"line 1.*list of strings"):
         captions_of("", source=listing)
 
 

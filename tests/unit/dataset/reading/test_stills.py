@@ -121,7 +121,7 @@ def test_a_broken_profile_is_ignored_with_one_warning(tmp_path, capsys):
     Image.new("RGB", (8, 8), (200, 120, 60)).save(path, icc_profile=b"no profile at all" * 20)
     assert probe(path).reading == ()
     assert read_image(path)[0, 0].tolist() == [200, 120, 60]
-    assert capsys.readouterr().err == f"WARNING: {path}: its colour profile cannot be read and is ignored\n"
+    assert capsys.readouterr().err == f"WARNING: {path}: its color profile cannot be read and is ignored\n"
 
 
 def hide_red(mode: str) -> Image.Image:

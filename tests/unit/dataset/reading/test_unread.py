@@ -45,7 +45,7 @@ def test_what_is_not_read_is_named_with_its_reason(folder, capsys):
         "still.png": "an image",
     }
     told = capsys.readouterr().err
-    assert "5 files are not read: b.xyz (.xyz is not read), gone.txt (a caption without its file)" in told
+    assert "5 files are ignored: b.xyz (.xyz is not read), gone.txt (a caption without its file)" in told
 
 
 def test_a_video_in_a_folder_of_images_is_named_unless_another_dataset_reads_it(folder):

@@ -278,7 +278,7 @@ def test_other_weights_are_a_warning(profile: Path, caplog: pytest.LogCaptureFix
     check_cache(wanted, models={"dit": "1"})
     assert not caplog.records
     check_cache(wanted, models={"dit": "2"})
-    assert "measured with another --dit" in caplog.text
+    assert "measured with a different --dit" in caplog.text
 
 
 def test_ratios_of_another_number_of_steps_are_those_of_the_nearest(profile: Path) -> None:

@@ -89,5 +89,5 @@ def test_it_goes_on_to_the_bit_and_another_seed_rounds_otherwise(name: str) -> N
 
 @pytest.mark.parametrize("name", ["Prodigy", "AdamWScheduleFree", "AdamW8bit", "RMSprop"])
 def test_what_cannot_round_so_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match="--full_bf16 rounds at random"):
+    with pytest.raises(InputError, match="--full_bf16 needs stochastic rounding"):
         check_optimizer(settings_of(name, 1e-3), rounded=True)
