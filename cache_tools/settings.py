@@ -8,10 +8,10 @@ from wan_train.errors import InputError
 from wan_train.models.settings import CheckpointFolderSettings, ImageEncoderSettings, TextEncoderSettings, VaeSettings
 from wan_train.models.variants import VARIANTS, ControlInputs, ImageInputs
 
-_DEVICE_HELP = "Device to encode on, such as cuda or cpu; without it the first accelerator there is."
-_SKIP_HELP = "Accepted for old commands: what is cached and up to date is always kept, what is stale made again."
-_KEEP_HELP = "Accepted for old commands: nothing is deleted without --prune."
-_PRUNE_HELP = "Delete the caches that belong to nothing in the dataset file, and the stale ones, which are made again."
+_DEVICE_HELP = "Device to encode on, such as cuda or cpu; default: the first accelerator, else the CPU."
+_SKIP_HELP = "Accepted for compatibility: up-to-date caches are always kept, and stale ones are always replaced."
+_KEEP_HELP = "Accepted for compatibility: nothing is deleted without --prune."
+_PRUNE_HELP = "Delete caches that belong to no item of the dataset; stale ones are deleted and cached again."
 SHOWN = ("image", "console", "video")
 MADE = ("canny", "gray", "blur", "tile")
 CONSOLE_COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the order of ANSI
@@ -21,7 +21,7 @@ CONSOLE_COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan",
 class LatentRunSettings:
     """Encoding."""
 
-    device: str = option("", "Device to encode on, such as cuda or cpu; default: the first accelerator, else the CPU.")
+    device: str = option("", _DEVICE_HELP)
     batch_size: int | None = option(
         None, "Maximum number of clips per VAE call, limited by the dataset's batch_size.", minimum=1
     )
@@ -31,13 +31,9 @@ class LatentRunSettings:
         "least memory.",
         minimum=0,
     )
-    skip_existing: bool = option(
-        False, "Accepted for compatibility: up-to-date caches are always kept, and stale ones are always replaced."
-    )
-    keep_cache: bool = option(False, "Accepted for compatibility: nothing is deleted without --prune.")
-    prune: bool = option(
-        False, "Delete caches that belong to no item of the dataset; stale ones are deleted and cached again."
-    )
+    skip_existing: bool = option(False, _SKIP_HELP)
+    keep_cache: bool = option(False, _KEEP_HELP)
+    prune: bool = option(False, _PRUNE_HELP)
 
 
 @dataclass(frozen=True)
@@ -95,15 +91,11 @@ class ImageSettings:
 class TextRunSettings:
     """Encoding."""
 
-    device: str = option("", "Device to encode on, such as cuda or cpu; default: the first accelerator, else the CPU.")
+    device: str = option("", _DEVICE_HELP)
     batch_size: int = option(4, "Captions in one call of the text encoder.", minimum=1)
-    skip_existing: bool = option(
-        False, "Accepted for compatibility: up-to-date caches are always kept, and stale ones are always replaced."
-    )
-    keep_cache: bool = option(False, "Accepted for compatibility: nothing is deleted without --prune.")
-    prune: bool = option(
-        False, "Delete caches that belong to no item of the dataset; stale ones are deleted and cached again."
-    )
+    skip_existing: bool = option(False, _SKIP_HELP)
+    keep_cache: bool = option(False, _KEEP_HELP)
+    prune: bool = option(False, _PRUNE_HELP)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ class Started:
     def said(self) -> tuple[str, str]:
         """What has been said so far."""
         texts = [[path.read_text(encoding="utf-8") if path.exists() else "" for path in pair] for pair in self._out]
-        return "".join(out for out, _ in texts), "".join(err for _, err in texts)
+        # A killed rank may leave a line unended.
+        return "\n".join(out for out, _ in texts), "\n".join(err for _, err in texts)
 
     def send_signal(self, number: int) -> None:
         """A signal to each process and its children, as a terminal or a scheduler sends it."""

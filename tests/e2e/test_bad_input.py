@@ -308,7 +308,7 @@ def test_a_line_of_a_prompt_file_that_cannot_be(here: Path, refused: Callable[..
         ("a dog --sample_solver unipcs", "unipc"),
         ("a dog --cfg_apply_ratio 2 --cfg_skip_mode late", "0 to 1"),
         ("a dog --denoising_strength 0.5", "video_path"),
-        ("--w 64", "words"),
+        ("--w 64", "starts with the prompt"),
     ):
         (here / "prompts.txt").write_text(f"a cat\n{line}\n")
         said = refused("generate", prompt=None, from_file=here / "prompts.txt", save_path=here / "out")

@@ -132,7 +132,7 @@ def test_the_python_call_of_the_docs(tiny: Path, tmp_path: Path, run_tool: Tool,
 
 def test_the_python_call_refuses_what_it_cannot_do(tiny: Path) -> None:
     for settings, told in (
-        ({"save_path": "x.mp4"}, "save_path is about files"),
+        ({"save_path": "x.mp4"}, "save_path is for output files"),
         ({"promt": 1}, "promt"),
         ({"dit": "absent.safetensors"}, "absent.safetensors"),
         ({"infer_steps": "many"}, "many"),

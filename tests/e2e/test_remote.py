@@ -153,7 +153,7 @@ def test_training_goes_on_where_uploads_fail(
     train(f"flaky://{tmp_path}/there", "--local_output_dir", tmp_path / "here", "--max_train_steps", 2)
     assert {"x.safetensors", "x-state"} <= names(tmp_path / "here")
     assert names(tmp_path / "there") == set()
-    told = [each for each in caplog.messages if each.startswith(f"{tmp_path / 'here' / 'x.safetensors'} was not")]
+    told = [each for each in caplog.messages if each.startswith(f"{tmp_path / 'here' / 'x.safetensors'} could not be")]
     assert len(told) == 1
 
 

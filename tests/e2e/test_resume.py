@@ -142,7 +142,7 @@ def test_killed_runs_end_where_unbroken_ones_do(desk: Desk, way: str) -> None:
     desk.signal_at(process, way, chance.randint(3, STEPS - 2), signal.SIGKILL, pause=chance.random() * 0.05)
     assert not (desk.folder / "out" / f"{way}.safetensors").exists()
     said = desk.finish(way, *WAYS[way], "--resume", "auto")
-    assert "resuming from" in said
+    assert "resumed from" in said
     desk.assert_same(way, f"{way}_whole")
 
 
@@ -216,7 +216,7 @@ def test_a_killed_process_ends_the_run_of_all(desk: Desk, root: Path) -> None:
         (("--resume", "nowhere"), "--resume nowhere is not there"),
         (("--resume", "{whole}", "--network_dim", 8), "--network_dim was 4, is 8"),
         (("--resume", "{whole}", "--learning_rate", 1e-3), r"--learning_rate was 0.02, is 0.001.*--resume_anyway"),
-        (("--resume", "{whole}", "--seed", 2), "--seed 2 is not the 1 that"),
+        (("--resume", "{whole}", "--seed", 2), "--seed 2 differs from the seed 1"),
         (("--resume", "{whole}"), "nothing is left to train"),
         (("--resume", "{torn}"), "run.pt is not whole"),
     ],

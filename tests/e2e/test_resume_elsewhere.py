@@ -125,7 +125,7 @@ def test_a_run_over_the_remains_of_an_older_one(desk: Desk, kill: Callable[[str]
     told = capsys.readouterr().err
     assert "WARNING" in told and "name-000003.safetensors" in told and "--resume" in told and "--output_name" in told
     desk.train("name", *saving, "--network_dim", 2, "--resume", "auto")
-    assert f"resuming from {desk.out / 'name-000001-state'}" in capsys.readouterr().err
+    assert f"resumed from {desk.out / 'name-000001-state'}" in capsys.readouterr().err
     moments = ("-000001", "-000002", "-000003", "")
     assert [desk.steps(f"name{moment}")[0] for moment in moments] == ["3", "6", "9", "12"]
     assert {desk.steps(f"name{moment}")[1] for moment in moments} == {desk.steps("name")[1]} != {older}

@@ -103,7 +103,7 @@ def test_a_loss_that_is_no_number_stops_the_run(shop: Shop, capsys: Caught) -> N
 
 def test_some_such_steps_may_be_left_out(shop: Shop, capsys: Caught) -> None:
     shop.train("skip", "--skip_nonfinite", 2, data=spoiled(shop))
-    assert "left out, 2 of 2" in capsys.readouterr().err
+    assert "step skipped (2 of at most 2)" in capsys.readouterr().err
     assert all(tensor.isfinite().all() for tensor in shop.lora("skip").values())
     assert len(shop.rows("skip", "step")) == 6
 

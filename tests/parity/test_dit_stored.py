@@ -202,7 +202,7 @@ def test_a_scaled_file_that_lacks_a_scale(weights: dict[str, bool], tmp_path: Pa
     tensors = scaled_file(case.state_dict())
     del tensors["blocks.1.ffn.0.scale_weight"]
     path = file_of(case, tmp_path, tensors)
-    with pytest.raises(InputError, match=r"has scales, but none for blocks\.1\.ffn\.0\.weight"):
+    with pytest.raises(InputError, match=r"has no scale for blocks\.1\.ffn\.0\.weight"):
         check_model(settings_of(path, **weights), VARIANTS["t2v-1.3B"], CPU)
 
 

@@ -136,7 +136,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "big", "0GB", "1e3", "-1GB", "5PB"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(InputError, match="is no size: give one like 10GB"):
+    with pytest.raises(InputError, match="is not a size: give one like 10GB"):
         SaveSettings(output_dir="out", output_name="name", max_shard_size=text)
 
 

@@ -79,7 +79,7 @@ def test_a_job_that_fails_costs_itself_only(
         run(given("--from_file", prompts, "--save_path", tmp_path / "out"))
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
     assert not list((tmp_path / "out").glob("*latent*"))
-    assert "the others continue: no room" in capsys.readouterr().err
+    assert "continuing with the others: no room" in capsys.readouterr().err
 
 
 def test_latents_are_there_before_anything_is_decoded_and_can_be_decoded_later(
@@ -271,7 +271,7 @@ def test_a_line_of_too_few_frames_is_refused_and_what_one_leaves_is_told_and_kep
     assert "leaves none of 1 frames" in said
     left = [f"{index:03d}_pending_latent.safetensors" for index in (0, 1)]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
-    assert all(f"sampled and not written: {tmp_path / name}; --latent_path" in said for name in left)
+    assert all(f"sampled but not decoded: {tmp_path / name}; decode with --latent_path" in said for name in left)
 
 
 def test_latents_are_told_of_where_somebody_interrupts(
@@ -283,7 +283,7 @@ def test_latents_are_told_of_where_somebody_interrupts(
     monkeypatch.setattr(Models, "decode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(given("--prompt", "a", "--save_path", tmp_path / "a.mp4"))
-    assert "a_pending_latent.safetensors; --latent_path" in capsys.readouterr().err
+    assert "a_pending_latent.safetensors; decode with --latent_path" in capsys.readouterr().err
 
 
 def test_a_damaged_text_in_the_cache_is_encoded_again(

@@ -159,7 +159,7 @@ def test_a_step_counts_once_and_silent_files_go_by_time(save_as, tmp_path, capsy
     silent = save_as("name-000009", None)
     assert mean_of([files[0], silent], tmp_path) == pytest.approx(5)
     told = capsys.readouterr().err
-    assert "by modification time" in told and "name-000009" in told and "may not be of one run" in told
+    assert "by modification time" in told and "name-000009" in told and "may be from different runs" in told
 
 
 def test_what_is_not_to_be_averaged_together(save_as, tmp_path, capsys) -> None:

@@ -60,7 +60,7 @@ def test_a_short_run_is_traced_as_far_as_it_goes(tmp_path: Path, caplog: pytest.
     caplog.clear()
     with Profiler(str(tmp_path / "two"), "x") as profiler:
         take_steps(profiler, 2)
-    assert caplog.messages == ["--profile: no trace was written, it takes 3 steps and there were 2"]
+    assert caplog.messages == ["--profile: no trace written: it needs 3 steps, and there were 2"]
     assert not (tmp_path / "two").exists()
 
 

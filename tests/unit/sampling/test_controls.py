@@ -121,7 +121,7 @@ def test_controls_decide_the_length(
 ) -> None:
     assert read(task, line).frames == frames
     said = capsys.readouterr().err
-    assert told in said and ("making" in said) is bool(told)
+    assert told in said and ("generating" in said) is bool(told)
 
 
 def test_other_sizes_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,7 @@ def test_riflex_changes_videos_longer_than_trained_and_the_log_says_so(
 def test_the_log_counts_the_frames_of_references(capsys: pytest.CaptureFixture[str]) -> None:
     """The model has them on its temporal axis: the first video that RIFLEx changes is shorter by as many."""
     tell_length(LengthOptions(riflex=True, riflex_freq_index=1), 21, 21, num_before=1)
-    assert "the period of temporal frequency 1 becomes 24.4 latent frames" in capsys.readouterr().err
+    assert "period of temporal RoPE frequency 1 set to 24.4 latent frames" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

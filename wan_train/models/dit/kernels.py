@@ -162,7 +162,7 @@ def _probe_once(attend: Attend, given: Sequence[Tensor], *, training: bool) -> N
         # The first number of a head is what moves the scores: of its gradient, rounding alone is left.
         error = float((ours.float() - right)[..., 1:].norm() / right[..., 1:].norm())
         if not error < PROBE_ERROR:
-            raise RuntimeError(f"its results are off by {error:.2g} of their size")
+            raise RuntimeError(f"its results have a relative error of {error:.2g}")
 
 
 def _results(attend: Attend, inputs: list[Tensor], *, training: bool) -> list[Tensor]:

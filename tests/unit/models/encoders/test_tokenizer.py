@@ -79,7 +79,7 @@ def test_each_text_that_is_cut_is_named_once(capsys: pytest.CaptureFixture[str])
     assert long[-1] == longer[-1] == short[-1] == 1
     told = capsys.readouterr().err.splitlines()
     assert [line[:25] for line in told] == ['WARNING: the text "a a a ', 'WARNING: the text "the th']
-    assert all(line.endswith('..." is longer than 512 tokens: its end is cut off') for line in told)
+    assert all(line.endswith('..." is longer than 512 tokens and is truncated') for line in told)
     tokenize(["a " * 600])
     assert len(tokenize(["a " * 511])[0]) == 512
     assert capsys.readouterr().err == ""

@@ -16,7 +16,7 @@ def test_paired_differences_are_far_surer_than_those_of_random_draws() -> None:
 def test_the_keyed_estimate_has_a_fifth_of_the_variance() -> None:
     """A single loss, and the difference between trained checkpoints, which is what is acted on.
 
-    The first checkpoint predicts no velocity at all and has next to nothing in common with a trained one, so that
+    The first checkpoint predicts no velocity at all and has almost never samples in common with a trained one, so that
     pairing can gain the least there.
     """
     of_first, *of_trained = compare_variances()

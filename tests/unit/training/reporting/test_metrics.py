@@ -143,7 +143,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path, capsys: pytes
     writer.write_previews({0: tmp_path / "absent.png"}, 1, fps=16)
     writer.write(ROW)
     writer.close()
-    assert "TensorBoard fails and gets no more" in capsys.readouterr().err
+    assert "TensorBoard failed and is disabled" in capsys.readouterr().err
     assert len(rows(tmp_path)) == 1
 
 

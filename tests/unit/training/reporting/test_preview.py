@@ -146,7 +146,7 @@ def settings(*more: str) -> Any:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--sample_with_ema",), "--sample_with_ema needs .*--ema_decay"),
+        (("--sample_with_ema",), "--sample_with_ema requires --ema_decay"),
         (("--sample_at_first",), "--sample_prompts"),
         (("--sample_every_n_steps", "5"), "--sample_prompts"),
         (("--sample_prompts", "{prompts}"), "previews need --vae"),

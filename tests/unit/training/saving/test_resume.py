@@ -113,7 +113,7 @@ def test_the_seed_is_the_states(tmp_path: Path) -> None:
     state = open_state(save(tmp_path / "name-state"))
     assert chosen_seed(None, state) == chosen_seed(7, state) == 7
     assert (chosen_seed(3, None), chosen_seed(None, None)) == (3, None)
-    with pytest.raises(InputError, match="--seed 8 is not the 7"):
+    with pytest.raises(InputError, match="--seed 8 differs from the seed 7"):
         chosen_seed(8, state)
 
 

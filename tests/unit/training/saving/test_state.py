@@ -103,7 +103,7 @@ def test_what_was_given_instead_of_a_state_is_named(tmp_path: Path) -> None:
 
 def test_another_network_is_refused(tmp_path: Path) -> None:
     state = open_state(save(tmp_path / "name-state"))
-    with pytest.raises(InputError, match="another network"):
+    with pytest.raises(InputError, match="a different network"):
         load_state(state, {"a.down.weight": nn.Parameter(torch.zeros(2, 2))})
 
 
