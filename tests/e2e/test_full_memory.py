@@ -142,7 +142,7 @@ def velocity(model: torch.nn.Module) -> torch.Tensor:
 
 def test_an_average_has_to_be_asked_for(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(TRAIN, [str(word) for word in desk.training("no", "--ema_cpu")]) == 2
-    assert "--ema_cpu says where the average of --ema_decay" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--ema_cpu requires --ema_decay" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_step_whose_loss_is_no_number_changes_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

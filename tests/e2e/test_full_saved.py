@@ -151,8 +151,8 @@ def test_no_room_for_a_set_ends_the_run_and_leaves_what_was_saved(
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (("--max_shard_size", "big"), "--max_shard_size 'big' is no size"),
-        (("--max_shard_size", "0GB"), "--max_shard_size '0GB' is no size"),
+        (("--max_shard_size", "big"), "--max_shard_size 'big' is not a size"),
+        (("--max_shard_size", "0GB"), "--max_shard_size '0GB' is not a size"),
         ((*SHARDED, "--network_module", "networks.lora_wan"), "--max_shard_size is for the checkpoints"),
     ],
     ids=["words", "nothing", "lora"],

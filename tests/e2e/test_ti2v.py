@@ -125,7 +125,7 @@ def test_previews_and_videos_with_a_image_and_without(desk: Desk) -> None:
 def test_sizes_go_in_steps_of_32_and_videos_at_24(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     made = desk.generate("steps", "--video_size", 112, 80)
     assert made.shape[1:3] == (64, 96)
-    assert "sizes go in steps of 32" in caplog.text
+    assert "width and height must be multiples of 32" in caplog.text
 
 
 def test_what_is_refused(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ def test_one_that_fails_every_time_is_told_of_once_and_the_others_go_on(
     assert held(mirror.local) == {"a.bin": "a.bin"} and held(tmp_path / "there") == {"b.bin": "b.bin"}
     (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert told.startswith(f"{mirror.local / 'a.bin'} could not be uploaded to flaky://")
-    assert told.endswith("in 3 tries, the local copy stays: the line is broken")
+    assert told.endswith("after 3 attempts, the local copy is kept: the line is broken")
 
 
 def test_what_is_gone_here_goes_there_too_after_its_own_upload(make: Make, tmp_path: Path) -> None:
