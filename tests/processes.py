@@ -75,8 +75,8 @@ class Started:
     def said(self) -> tuple[str, str]:
         """What has been said so far."""
         texts = [[path.read_text(encoding="utf-8") if path.exists() else "" for path in pair] for pair in self._out]
-        # A killed rank may leave a line unended.
-        return "\n".join(out for out, _ in texts), "\n".join(err for _, err in texts)
+        outs, errs = ([text for text in column if text] for column in zip(*texts, strict=True)) if texts else ([], [])
+        return _one_after_another(outs), _one_after_another(errs)
 
     def send_signal(self, number: int) -> None:
         """A signal to each process and its children, as a terminal or a scheduler sends it."""
@@ -123,6 +123,11 @@ def _serve() -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def _one_after_another(texts: Sequence[str]) -> str:
+    """Join what ranks said; a killed one may leave its last line unended, which is ended here."""
+    return "".join(text if text.endswith("\n") or text is texts[-1] else f"{text}\n" for text in texts)
 
 
 def _become(script: str, words: list[str], names: dict[str, str], stdin: str, out: str, err: str) -> None:
