@@ -54,9 +54,9 @@ class Entry:
         """Return, by setting, what this entry and a request have where they differ: "euler there and unipc here"."""
         wanted = run_settings(request)
         return {
-            name: f"{self.settings.get(name, 'nothing')} there and {value} here"
-            for name, value in wanted.items()
-            if self.settings.get(name) != value
+            name: f"{self.settings.get(name, 'nothing')} there and {wanted.get(name, 'nothing')} here"
+            for name in {**wanted, **self.settings}
+            if self.settings.get(name) != wanted.get(name)
         }
 
 
