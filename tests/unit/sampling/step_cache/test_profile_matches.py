@@ -21,6 +21,9 @@ def entry_of(wanted: SampleRequest) -> Entry:
         ({"cfg_skip_mode": "late", "cfg_apply_ratio": 0.5}, "--cfg_skip_mode is late 0.5 there and nothing here"),
         ({"slg_layers": (1,)}, "--slg_layers is 1 original 3 0 0.3 there and nothing here"),
         ({"riflex": True}, "--riflex_freq_index is 6 there and nothing here"),
+        ({"control_start": 0.25}, "--control_start and control_end is 0.25 to 1 there and nothing here"),
+        ({"control_end": 0.5}, "--control_start and control_end is 0 to 0.5 there and nothing here"),
+        ({"vace_scale": 0.5}, "--vace_scale is 0.5 there and nothing here"),
     ],
 )
 def test_a_plain_run_is_not_one_with_more_options(change: dict[str, Any], told: str, tmp_path: Path) -> None:
