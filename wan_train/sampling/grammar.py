@@ -201,9 +201,11 @@ def _request(
         )
     if "steps" in changes and "timesteps" not in changes:
         changes["timesteps"] = ()  # a number of steps takes the place of levels that hold for all lines
-    # What a line says of the camera, and the step cache that it chooses, take the place of what holds for all.
+    # What a line says of the camera and of RIFLEx, and the step cache that it chooses, take the place of what holds for
+    # all.
     replaced = {other for one in REPLACED.keys() & changes.keys() for other in REPLACED[one]}
     replaced |= replaced_by(changes["step_cache"]) if "step_cache" in changes else set()
+    replaced |= {"riflex_freq_index"} if changes.get("riflex") is False else set()
     changes = {name: getattr(SampleRequest, name) for name in replaced} | changes
     return fitted(checked(replace(defaults, **changes)))
 
