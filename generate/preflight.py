@@ -23,6 +23,7 @@ from wan_train.models.loading import linear_shapes, num_blocks
 from wan_train.models.vae.vae import check_vae
 from wan_train.models.variants import VARIANTS, Variant
 from wan_train.sampling.encode import check_encodable, check_given_clip
+from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.step_cache.profile import check_cache
 from wan_train.sampling.step_cache.settings import PROFILED
 from wan_train.storage import check_writable
@@ -115,16 +116,21 @@ def fitted_jobs(jobs: Sequence[Job], settings: GenerateSettings) -> list[Job]:
     for what the models lack: blocks to skip, layers for a control, an image encoder."""
     variant, blocks = VARIANTS[settings.dit.task], num_blocks(settings.dit.dit)
     dits = [model_settings(settings, expert).dit for expert in experts_of(variant)]
-    hashes = None
     for job in jobs:
-        if settings.calibration.calibrate_steps is None:
-            if job.request.step_cache in PROFILED:
-                hashes = hashes or weight_hashes(settings)
-            check_cache(job.request, is_compiled=settings.compile.compile, models=hashes)
         check_encodable(job.request, settings.image, dits)
         beyond = [layer for layer in job.request.slg_layers if layer >= blocks]
         if beyond:
             raise InputError(f"--slg_layers {beyond[0]} does not exist: the model has blocks 0 to {blocks - 1}")
     if any(job.request.video_path for job in jobs):
         check_given_vae(settings)
-    return [replace(job, request=fit_to_source(job.request, variant.fps)) for job in jobs]
+    fitted = [replace(job, request=fit_to_source(job.request, variant.fps)) for job in jobs]
+    if settings.calibration.calibrate_steps is None:
+        _check_caches([job.request for job in fitted], settings)
+    return fitted
+
+
+def _check_caches(requests: Sequence[SampleRequest], settings: GenerateSettings) -> None:
+    """InputError for a step cache that cannot act on a request, whose length is final."""
+    hashes = weight_hashes(settings) if any(request.step_cache in PROFILED for request in requests) else None
+    for request in requests:
+        check_cache(request, is_compiled=settings.compile.compile, models=hashes)

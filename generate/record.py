@@ -22,6 +22,7 @@ from wan_train.sampling.options import named_files
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.settings import SamplingSettings
 from wan_train.sampling.step_cache.schedule import Count
+from wan_train.sampling.step_cache.settings import ATTENTION, SHORTCUT, replaced_by
 from wan_train.storage import read_header
 from wan_train.version import __version__
 
@@ -130,6 +131,8 @@ def with_recorded_options(argv: Sequence[str], alone: Mapping[str, bool]) -> lis
         return list(argv)
     recorded = read_record(path).options
     replaced = {other for one, others in REPLACED.items() if named_file(argv, f"--{one}") for other in others}
+    if cache := ATTENTION if SHORTCUT in argv else named_file(argv, "--step_cache"):
+        replaced |= replaced_by(cache)
     kept = [(name, value) for name, value in recorded.items() if name not in replaced]
     words = words_of(kept, alone, f"{FLAG} {path}")
     output_type = named_file(argv, "--output_type") or recorded.get("output_type", "video")

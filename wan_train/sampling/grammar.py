@@ -9,12 +9,13 @@ from typing import Any
 
 from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.sampling.control_settings import REPLACED, ControlOptions
+from wan_train.sampling.control_settings import REPLACED
 from wan_train.sampling.options import first_of, sampling_options
 from wan_train.sampling.prompt_files import read_entries
 from wan_train.sampling.prompt_line import Given, split_line, strays
 from wan_train.sampling.request import SampleRequest, checked, fitted
 from wan_train.sampling.settings import SamplingSettings
+from wan_train.sampling.step_cache.settings import replaced_by
 from wan_train.sampling.values import Read, make_reader
 
 log = get_logger(__name__)
@@ -200,9 +201,12 @@ def _request(
         )
     if "steps" in changes and "timesteps" not in changes:
         changes["timesteps"] = ()  # a number of steps takes the place of levels that hold for all lines
-    # What a line says of the camera takes the place of what holds for all.
+    # What a line says of the camera and of RIFLEx, and the step cache that it chooses, take the place of what holds for
+    # all.
     replaced = {other for one in REPLACED.keys() & changes.keys() for other in REPLACED[one]}
-    changes = {name: getattr(ControlOptions, name) for name in replaced} | changes
+    replaced |= replaced_by(changes["step_cache"]) if "step_cache" in changes else set()
+    replaced |= {"riflex_freq_index"} if changes.get("riflex") is False else set()
+    changes = {name: getattr(SampleRequest, name) for name in replaced} | changes
     return fitted(checked(replace(defaults, **changes)))
 
 

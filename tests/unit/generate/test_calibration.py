@@ -4,16 +4,20 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from generate.calibration import SAFETY
+from generate.jobs import make_jobs
 from generate.main import main
+from generate.preflight import fitted_jobs
 from generate.record import KEY
 from tests.unit.generate.conftest import Given
 from wan_train.errors import InputError
-from wan_train.sampling.step_cache.profile import Entry, Profile, read_profile, write_profile
+from wan_train.media_out import write_video
+from wan_train.sampling.step_cache.profile import Entry, Profile, read_profile, run_settings, write_profile
 from wan_train.storage import read_header
 
 STEPS = 8
@@ -56,6 +60,23 @@ def test_a_profile_from_the_command_line_keeps_its_budget(
     write_profile(profile, Profile())
     with pytest.raises(InputError, match="has no entries"):
         latents(given, out, "--infer_steps", STEPS, *auto)
+
+
+def test_a_profile_is_checked_for_the_length_that_the_source_leaves(given: Given, tmp_path: Path) -> None:
+    """A run of 33 frames from a video of 5 is one of 5."""
+    source, profile = tmp_path / "source.mp4", tmp_path / "profile.json"
+    write_video(source, np.zeros((5, 32, 32, 3), dtype=np.uint8), fps=16)
+    words = ("--prompt", "a cat", "--seed", 1, "--step_cache", "auto", "--cache_profile", profile)
+    settings = given(*words, "--video_path", source, "--video_length", 33)
+    (job,) = make_jobs(settings)
+    short = replace(job.request, frames=5)
+    for measured in (job.request, short):
+        write_profile(profile, Profile((Entry(run_settings(measured), {}, [2, 2], [], {}),)))
+        if measured is short:
+            assert [fitted.request for fitted in fitted_jobs([job], settings)] == [short]
+        else:
+            with pytest.raises(InputError, match="about 32 tokens there and about 8 tokens here"):
+                fitted_jobs([job], settings)
 
 
 def test_a_scale_is_raised_until_the_videos_keep_the_budget(

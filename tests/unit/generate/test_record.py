@@ -105,6 +105,26 @@ def test_a_camera_given_beside_takes_the_place_of_the_recorded_one(
     assert all(getattr(sampling, name) == getattr(SamplingSettings, name) for name in recorded)
 
 
+@pytest.mark.parametrize(
+    ("words", "cache"),
+    [
+        (("--step_cache", "none"), "none"),
+        (("--step_cache=none",), "none"),
+        (("--use_attentioncache",), "attention"),
+        (("--step_cache", "teacache"), "teacache"),
+    ],
+)
+def test_a_cache_given_beside_takes_the_place_of_the_recorded_one(
+    words: tuple[str, ...], cache: str, given: Given, tmp_path: Path
+) -> None:
+    settings = given(*WORDS, "--step_cache", "teacache", "--tea_cache_l1_thresh", 0.3)
+    (job,) = make_jobs(settings)
+    path = write_all(tmp_path, make_record(settings, job.request, {}).text())[0]
+    (again,) = make_jobs(parse(GenerateSettings, ["--from_metadata", str(path), *words]))
+    assert again.request.step_cache == cache
+    assert again.request.tea_cache_l1_thresh == (0.3 if cache == "teacache" else 0.05)
+
+
 def test_files_without_a_record_are_refused(tmp_path: Path) -> None:
     bad = [*write_all(tmp_path, ""), tmp_path / "absent.mp4", tmp_path]
     (tmp_path / "text.mp4").write_text("no video")

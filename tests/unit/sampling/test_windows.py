@@ -166,3 +166,11 @@ def test_the_stride_is_half_a_window_by_default() -> None:
 def test_the_frames_that_models_were_trained_with() -> None:
     trained: Mapping[str, int] = {name: VARIANTS[name].trained_frames for name in ("t2v-14B", "t2i-14B", "ti2v-5B")}
     assert trained == {"t2v-14B": 21, "t2i-14B": 21, "ti2v-5B": 31}
+
+
+def test_a_line_without_riflex_needs_no_index() -> None:
+    """The index that all lines have goes with `--riflex`."""
+    plain = preview_defaults(VARIANTS["t2v-1.3B"])
+    for_all = replace(plain, riflex=True, riflex_freq_index=4)
+    assert parse_line("a cat --riflex false", for_all) == parse_line("a cat", plain)
+    assert parse_line("a cat --riflex true", for_all).riflex_freq_index == 4

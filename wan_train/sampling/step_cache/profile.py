@@ -54,9 +54,9 @@ class Entry:
         """Return, by setting, what this entry and a request have where they differ: "euler there and unipc here"."""
         wanted = run_settings(request)
         return {
-            name: f"{self.settings.get(name, 'nothing')} there and {value} here"
-            for name, value in wanted.items()
-            if self.settings.get(name) != value
+            name: f"{self.settings.get(name, 'nothing')} there and {wanted.get(name, 'nothing')} here"
+            for name in {**wanted, **self.settings}
+            if self.settings.get(name) != wanted.get(name)
         }
 
 
@@ -76,8 +76,8 @@ class Profile:
 
 
 def run_settings(request: SampleRequest) -> dict[str, str]:
-    """Return what errors depend on, by the option's name: the steps, the guidance of each model, the number of tokens
-    to a power of two."""
+    """Return what errors depend on, by the option's name: the steps, the guidance of each model, when and how much
+    controls act, the number of tokens to a power of two."""
     tokens = max(1, math.prod(request.latent_shape[1:]) // PATCH)
     guidances = [request.guided(expert) for expert in experts_of(request.variant)]
     told = {
@@ -98,6 +98,10 @@ def run_settings(request: SampleRequest) -> dict[str, str]:
         told["slg_layers"] = (
             f"{layers} {guidance.slg_mode} {guidance.slg_scale:g} {guidance.slg_start:g} {guidance.slg_end:g}"
         )
+    if (request.control_start, request.control_end) != (0, 1):  # residuals change where a control begins or ends
+        told["control_start and control_end"] = f"{request.control_start:g} to {request.control_end:g}"
+    if request.vace_scale != 1:
+        told["vace_scale"] = f"{request.vace_scale:g}"
     if request.sliding_window_size is not None:
         told["sliding_window_size"] = f"{request.sliding_window_size} every {request.window_stride}"
     if request.riflex:

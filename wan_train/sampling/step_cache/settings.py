@@ -14,6 +14,7 @@ OFF, TEACACHE, MAGCACHE, ATTENTION, AUTO = "none", "teacache", "magcache", "atte
 STEP_CACHES = (OFF, TEACACHE, MAGCACHE, ATTENTION, AUTO)
 PROFILED = (MAGCACHE, AUTO)  # those that read --cache_profile
 TEACACHE_MODELS = ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P")
+SHORTCUT = "--use_attentioncache"  # MindIE's name of --step_cache attention
 CALIBRATE = "--calibrate_steps N --cache_profile FILE makes one"
 COMPILED = (
     "--step_cache attention keeps outputs from inside of blocks, which --compile makes one graph each: leave out"
@@ -32,7 +33,7 @@ class CacheOptions:
         "Reuse results of earlier steps, for speed at some loss of quality: teacache and magcache by "
         "published rules, attention for self-attention only, auto by errors measured with --calibrate_steps.",
         choices=STEP_CACHES,
-        shortcuts={"--use_attentioncache": ATTENTION},
+        shortcuts={SHORTCUT: ATTENTION},
     )
     tea_cache_l1_thresh: float = option(
         0.05,
@@ -97,6 +98,12 @@ _READ_BY = {
     "cache_profile": PROFILED,
     "error_budget": (AUTO,),
 }
+
+
+def replaced_by(step_cache: str) -> frozenset[str]:
+    """Return the options that a chosen cache does not read: where they are given earlier, in a record or for all
+    lines, the choice takes their place."""
+    return frozenset(name for name, owners in _READ_BY.items() if step_cache not in owners)
 
 
 def check_cache_options(given: CacheOptions, steps: int) -> None:

@@ -1,5 +1,6 @@
 """Options of step caches: which go together, and what they mean by default."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,29 @@ def test_prompt_lines_choose_a_cache() -> None:
     line = "a cat --step_cache teacache --tea_cache_l1_thresh 0.2"
     wanted = parse_line(line, preview_defaults(VARIANTS["t2v-1.3B"]))
     assert (wanted.step_cache, wanted.tea_cache_l1_thresh) == ("teacache", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        ("--step_cache none", {}),
+        ("--step_cache attention --end_step 9", {"end_step": 9}),
+        ("--step_cache magcache", {"cache_profile": "a.json"}),
+        ("--step_cache auto", {"cache_profile": "a.json", "error_budget": 0.2}),
+    ],
+)
+def test_a_cache_chosen_in_a_line_takes_the_place_of_the_one_for_all_lines(line: str, kept: dict[str, Any]) -> None:
+    for_all = replace(
+        preview_defaults(VARIANTS["t2v-1.3B"]), step_cache="auto", cache_profile="a.json", error_budget=0.2
+    )
+    wanted = parse_line(f"a cat {line}", for_all)
+    plain = parse_line("a cat", preview_defaults(VARIANTS["t2v-1.3B"]))
+    assert wanted == replace(plain, step_cache=line.split()[1], **kept)
+
+
+def test_an_option_of_another_cache_in_the_same_line_is_refused() -> None:
+    with pytest.raises(InputError, match="--error_budget is an option of --step_cache auto"):
+        parse_line("a cat --step_cache none --error_budget 0.1", preview_defaults(VARIANTS["t2v-1.3B"]))
 
 
 def test_mindies_switch_is_the_attention_cache() -> None:

@@ -114,18 +114,38 @@ def test_ctrl_c_passes(tmp_path: Path, vae: Any) -> None:
     check()
 
 
-def test_training_goes_on_after_a_failure_as_if_there_had_been_none(tmp_path: Path, vae: Any) -> None:
-    """Blocks that stream are where the failing preview left them; what follows must not care."""
+def fail(model: Dit, folder: Path, vae: WanVAE) -> None:
+    check = fail_on(model, 2, RuntimeError("no"))
+    assert previewer(folder, vae, REQUESTS[:1]).make(model, "000001") == {}
+    check()
 
-    def gradients(*, fails: bool) -> list[Tensor]:
+
+def reuse(model: Dit, folder: Path, vae: WanVAE) -> None:
+    """Previews that leave blocks out, by step caches and in windows."""
+    calls: list[int] = []
+    handle = model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    all_of = [replace(request, steps=6) for request in REQUESTS]
+    caches = ({"step_cache": "teacache", "tea_cache_l1_thresh": 100.0}, {"step_cache": "attention"})
+    requests = [replace(all_of[0], **caches[0]), replace(all_of[1], **caches[1]), replace(all_of[2], **caches[0])]
+    requests[2] = replace(requests[2], sliding_window_size=1)
+    assert len(previewer(folder, vae, requests).make(model, "000001")) == len(requests)
+    handle.remove()
+    assert len(calls) == 2 * (2 + 6 + 2 * 2), "first and last step; all steps; those of two windows"
+
+
+@pytest.mark.parametrize("preview", [fail, reuse])
+def test_training_goes_on_after_previews_as_if_there_had_been_none(
+    preview: Callable[[Dit, Path, WanVAE], None], tmp_path: Path, vae: WanVAE
+) -> None:
+    """Blocks that stream are where the previews left them; what follows must not care."""
+
+    def gradients(*, has_previews: bool) -> list[Tensor]:
         model = make_dit()
         attach(model, NetworkSettings(), seed=1)
         apply_stream(model.blocks, StreamSettings(blocks_to_swap=2), make_lane(CPU))
         apply_recompute(list(model.blocks), RecomputeSettings(recompute="full"), CPU)
-        if fails:
-            check = fail_on(model, 2, RuntimeError("no"))
-            assert previewer(tmp_path, vae, REQUESTS[:1]).make(model, "000001") == {}
-            check()
+        if has_previews:
+            preview(model, tmp_path, vae)
         latents = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(2))
         model(
             latents, torch.tensor([500.0]), torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(3))
@@ -134,7 +154,7 @@ def test_training_goes_on_after_a_failure_as_if_there_had_been_none(tmp_path: Pa
         assert sum(float(gradient.abs().sum()) for gradient in found) > 0
         return found
 
-    for ours, plain in zip(gradients(fails=True), gradients(fails=False), strict=True):
+    for ours, plain in zip(gradients(has_previews=True), gradients(has_previews=False), strict=True):
         assert torch.equal(ours, plain)
 
 
