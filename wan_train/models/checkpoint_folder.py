@@ -78,6 +78,11 @@ def with_found_files(argv: Sequence[str], alone: Mapping[str, bool]) -> list[str
             missing.append(name)
     if missing:
         raise InputError(_tell_missing(f"{flag} {folder}", missing, task, content))
+    if "--dit" in found and found["--dit"] == found.get("--dit_high_noise"):
+        raise InputError(
+            f"{flag} {folder} has one DiT ({content.shown([found['--dit']])}) for the two experts of --task {task}, and"
+            " its path says neither high nor low: choose with --dit and --dit_high_noise, or give another folder"
+        )
     for name, path in found.items():
         log.info("%s: took %s for %s", flag, content.shown([path]), name)
     return [*(f"{name}={path}" for name, path in found.items()), *argv]
@@ -100,11 +105,11 @@ def _wanted_flags(variant: Variant | None) -> list[str]:
 
 def _tell_missing(where: str, missing: Sequence[str], task: str, content: _Folder) -> str:
     named = {path: identify(header.shapes) for path, header in content.headers.items()}
-    holds = "; ".join(f"{content.shown([path])} is {kind}" for path, kind in sorted(named.items()))
-    unread = "".join(f"; {content.shown([path])} does not read: {why}" for path, why in content.unread.items())
+    holds = [f"{content.shown([path])}: {kind}" for path, kind in sorted(named.items())]
+    holds += [f"{content.shown([path])}: not readable, {why}" for path, why in content.unread.items()]
     return (
         f"{where} has nothing for {' and '.join(missing)}{f' of --task {task}' if task else ''}"
-        f" (it holds {holds or 'no checkpoint'}{unread}): give {'it' if len(missing) == 1 else 'them'} beside, or"
+        f" ({'; '.join(holds) or 'it holds no checkpoint'}): give {'it' if len(missing) == 1 else 'them'} beside, or"
         " another folder"
     )
 

@@ -91,6 +91,13 @@ def test_a_folder_of_two_experts(official: Path) -> None:
         found(official, "t2v-14B")
 
 
+def test_one_model_is_not_taken_for_both_experts(official: Path) -> None:
+    with pytest.raises(InputError, match=r"one DiT \(diffusion_pytorch_model.safetensors\) for the two experts"):
+        found(official, "t2v-A14B")
+    high = str(official / "diffusion_pytorch_model.safetensors")
+    assert "--dit" in found(official, "t2v-A14B", "--dit_high_noise", high)
+
+
 def test_shards_are_one_checkpoint(official: Path) -> None:
     shapes = list(dit_shapes().items())
     (official / "diffusion_pytorch_model.safetensors").unlink()
@@ -159,7 +166,7 @@ def test_what_is_missing_is_one_error_with_what_is_there(official: Path) -> None
         found(official, "i2v-14B")
     told = str(caught.value)
     assert "nothing for --dit and --vae and --clip of --task i2v-14B" in told
-    assert "diffusion_pytorch_model.safetensors is Wan DiT" in told and f"{VAE22} is Wan2.2 VAE" in told
-    assert "broken.safetensors does not read" in told
+    assert "diffusion_pytorch_model.safetensors: Wan DiT" in told and f"{VAE22}: Wan2.2 VAE" in told
+    assert "broken.safetensors: not readable" in told
     with pytest.raises(InputError, match="--model_base /nowhere is not a folder"):
         with_found_files(["--model_base", "/nowhere"], dict.fromkeys(FLAGS, False))
