@@ -174,6 +174,8 @@ def ratios_for(path: str, request: SampleRequest) -> dict[str, dict[int, float]]
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
     """Read a profile. InputError for a file that is missing, is not a profile, or has a newer version."""
+    if Path(path).exists() and not Path(path).is_file():  # a device may never end
+        raise InputError(f"--cache_profile {path} is not a file: {CALIBRATE}")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
@@ -182,7 +184,9 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
         entries = () if version > VERSION else tuple(map(_entry, found["entries"]))
     except OSError as problem:
         raise InputError(f"--cache_profile {path} cannot be read: {problem.strerror}; {CALIBRATE}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+    except KeyError as problem:
+        raise InputError(f"--cache_profile {path} is not a profile ({problem} is missing): {CALIBRATE}") from None
+    except (ValueError, TypeError, AttributeError) as problem:
         raise InputError(f"--cache_profile {path} is not a profile ({problem}): {CALIBRATE}") from None
     if version > VERSION:
         raise InputError(
@@ -213,8 +217,19 @@ def _written(entry: Entry) -> dict[str, Any]:
 
 def _entry(found: Mapping[str, Any]) -> Entry:
     known = {f.name: found[f.name] for f in fields(Entry)}
-    errors = tuple(ReuseError(int(s), int(a), int(g), float(e)) for s, a, g, e in known["errors"])
-    ratios = {str(name): {int(s): float(r) for s, r in rows.items()} for name, rows in known["ratios"].items()}
+    errors = tuple(ReuseError(int(s), int(a), int(g), _measured(e)) for s, a, g, e in known["errors"])
+    ratios = {str(name): {int(s): _measured(r) for s, r in rows.items()} for name, rows in known["ratios"].items()}
     settings, models = dict(known["settings"]), dict(known["models"])
-    numbers = {"scale": float(known["scale"]), "num_videos": int(known["num_videos"])}
-    return Entry(settings, models, tuple(map(int, known["num_passes"])), errors, ratios, **numbers)  # type: ignore[arg-type]
+    numbers = {"scale": _measured(known["scale"]), "num_videos": int(known["num_videos"])}
+    num_passes = tuple(map(int, known["num_passes"]))
+    if min(num_passes, default=0) < 1:
+        raise ValueError(f"num_passes {list(num_passes)} are not at least 1 for each step")
+    return Entry(settings, models, num_passes, errors, ratios, **numbers)  # type: ignore[arg-type]
+
+
+def _measured(value: Any) -> float:
+    """A norm, or a ratio of norms: with others a plan would keep no budget."""
+    number = float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{number} is not a number from 0")
+    return number
