@@ -86,7 +86,7 @@ def _checked(entry: Entry, jobs: Sequence[Job], videos: "_Videos") -> Entry:
         plan = cheapest(entry, request.error_budget, firsts)
         error = videos.error(jobs, entry) if plan.reused else 0.0
         told = plan.num_saved, sum(entry.num_passes), plan.error, error, entry.num_videos
-        log.info("auto reuses %d of %d passes: predicted error %.4f, measured at most %.4f in %d videos", *told)
+        log.info("auto reuses %d of %d passes: predicted error %.4f, largest measured %.4f (videos: %d)", *told)
         if error <= RESERVED * request.error_budget:
             return entry
         # The error need not fall in proportion: at least a quarter more is taken off each time.

@@ -61,8 +61,8 @@ def check_shared_jobs(settings: GenerateSettings, jobs: Sequence[Job]) -> None:
     parallel = settings.parallel
     if parallel.data_parallel > len(jobs):
         raise InputError(
-            f"--data_parallel {parallel.data_parallel} shares out {len(jobs)} videos, so that some processes have none:"
-            f" give more prompts with --from_file, or --data_parallel {len(jobs)}"
+            f"--data_parallel {parallel.data_parallel} is more than the number of videos, {len(jobs)}: give"
+            f" more prompts with --from_file, or --data_parallel {len(jobs)}"
         )
     merging = [job for job in jobs if job.request.cfg_merge]
     if parallel.cfg_size > 1 and merging:
