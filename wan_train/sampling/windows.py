@@ -92,7 +92,10 @@ def tell_length(given: LengthOptions, num_frames: int, num_trained: int, *, num_
     size = given.sliding_window_size
     if size is not None:
         count = len(window_starts(num_frames, size, given.window_stride))
-        log.info("sliding windows: %d of at most %d latent frames, stride %d", count, size, given.window_stride)
+        if count == 1:
+            log.info("--sliding_window_size %d has no effect: the video has %d latent frames", size, num_frames)
+        else:
+            log.info("sliding windows: %d of at most %d latent frames, stride %d", count, size, given.window_stride)
         num_frames = min(num_frames, size)
     if not given.riflex:
         return

@@ -138,6 +138,13 @@ def test_the_log_counts_the_frames_of_references(capsys: pytest.CaptureFixture[s
     assert "period of temporal RoPE frequency 1 set to 24.4 latent frames" in capsys.readouterr().err
 
 
+def test_a_window_with_the_whole_video_is_told_to_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    tell_length(LengthOptions(sliding_window_size=5), 6, 21)
+    assert "sliding windows: 2 of at most 5 latent frames, stride 2" in capsys.readouterr().err
+    tell_length(LengthOptions(sliding_window_size=6), 6, 21)
+    assert "--sliding_window_size 6 has no effect: the video has 6 latent frames" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
