@@ -56,7 +56,7 @@ def check_compile(settings: CompileSettings, *, device: torch.device | str, bloc
     """Compile a trivial function for `device` as the settings say, with their cache from then on. InputError for what
     is unknown, does not work, or does not go with the swapping that is to act on the blocks."""
     if not settings.compile:
-        _tell_of_idle_options(settings)
+        _warn_of_unused_options(settings)
         return
     _check_companions(settings, blocks_to_swap)
     if settings.compile_cache is not None:
@@ -75,7 +75,7 @@ def check_compile(settings: CompileSettings, *, device: torch.device | str, bloc
         forget_counts()  # of the trial
 
 
-def _tell_of_idle_options(settings: CompileSettings) -> None:
+def _warn_of_unused_options(settings: CompileSettings) -> None:
     names = [
         f.name for f in fields(settings) if f.name.startswith("compile_") and getattr(settings, f.name) != f.default
     ]
@@ -83,7 +83,7 @@ def _tell_of_idle_options(settings: CompileSettings) -> None:
         log.warning("--%s does nothing without --compile", names[0])
 
 
-def tell_of_cache(settings: CompileSettings) -> None:
+def log_cache_use(settings: CompileSettings) -> None:
     """Say, at the end of a run, whether `--compile_cache` was used."""
     if settings.compile and settings.compile_cache is not None:
         log.info("%s", describe_use(settings.compile_cache))

@@ -40,14 +40,14 @@ class Needs:
     weights: Bytes
     gradients: Bytes
     states: Bytes
-    average: Bytes
+    ema: Bytes
     activations: Bytes
     peak: int
 
     @property
     def total(self) -> Bytes:
         """The most at any time."""
-        kept = self.weights + self.states + self.average
+        kept = self.weights + self.states + self.ema
         return Bytes(kept.device + self.peak, kept.host + self.activations.host)
 
     def describe(self) -> str:
@@ -56,7 +56,7 @@ class Needs:
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer states": self.states,
-            "average": self.average,
+            "EMA": self.ema,
             "activations": self.activations,
         }
         told = ", ".join(f"{gib(part.device)} GiB of {name}" for name, part in rows.items() if part.device)
@@ -64,13 +64,13 @@ class Needs:
         beside = f"; in CPU RAM {away}, {gib(self.total.host)} GiB in all" if away else ""
         return f"needs {told}: at most {gib(self.total.device)} GiB at a time{beside}"
 
-    def beside(self, other: "Needs") -> "Needs":
+    def alternating_with(self, other: "Needs") -> "Needs":
         """Those of two models of which one is trained at a time."""
         return Needs(
             self.weights + other.weights,
             _larger(self.gradients, other.gradients),
             self.states + other.states,
-            self.average + other.average,
+            self.ema + other.ema,
             _larger(self.activations, other.activations),
             max(self.peak, other.peak),
         )

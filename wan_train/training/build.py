@@ -45,7 +45,7 @@ from wan_train.training.run import Reporting, Run, TrainingData
 from wan_train.training.saving.hub import open_hub
 from wan_train.training.saving.identity import Identity
 from wan_train.training.saving.metadata import RunFacts, training_metadata
-from wan_train.training.saving.resume import Trained, begin, go_on
+from wan_train.training.saving.resume import Trained, begin, restore
 from wan_train.training.saving.save import Saving
 from wan_train.training.saving.state import State
 from wan_train.training.settings import LoopSettings, TrainSettings
@@ -74,7 +74,7 @@ def build(
     validator = make_validator(settings, data, plan.experts)
     carried = carried_of(optimizing, accelerator, validator)
     if plan.state is not None:
-        go_on(plan.state, dict(adapter.named_parameters()), carried)
+        restore(plan.state, dict(adapter.named_parameters()), carried)
     facts = make_facts(plan, dataset, accelerator, length, began.identity, seed=seed, warmup=warmup)
     rows = training_metadata(settings, facts, adapter.metadata())
     dit.train()

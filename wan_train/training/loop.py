@@ -48,7 +48,7 @@ def train(run: Run) -> None:
             before_first_step(run)
         # The bar is closed on every way out, so that an error begins a line of its own.
         with tqdm(total=steps, initial=position.step, desc="steps", disable=hidden) as bar, run.profiler:
-            while position.step < steps and not has_learnt_enough(run.validator):
+            while position.step < steps and not should_stop_early(run.validator):
                 position = train_epoch(run, position, bar)
         evaluate(run, position)
     settings = run.saving.settings.save
@@ -81,7 +81,7 @@ def train_epoch(run: Run, position: Position, bar: Any) -> Position:
         if asked_to_stop and step < steps:
             told = save_stopped(run.saving, position=position, model=model, optimizing=run.optimizing)
             raise Stopped(told, EXIT_CODES[asked_to_stop])
-        if step == steps or has_learnt_enough(run.validator):
+        if step == steps or should_stop_early(run.validator):
             break
     ended = Position(step, epoch + 1, 0)
     after_epoch(run, ended)
@@ -125,7 +125,7 @@ def after_epoch(run: Run, position: Position) -> None:
     """What is due after an epoch, at the beginning of the next; the last is always previewed, and saved under the final
     name alone."""
     epoch, settings, preview = position.epoch - 1, run.saving.settings.save, run.reporting.preview
-    last = position.step >= run.data.length.steps or has_learnt_enough(run.validator)
+    last = position.step >= run.data.length.steps or should_stop_early(run.validator)
     if run.validator is not None and is_due(epoch, run.validator.settings.validate_every_n_epochs):
         evaluate(run, position)
     if is_due(epoch, settings.save_every_n_epochs) and not last:
@@ -144,7 +144,7 @@ def is_due(count: int, every: int | None) -> bool:
     return every is not None and count % every == 0
 
 
-def has_learnt_enough(validator: Validator | None) -> bool:
+def should_stop_early(validator: Validator | None) -> bool:
     """Whether `--early_stop` says that continuing is in vain."""
     return validator is not None and validator.should_stop
 

@@ -6,7 +6,7 @@ from accelerate.utils import set_seed
 
 from dataset.caching.remains import remove_remains
 from networks.adapter import trains_weights
-from wan_train.compile import tell_of_cache
+from wan_train.compile import log_cache_use
 from wan_train.config_file import configuration_text
 from wan_train.flow.boundaries import describe_boundary
 from wan_train.log import get_logger
@@ -80,7 +80,7 @@ def main(settings: TrainSettings) -> None:
         if mirror is not None:
             mirror.finish()
     if accelerator.is_main_process:
-        tell_of_cache(settings.compile)
+        log_cache_use(settings.compile)
         files = [str(final_path(settings, name, part)) for name, _, part in saved_parts(run.model.adapter)]
         log.info("done: %s", " and ".join(files))
     accelerator.end_training()

@@ -36,7 +36,7 @@ def check_needs(settings: TrainSettings, experts: ExpertPlan, dataset: CachedDat
     """Say what a run takes whose weights are trained, and refuse one that cannot fit."""
     batch = largest_batch(dataset)
     each = [needs_of(settings_of(settings, expert), batch) for expert in experts.trained or (None,)]
-    needs = each[0] if len(each) == 1 else each[0].beside(each[1])
+    needs = each[0] if len(each) == 1 else each[0].alternating_with(each[1])
     log.info("full fine-tuning %s", needs.describe())
     device = launched_device()
     check_fits(needs, free_memory(device), ways_out(settings), device_name=str(device))
@@ -66,7 +66,7 @@ def needs_of(settings: TrainSettings, batch: Batch) -> Needs:
         weights=outline.weights,
         gradients=Bytes(max(gradients) if fused else sum(gradients) + exchanged),
         states=Bytes(0, states.kept) if away else Bytes(states.kept),
-        average=average_of(trained, settings, outline),
+        ema=ema_of(trained, settings, outline),
         activations=outline.activations,
         peak=exchanged + max(outline.ledger.peak, 0 if fused else sum(gradients) + step) + (step if fused else 0),
     )
@@ -164,7 +164,7 @@ def tensors_in(value: object) -> Iterable[Tensor]:
             yield from tensors_in(member)
 
 
-def average_of(trained: dict[str, nn.Parameter], settings: TrainSettings, outline: Outline) -> Bytes:
+def ema_of(trained: dict[str, nn.Parameter], settings: TrainSettings, outline: Outline) -> Bytes:
     """The average of what is trained, float32; that of what streams is in CPU RAM with it."""
     if settings.loop.ema_decay is None:
         return Bytes()

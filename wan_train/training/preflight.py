@@ -77,7 +77,7 @@ def preflight(settings: TrainSettings, remote: RemoteFolder | None = None) -> Ru
         settings.optimizer,
         several_rates=several_rates,
         rounded=settings.network.full_bf16,
-        apart=needs_parts(settings),
+        one_by_one_option=needs_parts(settings),
     )
     check_stepping(settings)
     if settings.loop.ema_decay is not None and is_schedule_free(kind):

@@ -82,7 +82,7 @@ def take_step(
     began, expert = time.perf_counter(), window[0].expert
     means, samples = [], []
     for index, drawn in enumerate(window):
-        losses = learn(
+        losses = accumulate_gradients(
             drawn,
             position.epoch,
             model=model,
@@ -96,12 +96,12 @@ def take_step(
     levels = torch.cat([drawn.draws.t for drawn in window])
     mean = torch.stack(means).mean()
     shared = share(model.accelerator, mean, t=levels, samples=torch.cat(samples), signal=stop.signal)
-    let_idle_rest(model.adapter, expert)
+    clear_idle_gradients(model.adapter, expert)
     norm = clip(model, optimizing)
     if math.isfinite(shared.loss) and math.isfinite(norm):
         update(model.adapter, optimizing, expert)
     else:
-        leave_out(model, optimizing, loss=shared.loss, norm=norm, position=position, window=window)
+        skip_nonfinite_step(model, optimizing, loss=shared.loss, norm=norm, position=position, window=window)
     rates = learning_rates(optimizing.optimizer)
     for parameter in model.trained.values():
         parameter.grad = None
@@ -127,7 +127,7 @@ def take_step(
     return metrics, shared.signal
 
 
-def learn(
+def accumulate_gradients(
     drawn: Drawn,
     epoch: int,
     *,
@@ -167,7 +167,7 @@ def is_finite_everywhere(accelerator: Accelerator, loss: Tensor) -> bool:
     return bool(accelerator.gather(loss.detach().unsqueeze(0)).isfinite().all())
 
 
-def let_idle_rest(adapter: Adapter, expert: str | None) -> None:
+def clear_idle_gradients(adapter: Adapter, expert: str | None) -> None:
     """Take the gradient, which is nothing, from the adapter whose turn it is not, so that no step is taken with it."""
     if isinstance(adapter, PairAdapter):
         for other, _ in adapter.parts.items():
@@ -210,7 +210,7 @@ def update(adapter: Adapter, optimizing: Optimization, expert: str | None) -> No
         optimizing.ema.update(expert)
 
 
-def leave_out(
+def skip_nonfinite_step(
     model: TrainedModel,
     optimizing: Optimization,
     *,

@@ -127,7 +127,7 @@ def draw(
         uniforms.append(float(torch.rand((), generator=generator)))
         noises.append(torch.randn(*shape, generator=generator))
     if strata is not None:
-        places = strata.place(keys, epoch)
+        places = strata.strata_of(keys, epoch)
         uniforms = [(place + u) / strata.num_strata for place, u in zip(places, uniforms, strict=True)]
     t = draw_levels(uniforms, (shape[-2], shape[-1]), settings, limits)
     return Draws(t, torch.stack(noises), importance(settings.weighting_scheme, t))

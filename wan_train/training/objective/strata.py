@@ -42,7 +42,7 @@ class Strata:
         self._epoch: int | None = None
         self._places: dict[SampleKey, int] = {}
 
-    def place(self, keys: Sequence[SampleKey], epoch: int) -> list[int]:
+    def strata_of(self, keys: Sequence[SampleKey], epoch: int) -> list[int]:
         """The stratum of each sample, from 0; they must be among those that the epoch takes."""
         if epoch != self._epoch:
             self._places, self._epoch = self._assign(epoch), epoch

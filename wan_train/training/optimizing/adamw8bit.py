@@ -50,7 +50,7 @@ class AdamW8bitSR(torch.optim.Optimizer):
 
 def _step(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     if not state:
-        state |= {"step": 0} | {key: value for name in STATES for key, value in _nothing(name, parameter).items()}
+        state |= {"step": 0} | {key: value for name in STATES for key, value in _zero_state(name, parameter).items()}
     state["step"] += 1
     weight, gradient = parameter.detach().view(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
     for start in range(0, len(weight), _AT_ONCE):
@@ -71,7 +71,7 @@ def _adamw(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step
     return weight.mul_(1 - rate * group["weight_decay"]).addcdiv_(first, width, value=-rate / (1 - beta1**step))
 
 
-def _nothing(name: str, parameter: Tensor) -> dict[str, Tensor]:
+def _zero_state(name: str, parameter: Tensor) -> dict[str, Tensor]:
     """A state of zeros: codes and scales, or float32 for a small tensor."""
     if parameter.numel() < SMALL:
         return {name: torch.zeros_like(parameter, dtype=torch.float32)}

@@ -14,7 +14,7 @@ from wan_train.training.carried import Stateful
 _AVERAGE = "average"
 
 
-class Average(Stateful, Protocol):
+class AveragedWeights(Stateful, Protocol):
     """Averages of what is trained: of one model, or of both experts."""
 
     def update(self, expert: str | None) -> None:

@@ -19,7 +19,7 @@ from wan_train.errors import InputError
 
 COUNT = "rounded_steps"  # in the first parameter group, so that a saved state holds it
 # By package: those that treat each weight by itself, whatever else there is, and make its states at its first step.
-_APART = {
+_ONE_BY_ONE = {
     "torch": ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam", "Adamax", "RMSprop", "Adadelta", "Rprop", "ASGD"),
     "transformers": ("Adafactor",),
     "came_pytorch": ("CAME",),
@@ -39,15 +39,15 @@ class Part:
     held: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def steps_apart(optimizer_class: Any) -> bool:
+def can_step_one_by_one(optimizer_class: Any) -> bool:
     """Whether the step of an optimizer class can be taken weight by weight."""
-    return optimizer_class.__name__ in _APART.get(optimizer_class.__module__.partition(".")[0], ())
+    return optimizer_class.__name__ in _ONE_BY_ONE.get(optimizer_class.__module__.partition(".")[0], ())
 
 
-def check_apart(optimizer_class: Any, name: str, flag: str) -> None:
+def check_one_by_one(optimizer_class: Any, name: str, flag: str) -> None:
     """InputError for an optimizer class, called `name`, whose step cannot be taken weight by weight as `flag` asks."""
-    if not steps_apart(optimizer_class):
-        known = ", ".join(dict.fromkeys(name for names in _APART.values() for name in names))
+    if not can_step_one_by_one(optimizer_class):
+        known = ", ".join(dict.fromkeys(name for names in _ONE_BY_ONE.values() for name in names))
         raise InputError(f"{flag} steps weight by weight, which --optimizer_type {name} cannot: take one of {known}")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from wan_train.training.carried import RunningMean, Skipped
-from wan_train.training.optimizing.ema import Average
+from wan_train.training.optimizing.ema import AveragedWeights
 from wan_train.training.optimizing.stepping import Stepping
 
 
@@ -22,7 +22,7 @@ class Optimization:
     optimizer: torch.optim.Optimizer
     stepping: Stepping
     schedule: Any
-    ema: Average | None
+    ema: AveragedWeights | None
     average: RunningMean
     skipped: Skipped
     max_grad_norm: float

@@ -14,7 +14,7 @@ from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.packages import load
 from wan_train.training.optimizing.adamw8bit import AdamW8bitSR
-from wan_train.training.optimizing.one_by_one import StepContext, check_apart, one_by_one
+from wan_train.training.optimizing.one_by_one import StepContext, check_one_by_one, one_by_one
 from wan_train.training.optimizing.optimizer_state import comes_from, for_training, is_schedule_free, sets_own_rate
 from wan_train.training.optimizing.rounding import check_rounding
 from wan_train.training.settings import OptimizerSettings
@@ -77,19 +77,23 @@ def make_optimizer(
 
 
 def check_optimizer(
-    settings: OptimizerSettings, *, several_rates: bool = False, rounded: bool = False, apart: str | None = None
+    settings: OptimizerSettings,
+    *,
+    several_rates: bool = False,
+    rounded: bool = False,
+    one_by_one_option: str | None = None,
 ) -> tuple[OptimizerClass, dict[str, Any]]:
     """The class and the arguments, `lr` among them, behind the settings.
 
     Raises InputError for an unknown name, a package that is not there, an argument that the class does not take, and
     where it could not do what is asked for: keep `several_rates` of parameter groups (LoRA+) apart, let weights be
-    `rounded` at random, or step them one by one as the option `apart` asks.
+    `rounded` at random, or step them one by one as the option `one_by_one_option` asks.
     """
     kind = find_optimizer(settings.optimizer_type)
     if rounded:
         check_rounding(kind, settings.optimizer_type)
-    if apart is not None:
-        check_apart(kind, settings.optimizer_type, apart)
+    if one_by_one_option is not None:
+        check_one_by_one(kind, settings.optimizer_type, one_by_one_option)
     given = read_arguments("--optimizer_args", settings.optimizer_args)
     if "lr" in given:
         raise InputError("--optimizer_args contains lr: give it as --learning_rate")

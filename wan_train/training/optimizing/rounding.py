@@ -24,7 +24,7 @@ _IN_FLOAT32 = {
 }
 
 
-def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
+def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
     """x, float32, as bfloat16: the neighbour above or below, each as often as x is near it.
 
     A number in [0, 2^16) is added to the bits that bfloat16 lacks, and these are cut off. What is not finite stays.
@@ -59,6 +59,6 @@ def rounded(seed: int) -> StepContext:
         yield fine
         optimizer.state[parameter] = optimizer.state.pop(fine)
         generator = generator_of(f"{seed}/{key}/rounding", device=fine.device)
-        parameter.copy_(round_at_random(fine.detach(), generator))
+        parameter.copy_(round_stochastically(fine.detach(), generator))
 
     return turn

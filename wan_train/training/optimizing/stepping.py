@@ -20,7 +20,7 @@ from wan_train.placement.states import HostStates
 from wan_train.placement.stream import Stream
 from wan_train.training.accelerator import launched_dtype
 from wan_train.training.optimizing.fused import FusedBackward
-from wan_train.training.optimizing.one_by_one import Part, StepContext, steps_apart
+from wan_train.training.optimizing.one_by_one import Part, StepContext, can_step_one_by_one
 from wan_train.training.optimizing.optimizers import find_optimizer, make_optimizer
 from wan_train.training.optimizing.rounding import rounded
 from wan_train.training.settings import TrainSettings
@@ -91,13 +91,13 @@ def make_stepping(
     if settings.network.full_bf16:
         step_contexts.append(rounded(seed))
     # All at once takes as much again as what is stepped: little for a LoRA.
-    whole = trains_weights(settings.network) and steps_apart(find_optimizer(settings.optimizer.optimizer_type))
-    apart = step_contexts or whole or needs_parts(settings)
+    whole = trains_weights(settings.network) and can_step_one_by_one(find_optimizer(settings.optimizer.optimizer_type))
+    needs_one_by_one = step_contexts or whole or needs_parts(settings)
     optimizer = make_optimizer(
-        groups, settings.optimizer, warmup=warmup, step_contexts=step_contexts if apart else None
+        groups, settings.optimizer, warmup=warmup, step_contexts=step_contexts if needs_one_by_one else None
     )
     fused = None
-    if apart:
+    if needs_one_by_one:
         parts = parts_of(dict(adapter.named_parameters()), streams)
         optimizer.parts = parts  # type: ignore[attr-defined]
         away = settings.optimizer.optimizer_cpu_offload

@@ -29,7 +29,7 @@ class Share:
     part: float
     low: float
     high: float
-    astray: float
+    outside: float
 
 
 def audit(settings: TrainSettings, num_draws: int = NUM_DRAWS) -> str:
@@ -43,7 +43,7 @@ def audit(settings: TrainSettings, num_draws: int = NUM_DRAWS) -> str:
     ):
         name = (share.expert or "the model").replace("_", " ")
         line = f"trained, {name}: {share.part:.1%} of the draws, t from {share.low:.4f} to {share.high:.4f}"
-        lines.append(line if share.expert is None else f"{line}, {share.astray:.1%} beyond the boundary")
+        lines.append(line if share.expert is None else f"{line}, {share.outside:.1%} beyond the boundary")
     lines += [f"visited, {line}" for line in visited(variant, boundary)]
     return "\n".join(lines)
 
@@ -64,12 +64,12 @@ def measure(
     for expert in trained:
         count = num_draws // len(trained)
         t = draw_levels([chance.random() for _ in range(count)], size, settings, plan.limits(expert, settings))
-        astray = 0.0 if expert is None or boundary is None else _astray(t, expert, boundary)
-        shares.append(Share(expert, count / num_draws, float(t.min()), float(t.max()), astray))
+        outside = 0.0 if expert is None or boundary is None else _share_outside(t, expert, boundary)
+        shares.append(Share(expert, count / num_draws, float(t.min()), float(t.max()), outside))
     return shares
 
 
-def _astray(t: Tensor, expert: str, boundary: float) -> float:
+def _share_outside(t: Tensor, expert: str, boundary: float) -> float:
     low, high = span_of(expert, boundary)
     outside = (t < torch.tensor(low) - 1e-6) | (t > torch.tensor(high) + 1e-6)
     return float(outside.float().mean())

@@ -74,12 +74,12 @@ def draw_charts(rows: list[Row]) -> list[str]:
 def _column(rows: Sequence[Row], *path: str) -> np.ndarray:
     """One number of each row, NaN where there is none."""
 
-    def look(row: Any) -> float:
+    def number_at(row: Any) -> float:
         for key in path:
             row = row.get(key) if isinstance(row, dict) else None
         return float(row) if isinstance(row, int | float) else np.nan
 
-    return np.array([look(row) for row in rows], dtype=float)
+    return np.array([number_at(row) for row in rows], dtype=float)
 
 
 def _known(rows: Sequence[Row], *path: str) -> np.ndarray:

@@ -143,12 +143,12 @@ def _free(path: Path, save: SaveSettings, ending: str, part: str | None, moments
         there, wanted = ([each] if each.is_dir() else files_of(each) for each in (target, path))
         if not there:
             return target
-        if _said(there[0]) == _said(wanted[0]):
+        if _origin_of(there[0]) == _origin_of(wanted[0]):
             return None if len(there) == len(wanted) else target
     return None
 
 
-def _said(path: Path) -> tuple[object, ...]:
+def _origin_of(path: Path) -> tuple[object, ...]:
     """What tells a saved file or state from others; of a file that says nothing of itself, which file it is."""
     if path.is_dir():
         try:

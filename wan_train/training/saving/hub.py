@@ -110,7 +110,7 @@ def check_hub(settings: HubSettings, resume: str | None) -> None:
     if settings.resume_from_huggingface:
         if resume is None:
             raise InputError("--resume_from_huggingface needs --resume REPO_ID/PATH_IN_REPO:REVISION:REPO_TYPE")
-        read_place(resume)
+        parse_hub_path(resume)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class HubFolder:
     repo_type: str
 
 
-def read_place(text: str) -> HubFolder:
+def parse_hub_path(text: str) -> HubFolder:
     """`OWNER/NAME/FOLDER:REVISION:TYPE`; without the last two it is main of a model. InputError for anything else."""
     path, _, rest = text.partition(":")
     revision, _, kind = rest.partition(":")
@@ -138,7 +138,7 @@ def read_place(text: str) -> HubFolder:
 
 def fetch_state(address: str, token: str | None) -> Path:
     """Download the state folder at a place on the hub, and where it is now. InputError if that fails."""
-    wanted = read_place(address)
+    wanted = parse_hub_path(address)
     try:
         copy = make_client(token).snapshot_download(
             wanted.repo_id,

@@ -279,7 +279,7 @@ def _position_of(
     return state.position
 
 
-def go_on(state: State, trained: dict[str, nn.Parameter], carried: Mapping[str, Stateful]) -> None:
+def restore(state: State, trained: dict[str, nn.Parameter], carried: Mapping[str, Stateful]) -> None:
     """Give everything that is carried from step to step what the state holds of it."""
     parts = load_state(state, trained)
     for name, part in carried.items():

@@ -84,7 +84,7 @@ def open_state(folder: Path) -> State:
     """The state in a folder. InputError that says what is wrong with one that is not whole, and NewerState for one of
     a later version."""
     if not (folder / MANIFEST).is_file():
-        raise InputError(_what_it_is(folder))
+        raise InputError(_explain_wrong_path(folder))
     return parse_state(folder, (folder / MANIFEST).read_bytes, lambda name: (folder / name).stat().st_size)
 
 
@@ -116,7 +116,7 @@ def parse_state(folder: Path, read: Callable[[], bytes], size_of: Callable[[str]
         raise InputError(f"--resume {folder}: {MANIFEST} cannot be read ({problem}): give another state") from None
 
 
-def _what_it_is(path: Path) -> str:
+def _explain_wrong_path(path: Path) -> str:
     """What `--resume` was given that is not a state, and what to give instead."""
     if path.is_dir():
         inside = sorted(each for each in path.iterdir() if (each / MANIFEST).is_file())
