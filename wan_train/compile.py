@@ -1,9 +1,9 @@
-"""torch.compile of a model's blocks: one graph serves them all, and all numbers of tokens.
+"""Compile a model's blocks with torch.compile: one graph serves all blocks and all sequence lengths.
 
-The blocks are of one class, so torch keeps what it compiles for one of them by its code and finds it again for the
-others: parameters and buffers are inputs of the graph. A further graph is made where the first does not hold: without
-gradients (previews), for the first block of a model that trains through an adapter (nothing before it learns, so its
-input needs no gradient), for a batch of one beside larger ones, and twice at most for other sizes of a batch.
+All blocks share a class, so torch caches the compiled code by the code object and reuses it for the other blocks;
+parameters and buffers are inputs of the graph. Another graph is compiled where the guards of the first fail: without
+gradients (previews), for the first block of a model that trains through an adapter (its input needs no gradient), for
+batch size 1 beside larger ones, and at most twice for other batch sizes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,10 +32,10 @@ log = get_logger(__name__)
 def apply_compile(
     blocks: Iterable[nn.Module], settings: CompileSettings, *, tokens: Sequence[tuple[int, int]] = TOKENS
 ) -> None:
-    """Compile the forward pass of each block as it is now: to be applied before whatever else wraps it.
+    """Compile the forward pass of each block. Call this before anything else wraps the blocks.
 
-    `tokens` are (argument, dimension) pairs that vary from batch to batch; with `compile_dynamic` auto the first graph
-    is made for any of their sizes. Nothing is compiled before the first call.
+    `tokens` are (argument, dimension) pairs whose size varies from batch to batch; with `compile_dynamic` auto the
+    first graph is compiled with these dimensions dynamic. Nothing is compiled before the first call.
     """
     if not settings.compile:
         return
@@ -48,13 +48,13 @@ def apply_compile(
 
 
 def is_compiled(block: nn.Module) -> bool:
-    """Whether `apply_compile` has had this block."""
+    """Return whether `apply_compile` was applied to this block."""
     return getattr(block, "compiled", False)
 
 
 def check_compile(settings: CompileSettings, *, device: torch.device | str, blocks_to_swap: int = 0) -> None:
-    """Compile a trivial function for `device` as the settings say, with their cache from then on. InputError for what
-    is unknown, does not work, or does not go with the swapping that is to act on the blocks."""
+    """Compile a trivial function for `device` with these settings, and use their cache from then on. Raise InputError
+    for unknown names, a compiler that does not work, or settings that conflict with block swapping."""
     if not settings.compile:
         _warn_of_unused_options(settings)
         return
@@ -84,7 +84,7 @@ def _warn_of_unused_options(settings: CompileSettings) -> None:
 
 
 def log_cache_use(settings: CompileSettings) -> None:
-    """Say, at the end of a run, whether `--compile_cache` was used."""
+    """Log, at the end of a run, whether `--compile_cache` was used."""
     if settings.compile and settings.compile_cache is not None:
         log.info("%s", describe_use(settings.compile_cache))
 
@@ -108,7 +108,7 @@ def _check_companions(settings: CompileSettings, blocks_to_swap: int) -> None:
 
 
 def apply_device_flags(settings: CompileSettings) -> None:
-    """Set the switches of torch that hold for the whole process."""
+    """Set the process-wide switches of torch."""
     if settings.cuda_allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -117,7 +117,7 @@ def apply_device_flags(settings: CompileSettings) -> None:
 
 
 def _configure(limit: int | None) -> None:
-    """How torch shall compile; for the process, since it takes that from nowhere else."""
+    """Configure torch._dynamo. These settings are global to the process."""
     config: Any = torch._dynamo.config
     # Under DDP it would cut graphs where gradients are sent, and fails over autograd functions. A block is cut enough.
     config.optimize_ddp = False
@@ -159,6 +159,6 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _line(problem: Exception) -> str:
-    """What an error of torch.compile says, without its advice: one line that names the cause."""
+    """Return the cause of a torch.compile error in one line, without its advice."""
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
     return " ".join(lines[: 2 if lines[0].endswith("raised:") else 1])[:200].rstrip(".")

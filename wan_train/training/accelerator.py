@@ -1,4 +1,4 @@
-"""accelerate, set up so that precision is ours: it launches, places and synchronises."""
+"""Set up accelerate for launching, device placement and synchronisation; precision is handled by the model."""
 
 import logging
 import os
@@ -45,7 +45,7 @@ WAY_OUT = (
 
 
 def make_accelerator(loop: LoopSettings, processes: ProcessSettings) -> Accelerator:
-    """The accelerator of this process. Autocast stays off: the model itself says what it computes in."""
+    """Create the accelerator of this process. Autocast is disabled: the model controls its own data type."""
     handlers: list[KwargsHandler] = [
         AutocastKwargs(enabled=False),
         DistributedDataParallelKwargs(
@@ -73,20 +73,20 @@ def check_launcher() -> None:
 
 
 def check_distributed(distributed_type: DistributedType) -> None:
-    """Raise InputError for what accelerate has made of several processes if it is not plain data parallelism."""
+    """Raise InputError if accelerate set up several processes as anything but plain data parallelism."""
     if distributed_type != DistributedType.NO and not distributed_type.value.startswith("MULTI_"):
         raise InputError(f"accelerate runs as {distributed_type.value}, which training does not support: {WAY_OUT}")
 
 
 def agree_on_seed(seed: int | None) -> int:
-    """The given seed, or one drawn by the first process for all of them."""
+    """Return the given seed, or one that the first process draws for all."""
     if seed is not None:
         return seed
     return from_first(random.SystemRandom().randrange(2**32))
 
 
 def from_first(value: Value | None) -> Value:
-    """What the first process gives; the others' own values are not looked at."""
+    """Return the first process's value on all processes; the others' values are ignored."""
     box = [value]
     broadcast_object_list(box)
     given = box[0]
@@ -95,13 +95,13 @@ def from_first(value: Value | None) -> Value:
 
 
 def from_all(value: Value) -> list[Value]:
-    """The values of all processes, in the order of their ranks; it waits for all of them."""
+    """Gather the values of all processes, by rank. Blocks until all have called it."""
     gathered: list[Value] = gather_object([value])
     return gathered
 
 
 def launched_device() -> torch.device:
-    """The kind of device that `make_accelerator` will find, before it is called."""
+    """Return the device that `make_accelerator` will use, before it is called."""
     if _is_set("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     device = default_device()
@@ -109,14 +109,15 @@ def launched_device() -> torch.device:
 
 
 def launched_dtype(loop: LoopSettings) -> torch.dtype:
-    """What `make_accelerator` will have the model compute in, before it is called."""
+    """Return the data type that `make_accelerator` will have the model compute in, before it is called."""
     return dtype_of(loop.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower())
 
 
 def prepare_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The model as accelerate runs it. It stays where it is: some of it may live in CPU RAM on purpose.
+    """Return the model wrapped by accelerate. It is not moved, since some weights may be in CPU RAM on purpose.
 
-    What is frozen is the same on every process already, and may be in a dtype that cannot be sent, so it is not.
+    Frozen tensors are left out of the initial broadcast: they are equal on all processes already, and may be in a data
+    type that cannot be sent.
     """
     named = chain(model.named_parameters(), model.named_buffers())
     frozen = [name for name, tensor in named if not tensor.requires_grad]

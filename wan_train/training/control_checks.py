@@ -1,4 +1,4 @@
-"""What is refused of control models before one is loaded."""
+"""Check settings and caches of control models before a model is loaded."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +24,7 @@ log = get_logger(__name__)
 
 
 def check_control_settings(settings: TrainSettings, variant: Variant) -> None:
-    """InputError for dropping what a task does not read."""
+    """Raise InputError for dropout of a condition that the task does not read."""
     control, images = variant.control or ControlInputs(), settings.images
     if images.control_dropout_rate and not (control.video or control.vace):
         raise InputError(f"--control_dropout_rate: --task {variant.name} reads no control video: leave it out")
@@ -33,7 +33,7 @@ def check_control_settings(settings: TrainSettings, variant: Variant) -> None:
 
 
 def check_new_layers(settings: TrainSettings, shapes: Shapes) -> None:
-    """InputError where layers of `--init_control` are not trained; `shapes` are those of the whole model."""
+    """Raise InputError if layers added by `--init_control` are not trained; `shapes` are those of the whole model."""
     kind, network = settings.init.init_control, settings.network
     if kind is None:
         return
@@ -53,15 +53,15 @@ def check_new_layers(settings: TrainSettings, shapes: Shapes) -> None:
 
 
 def _pattern(name: str) -> str:
-    """What names a weight and its bias, in all blocks of a stack."""
+    """Return a pattern that matches a weight and its bias in all blocks of a stack."""
     part = read_block_name(name)
     whole = name if part is None else f"{part.stack}.*.{part.rest}"
     return whole.removesuffix("weight") + "*"
 
 
 def check_controls(dataset: CachedDataset, settings: TrainSettings) -> None:
-    """InputError where no clip has what a task controls a video by, or one has what the model has no weights for; a
-    warning for controls that the task does not read."""
+    """Raise InputError if no clip has the control that the task requires, or a clip has a condition that the model has
+    no weights for; log a warning for controls that the task does not read."""
     variant, control = VARIANTS[settings.dit.task], VARIANTS[settings.dit.task].control
     items = [clip.item for plan in dataset.plans for clip in plan.clips]
     if control is None or not (control.video or control.vace):
@@ -90,8 +90,8 @@ def check_controls(dataset: CachedDataset, settings: TrainSettings) -> None:
 
 
 def check_controller(dataset: CachedDataset, settings: TrainSettings) -> None:
-    """InputError where a motion controller is trained on clips that it has no part in: a batch of them gives it no
-    gradient, and alone, or in several processes, there has to be one."""
+    """Raise InputError if a motion controller is trained on clips without a motion_bucket_id: a batch of such clips
+    gives it no gradient, which fails if nothing else is trained or several processes take part."""
     if not trains_weights(settings.network) or not settings.dit.dit:
         return
     trained = chosen_names(settings.network, model_shapes(settings, settings.dit.dit))
@@ -122,7 +122,7 @@ def _warn_of_unread(items: list[Item], task: str) -> None:
 
 
 def _refuse_unread(items: list[Item], settings: TrainSettings) -> None:
-    """InputError for conditions that a DiT has no weights for."""
+    """Raise InputError for conditions that a DiT has no weights for."""
     ways = {
         REFERENCE: ("a reference image", "ref_conv.", "a V1.1 model, or --init_control reference for a T2V or I2V one"),
         MOTION: ("a motion_bucket_id", CONTROLLER, "--motion_controller"),
@@ -139,5 +139,5 @@ def _refuse_unread(items: list[Item], settings: TrainSettings) -> None:
 
 
 def model_shapes(settings: TrainSettings, path: str) -> Shapes:
-    """The shapes of the model that a DiT file becomes, by official name."""
+    """Return the shapes of the model that a DiT file is built into, by official name."""
     return official_shapes(extended_header(replace(settings.dit, dit=path), settings.init).shapes)

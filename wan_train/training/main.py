@@ -1,4 +1,4 @@
-"""A training run from its settings: check everything, then build it in order and train."""
+"""Run training from its settings: check everything, build the parts in order, and train."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ log = get_logger(__name__)
 
 
 def main(settings: TrainSettings) -> None:
-    """Train as the settings say. Raises InputError, before a model is loaded, for what cannot work."""
+    """Train as the settings say. Raise InputError, before a model is loaded, for settings that cannot work."""
     asked = with_named_experts(settings)
     settings, remote = with_local_output(asked)
     if settings.timesteps.show_timesteps:
@@ -87,8 +87,7 @@ def main(settings: TrainSettings) -> None:
 
 
 def write_configuration(settings: TrainSettings, path: Path, *, seed: int, mixed_precision: str) -> None:
-    """Leave a file with which `--config_file` makes this run again; the seed may have been drawn, the precision may be
-    the launcher's."""
+    """Write a `--config_file` that reproduces this run, with the drawn seed and the launcher's precision."""
     with replacing(path) as temporary:
         text = configuration_text(settings, seed=seed, mixed_precision=mixed_precision)
         temporary.write_text(text, encoding="utf-8")

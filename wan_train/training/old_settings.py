@@ -1,4 +1,4 @@
-"""Options of commands that were written for other trainers, and mean nothing here."""
+"""Options of other trainers' commands that have no effect here."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from wan_train.errors import InputError
 
 @dataclass(frozen=True)
 class OldSettings:
-    """Accepted for old commands."""
+    """Accepted for compatibility."""
 
     img_in_txt_in_offloading: bool = option(False, "Does nothing: Wan's inputs are too small to be worth moving.")
     guidance_scale: float = option(

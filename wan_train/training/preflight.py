@@ -1,4 +1,4 @@
-"""Everything about a run that can be known, and refused, before a model is loaded."""
+"""Check everything about a run that can be checked before a model is loaded."""
 
 import os
 from dataclasses import dataclass, replace
@@ -56,7 +56,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What the preflight found out."""
+    """Results of the preflight checks."""
 
     variant: Variant
     configs: tuple[DatasetConfig, ...]
@@ -67,7 +67,8 @@ class RunPlan:
 
 
 def preflight(settings: TrainSettings, remote: RemoteFolder | None = None) -> RunPlan:
-    """Refuse what cannot work, from options and headers alone, and of the `remote` output folder by writing to it."""
+    """Raise InputError for whatever cannot work, from options and file headers alone; test the `remote` output folder
+    by writing to it."""
     variant = VARIANTS[settings.dit.task]
     experts = plan_experts(settings)
     check_output_name(settings.save.output_name)
@@ -126,7 +127,7 @@ def preflight(settings: TrainSettings, remote: RemoteFolder | None = None) -> Ru
 
 
 def check_folders(settings: TrainSettings, remote: RemoteFolder | None) -> None:
-    """InputError for a folder that the run could not write to later."""
+    """Raise InputError for an output folder that is not writable."""
     check_writable(settings.save.output_dir)
     if settings.profile.profile:
         check_writable(settings.profile.profile)
@@ -135,8 +136,8 @@ def check_folders(settings: TrainSettings, remote: RemoteFolder | None) -> None:
 
 
 def float32_warning(device: torch.device, path: str, computing: torch.dtype, flag: str) -> str | None:
-    """What to tell of a GPU that is to compute in float32 with a half-precision file `path` of the option `flag`,
-    nobody having asked for that; None where there is nothing to tell."""
+    """Return a warning if a GPU would compute in float32 by default although the file `path`, given by the option
+    `flag`, is in half precision; None otherwise."""
     stored = storage_dtype(read_header(path))
     if device.type == "cpu" or computing != torch.float32 or stored.itemsize > 2:
         return None
@@ -148,7 +149,7 @@ def float32_warning(device: torch.device, path: str, computing: torch.dtype, fla
 
 
 def check_full(settings: TrainSettings) -> None:
-    """InputError for what does not go with training the model's own weights."""
+    """Raise InputError for options that conflict with full fine-tuning."""
     weights = settings.weights
     given = {
         "--fp8_base": weights.fp8_base,
@@ -168,12 +169,12 @@ def check_full(settings: TrainSettings) -> None:
 
 
 def limits_of(settings: TrainSettings, experts: ExpertPlan) -> tuple[Span | None, ...]:
-    """The noise levels of each expert that is trained, None for those of the settings."""
+    """Return the noise levels of each trained expert; None means those of the settings."""
     return tuple(experts.limits(expert, settings.timesteps) for expert in experts.trained) or (None,)
 
 
 def check_images_settings(settings: TrainSettings, variant: Variant) -> None:
-    """InputError for options of other tasks' images."""
+    """Raise InputError for image options that do not apply to the task."""
     images = settings.images
     if images.image_dropout_rate and (variant.images is None or variant.is_fused):
         way = "give --i2v_ratio" if variant.is_fused else "leave it out"
@@ -183,7 +184,7 @@ def check_images_settings(settings: TrainSettings, variant: Variant) -> None:
 
 
 def check_pair_previews(settings: TrainSettings, experts: ExpertPlan) -> None:
-    """InputError for previews of a task with two models where one is there: a video takes both."""
+    """Raise InputError for previews of a task with two experts when only one is loaded: generation needs both."""
     if experts.trained and not experts.is_pair and settings.preview.sample_prompts is not None:
         raise InputError(
             "--sample_prompts: a preview takes both experts: give --dit and --dit_high_noise, which trains both, or"
@@ -192,7 +193,7 @@ def check_pair_previews(settings: TrainSettings, experts: ExpertPlan) -> None:
 
 
 def fetched(settings: TrainSettings) -> TrainSettings:
-    """The settings, with `--resume` a folder here if it was a place on the hub or a URL."""
+    """Download the state if `--resume` is a hub path or a URL, and return the settings with its local folder."""
     resume = settings.save.resume
     if resume is None:
         return settings
@@ -206,7 +207,7 @@ def fetched(settings: TrainSettings) -> TrainSettings:
 
 
 def read_configs(path: str, settings: TrainSettings) -> tuple[DatasetConfig, ...]:
-    """The datasets of a file; where caches are trusted the media need not be there."""
+    """Read the datasets of a TOML file; with trusted caches the media need not exist."""
     variant = VARIANTS[settings.dit.task]
     return read_config(
         path,
@@ -219,7 +220,7 @@ def read_configs(path: str, settings: TrainSettings) -> tuple[DatasetConfig, ...
 
 
 def open_data(settings: TrainSettings, configs: tuple[DatasetConfig, ...]) -> Data:
-    """What is trained on and what is held out, and whether noise levels can be drawn for its sizes."""
+    """Open the training and validation data, and check that noise levels can be drawn for their sizes."""
     data = hold_out(
         open_dataset(configs, settings),
         settings.validation,
@@ -233,7 +234,7 @@ def open_data(settings: TrainSettings, configs: tuple[DatasetConfig, ...]) -> Da
 
 
 def open_dataset(configs: tuple[DatasetConfig, ...], settings: TrainSettings) -> CachedDataset:
-    """What the caches hold, compared with the sources unless they are trusted."""
+    """Open the caches, and compare them with the source files unless they are trusted."""
     data = settings.data
     if settings.caches.trust_cache:
         dataset = open_trusted(configs)
@@ -244,13 +245,13 @@ def open_dataset(configs: tuple[DatasetConfig, ...], settings: TrainSettings) ->
 
 
 def check_output_name(name: str) -> None:
-    """InputError for a name that is not one plain file name."""
+    """Raise InputError for a name that is not a plain file name."""
     if not name.strip() or name != os.path.basename(name) or name.startswith("."):
         raise InputError(f"--output_name {name!r} must be a plain file name; folders go into --output_dir")
 
 
 def check_prior(settings: TrainSettings) -> list[str]:
-    """The captions of `--prior_captions`, once what encodes them is there."""
+    """Read the captions of `--prior_captions`, and check that the text encoder is given."""
     path = settings.prior.prior_captions
     if path is None:
         return []

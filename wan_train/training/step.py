@@ -1,4 +1,4 @@
-"""One optimizer step over a window of batches."""
+"""Take one optimizer step over a window of batches."""
 
 import math
 import time
@@ -34,8 +34,8 @@ NORM_EVERY = 20  # steps between looks at the adapter's norm, which wait for the
 
 @dataclass(frozen=True)
 class Shared:
-    """What all processes know of a step: the mean loss, t and loss (N,) of every sample, and the signal that one of
-    them got, or 0."""
+    """Values of a step gathered from all processes: the mean loss, t and loss (N,) of each sample, and the signal
+    received by any of them, or 0."""
 
     loss: float
     t: Tensor
@@ -45,7 +45,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch with its target, noise and noise levels, and the expert that it is for, if there are two."""
+    """A batch with its target, noise and noise levels, and the expert that it trains, if there are two."""
 
     batch: Batch
     target: Target
@@ -61,7 +61,7 @@ def with_draws(
     experts: ExpertPlan,
     batches_per_step: int,
 ) -> Iterator[Drawn]:
-    """The batches that follow a position, each with what is drawn for its samples by their keys."""
+    """Yield the batches that follow a position, each with noise and noise levels keyed by its samples."""
     for index, batch in enumerate(batches):
         expert = experts.at(position.step + 1 + index // batches_per_step)
         limits = experts.limits(expert, objective.timesteps)
@@ -78,7 +78,8 @@ def take_step(
     objective: Objective,
     stop: StopRequest,
 ) -> tuple[StepMetrics, int]:
-    """Take the step, and the signal that asks to stop after it, or 0. RunError for one that cannot be taken."""
+    """Take the step; return its metrics and the signal that asks to stop after it, or 0. Raise RunError if the loss or
+    gradient is NaN or Inf too often."""
     began, expert = time.perf_counter(), window[0].expert
     means, samples = [], []
     for index, drawn in enumerate(window):
@@ -137,7 +138,8 @@ def accumulate_gradients(
     share: float,
     last: bool,
 ) -> Losses:
-    """Add this batch's gradient, times `share`; the losses, detached. `last`: processes exchange gradients here."""
+    """Run the forward and backward pass of a batch, adding its gradient times `share`; return the detached losses. With
+    `last`, processes synchronise gradients."""
     batch, device, accelerator = drawn.batch, model.device, model.accelerator
     if isinstance(model.dit, PairModel):
         model.dit.of(str(drawn.expert))
@@ -163,12 +165,12 @@ def accumulate_gradients(
 
 
 def is_finite_everywhere(accelerator: Accelerator, loss: Tensor) -> bool:
-    """Whether the loss of every process is finite: where steps are taken on the way, this is known before."""
+    """Return whether the loss of every process is finite. A fused backward pass needs to know this beforehand."""
     return bool(accelerator.gather(loss.detach().unsqueeze(0)).isfinite().all())
 
 
 def clear_idle_gradients(adapter: Adapter, expert: str | None) -> None:
-    """Take the gradient, which is nothing, from the adapter whose turn it is not, so that no step is taken with it."""
+    """Remove the zero gradients of the inactive expert, so that the optimizer skips its parameters."""
     if isinstance(adapter, PairAdapter):
         for other, _ in adapter.parts.items():
             for parameter in adapter.parameters_of(other) if other != expert else ():
@@ -176,7 +178,7 @@ def clear_idle_gradients(adapter: Adapter, expert: str | None) -> None:
 
 
 def seed_dropout(seed: int, epoch: int, batch: Batch, device: torch.device) -> None:
-    """Let all that the model draws for this batch depend on the run's seed, the epoch and its samples alone."""
+    """Seed the model's random draws for this batch by the run's seed, the epoch and the samples alone."""
     names = "/".join(f"{key.item} {key.repeat}" for key in batch.keys)
     number = seed_of(f"{seed}/{epoch}/{names}/dropout")
     # Not torch.manual_seed: where CUDA is not in use it formats the call stack for later, half a millisecond each time.
@@ -186,14 +188,15 @@ def seed_dropout(seed: int, epoch: int, batch: Batch, device: torch.device) -> N
 
 
 def share(accelerator: Accelerator, loss: Tensor, *, t: Tensor, samples: Tensor, signal: int) -> Shared:
-    """What the processes know together; the mean loss and the wish to stop in one exchange."""
+    """Gather what processes need to agree on; the mean loss and the stop signal take one exchange."""
     local = torch.stack([loss.float(), torch.tensor(float(signal), device=loss.device)])
     rows = accelerator.gather(local.unsqueeze(0)).cpu().double()
     return Shared(float(rows[:, 0].mean()), t.cpu(), samples.detach().cpu(), int(rows[:, 1].max()))
 
 
 def clip(model: TrainedModel, optimizing: Optimization) -> float:
-    """Clip the gradient and return its norm before; of steps taken in the backward pass, which clip, the norm alone."""
+    """Clip the gradient and return its norm before clipping; a fused backward pass has clipped already, and only
+    returns the norm."""
     if optimizing.stepping.fused is not None:
         return optimizing.stepping.fused.finish()
     limit = optimizing.max_grad_norm or math.inf
@@ -201,7 +204,7 @@ def clip(model: TrainedModel, optimizing: Optimization) -> float:
 
 
 def update(adapter: Adapter, optimizing: Optimization, expert: str | None) -> None:
-    """Let the parameters take the step, those of one of two experts."""
+    """Step the optimizer, scale weight norms and update the EMA of the active expert."""
     optimizing.optimizer.step()
     optimizing.stepping.settle()
     if optimizing.scale_weight_norms is not None:
@@ -219,9 +222,9 @@ def skip_nonfinite_step(
     position: Position,
     window: list[Drawn],
 ) -> None:
-    """Leave a step out whose loss or gradient is NaN or Inf.
+    """Skip a step whose loss or gradient is NaN or Inf.
 
-    In fp16 the gradient is scaled up, too far at first: that is not a fault of the run as long as the scale can fall.
+    In fp16 the loss scale starts too high, so an overflow is not an error as long as the scale can be lowered.
     """
     scaler = model.accelerator.scaler
     if scaler is None or not math.isfinite(loss) or scaler.get_scale() <= 1:
@@ -234,7 +237,7 @@ def skip_nonfinite_step(
 def skip_or_stop(
     optimizing: Optimization, *, loss: float, norm: float, position: Position, window: list[Drawn]
 ) -> None:
-    """Let a step pass whose loss or gradient is NaN or Inf, as often as `skip_nonfinite` says; then RunError."""
+    """Skip a step whose loss or gradient is NaN or Inf, up to `skip_nonfinite` times; then raise RunError."""
     label = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
     places = ", ".join(list(sampled(window))[:8])
     where = f"{label} at step {position.step}, epoch {position.epoch} ({places})"
@@ -250,7 +253,7 @@ def skip_or_stop(
 
 
 def sampled(window: list[Drawn]) -> Iterator[str]:
-    """The samples of a step with their t, in words."""
+    """Describe the samples of a step with their t."""
     for drawn in window:
         pairs = zip(drawn.batch.keys, drawn.draws.t, strict=True)
         yield from (f"{key.item} at t {float(t):.4f}" for key, t in pairs)

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the step that is under way is finished, a state is saved, then the process ends."""
+"""Stop a run on SIGTERM or Ctrl-C: finish the current step, save a state, and exit."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ EXIT_CODES = {int(number): 128 + number for number in SIGNALS}  # what shells re
 
 
 class StopRequest:
-    """Remembers that SIGTERM or Ctrl-C came; a second Ctrl-C interrupts at once. A context manager."""
+    """Context manager that records SIGTERM or Ctrl-C; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.signal = 0  # which, or 0
@@ -34,7 +34,7 @@ class StopRequest:
 
 
 def leave_signals_to_trainer(worker: int) -> None:
-    """For processes that read batches: a signal to the whole group is the trainer's to heed, which needs their batches
-    to finish its step and ends them itself."""
+    """Ignore stop signals in a data loader worker: the trainer handles a signal to the process group, needs the
+    workers' batches to finish its step, and ends them itself."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Which experts a run trains, when, and at which noise levels."""
+"""Plan which experts a run trains, when, and at which noise levels."""
 
 from dataclasses import dataclass, replace
 
@@ -14,9 +14,9 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """The experts that are trained, none for a task of one model, and the boundary between them, t in [0, 1].
+    """The experts to train, none for a task with a single model, and the boundary between them, t in [0, 1].
 
-    Two take turns of `steps` optimizer steps, the one for high noise first.
+    Two experts alternate every `steps` optimizer steps, high noise first.
     """
 
     trained: tuple[str, ...] = ()
@@ -25,16 +25,17 @@ class ExpertPlan:
 
     @property
     def is_pair(self) -> bool:
-        """Whether both are trained."""
+        """Whether both experts are trained."""
         return len(self.trained) > 1
 
     def at(self, step: int) -> str | None:
-        """The expert of an optimizer step, counted from 1; None where there is but one model."""
+        """Return the expert of an optimizer step, counted from 1; None for a single model."""
         return self.trained[(step - 1) // self.steps % len(self.trained)] if self.trained else None
 
     def limits(self, expert: str | None, settings: TimestepSettings) -> Span | None:
-        """The noise levels of an expert: its part of the distribution, within what the settings allow. None: all that
-        they allow. A single expert is trained where --min_timestep and --max_timestep say, if they say so."""
+        """Return the noise levels of an expert: its side of the boundary, within the range of the settings; None for
+        that range alone. A single expert is trained on the range of --min_timestep and --max_timestep if they are
+        given."""
         own_range = (settings.min_timestep, settings.max_timestep) != (0, NUM_TIMESTEPS)
         if expert is None or (own_range and not self.is_pair):
             return None
@@ -49,8 +50,8 @@ class ExpertPlan:
 
 
 def with_named_experts(settings: TrainSettings) -> TrainSettings:
-    """The settings with a single `--dit` as `--dit_high_noise` if it is to be trained mostly above the boundary: other
-    trainers have one option for both files, and let the range of noise levels say which it is."""
+    """Move a single `--dit` to `--dit_high_noise` if its timesteps are mostly above the boundary: other trainers have
+    one option for both files, and the range of timesteps decides which expert it is."""
     variant, timesteps, experts = VARIANTS[settings.dit.task], settings.timesteps, settings.experts
     if variant.experts is None or not settings.dit.dit or experts.dit_high_noise:
         return settings
@@ -67,12 +68,12 @@ def with_named_experts(settings: TrainSettings) -> TrainSettings:
 
 
 def is_above(boundary: float, low: int, high: int) -> bool:
-    """Whether a range of timesteps, of 1000, is for its larger part above the boundary, a t in [0, 1]."""
+    """Return whether the larger part of a range of timesteps, 0 to 1000, is above the boundary, t in [0, 1]."""
     return low + high > 2 * NUM_TIMESTEPS * boundary
 
 
 def plan_experts(settings: TrainSettings) -> ExpertPlan:
-    """What the options say of experts. InputError for what does not go together."""
+    """Plan the experts from the options. Raise InputError for options that conflict."""
     variant, experts = VARIANTS[settings.dit.task], settings.experts
     if variant.experts is None:
         _refuse_for_one_model(settings, variant)
@@ -134,7 +135,8 @@ def _refuse_for_one_model(settings: TrainSettings, variant: Variant) -> None:
 
 
 def settings_of(settings: TrainSettings, expert: str | None) -> TrainSettings:
-    """The settings with `--dit` that of an expert, and `--network_weights` its own: alone it has the only ones."""
+    """Return the settings with the expert's own `--dit` and `--network_weights`; a single expert takes
+    `--network_weights`."""
     if expert != HIGH:
         return settings
     alone = not settings.dit.dit
@@ -144,5 +146,5 @@ def settings_of(settings: TrainSettings, expert: str | None) -> TrainSettings:
 
 
 def only_expert(plan: ExpertPlan) -> str | None:
-    """The expert that a file is of which stands alone: of a LoRA that both share it is neither."""
+    """Return the expert that a single saved file is of; None for a LoRA that both share."""
     return plan.trained[0] if len(plan.trained) == 1 else None

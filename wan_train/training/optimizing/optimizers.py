@@ -1,4 +1,4 @@
-"""Optimizers by the names that users know."""
+"""Create optimizers by name."""
 
 import ast
 import importlib
@@ -29,7 +29,7 @@ LOW_FOR_PRODIGY = 0.1  # it multiplies the rate that it finds; its paper and its
 
 @dataclass(frozen=True)
 class Source:
-    """Where a class lives, and the package to install for it."""
+    """Module of a class, and the package to install for it."""
 
     module: str
     name: str
@@ -57,10 +57,10 @@ def make_optimizer(
     warmup: int = 0,
     step_contexts: Sequence[StepContext] | None = None,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer over the adapter's parameter groups, ready for its first step.
+    """Create the optimizer of the adapter's parameter groups.
 
-    `warmup` is for a schedule-free optimizer, which warms up by itself; with `step_contexts` it steps one weight at a
-    time, each inside of them. See `check_optimizer` for what is refused.
+    `warmup` is the number of warmup steps of a schedule-free optimizer. With `step_contexts` it steps one weight at a
+    time, within these. See `check_optimizer` for what is refused.
     """
     several = len({group.get("lr", settings.learning_rate) for group in groups}) > 1
     kind, arguments = check_optimizer(settings, several_rates=several)
@@ -83,11 +83,11 @@ def check_optimizer(
     rounded: bool = False,
     one_by_one_option: str | None = None,
 ) -> tuple[OptimizerClass, dict[str, Any]]:
-    """The class and the arguments, `lr` among them, behind the settings.
+    """Return the optimizer class of the settings and its arguments, including `lr`.
 
-    Raises InputError for an unknown name, a package that is not there, an argument that the class does not take, and
-    where it could not do what is asked for: keep `several_rates` of parameter groups (LoRA+) apart, let weights be
-    `rounded` at random, or step them one by one as the option `one_by_one_option` asks.
+    Raise InputError for an unknown name, a missing package, an argument that the class does not have, and a class that
+    does not support what is required: `several_rates` of parameter groups (LoRA+), stochastic rounding (`rounded`), or
+    stepping one weight at a time, as the option named by `one_by_one_option` requires.
     """
     kind = find_optimizer(settings.optimizer_type)
     if rounded:
@@ -119,7 +119,7 @@ def check_optimizer(
 
 
 def find_optimizer(name: str) -> OptimizerClass:
-    """The class behind `--optimizer_type`: a known name in any case, one of torch.optim, or package.Class."""
+    """Return the class of `--optimizer_type`: a known name in any case, a class of torch.optim, or package.Class."""
     if "." in name:
         return _by_full_name(name)
     known: dict[str, Source] = {
@@ -149,7 +149,7 @@ def find_optimizer(name: str) -> OptimizerClass:
 
 
 def import_class(flag: str, name: str, base: type) -> Any:
-    """The class `package.Class`, a kind of `base`. InputError says what is missing."""
+    """Import `package.Class`, a subclass of `base`. Raise InputError if it cannot be imported."""
     module, _, attribute = name.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), attribute, None)
@@ -163,7 +163,7 @@ def import_class(flag: str, name: str, base: type) -> Any:
 
 
 def read_arguments(flag: str, texts: Sequence[str]) -> dict[str, Any]:
-    """name=value pairs, each value read as a Python literal; true, false and none in any case; else text."""
+    """Parse name=value pairs. A value is a Python literal; true, false and none in any case; otherwise text."""
     arguments: dict[str, Any] = {}
     for text in texts:
         name, sign, value = (part.strip() for part in text.partition("="))
@@ -181,7 +181,7 @@ def read_arguments(flag: str, texts: Sequence[str]) -> dict[str, Any]:
 def refuse_unknown(
     flag: str, given: dict[str, Any], optimizer_class: Callable[..., Any], *, own: Sequence[str]
 ) -> None:
-    """InputError for an argument that `optimizer_class` does not take, or that is our `own` to give."""
+    """Raise InputError for an argument that `optimizer_class` does not have, or that is one of our `own`."""
     parameters = inspect.signature(optimizer_class).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return
@@ -204,7 +204,8 @@ def _check_warmup(optimizer_class: OptimizerClass, given: dict[str, Any], settin
 
 
 def _defaults(optimizer_class: OptimizerClass, given: dict[str, Any]) -> dict[str, Any]:
-    """Where ours are not the package's: Adafactor steps by --learning_rate, as it is, unless it is asked otherwise."""
+    """Return defaults that differ from the package's: Adafactor uses --learning_rate without scaling unless arguments
+    say otherwise."""
     relative = bool(given.get("relative_step"))
     adafactor = comes_from(optimizer_class, "transformers", "Adafactor")
     return {"relative_step": relative, "scale_parameter": relative} if adafactor else {}

@@ -1,4 +1,4 @@
-"""Learning rates over the run, counted in optimizer steps whatever the number of processes."""
+"""Learning rate schedules, counted in optimizer steps for any number of processes."""
 
 import inspect
 from collections.abc import Callable
@@ -28,13 +28,13 @@ def _no_details(settings: OptimizerSettings, decay: int) -> dict[str, Any]:
 
 
 def _waves(settings: OptimizerSettings) -> float:
-    """A cycle of these is half a wave: it ends at its lowest."""
+    """Return the number of cosine periods: each cycle is half a period and ends at the minimum."""
     return settings.lr_scheduler_num_cycles / 2
 
 
 @dataclass(frozen=True)
 class ScheduleKind:
-    """A schedule's own options and --lr_scheduler_args, and how they reach its function."""
+    """The options and --lr_scheduler_args that a schedule reads, and how they are passed to its function."""
 
     options: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ NEEDED = {
 
 
 def warmup_steps(text: str, total: int, flag: str = "--lr_warmup_steps") -> int:
-    """Steps from a number, a share below 1 or a percentage of `total`, as `flag` takes them."""
+    """Parse a number of steps, a ratio below 1, or a percentage of `total`, given by the option `flag`."""
     try:
         if text.strip().endswith("%"):
             share = float(text.strip()[:-1]) / 100
@@ -110,9 +110,9 @@ def warmup_steps(text: str, total: int, flag: str = "--lr_warmup_steps") -> int:
 
 
 def check_schedule(settings: OptimizerSettings, total: int | None = None) -> None:
-    """Refuse, without a model, what cannot work: InputError for what does not go together or is out of range.
+    """Raise InputError for a schedule that conflicts with other options or whose values are out of range.
 
-    Before the length of the run is known, all but what depends on it is checked.
+    If `total` is None, whatever depends on the length of the run is not checked.
     """
     kind, arguments = check_optimizer(settings)
     own = "adafactor" if sets_own_rate(kind, arguments) else "schedule-free" if is_schedule_free(kind) else ""
@@ -136,10 +136,10 @@ def check_schedule(settings: OptimizerSettings, total: int | None = None) -> Non
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, *, total: int) -> Any:
-    """The schedule of `check_schedule`, to be stepped once for each of the run's `total` optimizer steps.
+    """Create the learning rate schedule, to be stepped once for each of the run's `total` optimizer steps.
 
-    A constant rate with a warm-up warms up too. Optimizers that set their own pace get a schedule that does nothing.
-    Groups keep the ratio of their rates under every schedule of `--lr_scheduler`.
+    The constant schedule with warmup steps warms up too. Optimizers that set their own rate get a schedule without
+    effect. The ratios between parameter groups are kept by every schedule of `--lr_scheduler`.
     """
     if is_schedule_free(optimizer) or sets_own_rate(type(optimizer), optimizer.param_groups[0]):
         return LambdaLR(optimizer, _same)
@@ -153,10 +153,11 @@ def _same(step: int) -> float:
 def rex_factor(
     step: int, *, warmup: int, total: int, floor: float, rex_alpha: float = 0.1, rex_beta: float = 0.9
 ) -> float:
-    """The learning rate at `step` as a part of the highest: REX (Chen et al. 2021, arXiv 2107.04197) above a `floor`.
+    """Return the learning rate at `step` relative to the maximum: REX (Chen et al. 2021, arXiv 2107.04197) above a
+    `floor`.
 
-    Published for alpha = beta = 1/2; musubi-tuner's 0.1 and 0.9 hold the rate high for longer. The warm-up is linear
-    from the floor.
+    The paper has alpha = beta = 1/2; musubi-tuner's 0.1 and 0.9 keep the rate high for longer. Warmup is linear from
+    the floor.
     """
     if step < warmup:
         return floor + (1 - floor) * step / warmup
@@ -167,7 +168,7 @@ def rex_factor(
 
 
 def _check_own_pace(settings: OptimizerSettings, own: str) -> None:
-    """What a schedule would be told, an optimizer that is its own schedule never hears."""
+    """Raise InputError for schedule options with an optimizer that sets its own schedule and would ignore them."""
     if settings.lr_scheduler_type or settings.lr_scheduler not in ("constant", "constant_with_warmup", own):
         raise InputError(
             f"--optimizer_type {settings.optimizer_type} has its own schedule: leave out {_described(settings)}"
@@ -184,7 +185,7 @@ def _check_own_pace(settings: OptimizerSettings, own: str) -> None:
 
 
 def _check_options(settings: OptimizerSettings) -> None:
-    """Options that the schedule does not read are refused: they would be taken for settings that count."""
+    """Raise InputError for options that the schedule does not read and would silently ignore."""
     flag, name = _described(settings).split(" ", 1)
     kind = ScheduleKind(warms_up=False) if settings.lr_scheduler_type else KINDS[settings.lr_scheduler]
     if settings.lr_scheduler_type and settings.lr_scheduler != "constant":
@@ -203,7 +204,7 @@ def _check_options(settings: OptimizerSettings) -> None:
 
 
 def _build(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, *, total: int) -> Any:
-    """The schedule; what its function refuses is an InputError."""
+    """Create the schedule. Raise InputError for arguments that its function rejects."""
     given = read_arguments("--lr_scheduler_args", settings.lr_scheduler_args)
     if settings.lr_scheduler_type:
         make = partial(_find_class(settings.lr_scheduler_type), optimizer)

@@ -1,4 +1,4 @@
-"""How what is trained is stepped: all at once after the backward pass, or in parts, as memory options ask for."""
+"""Step the trained parameters: all at once after the backward pass, or in parts, as memory options require."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +30,8 @@ Streams = Mapping[str | None, Stream]  # by expert
 
 @dataclass(frozen=True)
 class Stepping:
-    """The optimizer, what steps during the backward pass, if that is asked for, and the waiting for CPU RAM:
-    after `settle` all that lives there is whole, after `forget` nothing of it is on the device besides."""
+    """The optimizer, the fused backward pass, if used, and functions that wait for copies to CPU RAM: after `settle`
+    everything kept there is up to date; after `forget` none of it is on the device either."""
 
     optimizer: torch.optim.Optimizer
     fused: FusedBackward | None
@@ -40,7 +40,7 @@ class Stepping:
 
 
 def needs_parts(settings: TrainSettings) -> str | None:
-    """The option for which weights have to be stepped one by one, if there is one."""
+    """Return the option that requires stepping one weight at a time; None if there is none."""
     swaps = settings.stream.blocks_to_swap > 0 and trains_weights(settings.network)
     given = {
         "--fused_backward_pass": settings.optimizer.fused_backward_pass,
@@ -51,7 +51,7 @@ def needs_parts(settings: TrainSettings) -> str | None:
 
 
 def check_stepping(settings: TrainSettings) -> None:
-    """InputError for what does not go with stepping during the backward pass, or with trained blocks that stream."""
+    """Raise InputError for options that conflict with a fused backward pass or with trained, streamed blocks."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not settings.optimizer.fused_backward_pass:
         if needs_parts(settings) == "--blocks_to_swap" and several:
@@ -79,7 +79,7 @@ def make_stepping(
     warmup: int,
     seed: int,
 ) -> Stepping:
-    """The optimizer of what is trained, and all that goes with it."""
+    """Create the optimizer, and the fused backward pass and step contexts that the options ask for."""
     groups = adapter.parameter_groups(settings.optimizer.learning_rate)
     if not trains_weights(settings.network):
         streams = {}  # what is in CPU RAM stays as it is
@@ -111,8 +111,8 @@ def make_stepping(
 
 
 def parts_of(trained: Mapping[str, nn.Parameter], streams: Streams) -> tuple[Part, ...]:
-    """What is trained in parts: each block of each stack, and what has the first word of its name in common; of two
-    experts apart."""
+    """Divide the trained parameters into parts: one for each block, and one for each other top-level module, separately
+    for each expert."""
     members: dict[tuple[str | None, str], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         first, _, rest = name.partition(".")
@@ -129,7 +129,7 @@ def parts_of(trained: Mapping[str, nn.Parameter], streams: Streams) -> tuple[Par
 
 
 def states_at_hand(states: HostStates) -> StepContext:
-    """Brings the states of the weight whose turn it is."""
+    """Return a step context that brings the states of a weight to the device for its step."""
 
     @contextmanager
     def turn(optimizer: Any, parameter: nn.Parameter, key: str) -> Iterator[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""`--audit_timesteps`: which noise levels a run will train each expert on, and which ones generation will ask for."""
+"""Compare the noise levels that each expert is trained on with those used in generation: `--audit_timesteps`."""
 
 import random
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ PIXELS = (480, 832)
 
 @dataclass(frozen=True)
 class Share:
-    """What an expert is trained on: how much of all draws, from which t to which, and how much of its draws lies on
-    the other's side of the boundary."""
+    """The noise levels that an expert is trained on: its share of all draws, their range of t, and the share of its
+    draws beyond the boundary."""
 
     expert: str | None
     part: float
@@ -33,7 +33,7 @@ class Share:
 
 
 def audit(settings: TrainSettings, num_draws: int = NUM_DRAWS) -> str:
-    """What to print. The draws are those of the run's own sampler, with --seed, or 0."""
+    """Return the text to print. Levels are drawn with the run's own sampler, with --seed or 0."""
     plan, variant = plan_experts(settings), VARIANTS[settings.dit.task]
     lines = [f"{num_draws:,} draws of t, {settings.timesteps.timestep_sampling}"]
     boundary = read_boundary(settings.experts.timestep_boundary, variant) if variant.experts else None
@@ -57,7 +57,7 @@ def measure(
     boundary: float | None,
     size: tuple[int, int] = (60, 104),
 ) -> list[Share]:
-    """What each expert is trained on, by drawing; `size` is the latents' (height, width)."""
+    """Measure the noise levels of each expert by drawing; `size` is the latents' (height, width)."""
     chance = random.Random(f"{seed} audited timesteps")
     trained: list[str | None] = [*plan.trained] or [None]
     shares = []
@@ -76,7 +76,7 @@ def _share_outside(t: Tensor, expert: str, boundary: float) -> float:
 
 
 def visited(variant: Variant, boundary: float | None) -> list[str]:
-    """For each solver the t that the generator asks for with the task's own steps and shift, by expert."""
+    """Return the values of t that each solver visits with the task's default steps and shift, by expert."""
     lines = []
     for name in dict.fromkeys(name for name in SOLVER_NAMES if name != "vanilla"):
         solver = make_solver(name, steps=variant.steps, shift=variant.shift)
@@ -94,7 +94,7 @@ def visited(variant: Variant, boundary: float | None) -> list[str]:
 
 
 def refuse_unused(plan: ExpertPlan, settings: TimestepSettings) -> None:
-    """InputError for an expert that would be trained only where generation asks the other one."""
+    """Raise InputError for an expert that would only be trained at noise levels where generation uses the other."""
     for expert in plan.trained:
         trained, own = plan.limits(expert, settings) or span(settings), span_of(expert, plan.boundary)
         if trained.high <= own[0] or trained.low >= own[1]:

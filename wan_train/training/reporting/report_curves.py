@@ -1,4 +1,4 @@
-"""What the rows of a run's metrics say: numbers and curves."""
+"""Summarise a run's metrics as numbers and curves."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ Row = dict[str, Any]
 
 
 def steps_of(rows: Sequence[Row]) -> list[Row]:
-    """The rows of optimizer steps."""
+    """Return the rows of optimizer steps."""
     return [row for row in rows if "loss" in row]
 
 
 def compare(runs: Mapping[str, list[Row]]) -> str:
-    """Curves of several runs together."""
+    """Plot several runs together."""
     losses, held_out = [], []
     for colour, (name, rows) in enumerate(runs.items()):
         losses.append(_smooth(steps_of(rows), "loss", name, colour))
@@ -27,7 +27,7 @@ def compare(runs: Mapping[str, list[Row]]) -> str:
 
 
 def list_facts(rows: list[Row]) -> str:
-    """What there is to say in numbers, as HTML."""
+    """Return the key figures as HTML."""
     steps = steps_of(rows)
     if not steps:
         return "<p>No step was taken.</p>"
@@ -50,7 +50,7 @@ def list_facts(rows: list[Row]) -> str:
 
 
 def draw_charts(rows: list[Row]) -> list[str]:
-    """Every chart that there are numbers for, as HTML."""
+    """Return all charts that have data, as HTML."""
     steps = steps_of(rows)
     if not steps:
         return []
@@ -72,7 +72,7 @@ def draw_charts(rows: list[Row]) -> list[str]:
 
 
 def _column(rows: Sequence[Row], *path: str) -> np.ndarray:
-    """One number of each row, NaN where there is none."""
+    """Return one value of each row, NaN if it is missing."""
 
     def number_at(row: Any) -> float:
         for key in path:
@@ -97,7 +97,7 @@ def _each_and_smooth(steps: list[Row], column: str, *, colour: int) -> list[Seri
 
 
 def _stratum(steps: list[Row], index: int) -> Series:
-    """The losses of an eighth of t; a step draws few t, so most have none."""
+    """Return the losses of an eighth of t. A step has few samples, so most steps have none in it."""
     drawn = [row for row in steps if f"t{index}" in (row.get("strata") or {})]
     values = _column(drawn, "strata", f"t{index}")
     name = f"t {index / NUM_STRATA:.3g} to {(index + 1) / NUM_STRATA:.3g}"
@@ -105,7 +105,7 @@ def _stratum(steps: list[Row], index: int) -> Series:
 
 
 def _measured(rows: list[Row]) -> list[Row]:
-    """The rows of held-out evaluations."""
+    """Return the rows of validation."""
     return [row for row in rows if isinstance(row.get("validation"), dict)]
 
 
