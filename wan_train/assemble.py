@@ -109,7 +109,7 @@ def check_model(
     check_storage(header, settings.weights, f"{flag} {path}")
     num_blocks = len(block_names(official_shapes(header.shapes)))
     check_stream(settings.stream, num_blocks, recompute=recompute.recompute if recompute else None)
-    # In the dtype that it will see: older GPUs have kernels for float16 and none for bfloat16.
+    # In the data type that attention will compute in: older GPUs have kernels for float16 but not bfloat16.
     seen = compute_dtype(device, computing or storage_dtype(header))
     check_attention(settings.dit.attn_mode, device=device, dtype=seen, training=recompute is not None)
     if recompute is not None:

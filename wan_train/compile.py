@@ -20,11 +20,11 @@ from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.placement.settings import CompileSettings
 
-# Of a block's arguments x (B, L, d), rope (2, L, 1, D) and, in VACE's first block, start (B, L, d): which, and its
-# dimension of L.
+# Index and dimension of L of a block's arguments: x (B, L, d), rope (2, L, 1, D) and, in VACE's first block, start
+# (B, L, d).
 TOKENS = ((0, 1), (3, 1), (4, 1))
 DYNAMIC = {"true": True, "false": False, "auto": None}
-CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record and replay them
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that use CUDA graphs
 
 log = get_logger(__name__)
 
@@ -66,13 +66,13 @@ def check_compile(settings: CompileSettings, *, device: torch.device | str, bloc
         raise InputError(f"unknown --compile_backend {settings.compile_backend!r}: known are {', '.join(known)}")
     try:
         _compiled(_double, settings)(torch.zeros(2, device=device))
-    except Exception as problem:  # a compiler, a driver, a package: each fails in its own way
+    except Exception as problem:  # compilers, drivers and packages raise all kinds of errors
         raise InputError(
             f"--compile does not work on {device} with --compile_backend {settings.compile_backend}"
             f" ({_line(problem)}): leave out --compile, or install what is missing"
         ) from None
     if settings.compile_cache is not None:
-        forget_counts()  # of the trial
+        forget_counts()  # of the trial compilation
 
 
 def _warn_of_unused_options(settings: CompileSettings) -> None:
@@ -80,7 +80,7 @@ def _warn_of_unused_options(settings: CompileSettings) -> None:
         f.name for f in fields(settings) if f.name.startswith("compile_") and getattr(settings, f.name) != f.default
     ]
     if names:
-        log.warning("--%s does nothing without --compile", names[0])
+        log.warning("--%s has no effect without --compile", names[0])
 
 
 def log_cache_use(settings: CompileSettings) -> None:
@@ -92,7 +92,7 @@ def log_cache_use(settings: CompileSettings) -> None:
 def _check_companions(settings: CompileSettings, blocks_to_swap: int) -> None:
     if settings.compile_cache is not None and settings.compile_backend != "inductor":
         raise InputError(
-            f"--compile_cache {settings.compile_cache} keeps what inductor compiles, not --compile_backend"
+            f"--compile_cache {settings.compile_cache} caches what inductor compiles, not --compile_backend"
             f" {settings.compile_backend}: leave out one of them"
         )
     if settings.compile_mode != "default" and settings.compile_backend != "inductor":
@@ -102,8 +102,8 @@ def _check_companions(settings: CompileSettings, blocks_to_swap: int) -> None:
         )
     if blocks_to_swap and settings.compile_mode in CUDA_GRAPHS:
         raise InputError(
-            f"--compile_mode {settings.compile_mode} records the places of weights, --blocks_to_swap {blocks_to_swap}"
-            " moves them: use --compile_mode default or max-autotune-no-cudagraphs"
+            f"--compile_mode {settings.compile_mode} records the addresses of weights, which --blocks_to_swap"
+            f" {blocks_to_swap} changes: use --compile_mode default or max-autotune-no-cudagraphs"
         )
 
 
@@ -119,12 +119,12 @@ def apply_device_flags(settings: CompileSettings) -> None:
 def _configure(limit: int | None) -> None:
     """Configure torch._dynamo. These settings are global to the process."""
     config: Any = torch._dynamo.config
-    # Under DDP it would cut graphs where gradients are sent, and fails over autograd functions. A block is cut enough.
+    # Under DDP it would split graphs at gradient buckets, and it fails on autograd functions. Blocks are small enough.
     config.optimize_ddp = False
-    # Else the backward pass would get what products read, a stored matrix that was widened among it, kept by the
-    # forward pass: that is memory for the whole model in its wide form.
+    # Otherwise the forward pass saves the inputs of matrix products, including dequantised weights, for the backward
+    # pass: that needs memory for the whole dequantised model.
     torch._functorch.config.ban_recompute_materialized_backward = False
-    # Else a Linear with a LoRA takes the graph of one without, whose branch is a hook.
+    # Otherwise a Linear with a LoRA, which is added by a hook, may reuse the graph of one without.
     config.skip_nnmodule_hook_guards = False
     if limit is not None:
         config.recompile_limit = limit
@@ -148,7 +148,7 @@ def _called(forward: Callable[..., Any], tokens: Sequence[tuple[int, int]], *, r
             if argument < len(args):
                 torch._dynamo.maybe_mark_dynamic(args[argument], dimension)
         out = forward(*args, **kwargs)
-        # What a CUDA graph returns lies where its next run, the next block's, writes again.
+        # The output of a CUDA graph is overwritten by its next replay, that is by the next block.
         return tree_map(Tensor.clone, out) if replays else out
 
     return call

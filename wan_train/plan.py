@@ -61,7 +61,7 @@ class Needs:
         }
         told = ", ".join(f"{gib(part.device)} GiB of {name}" for name, part in rows.items() if part.device)
         away = ", ".join(f"{gib(part.host)} GiB of {name}" for name, part in rows.items() if part.host)
-        beside = f"; in CPU RAM {away}, {gib(self.total.host)} GiB in all" if away else ""
+        beside = f"; in CPU RAM {away}, {gib(self.total.host)} GiB in total" if away else ""
         return f"needs {told}: at most {gib(self.total.device)} GiB at a time{beside}"
 
     def alternating_with(self, other: "Needs") -> "Needs":
@@ -117,7 +117,7 @@ class Outline:
         """Count the memory of one forward and backward pass. The gradients of a part are freed once all of them are
         computed."""
         hooks = [handle for part in parts for handle in self._watch(list(part))]
-        # The slots are among the weights already: counted as they are filled they would be there twice.
+        # The slots are already counted as weights, and must not be counted again when they are filled.
         self.ledger.leave_out(iter((*self.model.parameters(), *self.model.buffers(), *self.stream.slots)))
         with self.ledger:
             loss(self.model.train()).backward()

@@ -76,5 +76,5 @@ def test_without_compilation_it_does_nothing(tmp_path: Path, caplog: pytest.LogC
     settings = CompileSettings(compile_cache=str(tmp_path / "cache"))
     check_compile(settings, device="cpu")
     log_cache_use(settings)
-    assert caplog.messages == ["--compile_cache does nothing without --compile"]
+    assert caplog.messages == ["--compile_cache has no effect without --compile"]
     assert not (tmp_path / "cache").exists()

@@ -28,10 +28,10 @@ from wan_train.training.settings import LoopSettings, ProcessSettings
 
 Value = TypeVar("Value")
 
-# Whoever imports bitsandbytes without a GPU, accelerate too, is warned of a 4-bit kernel that nobody here asks for.
+# Without a GPU, importing bitsandbytes (accelerate does) warns of a 4-bit kernel that is not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# What accelerate launch sets for what is not data parallelism, and its name.
+# Variables that accelerate launch sets for anything but data parallelism, and the name of each.
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -39,8 +39,8 @@ UNSUPPORTED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
 WAY_OUT = (
-    "launch with --multi_gpu (distributed_type: MULTI_GPU in its configuration file), and give --blocks_to_swap or "
-    "--optimizer_cpu_offload where memory is short"
+    "launch with --multi_gpu (distributed_type: MULTI_GPU in its configuration file), and use --blocks_to_swap or "
+    "--optimizer_cpu_offload if memory is short"
 )
 
 
@@ -57,7 +57,7 @@ def make_accelerator(loop: LoopSettings, processes: ProcessSettings) -> Accelera
     dynamo = accelerator.state.dynamo_plugin.backend
     if dynamo != DynamoBackend.NO:
         raise InputError(
-            f"accelerate is set to compile with {dynamo.value}: set its dynamo_backend to no, give --compile"
+            f"accelerate is set to compile with {dynamo.value}: set its dynamo_backend to no and use --compile"
         )
     check_distributed(accelerator.distributed_type)
     return accelerator

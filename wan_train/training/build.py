@@ -207,7 +207,7 @@ def make_loader(
     """Create the data loader of this process."""
     workers = min(loop.max_data_loader_n_workers, os.cpu_count() or 1, len(batches))
     return DataLoader(
-        cast("Dataset[Batch]", dataset),  # samples go in and, by the collation, batches come out
+        cast("Dataset[Batch]", dataset),  # yields samples, which collate_fn turns into batches
         batch_sampler=batches,
         collate_fn=collate,
         worker_init_fn=leave_signals_to_trainer,

@@ -27,9 +27,9 @@ def check_control_settings(settings: TrainSettings, variant: Variant) -> None:
     """Raise InputError for dropout of a condition that the task does not read."""
     control, images = variant.control or ControlInputs(), settings.images
     if images.control_dropout_rate and not (control.video or control.vace):
-        raise InputError(f"--control_dropout_rate: --task {variant.name} reads no control video: leave it out")
+        raise InputError(f"--control_dropout_rate: --task {variant.name} has no control video input: leave it out")
     if images.reference_dropout_rate and not (control.reference or control.vace):
-        raise InputError(f"--reference_dropout_rate: --task {variant.name} reads no reference image: leave it out")
+        raise InputError(f"--reference_dropout_rate: --task {variant.name} has no reference image input: leave it out")
 
 
 def check_new_layers(settings: TrainSettings, shapes: Shapes) -> None:
@@ -47,8 +47,9 @@ def check_new_layers(settings: TrainSettings, shapes: Shapes) -> None:
     patterns = " ".join(dict.fromkeys(_pattern(name) for name in idle))
     also = "" if trains_weights(network) else f" and --train_also {network.network_module}"
     raise InputError(
-        f"--init_control {kind} adds {left[0]} and {len(left) - 1} more weights that do nothing until they are trained,"
-        f" and nothing trains them: give --network_module networks.full, alone or with --trainable {patterns}{also}"
+        f"--init_control {kind} adds {left[0]} and {len(left) - 1} more weights that have no effect until"
+        f" they are trained, and they are not: use --network_module networks.full, alone or with --trainable"
+        f" {patterns}{also}"
     )
 
 
@@ -73,18 +74,18 @@ def check_controls(dataset: CachedDataset, settings: TrainSettings) -> None:
     rerun += f" {settings.dit.task} --vae {settings.vae.vae or variant.space.vae_file}"
     if control.camera and (lacking := sum(not _has(CAMERA)(item) for item in items)):
         raise InputError(
-            f"--task {settings.dit.task} reads a camera path, and {lacking} of {len(items)} clips have none: give"
+            f"--task {settings.dit.task} needs a camera path, and {lacking} of {len(items)} clips have none: give"
             f" camera_directory or camera_direction in the dataset file and {rerun}"
         )
     if control.video and not any(map(_has(CONTROL_LATENTS), items)):
         raise InputError(
-            f"--task {settings.dit.task} reads a control video, and no clip has one: give control_directory in the"
+            f"--task {settings.dit.task} needs a control video, and no clip has one: give control_directory in the"
             f" dataset file and {rerun}"
         )
-    trusted = settings.caches.trust_cache  # their items tell no files
+    trusted = settings.caches.trust_cache  # their items have no source files
     if control.vace and not trusted and not any(item.controls or item.references or item.vace_mask for item in items):
         raise InputError(
-            f"--task {settings.dit.task} reads a video, a mask or reference images, and no clip has any: give"
+            f"--task {settings.dit.task} needs a video, a mask or reference images, and no clip has any: give"
             f" control_directory, mask_directory or reference_directory in the dataset file and {rerun}"
         )
 
@@ -99,8 +100,8 @@ def check_controller(dataset: CachedDataset, settings: TrainSettings) -> None:
     lacking = sum(not _has(MOTION)(item) for item in items)
     if lacking and any(name.startswith(CONTROLLER) for name in trained):
         raise InputError(
-            f"the motion controller is trained, and {lacking} of {len(items)} clips have no motion_bucket_id: give each"
-            " one in the dataset file or its listing and cache again, or --trainable patterns without"
+            f"the motion controller is trained, and {lacking} of {len(items)} clips have no motion_bucket_id: set it"
+            " for each in the dataset file or its listing and cache again, or use --trainable patterns without"
             f" {CONTROLLER}*"
         )
 
@@ -113,8 +114,8 @@ def _warn_of_unread(items: list[Item], task: str) -> None:
     unread = sum(CONTROL in wanted_extras(item) for item in items)
     if unread:
         log.warning(
-            "%d of %d clips have a control in their caches (latents_control), which --task %s does not read: they are"
-            " trained without the control",
+            "%d of %d clips have a control in their caches (latents_control), which --task %s does not read: it is"
+            " ignored",
             unread,
             len(items),
             task,

@@ -46,7 +46,7 @@ def train(run: Run) -> None:
     with run.stop:
         if position.step == 0:
             before_first_step(run)
-        # The bar is closed on every way out, so that an error begins a line of its own.
+        # The bar is closed on every exit, so that an error message starts on a new line.
         with tqdm(total=steps, initial=position.step, desc="steps", disable=hidden) as bar, run.profiler:
             while position.step < steps and not should_stop_early(run.validator):
                 position = train_epoch(run, position, bar)
@@ -85,7 +85,7 @@ def train_epoch(run: Run, position: Position, bar: Any) -> Position:
             break
     ended = Position(step, epoch + 1, 0)
     after_epoch(run, ended)
-    # A run that ends within an epoch may be resumed to go further: from where it is, not from the next epoch.
+    # A run that ends within an epoch may be extended later: from this position, not from the next epoch.
     return position if 0 < epoch_step < data.epoch_steps else ended
 
 

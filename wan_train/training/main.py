@@ -60,7 +60,7 @@ def main(settings: TrainSettings) -> None:
     mirror = open_mirror(settings, remote) if remote is not None and accelerator.is_main_process else None
     run = build(settings, plan, data, accelerator, seed, mirror=mirror)
     if accelerator.is_main_process:
-        remove_remains(Path(settings.save.output_dir))  # of a run that was killed while it wrote
+        remove_remains(Path(settings.save.output_dir))  # of a run that was killed while writing
         write_identity(settings.save, run.saving.identity)
         configuration = path_of(settings.save, "", ".config.toml")
         write_configuration(asked, configuration, seed=seed, mixed_precision=accelerator.mixed_precision)

@@ -28,7 +28,7 @@ from wan_train.training.settings import OptimizerSettings, TrainSettings
 
 log = get_logger(__name__)
 
-_SMALL = 128  # rows and columns of the weight to try an optimizer on
+_SMALL = 128  # rows and columns of the weight that an optimizer is tried on
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -61,7 +61,7 @@ def needs_of(settings: TrainSettings, batch: Batch) -> Needs:
     away, exchanged = settings.optimizer.optimizer_cpu_offload, 0
     step = states.step + (states.at_hand if away else 0)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (fused or settings.processes.ddp_gradient_as_bucket_view):
-        exchanged = sum(gradients)  # data-parallel training has a copy of all gradients
+        exchanged = sum(gradients)  # data-parallel training keeps a copy of all gradients
     return Needs(
         weights=outline.weights,
         gradients=Bytes(max(gradients) if fused else sum(gradients) + exchanged),
@@ -76,7 +76,7 @@ def loss_of(model: nn.Module, settings: TrainSettings, batch: Batch, device: tor
     """Compute the training loss of a batch; `device` may be meta."""
     latents = target_of(batch).latents.to(device)
     draws = Draws(torch.ones(len(latents), device=device), torch.zeros_like(latents, dtype=torch.float32), None)
-    # Made on the CPU: a camera's map is computed from numbers.
+    # On the CPU: camera maps are computed from values.
     conditions = conditions_of(batch, VARIANTS[settings.dit.task], torch.device("cpu")).to(device)
     return measure(model, latents, conditions, draws, settings=settings.loss).mean
 
@@ -111,7 +111,7 @@ def states_of(trained: Iterable[nn.Parameter], settings: OptimizerSettings) -> S
             stand_in = torch.empty_like(widest)
             take_step(alone, [widest])
         del stand_in
-    except Exception:  # whatever an optimizer says that looks for numbers
+    except Exception:  # any error of an optimizer that reads values
         small = nn.Parameter(torch.ones(_SMALL, _SMALL))
         for_each = state_bytes(tried(kind, [small], arguments).state) / small.numel()
         each = [round(for_each * weight.numel()) for weight in weights]

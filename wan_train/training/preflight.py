@@ -83,13 +83,13 @@ def preflight(settings: TrainSettings, remote: RemoteFolder | None = None) -> Ru
     check_stepping(settings)
     if settings.loop.ema_decay is not None and is_schedule_free(kind):
         raise InputError(
-            f"--ema_decay {settings.loop.ema_decay:g}: {settings.optimizer.optimizer_type} averages by itself, what it "
-            "saves is its average; leave out --ema_decay"
+            f"--ema_decay {settings.loop.ema_decay:g}: {settings.optimizer.optimizer_type} already averages "
+            "the weights: leave out --ema_decay"
         )
     if experts.is_pair and not settings.experts.shared_lora and is_schedule_free(kind):
         raise InputError(
-            f"--optimizer_type {settings.optimizer.optimizer_type} averages all the time, and two experts rest in turn:"
-            " take another optimizer"
+            f"--optimizer_type {settings.optimizer.optimizer_type} averages the weights at every step, which does not"
+            " work with alternating experts: use another optimizer"
         )
     check_schedule(settings.optimizer)
     check_timesteps(settings.timesteps, limits=limits_of(settings, experts))
@@ -143,8 +143,8 @@ def float32_warning(device: torch.device, path: str, computing: torch.dtype, fla
         return None
     short = "fp16" if stored == torch.float16 else "bf16"
     return (
-        f"{flag} {path} is stored in {name_of(stored)}, and without --mixed_precision it is computed in float32, which "
-        f"takes several times as long and twice the GPU memory: give --mixed_precision {short}, or no if you mean it"
+        f"{flag} {path} is stored in {name_of(stored)} and computed in float32 without --mixed_precision, which takes "
+        f"several times as long and twice the GPU memory: use --mixed_precision {short}, or no to keep float32"
     )
 
 
@@ -160,7 +160,9 @@ def check_full(settings: TrainSettings) -> None:
         "--offload_inactive_dit": settings.experts.offload_inactive_dit,
     }
     if flag := first_given(given):
-        raise InputError(f"{flag} does not go with {settings.network.network_module}, which trains the weights")
+        raise InputError(
+            f"{flag} does not work with {settings.network.network_module}, which trains all weights: leave it out"
+        )
     stored = read_header(settings.dit.dit).dtypes if settings.dit.dit else {}
     if any(dtype.itemsize == 1 for dtype in stored.values()):
         raise InputError(
@@ -180,14 +182,16 @@ def check_images_settings(settings: TrainSettings, variant: Variant) -> None:
         way = "give --i2v_ratio" if variant.is_fused else "leave it out"
         raise InputError(f"--image_dropout_rate: --task {variant.name} has no images to drop: {way}")
     if images.i2v_ratio is not None and not variant.is_fused:
-        raise InputError(f"--i2v_ratio: --task {variant.name} is not text and image in one: leave it out")
+        raise InputError(
+            f"--i2v_ratio: --task {variant.name} is not a combined text- and image-to-video model: leave it out"
+        )
 
 
 def check_pair_previews(settings: TrainSettings, experts: ExpertPlan) -> None:
     """Raise InputError for previews of a task with two experts when only one is loaded: generation needs both."""
     if experts.trained and not experts.is_pair and settings.preview.sample_prompts is not None:
         raise InputError(
-            "--sample_prompts: a preview takes both experts: give --dit and --dit_high_noise, which trains both, or"
+            "--sample_prompts: previews need both experts: give --dit and --dit_high_noise, which trains both, or"
             " leave out the previews"
         )
 

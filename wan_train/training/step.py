@@ -29,7 +29,7 @@ from wan_train.training.stopping import StopRequest
 
 log = get_logger(__name__)
 
-NORM_EVERY = 20  # steps between looks at the adapter's norm, which wait for the device
+NORM_EVERY = 20  # steps between measurements of the adapter's norm, which synchronise with the device
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def seed_dropout(seed: int, epoch: int, batch: Batch, device: torch.device) -> N
     """Seed the model's random draws for this batch by the run's seed, the epoch and the samples alone."""
     names = "/".join(f"{key.item} {key.repeat}" for key in batch.keys)
     number = seed_of(f"{seed}/{epoch}/{names}/dropout")
-    # Not torch.manual_seed: where CUDA is not in use it formats the call stack for later, half a millisecond each time.
+    # Not torch.manual_seed: before CUDA is initialized it formats the call stack, which takes half a millisecond.
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(number)
@@ -230,7 +230,7 @@ def skip_nonfinite_step(
     if scaler is None or not math.isfinite(loss) or scaler.get_scale() <= 1:
         skip_or_stop(optimizing, loss=loss, norm=norm, position=position, window=window)
     if scaler is not None:
-        optimizing.optimizer.step()  # the scaler takes no step, and lowers its scale
+        optimizing.optimizer.step()  # the scaler skips the step and lowers its scale
     optimizing.stepping.settle()
 
 
@@ -246,7 +246,7 @@ def skip_or_stop(
     taken = "before the step was taken" if optimizing.stepping.fused is None else "with that part of the step left out"
     if skipped.count > limit:
         raise RunError(
-            f"{where}: stopped {taken}; files saved before this are whole. "
+            f"{where}: stopped {taken}; files saved earlier are complete. "
             "Lower --learning_rate, check that sample's cache, or skip some steps with --skip_nonfinite"
         )
     log.warning("%s: step skipped (%d of at most %d)", where, skipped.count, limit)

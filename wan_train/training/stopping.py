@@ -6,14 +6,14 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_CODES = {int(number): 128 + number for number in SIGNALS}  # what shells report of a process that a signal ended
+EXIT_CODES = {int(number): 128 + number for number in SIGNALS}  # as shells report a process that a signal ended
 
 
 class StopRequest:
     """Context manager that records SIGTERM or Ctrl-C; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
-        self.signal = 0  # which, or 0
+        self.signal = 0  # number of the signal received, or 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -29,7 +29,7 @@ class StopRequest:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        # Not by the log: what it writes to may be in the middle of a line of its own.
+        # Not with the log: its stream may be in the middle of writing a line.
         os.write(2, b"\nasked to stop: finishing the step, then saving\n")
 
 

@@ -94,12 +94,12 @@ class Evaluation:
 
     def describe(self) -> str:
         """Describe the evaluation in one line for the log."""
-        told = f"held-out loss {self.mean:.5f} at step {self.step}"
+        told = f"validation loss {self.mean:.5f} at step {self.step}"
         if self.experts:
             each = (f"{expert.replace('_', ' ')} {value:.5f}" for expert, value in self.by_expert.items())
             told += f" ({', '.join(each)})"
         if self.verdict == "not finite":
-            return f"{told}: not a number"
+            return f"{told}: NaN or Inf"
         if self.to_best is None:
             return f"{told}, over {self.num_clips} clips of {self.num_files} files"
         told = f"{told}: {self.verdict}, {self._change(self.to_best, 'the best so far')}"

@@ -41,7 +41,7 @@ from wan_train.training.settings import LossSettings, TimestepSettings, Validati
 
 log = get_logger(__name__)
 
-FEW = 5  # the interval over four files is 1.9 times as wide as what the bootstrap alone makes of them
+FEW = 5  # with four files the interval is 1.9 times as wide as the plain bootstrap's
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def hold_out(dataset: CachedDataset, settings: ValidationSettings, read: Callabl
             "--early_stop needs a confidence interval, which one validation file cannot give: hold out two or more"
         )
     num_clips = sum(len(plan.clips) for plan in data.held_out.plans)
-    wide = "" if num_files >= FEW else ", so few that intervals are wide"
+    wide = "" if num_files >= FEW else ", too few for narrow confidence intervals"
     log.info("validation: %d clips of %d files%s", num_clips, num_files, wide)
     return data
 
@@ -119,7 +119,7 @@ class Validator:
         experts = experts or ExpertPlan()
         self._variant, self._without = variant, without_images
         self.settings, self._dataset, self._timesteps, self._loss = settings, dataset, timesteps, loss
-        # From data to noise, as the strata of one model are.
+        # In the order of increasing noise, like the strata of a single model.
         trained: list[str | None] = [*reversed(experts.trained)] or [None]
         self._parts = [(expert, experts.limits(expert, timesteps)) for expert in trained]
         self._batches = cut_batches(dataset)
@@ -155,13 +155,13 @@ class Validator:
         The model's gradients and mode and all shared random generators are left unchanged.
         """
         shares = math.ceil(len(self._batches) / accelerator.num_processes)
-        # A sharded model is gathered by all processes together, so each runs as many batches; doubles fall away below.
+        # All processes must run the same number of batches, to gather a sharded model; duplicates are dropped below.
         padded = itertools.islice(itertools.cycle(self._batches), shares * accelerator.num_processes)
         mine = list(itertools.islice(padded, accelerator.process_index, None, accelerator.num_processes))
         num_strata = self.settings.validation_timesteps
         table = np.zeros((len(self._rows), len(self._parts) * num_strata), np.float32)
         with evaluating(model):
-            # One expert after the other: the one that rests may have to be moved.
+            # One expert at a time, since switching may move models.
             for part, (expert, limits) in enumerate(self._parts):
                 if isinstance(model, PairModel):
                     model.of(str(expert))
@@ -176,7 +176,7 @@ class Validator:
         reading = read_ahead(collate([self._dataset[position] for position in batch]) for batch in mine)
         shown = tqdm(
             zip(mine, reading, strict=True),
-            desc="held-out loss",
+            desc="validation loss",
             total=len(mine),
             delay=2,
             leave=False,
@@ -215,7 +215,9 @@ class Validator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; start over, with a warning, if the clips or noise levels have changed."""
         if state["clips"] != self._names or state["measure"] != self._measure():
-            log.warning("the validation clips or timesteps have changed: the validation loss is compared from here")
+            log.warning(
+                "the validation clips or timesteps have changed: the validation loss is not compared with earlier ones"
+            )
             return
         self.history.load_state_dict(state["history"])
 

@@ -76,7 +76,7 @@ def make_models(
         if lane is not None:
             parkings[expert] = Parking(made[expert][0], lane)
             if expert != ORDER[0]:
-                parkings[expert].park()  # before the other one is there
+                parkings[expert].park()  # before the other one is loaded
     models = pair_of({expert: model for expert, (model, _, _) in made.items()})
     parts = pair_of({expert: adapter for expert, (_, adapter, _) in made.items()})
     pair = PairModel(
@@ -116,7 +116,7 @@ def share_adapter(adapter: Adapter, model: Dit) -> None:
     """Attach an adapter to a second model. Raise InputError if the network does not support that."""
     act_on = getattr(adapter, "act_on", None)
     if not callable(act_on):
-        raise InputError("--shared_lora: this --network_module cannot change two models: leave it out")
+        raise InputError("--shared_lora: this --network_module does not support two models: leave it out")
     act_on(model)
 
 

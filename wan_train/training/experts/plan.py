@@ -43,8 +43,9 @@ class ExpertPlan:
         low, high = max(low, settings.min_timestep / NUM_TIMESTEPS), min(high, settings.max_timestep / NUM_TIMESTEPS)
         if low >= high:
             raise InputError(
-                f"--min_timestep {settings.min_timestep} and --max_timestep {settings.max_timestep} leave nothing to"
-                f" the expert for {expert.replace('_', ' ')}: the boundary is {NUM_TIMESTEPS * self.boundary:g}"
+                f"--min_timestep {settings.min_timestep} and --max_timestep {settings.max_timestep} leave no"
+                f" timesteps for the {expert.replace('_', '-')} expert: the boundary is"
+                f" {NUM_TIMESTEPS * self.boundary:g}"
             )
         return Span(low, high, keep_shape=True)
 
@@ -59,8 +60,8 @@ def with_named_experts(settings: TrainSettings) -> TrainSettings:
     if not is_above(boundary, timesteps.min_timestep, timesteps.max_timestep):
         return settings
     log.info(
-        "--min_timestep %d --max_timestep %d is the range of the expert for high noise, which begins at %g: --dit %s is"
-        " trained as that, as with --dit_high_noise",
+        "--min_timestep %d --max_timestep %d is the range of the high-noise expert, which starts at %g: training"
+        " --dit %s as --dit_high_noise",
         *(timesteps.min_timestep, timesteps.max_timestep, NUM_TIMESTEPS * boundary, settings.dit.dit),
     )
     named = replace(experts, dit_high_noise=settings.dit.dit)
@@ -82,7 +83,7 @@ def plan_experts(settings: TrainSettings) -> ExpertPlan:
     trained = tuple(expert for expert in ORDER if given[expert])
     if not trained:
         raise InputError(
-            f"--task {variant.name} has two models: give --dit (low noise), --dit_high_noise, or both to train both"
+            f"--task {variant.name} has two experts: give --dit (low noise), --dit_high_noise (high noise), or both"
         )
     if len(trained) == 1:
         _refuse_without_pair(settings)
@@ -102,10 +103,13 @@ def _check_pair(settings: TrainSettings) -> None:
             " RAM: give only one of them"
         )
     if experts.shared_lora and experts.network_weights_high_noise:
-        raise InputError("--network_weights_high_noise: a --shared_lora starts from --network_weights: leave it out")
+        raise InputError(
+            "--network_weights_high_noise: --shared_lora is initialized from --network_weights: leave it out"
+        )
     if settings.network.base_weights:
         raise InputError(
-            "--base_weights would go into both experts: merge it into its own with --save_merged_model, and train that"
+            "--base_weights would be merged into both experts: merge it into one with"
+            " --save_merged_model, and train that file"
         )
 
 
@@ -131,7 +135,7 @@ def _refuse_for_one_model(settings: TrainSettings, variant: Variant) -> None:
         "--network_weights_high_noise": experts.network_weights_high_noise,
     }
     if flag := first_given(given):
-        raise InputError(f"{flag}: --task {variant.name} has one model: take an A14B task, or leave it out")
+        raise InputError(f"{flag}: --task {variant.name} has a single model: use an A14B task, or leave it out")
 
 
 def settings_of(settings: TrainSettings, expert: str | None) -> TrainSettings:

@@ -16,7 +16,7 @@ from wan_train.conditions.vace import num_references
 from wan_train.models.variants import Variant
 from wan_train.training.settings import ImageSettings
 
-I2V_RATIO = 0.5  # of a model that is text and image to video in one, where nobody says
+I2V_RATIO = 0.5  # default for a combined text- and image-to-video model
 
 
 @dataclass(frozen=True)

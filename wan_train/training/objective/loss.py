@@ -19,7 +19,7 @@ from wan_train.flow.weighting import WEIGHTINGS, importance
 from wan_train.training.objective.strata import Strata
 from wan_train.training.settings import LossSettings, TimestepSettings
 
-LEAST_SHARE = 1e-6  # less of a distribution than this is a mistake, and too thin to draw from well
+LEAST_SHARE = 1e-6  # a smaller part of the distribution is a mistake, and too small to sample accurately
 DEFAULT_LOSS = LossSettings()
 
 
@@ -83,14 +83,14 @@ def check_timesteps(
     scheme, sampling = settings.weighting_scheme, settings.timestep_sampling
     if scheme not in ("none", *WEIGHTINGS) and sampling != "sigma":
         raise InputError(
-            f"--weighting_scheme {scheme} says how --timestep_sampling sigma draws; with {sampling} it does nothing: "
-            "leave out one of the two"
+            f"--weighting_scheme {scheme} sets the distribution of --timestep_sampling sigma and has no effect with "
+            f"{sampling}: leave out one of them"
         )
     spans = [each or span(settings) for each in limits]
     for size, part in itertools.product(sizes, [each for each in spans if each.keep_shape]):
         below = shares_below(distribution(settings, size), part)
         if below[1] - below[0] < LEAST_SHARE:
-            way = "leave out --preserve_distribution_shape" if limits == (None,) else "draw otherwise"
+            way = "leave out --preserve_distribution_shape" if limits == (None,) else "use another --timestep_sampling"
             raise InputError(
                 f"--timestep_sampling {sampling} almost never samples from {NUM_TIMESTEPS * part.low:g} to"
                 f" {NUM_TIMESTEPS * part.high:g}: widen --min_timestep and --max_timestep, or {way}"

@@ -56,5 +56,5 @@ def read_captions(path: str) -> list[str]:
         raise InputError(f"--prior_captions {path} cannot be read: {problem}") from None
     captions = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not captions:
-        raise InputError(f"--prior_captions {path} holds no caption: write one to a line")
+        raise InputError(f"--prior_captions {path} has no captions: write one per line")
     return captions

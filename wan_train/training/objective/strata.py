@@ -9,7 +9,7 @@ from dataset.batching.epochs import EpochBatches
 from dataset.batching.order import SampleKey
 
 RESOLUTION = 2**32
-GOLDEN = round(RESOLUTION * (5**0.5 - 1) / 2)  # multiples of the golden ratio fill the unit interval evenly
+GOLDEN = round(RESOLUTION * (5**0.5 - 1) / 2)  # multiples of the golden ratio are evenly spread over the unit interval
 
 
 def assign(num_samples: int, num_strata: int, *, key: str, epoch: int) -> list[int]:

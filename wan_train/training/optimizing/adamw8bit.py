@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 256  # numbers with a scale in common
-SMALL = 4096  # numbers; a tensor of fewer keeps float32
-_AT_ONCE = 1 << 23  # numbers that are made float32 together, a multiple of BLOCK
+BLOCK = 256  # elements that share a scale
+SMALL = 4096  # elements; smaller tensors keep float32 states
+_AT_ONCE = 1 << 23  # elements converted to float32 at a time, a multiple of BLOCK
 _DECADES = 7
-STATES = {"exp_avg": True, "exp_avg_sq": False}  # by name, whether it has a sign
+STATES = {"exp_avg": True, "exp_avg_sq": False}  # by name, whether it is signed
 
 
 class AdamW8bitSR(torch.optim.Optimizer):

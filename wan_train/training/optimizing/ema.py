@@ -47,7 +47,7 @@ class Ema:
         for name, parameter in self._parameters.items():
             self._kept[name] = {_AVERAGE: _float32(parameter.detach()).clone()}
             with self._at_hand(name):
-                pass  # on its way to CPU RAM before the next one is made
+                pass  # starts the copy to CPU RAM before the next one is created
         self._settle()
 
     @torch.no_grad()
@@ -115,8 +115,8 @@ class Ema:
 def reading(averages: Mapping[nn.Parameter, Tensor]) -> Callable[[nn.Parameter], Tensor]:
     """Return a function that reads a parameter's EMA, or the parameter itself if it has none, for saving.
 
-    The parameter is not modified: temporarily assigning `data` of another data type or device would detach it from the
-    gradient buckets of data-parallel training.
+    The parameter is not modified: temporarily assigning `data` of another data type or device would break gradient
+    synchronisation in data-parallel training.
     """
     return lambda parameter: averages[parameter] if parameter in averages else parameter.detach()
 

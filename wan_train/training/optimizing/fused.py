@@ -58,7 +58,7 @@ class FusedBackward:
         norm = self._clip(waiting)
         self._norms.append(norm)
         if math.isfinite(norm):
-            # As in the backward pass: what is fetched ahead of a streamed block is what that needs next.
+            # With gradients enabled, so that streaming prefetches in the order of the backward pass.
             with torch.enable_grad(), part.held():
                 self._optimizer.step_part(part)  # type: ignore[attr-defined]
         for parameter in waiting:

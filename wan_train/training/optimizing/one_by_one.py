@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wan_train.errors import InputError
 
 COUNT = "rounded_steps"  # in the first parameter group, so that a saved state holds it
-# By package: those that treat each weight by itself, whatever else there is, and make its states at its first step.
+# By package: optimizers whose step treats weights independently and creates states in a weight's first step.
 _ONE_BY_ONE = {
     "torch": ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam", "Adamax", "RMSprop", "Adadelta", "Rprop", "ASGD"),
     "transformers": ("Adafactor",),
@@ -49,7 +49,9 @@ def check_one_by_one(optimizer_class: Any, name: str, flag: str) -> None:
     `flag` requires."""
     if not can_step_one_by_one(optimizer_class):
         known = ", ".join(dict.fromkeys(name for names in _ONE_BY_ONE.values() for name in names))
-        raise InputError(f"{flag} steps weight by weight, which --optimizer_type {name} cannot: take one of {known}")
+        raise InputError(
+            f"{flag} steps one weight at a time, which --optimizer_type {name} does not support: use one of {known}"
+        )
 
 
 @cache
@@ -73,7 +75,7 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
             self._groups = {parameter: group for parameter, group in owned}
             self._places = {parameter: place for place, (parameter, _) in enumerate(owned, 1)}
             self.parts: tuple[Part, ...] = (Part("all", tuple(self._places)),)
-            self.home: torch.device | None = None  # of states that are loaded; without one they stay in CPU RAM
+            self.home: torch.device | None = None  # device of loaded states; None for CPU RAM
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:

@@ -135,7 +135,7 @@ def _page(optimizer: Any, parameter: Tensor, held: dict[str, Any]) -> None:
 def _rate(optimizer: Any, group: dict[str, Any]) -> float:
     if sets_own_rate(type(optimizer), group):
         state = optimizer.state.get(group["params"][0])
-        return float(optimizer._get_lr(group, state)) if state else 0.0  # it has none before its first step
+        return float(optimizer._get_lr(group, state)) if state else 0.0  # it has no rate before its first step
     return float(group.get("scheduled_lr") or group["lr"])
 
 

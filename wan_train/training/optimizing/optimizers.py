@@ -24,7 +24,7 @@ log = get_logger(__name__)
 OptimizerClass = Callable[..., torch.optim.Optimizer]
 
 WORDS = {"true": True, "false": False, "none": None}
-LOW_FOR_PRODIGY = 0.1  # it multiplies the rate that it finds; its paper and its authors take 1
+LOW_FOR_PRODIGY = 0.1  # it multiplies the estimated rate; the paper and its authors use 1
 
 
 @dataclass(frozen=True)
@@ -96,21 +96,21 @@ def check_optimizer(
         check_one_by_one(kind, settings.optimizer_type, one_by_one_option)
     given = read_arguments("--optimizer_args", settings.optimizer_args)
     if "lr" in given:
-        raise InputError("--optimizer_args contains lr: give it as --learning_rate")
+        raise InputError("--optimizer_args contains lr: use --learning_rate")
     refuse_unknown("--optimizer_args", given, kind, own=("params", "lr"))
     _check_warmup(kind, given, settings)
     arguments = _defaults(kind, given) | {"lr": settings.learning_rate} | given
     if sets_own_rate(kind, arguments):
-        arguments["lr"] = None  # it will not have both
+        arguments["lr"] = None  # it does not accept both
     if several_rates and (comes_from(kind, "prodigyopt", "Prodigy") or sets_own_rate(kind, arguments)):
         raise InputError(
-            f"{settings.optimizer_type} keeps one learning rate for all parameters, and loraplus_lr_ratio asks for two:"
-            " leave the ratio out, or take another --optimizer_type"
+            f"{settings.optimizer_type} supports a single learning rate, and loraplus_lr_ratio needs two:"
+            " leave it out, or use another --optimizer_type"
         )
-    try:  # its own checks of ranges, on a parameter that is thrown away
+    try:  # run its own range checks on a temporary parameter
         kind([torch.nn.Parameter(torch.zeros(2, 2))], **arguments)
     except (AssertionError, TypeError, ValueError, RuntimeError) as problem:
-        reason = str(problem) or "it does not take this learning rate, or one of these values"
+        reason = str(problem) or "the learning rate or one of these values is not supported"
         raise InputError(
             f"--optimizer_type {settings.optimizer_type} with --learning_rate {settings.learning_rate:g} and "
             f"--optimizer_args {' '.join(settings.optimizer_args) or '(none)'}: {reason}"
@@ -154,11 +154,9 @@ def import_class(flag: str, name: str, base: type) -> Any:
     try:
         kind = getattr(importlib.import_module(module), attribute, None)
     except (ImportError, OSError, RuntimeError, ValueError) as problem:
-        raise InputError(
-            f"{flag} {name}: the module {module!r} does not import ({problem}): install its package"
-        ) from None
+        raise InputError(f"{flag} {name}: cannot import {module} ({problem}): install its package") from None
     if not (inspect.isclass(kind) and issubclass(kind, base)):
-        raise InputError(f"{flag} {name}: {module} has no {base.__name__} of the name {attribute}")
+        raise InputError(f"{flag} {name}: {module} has no {base.__name__} named {attribute}")
     return kind
 
 
@@ -189,7 +187,7 @@ def refuse_unknown(
     for name in given:
         if name not in known:
             raise InputError(
-                f"{flag}: {getattr(optimizer_class, '__name__', optimizer_class)} takes no {name}"
+                f"{flag}: {getattr(optimizer_class, '__name__', optimizer_class)} has no argument {name}"
                 f"{nearest(name, known)}; known are {', '.join(known)}"
             )
 
@@ -215,10 +213,11 @@ def _explain(optimizer_class: OptimizerClass, arguments: dict[str, Any], learnin
     if sets_own_rate(optimizer_class, arguments):
         log.warning("Adafactor with relative_step computes its own learning rate: --learning_rate is ignored")
     elif comes_from(optimizer_class, "transformers", "Adafactor") and arguments["scale_parameter"]:
-        log.warning("Adafactor with scale_parameter multiplies --learning_rate by each weight's own size")
+        log.warning("Adafactor with scale_parameter multiplies --learning_rate by the RMS of each weight")
     elif comes_from(optimizer_class, "prodigyopt", "Prodigy") and learning_rate < LOW_FOR_PRODIGY:
         log.warning(
-            "Prodigy multiplies the learning rate that it finds by --learning_rate %g: 1 is usual", learning_rate
+            "Prodigy multiplies the learning rate that it estimates by --learning_rate %g: the usual value is 1",
+            learning_rate,
         )
 
 

@@ -15,7 +15,7 @@ from wan_train.errors import InputError
 from wan_train.flow.keyed import generator_of
 from wan_train.training.optimizing.one_by_one import StepContext
 
-# By package: those that treat each weight by itself, and take it in float32. bitsandbytes has not been seen to.
+# By package: optimizers that treat weights independently and support float32. bitsandbytes is untested.
 _IN_FLOAT32 = {
     "torch": ("AdamW", "Adam", "SGD", "Adafactor"),
     "transformers": ("Adafactor",),
@@ -53,7 +53,7 @@ def rounded(seed: int) -> StepContext:
         if parameter.dtype != torch.bfloat16:
             yield parameter
             return
-        # Not `parameter.data`, made float32: whoever counts on its gradients (data-parallel training) would lose it.
+        # Not `parameter.data` in float32: data-parallel training would lose track of the parameter's gradients.
         fine = nn.Parameter(parameter.detach().float())
         assert parameter.grad is not None
         fine.grad = parameter.grad.float()

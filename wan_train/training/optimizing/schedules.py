@@ -16,10 +16,10 @@ from wan_train.training.optimizing.optimizer_state import is_schedule_free, sets
 from wan_train.training.optimizing.optimizers import check_optimizer, import_class, read_arguments, refuse_unknown
 from wan_train.training.settings import OptimizerSettings
 
-UNKNOWN_LENGTH = 10**12  # stands in before the length of the run is known; every share of it is exact
-REX_FLOOR = 0.01  # of the learning rate, where --lr_scheduler_min_lr_ratio is not given
+UNKNOWN_LENGTH = 10**12  # used before the length of the run is known; ratios of it are exact
+REX_FLOOR = 0.01  # ratio of the learning rate, default of --lr_scheduler_min_lr_ratio
 
-# Settings, steps of decay -> what the schedule's function takes beside the steps of warm-up and of the whole.
+# Settings and decay steps -> arguments of the schedule's function besides the warmup and total steps.
 Details = Callable[[OptimizerSettings, int], dict[str, Any]]
 
 
@@ -83,8 +83,11 @@ KINDS: dict[str, ScheduleKind] = {
     ),
 }
 NEEDED = {
-    "cosine_with_min_lr": ("lr_scheduler_min_lr_ratio", "give the lowest rate as a part of the highest, such as 0.1"),
-    "warmup_stable_decay": ("lr_decay_steps", "say how long the decay is, such as 20%"),
+    "cosine_with_min_lr": (
+        "lr_scheduler_min_lr_ratio",
+        "give the minimum learning rate as a ratio of the maximum, such as 0.1",
+    ),
+    "warmup_stable_decay": ("lr_decay_steps", "give the length of the decay, such as 20%"),
 }
 
 
@@ -103,7 +106,7 @@ def warmup_steps(text: str, total: int, flag: str = "--lr_warmup_steps") -> int:
                 share = value
         steps = round(share * total)
     except (ValueError, OverflowError):
-        raise InputError(f"{flag} takes a number, a share below 1 or a percentage, not {text!r}") from None
+        raise InputError(f"{flag} takes a number, a ratio below 1 or a percentage, not {text!r}") from None
     if not 0 <= steps <= total:
         raise InputError(f"{flag} {text} is outside the run's {total} steps")
     return steps
@@ -180,7 +183,7 @@ def _check_own_pace(settings: OptimizerSettings, own: str) -> None:
     if own == "adafactor" and warmup_steps(settings.lr_warmup_steps, UNKNOWN_LENGTH):
         raise InputError(
             f"Adafactor with relative_step does not read --lr_warmup_steps {settings.lr_warmup_steps}: leave it out, "
-            "or take --optimizer_args relative_step=True warmup_init=True"
+            "or use --optimizer_args relative_step=True warmup_init=True"
         )
 
 
@@ -197,7 +200,7 @@ def _check_options(settings: OptimizerSettings) -> None:
         changed = getattr(settings, field.name) != field.default
         if field.name in special and changed and field.name not in kind.options:
             readers = ", ".join(name for name, row in KINDS.items() if field.name in row.options)
-            raise InputError(f"{flag} {name} does not read --{field.name}: leave it out, or take one of {readers}")
+            raise InputError(f"{flag} {name} does not read --{field.name}: leave it out, or use one of {readers}")
     needed, advice = NEEDED.get(settings.lr_scheduler, ("", ""))
     if needed and getattr(settings, needed) in (None, "0"):
         raise InputError(f"{flag} {name} needs --{needed}: {advice}")
@@ -216,7 +219,8 @@ def _build(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, *, tot
             if name not in known:
                 listed = f"known are {', '.join(known)}" if known else "there are none"
                 raise InputError(
-                    f"--lr_scheduler_args: {settings.lr_scheduler} takes no {name}{nearest(name, known)}; {listed}"
+                    f"--lr_scheduler_args: {settings.lr_scheduler} has no argument {name}"
+                    f"{nearest(name, known)}; {listed}"
                 )
     try:
         return make(**given)
@@ -267,7 +271,9 @@ def _find_class(name: str) -> Any:
     kind = known[name] if name in known else import_class("--lr_scheduler_type", name, LRScheduler)
     first = list(inspect.signature(kind.step).parameters.values())[1:2]
     if first and first[0].default is inspect.Parameter.empty:
-        raise InputError(f"--lr_scheduler_type {name} steps by {first[0].name}, which training does not give it")
+        raise InputError(
+            f"--lr_scheduler_type {name} needs {first[0].name} in each step, which training does not provide"
+        )
     return kind
 
 

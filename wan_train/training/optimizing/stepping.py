@@ -56,7 +56,7 @@ def check_stepping(settings: TrainSettings) -> None:
     if not settings.optimizer.fused_backward_pass:
         if needs_parts(settings) == "--blocks_to_swap" and several:
             raise InputError(
-                "--blocks_to_swap with trained weights and several processes needs --fused_backward_pass: give that too"
+                "--blocks_to_swap with trained weights and several processes needs --fused_backward_pass: add it"
             )
         return
     given = {
@@ -67,7 +67,7 @@ def check_stepping(settings: TrainSettings) -> None:
         "fp16, whose gradients are scaled,": launched_dtype(settings.loop) == torch.float16,
     }
     if label := first_given(given):
-        raise InputError(f"--fused_backward_pass steps in every backward pass, and {label} does not go with that")
+        raise InputError(f"--fused_backward_pass steps in every backward pass, which does not work with {label}")
 
 
 def make_stepping(
@@ -82,7 +82,7 @@ def make_stepping(
     """Create the optimizer, and the fused backward pass and step contexts that the options ask for."""
     groups = adapter.parameter_groups(settings.optimizer.learning_rate)
     if not trains_weights(settings.network):
-        streams = {}  # what is in CPU RAM stays as it is
+        streams = {}  # frozen weights in CPU RAM do not change
     step_contexts, settled = [], [stream.settle for stream in streams.values()]
     if settings.optimizer.optimizer_cpu_offload:
         states = HostStates(make_lane(accelerator.device))
@@ -90,7 +90,7 @@ def make_stepping(
         settled.append(states.settle)
     if settings.network.full_bf16:
         step_contexts.append(rounded(seed))
-    # All at once takes as much again as what is stepped: little for a LoRA.
+    # Stepping all at once needs a temporary copy of the weights, which is small for a LoRA.
     whole = trains_weights(settings.network) and can_step_one_by_one(find_optimizer(settings.optimizer.optimizer_type))
     needs_one_by_one = step_contexts or whole or needs_parts(settings)
     optimizer = make_optimizer(

@@ -99,8 +99,8 @@ def refuse_unused(plan: ExpertPlan, settings: TimestepSettings) -> None:
         trained, own = plan.limits(expert, settings) or span(settings), span_of(expert, plan.boundary)
         if trained.high <= own[0] or trained.low >= own[1]:
             raise InputError(
-                f"the expert for {expert.replace('_', ' ')} would be trained from {NUM_TIMESTEPS * trained.low:g} to"
-                f" {NUM_TIMESTEPS * trained.high:g}, and generation asks it from {NUM_TIMESTEPS * own[0]:g} to"
+                f"the {expert.replace('_', '-')} expert would be trained from {NUM_TIMESTEPS * trained.low:g} to"
+                f" {NUM_TIMESTEPS * trained.high:g}, but generation uses it from {NUM_TIMESTEPS * own[0]:g} to"
                 f" {NUM_TIMESTEPS * own[1]:g}: change --min_timestep and --max_timestep, or --timestep_boundary, or"
-                " give --allow_unused_timesteps"
+                " use --allow_unused_timesteps"
             )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Legend: a drawing of WIDTH x HEIGHT units, in it a plot that leaves room for numbers as large as on a phone.
+# A figure of WIDTH x HEIGHT units, with margins around the plot for tick labels legible on a phone.
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 92, 40, 14, 44
-MOST_POINTS = 500  # of a line: more than a screen shows
+MOST_POINTS = 500  # of a curve: more than a screen can show
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def draw_chart(title: str, series: Sequence[Series], *, from_zero: bool = False)
         if not curve.faint
     )
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    # A drawing within the drawing cuts off what leaves it.
+    # The nested svg clips curves to the plot.
     plot = f'<svg x="{LEFT}" y="{TOP}" width="{width}" height="{height}" viewBox="{LEFT} {TOP} {width} {height}">'
     return (
         f"<figure><figcaption>{html.escape(title)}</figcaption>"
@@ -119,7 +119,7 @@ def _frame(series: Sequence[Series], *, from_zero: bool) -> _Frame:
     low = min(low, 0.0) if from_zero else low
     room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
     first, last = float(steps.min()), max(float(steps.max()), float(steps.min()) + 1)
-    margin = (last - first) * 0.015  # dots at the ends stay whole
+    margin = (last - first) * 0.015  # dots at the ends are not clipped
     return _Frame((first - margin, last + margin), (low if from_zero and low == 0 else low - room, high + room))
 
 

@@ -94,9 +94,7 @@ class MetricsWriter:
             self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as problem:
-            raise RunError(
-                f"cannot write {self._path}: {problem.strerror}; files saved before this are whole"
-            ) from None
+            raise RunError(f"cannot write {self._path}: {problem.strerror}; files saved earlier are complete") from None
         values = dict(_numbers(row))
         for tracker in self._trackers:
             tracker.scalars(values, int(row["step"]))
@@ -129,7 +127,7 @@ class EpochMean:
         return self._sum / self._count if self._count else None
 
 
-# What rows call it, and curves.
+# Names in rows, and names of curves.
 _CURVES = {
     "loss": "loss/current",
     "loss_average": "loss/average",

@@ -99,9 +99,9 @@ class Previewer:
     def _try_one(self, model: nn.Module, moment: str, index: int, request: SampleRequest) -> Path | None:
         try:
             return self._make_one(model, moment, index, request)
-        except Exception as problem:  # a run of days is worth more than an image of it
+        except Exception as problem:  # a failed preview must not stop a run
             reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
-        # Here the exception is gone, and with it what its frames held.
+        # The exception is freed here, and with it the tensors that its frames held.
         self.vae.to("cpu")
         release_memory()
         log.warning("preview %d at %s failed, training continues: %s", index, moment, reason)

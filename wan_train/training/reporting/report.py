@@ -30,10 +30,14 @@ METRICS = ".metrics.jsonl"
 class ReportSettings:
     """Report."""
 
-    run_dir: str = option("", "Folder that a run wrote to, its --output_dir.", required=True)
-    output_name: str | None = option(None, "Only the run of this --output_name; default: all of the folder.")
-    save_path: str | None = option(None, "The page; default: RUN_DIR/report.html.")
-    max_preview_mib: int = option(60, "Previews to take in at most; of more, some moments are left out.", minimum=0)
+    run_dir: str = option("", "Output folder of the run (its --output_dir).", required=True)
+    output_name: str | None = option(
+        None, "Report only on the run of this --output_name; default: all runs in the folder."
+    )
+    save_path: str | None = option(None, "HTML file to write; default: RUN_DIR/report.html.")
+    max_preview_mib: int = option(
+        60, "Maximum total size of embedded previews, in MiB; if they exceed it, some moments are left out.", minimum=0
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def find_runs(folder: Path, wanted: str | None) -> list[str]:
     requested one."""
     names = sorted(path.name.removesuffix(METRICS) for path in folder.glob(f"*{METRICS}"))
     if not names:
-        raise InputError(f"{folder} holds no NAME{METRICS}: give the --output_dir of a run")
+        raise InputError(f"{folder} has no NAME{METRICS}: give the --output_dir of a run")
     if wanted is not None and wanted not in names:
         raise InputError(f"{folder} has no run {wanted}: it has {', '.join(names)}")
     return names if wanted is None else [wanted]
@@ -111,7 +115,7 @@ def find_previews(folder: Path, name: str) -> list[Preview]:
 
 
 def thin_out(previews: Sequence[Preview], max_bytes: int) -> list[Preview]:
-    """Keep as many moments as fit, evenly spaced and including the last."""
+    """Keep as many moments as fit, evenly spaced and including the first."""
     moments = list(dict.fromkeys(preview.moment for preview in previews))
     for count in range(len(moments), 0, -1):
         chosen = {moments[round(i * (len(moments) - 1) / max(1, count - 1))] for i in range(count)}
@@ -131,7 +135,7 @@ def _previews(folder: Path, name: str, max_bytes: int) -> str:
         cells = "".join(_cell(preview) for preview in kept if preview.index == index)
         rows.append(f'<h4>prompt {index}</h4><div class="strip">{cells}</div>')
     left = len(found) - len(kept)
-    note = f"<p>{left} of {len(found)} are left out: --max_preview_mib takes in more.</p>" if left else ""
+    note = f"<p>{left} of {len(found)} are left out: raise --max_preview_mib to include more.</p>" if left else ""
     return f"<h3>Previews</h3>{note}{''.join(rows)}"
 
 
@@ -175,7 +179,7 @@ def _readable(value: str) -> str:
 
 TOOL = Tool(
     "python -m wan_train.training.reporting.report RUN_DIR",
-    "Make one page of a run: curves, previews and settings, without need of a network.",
+    "Create a self-contained HTML page of a run: curves, previews and settings.",
     ReportOptions,
     "wan_train.training.reporting.report:main",
 )

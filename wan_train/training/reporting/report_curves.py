@@ -23,14 +23,14 @@ def compare(runs: Mapping[str, list[Row]]) -> str:
     for colour, (name, rows) in enumerate(runs.items()):
         losses.append(_smooth(steps_of(rows), "loss", name, colour))
         held_out.append(Series(name, *_held_out(rows), colour, dots=True))
-    return draw_chart("Loss, smoothed", losses) + draw_chart("Held-out loss", held_out)
+    return draw_chart("Loss, smoothed", losses) + draw_chart("Validation loss", held_out)
 
 
 def list_facts(rows: list[Row]) -> str:
     """Return the key figures as HTML."""
     steps = steps_of(rows)
     if not steps:
-        return "<p>No step was taken.</p>"
+        return "<p>No steps were taken.</p>"
     last = steps[-1]
     losses, seconds = _known(steps[-100:], "loss"), _known(steps, "seconds")
     facts = [
@@ -44,7 +44,7 @@ def list_facts(rows: list[Row]) -> str:
     measured = [row for row in _measured(rows) if row["validation"].get("loss") is not None]
     if measured:
         best = min(measured, key=lambda row: float(row["validation"]["loss"]))
-        facts.append(("held-out loss, best", f"{number(best['validation']['loss'])} at step {best['step']}"))
+        facts.append(("validation loss, best", f"{number(best['validation']['loss'])} at step {best['step']}"))
     items = "".join(f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>" for key, value in facts)
     return f"<dl>{items}</dl>"
 
@@ -59,9 +59,9 @@ def draw_charts(rows: list[Row]) -> list[str]:
     rate_curves = [Series(name, at, _column(steps, "learning_rates", name), i) for i, name in enumerate(rates)]
     return [
         draw_chart("Loss", _each_and_smooth(steps, "loss", colour=0)),
-        draw_chart("Held-out loss, with the 95% interval of its change since the first", [_with_interval(rows)]),
+        draw_chart("Validation loss, with the 95% interval of its change since the first", [_with_interval(rows)]),
         draw_chart("Loss by noise level, smoothed", [_stratum(steps, index) for index in range(NUM_STRATA)]),
-        draw_chart("Held-out loss by noise level", _held_out_strata(rows)),
+        draw_chart("Validation loss by noise level", _held_out_strata(rows)),
         draw_chart("Learning rate", rate_curves or [Series("all", at, _column(steps, "lr"), 0)], from_zero=True),
         draw_chart("Gradient norm", _each_and_smooth(steps, "grad_norm", colour=1), from_zero=True),
         draw_chart("Adapter norm", [Series("norm", at, _column(steps, "adapter_norm"), 2)], from_zero=True),

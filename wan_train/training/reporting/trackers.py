@@ -90,7 +90,7 @@ class Wandb:
             "dir": str(_log_folder(logs, save)),
             "config": dict(config),
         } | read_tracker_config(logs).get("wandb", {})
-        # Its description of the process holds the command line, in which there may be keys.
+        # Its process metadata contain the command line, which may contain API keys.
         quiet = wandb.Settings(api_key=logs.wandb_api_key, x_disable_meta=True, console="off", silent=True)
         if run_id is not None:
             arguments |= {"id": run_id, "resume": "allow"}
@@ -98,9 +98,9 @@ class Wandb:
         try:
             self._run: Any = wandb.init(**arguments, settings=quiet)
         except (wandb.errors.Error, TypeError) as problem:
-            raise InputError(f"W&B does not start: {problem}; or train with --log_with tensorboard") from None
+            raise InputError(f"cannot start W&B: {problem}; or use --log_with tensorboard") from None
         self.run_id: str = self._run.id
-        # Its own count only goes up: what a resumed run takes again would be lost.
+        # W&B's own step counter only increases: steps that a resumed run repeats would be lost.
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -148,7 +148,9 @@ def read_tracker_config(logs: LogSettings) -> dict[str, dict[str, Any]]:
         raise InputError(f"cannot read --log_tracker_config {path}: {problem}") from None
     odd = [name for name, table in tables.items() if name not in TABLES or not isinstance(table, dict)]
     if odd:
-        raise InputError(f"--log_tracker_config {path} has {', '.join(odd)}: it takes tables [wandb] and [tensorboard]")
+        raise InputError(
+            f"--log_tracker_config {path} has {', '.join(odd)}: only the tables [wandb] and [tensorboard] are allowed"
+        )
     return tables
 
 
@@ -166,7 +168,7 @@ def open_board(logs: LogSettings, save: SaveSettings, keep_until: int | None) ->
     try:
         return TensorBoard(folder, keep_until, read_tracker_config(logs).get("tensorboard", {}))
     except (OSError, TypeError) as problem:
-        raise InputError(f"TensorBoard does not start in {folder}: {problem}") from None
+        raise InputError(f"cannot start TensorBoard in {folder}: {problem}") from None
 
 
 def read_frames(path: Path) -> np.ndarray:
@@ -212,7 +214,7 @@ class Guarded:
             return
         try:
             call(self._tracker)
-        except Exception as problem:  # whatever a foreign package raises
+        except Exception as problem:  # anything that a third-party package raises
             log.warning("%s failed and is disabled: %s", type(self._tracker).__name__, problem)
             self._tracker = None
 

@@ -14,7 +14,7 @@ from wan_train.storage import save_tensors
 from wan_train.tensor_writer import Row, write_set
 from wan_train.training.saving.settings import SaveSettings
 
-FILE, EMA_FILE, STATE = ".safetensors", f"{EMA}.safetensors", "-state"  # what follows NAME and the moment
+FILE, EMA_FILE, STATE = ".safetensors", f"{EMA}.safetensors", "-state"  # suffixes after NAME and the moment
 
 
 def path_of(save: SaveSettings, moment: str, ending: str, part: str | None = None) -> Path:
@@ -32,9 +32,9 @@ def save_adapter(
 ) -> list[Path]:
     """Write an adapter's tensors in `--save_precision`, with metadata and hashes; return the file."""
     dtype = dtype_of(save.save_precision)
-    # Single numbers (alpha) stay whole: bf16 would turn 1.3 into 1.297.
+    # Scalars (alpha) keep their precision: bf16 would turn 1.3 into 1.297.
     tensors = {name: tensor.detach().to("cpu", dtype if tensor.ndim else None) for name, tensor in exported.items()}
-    # The hashes are those by which LoRA files are known, and take a copy of the file in memory.
+    # The hashes identify LoRA files in other tools; computing them needs a copy of the file in memory.
     save_tensors(path, tensors, add_hashes(tensors, metadata))
     return [path]
 
@@ -78,7 +78,7 @@ def outlived(
 def _last(saved: list[tuple[int, Path]], count: int, newest: int) -> set[int]:
     """Return the last `count` numbers up to the newest, and all beyond it, which belong to an earlier run and are
     kept."""
-    numbers = sorted({number for number, _ in saved})  # each shard has its checkpoint's
+    numbers = sorted({number for number, _ in saved})  # the shards of a checkpoint share its number
     return {n for n in numbers if n > newest} | set([n for n in numbers if n <= newest][-count:])
 
 

@@ -71,8 +71,8 @@ def choose(save: SaveSettings, fits: Callable[[State], bool], states: Sequence[S
         own = _if_whole(Path(last.resumed_from))
     if own is None and states:
         log.warning(
-            "--resume auto: the last run of %s saved no state, and states of earlier ones are not taken (%s): to resume"
-            " one of them give --resume FOLDER",
+            "--resume auto: the last run of %s saved no state, and states of earlier runs are not used (%s): to resume"
+            " one of them use --resume FOLDER",
             *(save.output_name, name_some(state.folder.name for state in states)),
         )
     return own

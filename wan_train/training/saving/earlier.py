@@ -35,10 +35,10 @@ def warn_of_others(save: SaveSettings, identity: Identity, state: State | None) 
     if not found:
         return
     last = farthest(whole_states(save))
-    way = f"; to resume an earlier run stop this one and give --resume {last.folder}" if last and state is None else ""
+    way = f"; to resume an earlier run, stop this one and use --resume {last.folder}" if last and state is None else ""
     log.warning(
-        "%s holds what an earlier run of --output_name %s saved (%s): whatever this run saves under the same name"
-        " replaces it; to keep it give another --output_name%s",
+        "%s contains files of an earlier run of --output_name %s (%s), which this run will overwrite; to keep them,"
+        " use another --output_name%s",
         *(save.output_dir, save.output_name, name_some(path.name for path in found), way),
     )
 
@@ -203,4 +203,4 @@ def _warning_of(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, InputError) as problem:
-        log.warning("%s is replaced, it could not be kept under another name: %s", path, problem)
+        log.warning("%s will be overwritten, since it could not be renamed: %s", path, problem)

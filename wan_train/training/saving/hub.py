@@ -52,7 +52,7 @@ class Hub:
         self._uploads.finish()
 
     def _upload(self, path: Path) -> None:
-        if not path.exists():  # copies are slower than --save_last_n_... keeps files
+        if not path.exists():  # uploads may be slower than --save_last_n_... keeps files
             log.warning("%s was removed before it was uploaded to %s", path, self._repo)
             return
         place = {
@@ -67,7 +67,7 @@ class Hub:
                 self._client.upload_folder(folder_path=str(path), **place)
             else:
                 self._client.upload_file(path_or_fileobj=str(path), **place)
-        except Exception as problem:  # whatever the client, the network or the hub raise
+        except Exception as problem:  # anything that the client, the network or the hub raises
             log.warning(
                 "%s could not be uploaded to %s, the local file is kept: %s", path, self._repo, _first_line(problem)
             )

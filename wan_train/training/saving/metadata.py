@@ -20,7 +20,7 @@ from wan_train.training.settings import TrainSettings
 from wan_train.version import __version__
 
 LIBRARIES = ("torch", "accelerate", "transformers", "diffusers", "safetensors", "bitsandbytes")
-# What a loader needs to rebuild the network; `--no_metadata` keeps these alone.
+# Keys that a loader needs to rebuild the network; `--no_metadata` keeps only these.
 MINIMAL = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 
 

@@ -54,7 +54,7 @@ def fetching(remote: RemoteFolder, folder: Path) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except Exception as problem:  # whatever a filesystem or the network raise
+    except Exception as problem:  # anything that a filesystem or the network raises
         raise InputError(
             f"--resume: {shown(remote.url)} cannot be read ({type(problem).__name__}: {first_line(problem)}): check the"
             " folder and the credentials"
@@ -72,7 +72,7 @@ def remote_states(save: SaveSettings, remote: RemoteFolder) -> list[State]:
             except NewerState:
                 raise
             except InputError:
-                continue  # one whose upload was broken off
+                continue  # its upload was interrupted
     return whole
 
 
@@ -116,7 +116,7 @@ def fetch_named_state(url: str) -> Path:
     with fetching(remote, folder.parent):
         text = remote.read(f"{name}/{MANIFEST}")
         if text is None:
-            raise InputError(f"--resume {shown(url)} has no {MANIFEST}: give the URL of a whole state folder")
+            raise InputError(f"--resume {shown(url)} has no {MANIFEST}: give the URL of a complete state folder")
         here = folder / MANIFEST
         if not here.is_file() or here.read_bytes() != text:
             try:
@@ -124,7 +124,7 @@ def fetch_named_state(url: str) -> Path:
             except NewerState:
                 raise
             except InputError:
-                raise InputError(f"--resume {shown(url)} is not whole: give the URL of another state") from None
+                raise InputError(f"--resume {shown(url)} is incomplete: give the URL of another state") from None
             fetch_state(remote, state)
     return folder
 

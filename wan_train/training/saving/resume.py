@@ -42,7 +42,7 @@ from wan_train.training.settings import TrainSettings
 log = get_logger(__name__)
 
 AUTO = "auto"
-# What decides the numbers of a run: groups of its settings, and the fields that do not, or are told apart below.
+# Groups of settings that affect a run's results, and their fields that do not or are handled separately below.
 GROUPS = ("init", "weights", "network", "loop", "optimizer", "timesteps", "loss", "images", "prior")
 INDIFFERENT = {
     "lr_warmup_steps",
@@ -59,7 +59,7 @@ INDIFFERENT = {
     "skip_nonfinite",
     "show_timesteps",
 }
-# The keys of a dataset that decide how its samples are batched, captioned and weighed.
+# Keys of a dataset that affect how its samples are batched, captioned and weighted.
 OF_DATASETS = (
     *("batch_size", "num_repeats", "weight", "drop_last", "is_reg", "loss_weight"),
     *("caption_variants", "caption_dropout_rate", "flip_augment", "start_image"),
@@ -105,7 +105,7 @@ def find_state(settings: TrainSettings, remote: RemoteFolder | None = None) -> S
     chosen = choose(save, fits) if remote is None else _choose_of_both(save, fits, remote)
     if chosen is None:
         place = save.output_dir if remote is None else shown(remote.url)
-        log.info("--resume auto: no state of %s in %s, a fresh start", save.output_name, place)
+        log.info("--resume auto: no state of %s in %s, starting from scratch", save.output_name, place)
     return chosen
 
 
@@ -173,7 +173,7 @@ def require_same(state: State, current: dict[str, str], samples: Contents, *, an
     different = _differences(state.configuration, current)
     before = read_samples(state)
     if before is not None and (changed := changes(before, samples)):
-        # Names say more than the digest over all of them.
+        # Names are more helpful than the digest of all samples.
         different = [text for text in different if not text.startswith(f"{SAMPLES} was")]
         different += [f"the dataset has {text}" for text in changed]
     if not different:
@@ -181,10 +181,10 @@ def require_same(state: State, current: dict[str, str], samples: Contents, *, an
     listed = "; ".join(different)
     if not anyway:
         raise InputError(
-            f"--resume {state.folder} is of another configuration: {listed}. Give the options and the dataset that the"
-            " run began with, or --resume_anyway"
+            f"--resume {state.folder} was saved with a different configuration: {listed}. Use the options and the"
+            " dataset of the original run, or --resume_anyway"
         )
-    log.warning("resuming from %s although %s", state.folder, listed)
+    log.warning("resuming from %s despite differences: %s", state.folder, listed)
 
 
 def _differences(saved: dict[str, str], current: dict[str, str], *, only: Iterable[str] | None = None) -> list[str]:
@@ -205,7 +205,7 @@ def _with_named_experts(saved: dict[str, str]) -> dict[str, str]:
         if single and is_above(float(saved["--timestep_boundary"]), *levels):
             return saved | {"--dit": "", "--dit_high_noise": saved["--dit"]}
     except (KeyError, ValueError):
-        pass  # of a task of one model
+        pass  # a task with a single model
     return saved
 
 
@@ -253,7 +253,7 @@ def begin(
     """Determine how a run starts, afresh or from a state; the first process warns of files that will be replaced. Raise
     the errors of `_position_of`."""
     same = configuration(settings, trained, num_processes=accelerator.num_processes)
-    # Without a state to compare with or to write they are not needed.
+    # Needed only to compare with a state or to write one.
     samples = read_contents(dataset) if accelerator.is_main_process or state is not None else {}
     position = _position_of(state, same, samples, length, settings)
     identity = identity_of(state, settings.save)

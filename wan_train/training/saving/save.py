@@ -111,9 +111,9 @@ def naming_what_is_kept(saving: Saving, position: Position) -> Iterator[None]:
         yield
     except InputError as problem:
         last = newest_of(saving.settings.save, saving.identity.session)
-        kept = f": resume from {last.folder} once there is room" if last is not None else ""
+        kept = f"; free some space and resume from {last.folder}" if last is not None else ""
         raise RunError(
-            f"{problem}; the run ends at step {position.step}, what was saved before is whole{kept}"
+            f"{problem}; the run stopped at step {position.step}, files saved earlier are complete{kept}"
         ) from None
 
 
@@ -145,7 +145,7 @@ def write_files(
         path = path_of(settings, moment, FILE, name)
         with for_saving(optimizing.optimizer):
             saved += write(path, part.export(), settings, metadata)
-        log.info("saved %s", saved[-1])  # of a set its index
+        log.info("saved %s", saved[-1])  # the index of a sharded checkpoint
         if optimizing.ema is not None:
             averaged = part.export(reading(optimizing.ema.averages))
             saved += write(path_of(settings, moment, EMA_FILE, name), averaged, settings, metadata)

@@ -101,7 +101,7 @@ def parse_state(folder: Path, read: Callable[[], bytes], size_of: Callable[[str]
             )
         for name, size in manifest["sizes"].items():
             if size_of(name) != size:
-                raise InputError(f"--resume {folder}: {name} is not whole: give another state")
+                raise InputError(f"--resume {folder}: {name} is incomplete: give another state")
         run = manifest.get("run", {})
         return State(
             folder=folder,
@@ -123,10 +123,10 @@ def _explain_wrong_path(path: Path) -> str:
         inside = sorted(each for each in path.iterdir() if (each / MANIFEST).is_file())
         if inside:
             shown = ", ".join(map(str, inside[-3:]))
-            return f"--resume {path} is not a state, but holds {len(inside)} ({shown}): give one of them"
-        return f"--resume {path} has no {MANIFEST}: it is not a state of this trainer, or not a whole one"
+            return f"--resume {path} is not a state, but contains {len(inside)} ({shown}): give one of them"
+        return f"--resume {path} has no {MANIFEST}: it is not a state of this trainer, or it is incomplete"
     if not path.exists():
-        return f"--resume {path} is not there: give a state folder, or auto for the newest"
+        return f"--resume {path} does not exist: give a state folder, or auto for the newest"
     if (path.parent / MANIFEST).is_file():
         return f"--resume {path} is a file of a state: give its folder, --resume {path.parent}"
     begin = f"--network_weights {path}"
@@ -136,10 +136,10 @@ def _explain_wrong_path(path: Path) -> str:
         label, begin = ("a LoRA file", begin) if is_lora else ("a checkpoint", f"--dit {path}")
     state = path.with_name(f"{path.stem}-state")
     kept = f"--resume {state}, which was saved with it" if (state / MANIFEST).is_file() else "--resume FOLDER-state"
-    start = f", or start anew from what it learnt with {begin}" if label != "a file" else ""
+    start = f", or start a new run from it with {begin}" if label != "a file" else ""
     return (
-        f"--resume {path} is {label}, which does not hold the optimizer: give a state folder (of --save_state), "
-        f"{kept}{start}"
+        f"--resume {path} is {label}, which does not contain the optimizer state: give a state folder (of "
+        f"--save_state), {kept}{start}"
     )
 
 
@@ -182,7 +182,7 @@ def remove(paths: Iterable[Path]) -> None:
     """Delete old files and state folders."""
     for path in paths:
         if path.is_dir():
-            # The manifest first: what is half deleted must not pass for a state.
+            # The manifest first: a partly deleted folder must not be taken for a state.
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -31,7 +31,7 @@ def test_an_own_range_may_go_astray() -> None:
     assert share.outside == pytest.approx(0.75, abs=0.05)
     refuse_unused(plan_experts(told), told.timesteps)
     beyond = settings("--dit", "l", "--min_timestep", "900", "--max_timestep", "1000")
-    with pytest.raises(InputError, match="low noise would be trained from 900 to 1000"):
+    with pytest.raises(InputError, match="low-noise expert would be trained from 900 to 1000"):
         refuse_unused(plan_experts(beyond), beyond.timesteps)
 
 
