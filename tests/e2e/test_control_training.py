@@ -167,7 +167,7 @@ def test_a_lora_trains_new_layers_too(desk: Desk) -> None:
 def test_new_layers_that_nothing_trains_are_refused(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:
     desk.train("vace-1.3B", "refused", "--init_control", "auto", dit=DIT, expect=2)
     told = capfd.readouterr().err
-    assert "--init_control auto adds vace_blocks.0.before_proj.weight and 1 more weights that do nothing" in told
+    assert "--init_control auto adds vace_blocks.0.before_proj.weight and 1 more weights that have no effect" in told
     assert (
         "--trainable vace_blocks.*.before_proj.* vace_blocks.*.after_proj.* and --train_also networks.lora_wan" in told
     )

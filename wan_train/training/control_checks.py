@@ -48,7 +48,7 @@ def check_new_layers(settings: TrainSettings, shapes: Shapes) -> None:
     also = "" if trains_weights(network) else f" and --train_also {network.network_module}"
     raise InputError(
         f"--init_control {kind} adds {left[0]} and {len(left) - 1} more weights that have no effect until"
-        f" they are trained, and they are not: use --network_module networks.full, alone or with --trainable"
+        " they are trained, and they are not: use --network_module networks.full, alone or with --trainable"
         f" {patterns}{also}"
     )
 
