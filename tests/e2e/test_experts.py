@@ -252,7 +252,7 @@ def test_what_training_refuses(desk: Desk, capsys: pytest.CaptureFixture[str]) -
     assert "give --dit (low noise)" in told(desk.training("no", high=False, low=False))
     assert "--shared_lora" in told(desk.training("no", "--shared_lora", high=False))
     assert "--offload_inactive_dit" in told(desk.training("no", "--offload_inactive_dit", "--blocks_to_swap", 1))
-    assert "high noise" in told(desk.training("no", "--max_timestep", 800))
+    assert "high-noise expert" in told(desk.training("no", "--max_timestep", 800))
     line = told(desk.training("no", "--min_timestep", 300, "--max_timestep", 400, low=False))
     assert "from 300 to 400" in line and "from 875 to 1000" in line
     (desk.folder / "prompts.txt").write_text("a\n")
