@@ -24,7 +24,7 @@ from generate.record import compare_hashes, input_hashes, model_hashes
 from generate.remote_output import uploading, with_local_save_path
 from generate.runs import Delivery, OnDisk, run_jobs
 from generate.settings import GenerateSettings
-from wan_train.compile import tell_of_cache
+from wan_train.compile import log_cache_use
 from wan_train.distributed.groups import Groups
 from wan_train.distributed.watch import working_together
 from wan_train.errors import InputError
@@ -49,7 +49,7 @@ def main(settings: GenerateSettings) -> None:
         settings, mirror = with_local_save_path(settings, groups)
         with uploading(mirror, groups):
             _WORK[wanted](settings, groups, mirror)
-    tell_of_cache(settings.compile)
+    log_cache_use(settings.compile)
     log.info("done in %.1f s; at most %s", time.monotonic() - began, describe_peak(groups.device))
 
 

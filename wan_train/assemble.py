@@ -1,7 +1,7 @@
-"""The one ordered list of what is done to a DiT: read, rename, merge, add, quantise, fill, attach; then, from the bare
-block outwards, chunk, compile, shard or stream, and recompute: what the backward pass recomputes goes through the
-streaming again. Sharding is said to an empty model, so that no process ever holds the whole, and acts in that place.
-"""
+"""Assemble a DiT in one fixed order: read, rename, merge, add, quantise, fill, attach; then wrap each block, from the
+inside out: chunk, compile, shard or stream, recompute. Recomputation in the backward pass therefore streams weights
+again. Sharding is configured on the empty model, so that no process ever holds all of it, and acts at its place in this
+order."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """All that says how a DiT is put together."""
+    """All settings of how a DiT is assembled."""
 
     dit: DitSettings
     weights: WeightSettings = field(default_factory=WeightSettings)
@@ -67,13 +67,13 @@ class ModelSettings:
 
     @property
     def recompute(self) -> RecomputeSettings | None:
-        """What the backward pass recomputes; None where nothing is trained."""
+        """The settings of activation checkpointing; None if nothing is trained."""
         return self.activations if isinstance(self.activations, RecomputeSettings) else None
 
 
 @dataclass(frozen=True)
 class WeightedLora:
-    """A LoRA file, its multiplier, and which of its modules: `networks.selection.choose_modules`."""
+    """A LoRA file, its multiplier, and patterns that select its modules, see `networks.selection.choose_modules`."""
 
     path: str
     multiplier: float = 1.0
@@ -81,11 +81,12 @@ class WeightedLora:
     exclude: tuple[str, ...] = ()
 
     def read(self, module_names: Iterable[str]) -> dict[str, Delta]:
-        """What is chosen of the file, by the model's own module names. What is not chosen need not fit the model."""
+        """Read the selected modules, by the model's own module names. Modules that are not selected need not fit the
+        model."""
         return read_deltas(self.path, module_names, self.choose)
 
     def choose(self, modules: Iterable[str]) -> list[str]:
-        """Those of the file's modules that are chosen."""
+        """Return those of the file's modules that are selected."""
         return choose_modules(modules, self.include, self.exclude)
 
 
@@ -97,9 +98,9 @@ def check_model(
     computing: torch.dtype | None = None,
     flag: str = "--dit",
 ) -> str | None:
-    """Refuse what cannot be put together, from the file's header and tiny trials on the device; a warning when the
-    model's size is another one than the task's. Products will be taken in `computing`, or without it in the file's.
-    `flag` is the option that names the file."""
+    """Raise InputError for a combination that cannot work, judging by the file's header and small trials on the device;
+    return a warning if the model's size is not the task's. Matrix products use the data type `computing`, or the file's
+    if None. `flag` is the option that names the file."""
     path, recompute = settings.dit.dit, settings.recompute
     if not path:
         raise InputError(f"{flag} is missing: give the DiT checkpoint")
@@ -108,7 +109,7 @@ def check_model(
     check_storage(header, settings.weights, f"{flag} {path}")
     num_blocks = len(block_names(official_shapes(header.shapes)))
     check_stream(settings.stream, num_blocks, recompute=recompute.recompute if recompute else None)
-    # In the dtype that it will see: older GPUs have kernels for float16 and none for bfloat16.
+    # In the data type that attention will compute in: older GPUs have kernels for float16 but not bfloat16.
     seen = compute_dtype(device, computing or storage_dtype(header))
     check_attention(settings.dit.attn_mode, device=device, dtype=seen, training=recompute is not None)
     if recompute is not None:
@@ -132,11 +133,11 @@ def assemble_dit(
     loras: Sequence[WeightedLora] = (),
     sharding: Sharding | None = None,
 ) -> Dit:
-    """The DiT with LoRA files merged into its weights in float32, and these quantised, while they stream in.
+    """Build the DiT, merging LoRA files into its weights in float32 and quantising them as they are read.
 
-    `dtype` None keeps the file's, `computing` None takes products in that too. With `sharding` each process keeps its
-    part of a block's matrix as the matrix streams in, and gathers it around whatever acts on the block. `finish_dit` is
-    still to be called, once an adapter is attached or none will be.
+    `dtype` None keeps the file's data type, and `computing` None computes in it too. With `sharding`, each process
+    keeps its shard of each block matrix as it is read, and gathers the matrix for the block's passes. Call `finish_dit`
+    afterwards, once an adapter is attached or none will be.
     """
     assert sharding is None or not settings.stream.blocks_to_swap, "blocks are sharded or streamed"
     path = settings.dit.dit
@@ -161,7 +162,7 @@ def assemble_dit(
 
 
 def streamed_names(stream: StreamSettings, shapes: dict[str, tuple[int, ...]]) -> Callable[[str], bool]:
-    """Which tensors stay in CPU RAM because their block is brought to the device when it is its turn."""
+    """Return a predicate of the tensor names that stay in CPU RAM because their block is streamed to the device."""
     blocks = block_names(shapes)
     prefixes = tuple(f"{blocks[index]}." for index in streamed_blocks(len(blocks), stream.blocks_to_swap))
     streamed = {f"{module}.{leaf}" for module in block_matrices(shapes) for leaf in ("weight", SCALE)}
@@ -176,8 +177,8 @@ def attach_adapter(
     seed: int,
     device: torch.device,
 ) -> Adapter:
-    """Make the model trainable through an adapter. What is trained is on `device` wherever the model is, but for what
-    streams of the model itself."""
+    """Make the model trainable through an adapter. Trained parameters are on `device`, wherever the model is, except
+    the model's own streamed weights."""
     named = dict(model.named_parameters())
     stays = streamed_names(stream, {name: tuple(parameter.shape) for name, parameter in named.items()})
     adapter = create(model, network, seed=seed)
@@ -188,7 +189,7 @@ def attach_adapter(
 
 
 def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Stream:
-    """Let the blocks use less memory or time as the settings say; the result tells what streams."""
+    """Apply the settings that save memory or time to the blocks, and return the stream of their weights."""
     apply_device_flags(settings.compile)
     blocks, stream = all_blocks(model), equip(model, settings, make_lane(device))
     if 0 < settings.stream.blocks_to_swap <= settings.stream.block_swap_ring_size:
@@ -205,7 +206,7 @@ def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Str
 
 
 def equip(model: Dit, settings: ModelSettings, lane: Lane) -> Stream:
-    """What `finish_dit` does to the blocks, over a lane."""
+    """Apply chunking, compilation, streaming and recomputation to the blocks, copying with `lane`."""
     blocks = all_blocks(model)
     apply_chunks(blocks, settings.activations.ffn_chunks)
     apply_compile(blocks, settings.compile)

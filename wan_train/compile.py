@@ -1,9 +1,9 @@
-"""torch.compile of a model's blocks: one graph serves them all, and all numbers of tokens.
+"""Compile a model's blocks with torch.compile: one graph serves all blocks and all sequence lengths.
 
-The blocks are of one class, so torch keeps what it compiles for one of them by its code and finds it again for the
-others: parameters and buffers are inputs of the graph. A further graph is made where the first does not hold: without
-gradients (previews), for the first block of a model that trains through an adapter (nothing before it learns, so its
-input needs no gradient), for a batch of one beside larger ones, and twice at most for other sizes of a batch.
+All blocks share a class, so torch caches the compiled code by the code object and reuses it for the other blocks;
+parameters and buffers are inputs of the graph. Another graph is compiled where the guards of the first fail: without
+gradients (previews), for the first block of a model that trains through an adapter (its input needs no gradient), for
+batch size 1 beside larger ones, and at most twice for other batch sizes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,11 +20,11 @@ from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.placement.settings import CompileSettings
 
-# Of a block's arguments x (B, L, d), rope (2, L, 1, D) and, in VACE's first block, start (B, L, d): which, and its
-# dimension of L.
+# Index and dimension of L of a block's arguments: x (B, L, d), rope (2, L, 1, D) and, in VACE's first block, start
+# (B, L, d).
 TOKENS = ((0, 1), (3, 1), (4, 1))
 DYNAMIC = {"true": True, "false": False, "auto": None}
-CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record and replay them
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that use CUDA graphs
 
 log = get_logger(__name__)
 
@@ -32,10 +32,10 @@ log = get_logger(__name__)
 def apply_compile(
     blocks: Iterable[nn.Module], settings: CompileSettings, *, tokens: Sequence[tuple[int, int]] = TOKENS
 ) -> None:
-    """Compile the forward pass of each block as it is now: to be applied before whatever else wraps it.
+    """Compile the forward pass of each block. Call this before anything else wraps the blocks.
 
-    `tokens` are (argument, dimension) pairs that vary from batch to batch; with `compile_dynamic` auto the first graph
-    is made for any of their sizes. Nothing is compiled before the first call.
+    `tokens` are (argument, dimension) pairs whose size varies from batch to batch; with `compile_dynamic` auto the
+    first graph is compiled with these dimensions dynamic. Nothing is compiled before the first call.
     """
     if not settings.compile:
         return
@@ -48,15 +48,15 @@ def apply_compile(
 
 
 def is_compiled(block: nn.Module) -> bool:
-    """Whether `apply_compile` has had this block."""
+    """Return whether `apply_compile` was applied to this block."""
     return getattr(block, "compiled", False)
 
 
 def check_compile(settings: CompileSettings, *, device: torch.device | str, blocks_to_swap: int = 0) -> None:
-    """Compile a trivial function for `device` as the settings say, with their cache from then on. InputError for what
-    is unknown, does not work, or does not go with the swapping that is to act on the blocks."""
+    """Compile a trivial function for `device` with these settings, and use their cache from then on. Raise InputError
+    for unknown names, a compiler that does not work, or settings that conflict with block swapping."""
     if not settings.compile:
-        _tell_of_idle_options(settings)
+        _warn_of_unused_options(settings)
         return
     _check_companions(settings, blocks_to_swap)
     if settings.compile_cache is not None:
@@ -66,25 +66,25 @@ def check_compile(settings: CompileSettings, *, device: torch.device | str, bloc
         raise InputError(f"unknown --compile_backend {settings.compile_backend!r}: known are {', '.join(known)}")
     try:
         _compiled(_double, settings)(torch.zeros(2, device=device))
-    except Exception as problem:  # a compiler, a driver, a package: each fails in its own way
+    except Exception as problem:  # compilers, drivers and packages raise all kinds of errors
         raise InputError(
             f"--compile does not work on {device} with --compile_backend {settings.compile_backend}"
             f" ({_line(problem)}): leave out --compile, or install what is missing"
         ) from None
     if settings.compile_cache is not None:
-        forget_counts()  # of the trial
+        forget_counts()  # of the trial compilation
 
 
-def _tell_of_idle_options(settings: CompileSettings) -> None:
+def _warn_of_unused_options(settings: CompileSettings) -> None:
     names = [
         f.name for f in fields(settings) if f.name.startswith("compile_") and getattr(settings, f.name) != f.default
     ]
     if names:
-        log.warning("--%s does nothing without --compile", names[0])
+        log.warning("--%s has no effect without --compile", names[0])
 
 
-def tell_of_cache(settings: CompileSettings) -> None:
-    """Say, at the end of a run, whether `--compile_cache` was used."""
+def log_cache_use(settings: CompileSettings) -> None:
+    """Log, at the end of a run, whether `--compile_cache` was used."""
     if settings.compile and settings.compile_cache is not None:
         log.info("%s", describe_use(settings.compile_cache))
 
@@ -92,7 +92,7 @@ def tell_of_cache(settings: CompileSettings) -> None:
 def _check_companions(settings: CompileSettings, blocks_to_swap: int) -> None:
     if settings.compile_cache is not None and settings.compile_backend != "inductor":
         raise InputError(
-            f"--compile_cache {settings.compile_cache} keeps what inductor compiles, not --compile_backend"
+            f"--compile_cache {settings.compile_cache} caches what inductor compiles, not --compile_backend"
             f" {settings.compile_backend}: leave out one of them"
         )
     if settings.compile_mode != "default" and settings.compile_backend != "inductor":
@@ -102,13 +102,13 @@ def _check_companions(settings: CompileSettings, blocks_to_swap: int) -> None:
         )
     if blocks_to_swap and settings.compile_mode in CUDA_GRAPHS:
         raise InputError(
-            f"--compile_mode {settings.compile_mode} records the places of weights, --blocks_to_swap {blocks_to_swap}"
-            " moves them: use --compile_mode default or max-autotune-no-cudagraphs"
+            f"--compile_mode {settings.compile_mode} records the addresses of weights, which --blocks_to_swap"
+            f" {blocks_to_swap} changes: use --compile_mode default or max-autotune-no-cudagraphs"
         )
 
 
 def apply_device_flags(settings: CompileSettings) -> None:
-    """Set the switches of torch that hold for the whole process."""
+    """Set the process-wide switches of torch."""
     if settings.cuda_allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -117,14 +117,14 @@ def apply_device_flags(settings: CompileSettings) -> None:
 
 
 def _configure(limit: int | None) -> None:
-    """How torch shall compile; for the process, since it takes that from nowhere else."""
+    """Configure torch._dynamo. These settings are global to the process."""
     config: Any = torch._dynamo.config
-    # Under DDP it would cut graphs where gradients are sent, and fails over autograd functions. A block is cut enough.
+    # Under DDP it would split graphs at gradient buckets, and it fails on autograd functions. Blocks are small enough.
     config.optimize_ddp = False
-    # Else the backward pass would get what products read, a stored matrix that was widened among it, kept by the
-    # forward pass: that is memory for the whole model in its wide form.
+    # Otherwise the forward pass saves the inputs of matrix products, including dequantised weights, for the backward
+    # pass: that needs memory for the whole dequantised model.
     torch._functorch.config.ban_recompute_materialized_backward = False
-    # Else a Linear with a LoRA takes the graph of one without, whose branch is a hook.
+    # Otherwise a Linear with a LoRA, which is added by a hook, may reuse the graph of one without.
     config.skip_nnmodule_hook_guards = False
     if limit is not None:
         config.recompile_limit = limit
@@ -148,7 +148,7 @@ def _called(forward: Callable[..., Any], tokens: Sequence[tuple[int, int]], *, r
             if argument < len(args):
                 torch._dynamo.maybe_mark_dynamic(args[argument], dimension)
         out = forward(*args, **kwargs)
-        # What a CUDA graph returns lies where its next run, the next block's, writes again.
+        # The output of a CUDA graph is overwritten by its next replay, that is by the next block.
         return tree_map(Tensor.clone, out) if replays else out
 
     return call
@@ -159,6 +159,6 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _line(problem: Exception) -> str:
-    """What an error of torch.compile says, without its advice: one line that names the cause."""
+    """Return the cause of a torch.compile error in one line, without its advice."""
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
     return " ".join(lines[: 2 if lines[0].endswith("raised:") else 1])[:200].rstrip(".")

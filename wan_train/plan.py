@@ -1,4 +1,4 @@
-"""What a run will need, before anything is loaded: the real code on a model without numbers, every tensor counted."""
+"""Estimate the memory of a run before loading weights: run the real code on the meta device and count every tensor."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Bytes:
-    """Number of bytes on the device, and in CPU RAM."""
+    """Numbers of bytes on the device and in CPU RAM."""
 
     device: int = 0
     host: int = 0
@@ -34,50 +34,50 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of a run's parts. `peak` is the most that gradients and activations take together, and what a step of the
-    optimizer takes besides, on the device: they are not at their most at once."""
+    """Memory of each part of a run, in bytes. `peak` is the maximum on the device of gradients, activations and the
+    temporary memory of an optimizer step together, which do not peak at the same time."""
 
     weights: Bytes
     gradients: Bytes
     states: Bytes
-    average: Bytes
+    ema: Bytes
     activations: Bytes
     peak: int
 
     @property
     def total(self) -> Bytes:
-        """The most at any time."""
-        kept = self.weights + self.states + self.average
+        """Peak memory of the whole run."""
+        kept = self.weights + self.states + self.ema
         return Bytes(kept.device + self.peak, kept.host + self.activations.host)
 
     def describe(self) -> str:
-        """One line in GiB, what is in CPU RAM by itself."""
+        """Describe the needs in one line, in GiB, with CPU RAM listed separately."""
         rows = {
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer states": self.states,
-            "average": self.average,
+            "EMA": self.ema,
             "activations": self.activations,
         }
         told = ", ".join(f"{gib(part.device)} GiB of {name}" for name, part in rows.items() if part.device)
         away = ", ".join(f"{gib(part.host)} GiB of {name}" for name, part in rows.items() if part.host)
-        beside = f"; in CPU RAM {away}, {gib(self.total.host)} GiB in all" if away else ""
+        beside = f"; in CPU RAM {away}, {gib(self.total.host)} GiB in total" if away else ""
         return f"needs {told}: at most {gib(self.total.device)} GiB at a time{beside}"
 
-    def beside(self, other: "Needs") -> "Needs":
-        """Those of two models of which one is trained at a time."""
+    def alternating_with(self, other: "Needs") -> "Needs":
+        """Combine the needs of two models of which only one is trained at a time."""
         return Needs(
             self.weights + other.weights,
             _larger(self.gradients, other.gradients),
             self.states + other.states,
-            self.average + other.average,
+            self.ema + other.ema,
             _larger(self.activations, other.activations),
             max(self.peak, other.peak),
         )
 
 
 def gib(count: int) -> str:
-    """Bytes as GiB, to two places."""
+    """Format bytes as GiB with two decimals."""
     return f"{count / 2**30:.2f}"
 
 
@@ -86,7 +86,8 @@ def _larger(one: Bytes, other: Bytes) -> Bytes:
 
 
 def check_fits(needs: Needs, free: Bytes, ways: Iterable[str], *, device_name: str) -> None:
-    """InputError where more is needed than is `free`; on a CPU both are the same memory, and `free.device` is 0."""
+    """Raise InputError if more memory is needed than is `free`. On a CPU, device and host share memory, and
+    `free.device` is 0."""
     total = needs.total if free.device else Bytes(0, needs.total.device + needs.total.host)
     for need, there, where in ((total.device, free.device, device_name), (total.host, free.host, "the host")):
         if need > there:
@@ -99,7 +100,7 @@ def check_fits(needs: Needs, free: Bytes, ways: Iterable[str], *, device_name: s
 
 @dataclass(frozen=True)
 class Outline:
-    """A model on the meta device as it will be trained, with the ledger that its passes are counted in."""
+    """A model on the meta device, prepared for training, and the ledger that counts the memory of its passes."""
 
     model: Dit
     adapter: Adapter
@@ -108,14 +109,15 @@ class Outline:
 
     @property
     def weights(self) -> Bytes:
-        """All parameters and buffers, adapters too."""
+        """Bytes of all parameters and buffers, including adapters."""
         every = sum(size(tensor) for tensor in (*self.model.parameters(), *self.model.buffers()))
         return Bytes(every - self.stream.host_bytes + self.stream.device_bytes, self.stream.host_bytes)
 
     def passes(self, loss: Callable[[nn.Module], Tensor], parts: Iterable[Iterable[nn.Parameter]]) -> None:
-        """Count a forward and a backward pass. Gradients are given up as soon as all of their part are there."""
+        """Count the memory of one forward and backward pass. The gradients of a part are freed once all of them are
+        computed."""
         hooks = [handle for part in parts for handle in self._watch(list(part))]
-        # The slots are among the weights already: counted as they are filled they would be there twice.
+        # The slots are already counted as weights, and must not be counted again when they are filled.
         self.ledger.leave_out(iter((*self.model.parameters(), *self.model.buffers(), *self.stream.slots)))
         with self.ledger:
             loss(self.model.train()).backward()
@@ -137,14 +139,15 @@ class Outline:
 
     @property
     def activations(self) -> Bytes:
-        """The most that was alive beside weights and gradients."""
+        """Peak bytes besides weights and gradients."""
         return Bytes(self.ledger.most[WORK], self.ledger.most[HOST])
 
 
 def outlined(
     settings: ModelSettings, network: NetworkSettings, *, dtype: torch.dtype | None, computing: torch.dtype | None
 ) -> Outline:
-    """The model of a checkpoint, and what is trained of it, without numbers: `assemble_dit` and what follows it."""
+    """Build the model of a checkpoint and its trained parameters on the meta device, as `assemble_dit` and `finish_dit`
+    would."""
     header = extended_header(settings.dit, settings.init)
     model = outline_dit(settings.dit.dit, dtype=dtype, header=header)
     model.compute_dtype = computing or model.compute_dtype
@@ -158,8 +161,8 @@ def outlined(
 
 
 def attend_like_a_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention, (B, L, N, D) and twice (B, S, N, D) to (B, L, N, D), that keeps what fused kernels keep: its inputs,
-    its result, and a number for each token and head. Those for CPUs and for GPUs do alike."""
+    """Compute attention, (B, L, N, D) and twice (B, S, N, D) to (B, L, N, D), keeping what fused kernels save for the
+    backward pass: the inputs, the result and one value for each token and head. CPU and GPU kernels save the same."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention
     if query.device.type == "cpu" or query.dtype == torch.float32:
@@ -169,5 +172,5 @@ def attend_like_a_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def size(tensor: Tensor) -> int:
-    """Bytes of a tensor's numbers."""
+    """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()

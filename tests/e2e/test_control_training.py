@@ -167,7 +167,7 @@ def test_a_lora_trains_new_layers_too(desk: Desk) -> None:
 def test_new_layers_that_nothing_trains_are_refused(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:
     desk.train("vace-1.3B", "refused", "--init_control", "auto", dit=DIT, expect=2)
     told = capfd.readouterr().err
-    assert "--init_control auto adds vace_blocks.0.before_proj.weight and 1 more weights that do nothing" in told
+    assert "--init_control auto adds vace_blocks.0.before_proj.weight and 1 more weights that have no effect" in told
     assert (
         "--trainable vace_blocks.*.before_proj.* vace_blocks.*.after_proj.* and --train_also networks.lora_wan" in told
     )
@@ -204,8 +204,8 @@ def test_a_motion_controller_is_not_trained_on_clips_without_motion(
 
 
 REFUSED = {
-    "i2v-14B-FC": ("", "reads a control video, and no clip has one: give control_directory"),
-    "vace-fun-A14B": ("", "reads a video, a mask or reference images, and no clip has any"),
+    "i2v-14B-FC": ("", "needs a control video, and no clip has one: give control_directory"),
+    "vace-fun-A14B": ("", "needs a video, a mask or reference images, and no clip has any"),
     "t2v-1.3B": (DIT, f"3 of 3 clips have a motion_bucket_id, for which {DIT} has no weights"),
     "fun-control-1.3B": ("fun-control.safetensors", "3 of 3 clips have a reference image, for which fun-control"),
 }
@@ -227,7 +227,7 @@ def test_data_that_a_model_does_not_fit_is_refused_with_a_way_out(
 def test_trusted_caches_without_cameras_are_refused(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:
     words = desk.training("fun-inp-A14B", "refused", dit="fun-camera-A14B.safetensors")
     desk.run_tool("wan_train_network.py", *words, "--task", "fun-camera-A14B", "--trust_cache", expect=2)
-    assert "reads a camera path, and 3 of 3 clips have none" in " ".join(capfd.readouterr().err.split())
+    assert "needs a camera path, and 3 of 3 clips have none" in " ".join(capfd.readouterr().err.split())
 
 
 def test_an_option_that_a_task_has_no_use_for_is_refused(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:

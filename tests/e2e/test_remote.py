@@ -122,7 +122,7 @@ def test_a_state_is_resumed_from_by_its_url(
     memory.rm_file("/runs/x-state/run.pt")
     shutil.rmtree(tmp_path / "cache")
     train(tmp_path / "out", "--resume", "memory://runs/x-state", expect=2)
-    assert "--resume memory://runs/x-state is not whole: give the URL" in capsys.readouterr().err
+    assert "--resume memory://runs/x-state is incomplete: give the URL" in capsys.readouterr().err
 
 
 def test_a_run_that_is_asked_to_stop_waits_for_its_uploads(

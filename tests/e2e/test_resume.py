@@ -213,12 +213,12 @@ def test_a_killed_process_ends_the_run_of_all(desk: Desk, root: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--resume", "nowhere"), "--resume nowhere is not there"),
+        (("--resume", "nowhere"), "--resume nowhere does not exist"),
         (("--resume", "{whole}", "--network_dim", 8), "--network_dim was 4, is 8"),
         (("--resume", "{whole}", "--learning_rate", 1e-3), r"--learning_rate was 0.02, is 0.001.*--resume_anyway"),
         (("--resume", "{whole}", "--seed", 2), "--seed 2 differs from the seed 1"),
         (("--resume", "{whole}"), "nothing is left to train"),
-        (("--resume", "{torn}"), "run.pt is not whole"),
+        (("--resume", "{torn}"), "run.pt is incomplete"),
     ],
 )
 def test_states_that_do_not_fit(

@@ -148,7 +148,7 @@ def test_a_fresh_run_that_was_killed_before_it_saved_begins_again(
     capsys.readouterr()
     desk.train("name", *saving, "--learning_rate", 1e-3, "--resume", "auto")
     told = capsys.readouterr().err
-    assert "saved no state" in told and "name-000001-state" in told and "a fresh start" in told
+    assert "saved no state" in told and "name-000001-state" in told and "starting from scratch" in told
     desk.train("other", "--max_train_epochs", 2, "--learning_rate", 1e-3)
     assert desk.have_same("name", "other")
 
@@ -171,7 +171,7 @@ def test_another_video_of_the_same_name(desk: Desk, capsys: Caught) -> None:
     assert "1 file that is new (yellow)" in told and "1 file that is gone (green_triangle)" in told
     assert "samples of the dataset was" not in told
     desk.train("name", *words, "--resume_anyway")
-    assert "although the dataset has" in capsys.readouterr().err
+    assert "despite differences: the dataset has" in capsys.readouterr().err
 
 
 def test_an_end_becomes_an_epoch_when_the_run_goes_further(desk: Desk, kill: Callable[[str], None]) -> None:

@@ -269,7 +269,7 @@ def test_options_without_the_switch_are_told_of(caplog: pytest.LogCaptureFixture
     check_compile(CompileSettings(cuda_allow_tf32=True), device="cpu")
     assert not caplog.messages
     check_compile(CompileSettings(compile_mode="max-autotune"), device="cpu")
-    assert caplog.messages == ["--compile_mode does nothing without --compile"]
+    assert caplog.messages == ["--compile_mode has no effect without --compile"]
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:

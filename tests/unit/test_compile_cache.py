@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from wan_train.compile import check_compile, tell_of_cache
+from wan_train.compile import check_compile, log_cache_use
 from wan_train.compile_cache import describe_use, forget_counts, use_cache
 from wan_train.errors import InputError
 from wan_train.placement.settings import CompileSettings
@@ -55,7 +55,7 @@ def test_a_second_run_finds_the_graphs_of_the_first(tmp_path: Path, caplog: pyte
     second, told = compute(settings)
     assert told == f"compile cache {tmp_path / 'cache'}: 1 of 1 graphs were in it"
     assert torch.equal(first, second)
-    tell_of_cache(settings)
+    log_cache_use(settings)
     assert [each for each in caplog.messages if each.startswith("compile cache")] == [told]
 
 
@@ -75,6 +75,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
 def test_without_compilation_it_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = CompileSettings(compile_cache=str(tmp_path / "cache"))
     check_compile(settings, device="cpu")
-    tell_of_cache(settings)
-    assert caplog.messages == ["--compile_cache does nothing without --compile"]
+    log_cache_use(settings)
+    assert caplog.messages == ["--compile_cache has no effect without --compile"]
     assert not (tmp_path / "cache").exists()

@@ -1,4 +1,4 @@
-"""accelerate, set up so that precision is ours: it launches, places and synchronises."""
+"""Set up accelerate for launching, device placement and synchronisation; precision is handled by the model."""
 
 import logging
 import os
@@ -28,10 +28,10 @@ from wan_train.training.settings import LoopSettings, ProcessSettings
 
 Value = TypeVar("Value")
 
-# Whoever imports bitsandbytes without a GPU, accelerate too, is warned of a 4-bit kernel that nobody here asks for.
+# Without a GPU, importing bitsandbytes (accelerate does) warns of a 4-bit kernel that is not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# What accelerate launch sets for what is not data parallelism, and its name.
+# Variables that accelerate launch sets for anything but data parallelism, and the name of each.
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -39,13 +39,13 @@ UNSUPPORTED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
 WAY_OUT = (
-    "launch with --multi_gpu (distributed_type: MULTI_GPU in its configuration file), and give --blocks_to_swap or "
-    "--optimizer_cpu_offload where memory is short"
+    "launch with --multi_gpu (distributed_type: MULTI_GPU in its configuration file), and use --blocks_to_swap or "
+    "--optimizer_cpu_offload if memory is short"
 )
 
 
 def make_accelerator(loop: LoopSettings, processes: ProcessSettings) -> Accelerator:
-    """The accelerator of this process. Autocast stays off: the model itself says what it computes in."""
+    """Create the accelerator of this process. Autocast is disabled: the model controls its own data type."""
     handlers: list[KwargsHandler] = [
         AutocastKwargs(enabled=False),
         DistributedDataParallelKwargs(
@@ -57,7 +57,7 @@ def make_accelerator(loop: LoopSettings, processes: ProcessSettings) -> Accelera
     dynamo = accelerator.state.dynamo_plugin.backend
     if dynamo != DynamoBackend.NO:
         raise InputError(
-            f"accelerate is set to compile with {dynamo.value}: set its dynamo_backend to no, give --compile"
+            f"accelerate is set to compile with {dynamo.value}: set its dynamo_backend to no and use --compile"
         )
     check_distributed(accelerator.distributed_type)
     return accelerator
@@ -73,20 +73,20 @@ def check_launcher() -> None:
 
 
 def check_distributed(distributed_type: DistributedType) -> None:
-    """Raise InputError for what accelerate has made of several processes if it is not plain data parallelism."""
+    """Raise InputError if accelerate set up several processes as anything but plain data parallelism."""
     if distributed_type != DistributedType.NO and not distributed_type.value.startswith("MULTI_"):
         raise InputError(f"accelerate runs as {distributed_type.value}, which training does not support: {WAY_OUT}")
 
 
 def agree_on_seed(seed: int | None) -> int:
-    """The given seed, or one drawn by the first process for all of them."""
+    """Return the given seed, or one that the first process draws for all."""
     if seed is not None:
         return seed
     return from_first(random.SystemRandom().randrange(2**32))
 
 
 def from_first(value: Value | None) -> Value:
-    """What the first process gives; the others' own values are not looked at."""
+    """Return the first process's value on all processes; the others' values are ignored."""
     box = [value]
     broadcast_object_list(box)
     given = box[0]
@@ -95,13 +95,13 @@ def from_first(value: Value | None) -> Value:
 
 
 def from_all(value: Value) -> list[Value]:
-    """The values of all processes, in the order of their ranks; it waits for all of them."""
+    """Gather the values of all processes, by rank. Blocks until all have called it."""
     gathered: list[Value] = gather_object([value])
     return gathered
 
 
 def launched_device() -> torch.device:
-    """The kind of device that `make_accelerator` will find, before it is called."""
+    """Return the device that `make_accelerator` will use, before it is called."""
     if _is_set("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     device = default_device()
@@ -109,14 +109,15 @@ def launched_device() -> torch.device:
 
 
 def launched_dtype(loop: LoopSettings) -> torch.dtype:
-    """What `make_accelerator` will have the model compute in, before it is called."""
+    """Return the data type that `make_accelerator` will have the model compute in, before it is called."""
     return dtype_of(loop.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower())
 
 
 def prepare_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The model as accelerate runs it. It stays where it is: some of it may live in CPU RAM on purpose.
+    """Return the model wrapped by accelerate. It is not moved, since some weights may be in CPU RAM on purpose.
 
-    What is frozen is the same on every process already, and may be in a dtype that cannot be sent, so it is not.
+    Frozen tensors are left out of the initial broadcast: they are equal on all processes already, and may be in a data
+    type that cannot be sent.
     """
     named = chain(model.named_parameters(), model.named_buffers())
     frozen = [name for name, tensor in named if not tensor.requires_grad]

@@ -1,4 +1,4 @@
-"""A run put together: each part made when it is its turn, and given back what a state holds of it."""
+"""Build the parts of a run in order, and restore their state when resuming."""
 
 import os
 import time
@@ -45,7 +45,7 @@ from wan_train.training.run import Reporting, Run, TrainingData
 from wan_train.training.saving.hub import open_hub
 from wan_train.training.saving.identity import Identity
 from wan_train.training.saving.metadata import RunFacts, training_metadata
-from wan_train.training.saving.resume import Trained, begin, go_on
+from wan_train.training.saving.resume import Trained, begin, restore
 from wan_train.training.saving.save import Saving
 from wan_train.training.saving.state import State
 from wan_train.training.settings import LoopSettings, TrainSettings
@@ -57,7 +57,7 @@ log = get_logger(__name__)
 def build(
     settings: TrainSettings, plan: RunPlan, data: Data, accelerator: Accelerator, seed: int, *, mirror: Mirror | None
 ) -> Run:
-    """Everything that the loop needs."""
+    """Build everything that the training loop needs."""
     dataset, is_first = data.training, accelerator.is_main_process
     batches = EpochBatches(dataset, seed=seed, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
     length = run_length(len(batches), settings.loop)
@@ -74,7 +74,7 @@ def build(
     validator = make_validator(settings, data, plan.experts)
     carried = carried_of(optimizing, accelerator, validator)
     if plan.state is not None:
-        go_on(plan.state, dict(adapter.named_parameters()), carried)
+        restore(plan.state, dict(adapter.named_parameters()), carried)
     facts = make_facts(plan, dataset, accelerator, length, began.identity, seed=seed, warmup=warmup)
     rows = training_metadata(settings, facts, adapter.metadata())
     dit.train()
@@ -105,7 +105,7 @@ def build(
 def make_optimization(
     settings: TrainSettings, adapter: Adapter, stepping: Stepping, accelerator: Accelerator, length: Length
 ) -> Optimization:
-    """What changes the parameters in a step, as accelerate runs it."""
+    """Create the optimizer, schedule, EMA and step limits."""
     return Optimization(
         optimizer=accelerator.prepare_optimizer(stepping.optimizer),
         stepping=stepping,
@@ -120,7 +120,7 @@ def make_optimization(
 
 
 def carried_of(optimizing: Optimization, accelerator: Accelerator, validator: Validator | None) -> dict[str, Stateful]:
-    """What carries something from one step to the next, by the name that states have for it."""
+    """Return all parts that carry state from one step to the next, by their names in a saved state."""
     every: dict[str, Stateful | None] = {
         "optimizer": Portable(optimizing.optimizer),
         "schedule": Portable(optimizing.schedule),
@@ -136,7 +136,7 @@ def carried_of(optimizing: Optimization, accelerator: Accelerator, validator: Va
 def make_objective(
     settings: TrainSettings, plan: RunPlan, dataset: CachedDataset, texts: dict[str, Conditions], seed: int
 ) -> Objective:
-    """What a step learns of its batches."""
+    """Create the training objective."""
     variant = VARIANTS[settings.dit.task]
     return Objective(
         seed=seed,
@@ -150,7 +150,7 @@ def make_objective(
 
 
 def make_ema(adapter: Adapter, loop: LoopSettings, device: torch.device) -> Ema | PairEma | None:
-    """The average of what is trained, if it is asked for; of two experts each has its own."""
+    """Create the EMA of the trained parameters, one for each of two experts; None if it is not requested."""
     if loop.ema_decay is None:
         return None
     lane = lane_from_host(device) if loop.ema_cpu else None
@@ -161,7 +161,7 @@ def make_ema(adapter: Adapter, loop: LoopSettings, device: torch.device) -> Ema 
 
 
 def make_validator(settings: TrainSettings, data: Data, experts: ExpertPlan) -> Validator | None:
-    """What measures the held-out loss; None where nothing is held out."""
+    """Create the validator; None if nothing is held out."""
     if data.held_out is None:
         return None
     variant = VARIANTS[settings.dit.task]
@@ -171,7 +171,7 @@ def make_validator(settings: TrainSettings, data: Data, experts: ExpertPlan) -> 
 
 
 def make_strata(settings: TrainSettings, dataset: CachedDataset, seed: int) -> Strata | None:
-    """What spreads the noise levels; None where they are drawn one by one."""
+    """Create the strata of noise levels; None if levels are drawn independently."""
     count = settings.timesteps.num_timestep_buckets
     return None if count is None else Strata(dataset, count, seed=seed)
 
@@ -186,7 +186,7 @@ def make_facts(
     seed: int,
     warmup: int,
 ) -> RunFacts:
-    """What the metadata tell of the run."""
+    """Collect the facts of the run that go into the metadata."""
     return RunFacts(
         seed=seed,
         num_items=dataset.num_items,
@@ -204,10 +204,10 @@ def make_facts(
 def make_loader(
     dataset: CachedDataset, batches: EpochBatches, loop: LoopSettings, device: torch.device
 ) -> DataLoader[Batch]:
-    """The loader of one process's batches."""
+    """Create the data loader of this process."""
     workers = min(loop.max_data_loader_n_workers, os.cpu_count() or 1, len(batches))
     return DataLoader(
-        cast("Dataset[Batch]", dataset),  # samples go in and, by the collation, batches come out
+        cast("Dataset[Batch]", dataset),  # yields samples, which collate_fn turns into batches
         batch_sampler=batches,
         collate_fn=collate,
         worker_init_fn=leave_signals_to_trainer,
@@ -218,13 +218,14 @@ def make_loader(
 
 
 def make_writer(settings: TrainSettings, state: State | None, rows: dict[str, str]) -> MetricsWriter:
-    """What records the run; of one that continues, what was recorded up to its state is kept."""
+    """Create the writer of metrics. When resuming, rows up to the state's step are kept."""
     keep_until = None if state is None else state.position.step
     return MetricsWriter(settings.logs, settings.save, keep_until=keep_until, config=rows)
 
 
 def encode(settings: TrainSettings, plan: RunPlan, accelerator: Accelerator) -> dict[str, Conditions]:
-    """The texts of the prior and of previews, encoded by the first process for all, the text encoder gone again."""
+    """Encode the texts of the prior and of previews on the first process, send them to all, and free the text
+    encoder."""
     texts = list(plan.prior_captions)
     texts += [text for request in plan.requests for text in (request.prompt, request.negative_prompt)]
     if not texts:
@@ -236,7 +237,7 @@ def encode(settings: TrainSettings, plan: RunPlan, accelerator: Accelerator) -> 
 def make_previewer(
     settings: TrainSettings, plan: RunPlan, texts: dict[str, Conditions], accelerator: Accelerator, seed: int
 ) -> Previewer | None:
-    """What makes this process's share of the previews; None where it has none."""
+    """Create the previewer of this process's share of the previews; None if it has none."""
     requests = dict(first_machine_share(list(enumerate(plan.requests))))
     if not requests:
         return None
@@ -252,7 +253,7 @@ def make_previewer(
 
 
 def make_prior(settings: TrainSettings, plan: RunPlan, texts: dict[str, Conditions]) -> Prior | None:
-    """What is to be kept; None where nothing is."""
+    """Create prior preservation; None if it is not requested."""
     if not plan.prior_captions:
         return None
     rows = [texts[caption].context[0] for caption in plan.prior_captions]

@@ -1,4 +1,4 @@
-"""What carries over from one step of a run to the next, and how long a run is."""
+"""State carried from one step of a run to the next, and the length of a run."""
 
 import math
 from collections import deque
@@ -8,36 +8,36 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is: optimizer steps and epochs, the last one perhaps in part."""
+    """Length of a run in optimizer steps and epochs; the last epoch may be incomplete."""
 
     steps: int
     epochs: int
 
 
 class Stateful(Protocol):
-    """What carries something from one step to the next."""
+    """Something that carries state from one step to the next."""
 
     def state_dict(self) -> Any:
-        """Tensors, numbers and text in dicts and lists."""
+        """Return the state as tensors, numbers and text in dicts and lists."""
         ...
 
     def load_state_dict(self, state: Any, /) -> Any:
-        """Resume from there."""
+        """Restore the state."""
         ...
 
 
 @dataclass
 class Skipped:
-    """Number of steps that were left out because their loss or gradient was NaN or Inf."""
+    """Number of steps skipped because their loss or gradient was NaN or Inf."""
 
     count: int = 0
 
     def state_dict(self) -> dict[str, int]:
-        """The count."""
+        """Return the count."""
         return {"count": self.count}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume counting."""
+        """Restore the count."""
         self.count = state["count"]
 
 
@@ -48,7 +48,7 @@ class RunningMean:
         self._values: deque[float] = deque(maxlen=window)
 
     def add(self, value: float) -> float:
-        """Take in a value and return the mean."""
+        """Add a value and return the mean."""
         self._values.append(value)
         return self.mean
 
@@ -58,10 +58,10 @@ class RunningMean:
         return sum(self._values) / len(self._values) if self._values else math.nan
 
     def state_dict(self) -> dict[str, list[float]]:
-        """The values."""
+        """Return the values."""
         return {"values": list(self._values)}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Resume from saved values."""
+        """Restore saved values."""
         self._values.clear()
         self._values.extend(state["values"])

@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps, and what is due between them."""
+"""The training loop: epochs of optimizer steps, and saving, evaluation and previews between them."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -32,7 +32,7 @@ Part = TypeVar("Part")
 
 
 def run_length(batches_per_epoch: int, loop: LoopSettings) -> Length:
-    """Steps and epochs of a run. A window of accumulation ends with its epoch."""
+    """Return the optimizer steps and epochs of a run. Gradient accumulation does not cross epochs."""
     steps_per_epoch = math.ceil(batches_per_epoch / loop.gradient_accumulation_steps)
     if loop.max_train_epochs is not None:
         return Length(steps_per_epoch * loop.max_train_epochs, loop.max_train_epochs)
@@ -40,15 +40,15 @@ def run_length(batches_per_epoch: int, loop: LoopSettings) -> Length:
 
 
 def train(run: Run) -> None:
-    """Train to the end. Raises Stopped, all saved, if a signal asks for it."""
+    """Train to the end. Raise Stopped, after saving, if a signal asks for it."""
     position, steps = run.data.start, run.data.length.steps
     hidden = not run.model.accelerator.is_main_process
     with run.stop:
         if position.step == 0:
             before_first_step(run)
-        # The bar is closed on every way out, so that an error begins a line of its own.
+        # The bar is closed on every exit, so that an error message starts on a new line.
         with tqdm(total=steps, initial=position.step, desc="steps", disable=hidden) as bar, run.profiler:
-            while position.step < steps and not has_learnt_enough(run.validator):
+            while position.step < steps and not should_stop_early(run.validator):
                 position = train_epoch(run, position, bar)
         evaluate(run, position)
     settings = run.saving.settings.save
@@ -56,15 +56,15 @@ def train(run: Run) -> None:
 
 
 def before_first_step(run: Run) -> None:
-    """What a fresh run begins with."""
+    """Evaluate and make the first previews of a fresh run."""
     evaluate(run, run.data.start)
     if run.reporting.preview.sample_at_first:
         make_previews(run.reporting, run.model, run.optimizing, moment="e000000", step=0)
 
 
 def train_epoch(run: Run, position: Position, bar: Any) -> Position:
-    """Train on from a position to the end of its epoch, or of the run; the position after it, which is within the epoch
-    if the run ends there."""
+    """Train from a position to the end of its epoch or of the run. Return the position reached, which is within the
+    epoch if the run ends there."""
     step, epoch, epoch_step = position.step, position.epoch, position.epoch_step
     data, model, steps, size = run.data, run.model, run.data.length.steps, run.data.batches_per_step
     data.batches.set_epoch(epoch, skip=epoch_step * size)
@@ -81,16 +81,16 @@ def train_epoch(run: Run, position: Position, bar: Any) -> Position:
         if asked_to_stop and step < steps:
             told = save_stopped(run.saving, position=position, model=model, optimizing=run.optimizing)
             raise Stopped(told, EXIT_CODES[asked_to_stop])
-        if step == steps or has_learnt_enough(run.validator):
+        if step == steps or should_stop_early(run.validator):
             break
     ended = Position(step, epoch + 1, 0)
     after_epoch(run, ended)
-    # A run that ends within an epoch may be resumed to go further: from where it is, not from the next epoch.
+    # A run that ends within an epoch may be extended later: from this position, not from the next epoch.
     return position if 0 < epoch_step < data.epoch_steps else ended
 
 
 def windows(batches: Iterable[Part], size: int) -> Iterator[list[Part]]:
-    """The batches in groups of `size`, the last perhaps smaller."""
+    """Yield the batches in groups of `size`; the last group may be smaller."""
     group: list[Part] = []
     for batch in batches:
         group.append(batch)
@@ -102,7 +102,7 @@ def windows(batches: Iterable[Part], size: int) -> Iterator[list[Part]]:
 
 
 def report(writer: MetricsWriter | None, bar: Any, metrics: StepMetrics) -> None:
-    """Show a step on the bar and record it."""
+    """Show a step on the progress bar and record its metrics."""
     shown = {"avr_loss": f"{metrics.loss_average:.4f}", "lr": f"{metrics.lr:.2e}", "mem": f"{metrics.memory_mib} MiB"}
     bar.set_postfix(shown, refresh=False)
     bar.update(1)
@@ -111,7 +111,7 @@ def report(writer: MetricsWriter | None, bar: Any, metrics: StepMetrics) -> None
 
 
 def after_step(run: Run, position: Position) -> None:
-    """What is due after this optimizer step; a state is saved last, so that it knows of all the rest."""
+    """Evaluate, save and make previews as due after an optimizer step."""
     step, settings, preview = position.step, run.saving.settings.save, run.reporting.preview
     if run.validator is not None and is_due(step, run.validator.settings.validate_every_n_steps):
         evaluate(run, position)
@@ -122,10 +122,10 @@ def after_step(run: Run, position: Position) -> None:
 
 
 def after_epoch(run: Run, position: Position) -> None:
-    """What is due after an epoch, at the beginning of the next; the last is always previewed, and saved under the final
-    name alone."""
+    """Evaluate, save and make previews as due after an epoch. The last epoch always gets previews, if they are made by
+    epoch, and is saved under the final name only."""
     epoch, settings, preview = position.epoch - 1, run.saving.settings.save, run.reporting.preview
-    last = position.step >= run.data.length.steps or has_learnt_enough(run.validator)
+    last = position.step >= run.data.length.steps or should_stop_early(run.validator)
     if run.validator is not None and is_due(epoch, run.validator.settings.validate_every_n_epochs):
         evaluate(run, position)
     if is_due(epoch, settings.save_every_n_epochs) and not last:
@@ -135,22 +135,22 @@ def after_epoch(run: Run, position: Position) -> None:
 
 
 def keep(run: Run, moment: str, position: Position, *, with_state: bool) -> None:
-    """Save what there is at a position under the name of a moment."""
+    """Save at a position, under the name of a moment."""
     save(run.saving, moment, position=position, model=run.model, optimizing=run.optimizing, with_state=with_state)
 
 
 def is_due(count: int, every: int | None) -> bool:
-    """Whether something that happens every so often happens at this count."""
+    """Return whether an action that runs every N is due at this count."""
     return every is not None and count % every == 0
 
 
-def has_learnt_enough(validator: Validator | None) -> bool:
-    """Whether `--early_stop` says that continuing is in vain."""
+def should_stop_early(validator: Validator | None) -> bool:
+    """Return whether `--early_stop` asks to stop."""
     return validator is not None and validator.should_stop
 
 
 def evaluate(run: Run, position: Position) -> None:
-    """Measure the held-out loss, on all processes together, and keep the adapter if it is the best so far."""
+    """Measure the validation loss on all processes together, and save the adapter if it is the best so far."""
     validator, model, writer = run.validator, run.model, run.reporting.writer
     if validator is None or validator.has_evaluated(position.step):
         return
@@ -167,7 +167,7 @@ def evaluate(run: Run, position: Position) -> None:
 def make_previews(
     reporting: Reporting, model: TrainedModel, optimizing: Optimization, *, moment: str, step: int
 ) -> None:
-    """Make the previews, each process its share, and wait for all of them."""
+    """Generate this process's share of the previews, and wait for all processes."""
     made: dict[int, Path] = {}
     previewer, writer, mirror = reporting.previewer, reporting.writer, reporting.mirror
     if previewer is not None:

@@ -1,4 +1,4 @@
-"""A training run from its settings: check everything, then build it in order and train."""
+"""Run training from its settings: check everything, build the parts in order, and train."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from accelerate.utils import set_seed
 
 from dataset.caching.remains import remove_remains
 from networks.adapter import trains_weights
-from wan_train.compile import tell_of_cache
+from wan_train.compile import log_cache_use
 from wan_train.config_file import configuration_text
 from wan_train.flow.boundaries import describe_boundary
 from wan_train.log import get_logger
@@ -34,7 +34,7 @@ log = get_logger(__name__)
 
 
 def main(settings: TrainSettings) -> None:
-    """Train as the settings say. Raises InputError, before a model is loaded, for what cannot work."""
+    """Train as the settings say. Raise InputError, before a model is loaded, for settings that cannot work."""
     asked = with_named_experts(settings)
     settings, remote = with_local_output(asked)
     if settings.timesteps.show_timesteps:
@@ -60,7 +60,7 @@ def main(settings: TrainSettings) -> None:
     mirror = open_mirror(settings, remote) if remote is not None and accelerator.is_main_process else None
     run = build(settings, plan, data, accelerator, seed, mirror=mirror)
     if accelerator.is_main_process:
-        remove_remains(Path(settings.save.output_dir))  # of a run that was killed while it wrote
+        remove_remains(Path(settings.save.output_dir))  # of a run that was killed while writing
         write_identity(settings.save, run.saving.identity)
         configuration = path_of(settings.save, "", ".config.toml")
         write_configuration(asked, configuration, seed=seed, mixed_precision=accelerator.mixed_precision)
@@ -80,15 +80,14 @@ def main(settings: TrainSettings) -> None:
         if mirror is not None:
             mirror.finish()
     if accelerator.is_main_process:
-        tell_of_cache(settings.compile)
+        log_cache_use(settings.compile)
         files = [str(final_path(settings, name, part)) for name, _, part in saved_parts(run.model.adapter)]
         log.info("done: %s", " and ".join(files))
     accelerator.end_training()
 
 
 def write_configuration(settings: TrainSettings, path: Path, *, seed: int, mixed_precision: str) -> None:
-    """Leave a file with which `--config_file` makes this run again; the seed may have been drawn, the precision may be
-    the launcher's."""
+    """Write a `--config_file` that reproduces this run, with the drawn seed and the launcher's precision."""
     with replacing(path) as temporary:
         text = configuration_text(settings, seed=seed, mixed_precision=mixed_precision)
         temporary.write_text(text, encoding="utf-8")

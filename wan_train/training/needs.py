@@ -1,4 +1,4 @@
-"""What training a model's own weights will take, from headers and one batch, and whether that is there."""
+"""Estimate the memory of full fine-tuning from file headers and one batch, and check that it is available."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -28,22 +28,22 @@ from wan_train.training.settings import OptimizerSettings, TrainSettings
 
 log = get_logger(__name__)
 
-_SMALL = 128  # rows and columns of the weight to try an optimizer on
+_SMALL = 128  # rows and columns of the weight that an optimizer is tried on
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_needs(settings: TrainSettings, experts: ExpertPlan, dataset: CachedDataset) -> None:
-    """Say what a run takes whose weights are trained, and refuse one that cannot fit."""
+    """Log the memory that full fine-tuning needs, and raise InputError if it does not fit."""
     batch = largest_batch(dataset)
     each = [needs_of(settings_of(settings, expert), batch) for expert in experts.trained or (None,)]
-    needs = each[0] if len(each) == 1 else each[0].beside(each[1])
+    needs = each[0] if len(each) == 1 else each[0].alternating_with(each[1])
     log.info("full fine-tuning %s", needs.describe())
     device = launched_device()
     check_fits(needs, free_memory(device), ways_out(settings), device_name=str(device))
 
 
 def needs_of(settings: TrainSettings, batch: Batch) -> Needs:
-    """The needs of one model's training, for this batch."""
+    """Estimate the memory of training one model on this batch."""
     dtype = launched_dtype(settings.loop)
     plain = dtype == torch.float32
     outline = outlined(
@@ -61,30 +61,30 @@ def needs_of(settings: TrainSettings, batch: Batch) -> Needs:
     away, exchanged = settings.optimizer.optimizer_cpu_offload, 0
     step = states.step + (states.at_hand if away else 0)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (fused or settings.processes.ddp_gradient_as_bucket_view):
-        exchanged = sum(gradients)  # data-parallel training has a copy of all gradients
+        exchanged = sum(gradients)  # data-parallel training keeps a copy of all gradients
     return Needs(
         weights=outline.weights,
         gradients=Bytes(max(gradients) if fused else sum(gradients) + exchanged),
         states=Bytes(0, states.kept) if away else Bytes(states.kept),
-        average=average_of(trained, settings, outline),
+        ema=ema_of(trained, settings, outline),
         activations=outline.activations,
         peak=exchanged + max(outline.ledger.peak, 0 if fused else sum(gradients) + step) + (step if fused else 0),
     )
 
 
 def loss_of(model: nn.Module, settings: TrainSettings, batch: Batch, device: torch.device) -> Tensor:
-    """The training's own loss, on the meta device or one with numbers."""
+    """Compute the training loss of a batch; `device` may be meta."""
     latents = target_of(batch).latents.to(device)
     draws = Draws(torch.ones(len(latents), device=device), torch.zeros_like(latents, dtype=torch.float32), None)
-    # Made on the CPU: a camera's map is computed from numbers.
+    # On the CPU: camera maps are computed from values.
     conditions = conditions_of(batch, VARIANTS[settings.dit.task], torch.device("cpu")).to(device)
     return measure(model, latents, conditions, draws, settings=settings.loss).mean
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of an optimizer's states after its first step, the most that a step of one weight takes besides, and the
-    most of the states that is on the device at once where they are kept in CPU RAM."""
+    """Bytes of an optimizer's states after its first step, the peak of temporary memory in the step of one weight, and
+    the peak of states on the device at once when they are kept in CPU RAM."""
 
     kept: int
     step: int
@@ -92,10 +92,11 @@ class StateBytes:
 
 
 def states_of(trained: Iterable[nn.Parameter], settings: OptimizerSettings) -> StateBytes:
-    """What the optimizer of these weights takes.
+    """Estimate the memory of the optimizer's states for these weights.
 
-    Weights in bfloat16 are float32 for their step. An optimizer that must see numbers is tried on a small weight, and
-    its states are taken to grow with the weights; what its step takes is not known then, and 0.
+    Weights in bfloat16 are stepped in float32. An optimizer that cannot run on the meta device is tried on a small
+    weight; its states are assumed to scale with the weights, and the temporary memory of its step is unknown and
+    reported as 0.
     """
     kind, arguments = check_optimizer(settings)
     weights = [nn.Parameter(torch.empty(p.shape, device=META, dtype=torch.float32)) for p in trained]
@@ -110,7 +111,7 @@ def states_of(trained: Iterable[nn.Parameter], settings: OptimizerSettings) -> S
             stand_in = torch.empty_like(widest)
             take_step(alone, [widest])
         del stand_in
-    except Exception:  # whatever an optimizer says that looks for numbers
+    except Exception:  # any error of an optimizer that reads values
         small = nn.Parameter(torch.ones(_SMALL, _SMALL))
         for_each = state_bytes(tried(kind, [small], arguments).state) / small.numel()
         each = [round(for_each * weight.numel()) for weight in weights]
@@ -119,13 +120,13 @@ def states_of(trained: Iterable[nn.Parameter], settings: OptimizerSettings) -> S
 
 
 def most_at_hand(each: list[int]) -> int:
-    """The most bytes of three weights' states in a row: of one that is stepped, of the one before it, which are on
-    their way to CPU RAM, and of the one behind it, which come. See `HostStates`."""
+    """Return the peak bytes of the states of three consecutive weights: the one being stepped, the previous one on its
+    way to CPU RAM, and the next one being fetched. See `HostStates`."""
     return max(sum(each[place : place + 3]) for place in range(max(1, len(each) - 2)))
 
 
 def tried(optimizer_class: Any, weights: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
-    """An optimizer after its first step."""
+    """Return an optimizer after its first step."""
     optimizer: torch.optim.Optimizer = optimizer_class([{"params": weights}], **arguments)
     for_training(optimizer)
     take_step(optimizer, weights)
@@ -133,13 +134,13 @@ def tried(optimizer_class: Any, weights: list[nn.Parameter], arguments: dict[str
 
 
 def state_bytes(states: Mapping[Any, Any]) -> int:
-    """Bytes of all tensors in the states of one weight, or of all by weight."""
+    """Return the bytes of all tensors in the states of one weight, or of all weights."""
     kept = {tensor.untyped_storage()._cdata: size(tensor) for tensor in tensors_in(list(states.values()))}
     return sum(kept.values())
 
 
 def take_step(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> None:
-    """A step along no slope in particular; of bitsandbytes, whose kernels want numbers, the states alone."""
+    """Take a step with arbitrary gradients; for bitsandbytes, whose kernels need real data, only create the states."""
     weights = list(weights)
     if callable(getattr(optimizer, "init_state", None)):
         for place, weight in enumerate(weights):
@@ -154,7 +155,7 @@ def take_step(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter])
 
 
 def tensors_in(value: object) -> Iterable[Tensor]:
-    """All tensors of nested dictionaries and lists."""
+    """Yield all tensors in nested dictionaries and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -164,8 +165,8 @@ def tensors_in(value: object) -> Iterable[Tensor]:
             yield from tensors_in(member)
 
 
-def average_of(trained: dict[str, nn.Parameter], settings: TrainSettings, outline: Outline) -> Bytes:
-    """The average of what is trained, float32; that of what streams is in CPU RAM with it."""
+def ema_of(trained: dict[str, nn.Parameter], settings: TrainSettings, outline: Outline) -> Bytes:
+    """Return the memory of the EMA in float32. The EMA of streamed weights is in CPU RAM with them."""
     if settings.loop.ema_decay is None:
         return Bytes()
     away = set(trained) if settings.loop.ema_cpu else outline.stream.names(outline.model)
@@ -175,7 +176,7 @@ def average_of(trained: dict[str, nn.Parameter], settings: TrainSettings, outlin
 
 
 def largest_batch(dataset: CachedDataset) -> Batch:
-    """The batch with the most tokens."""
+    """Return the batch with the most tokens."""
 
     def positions(bucket: Bucket) -> list[int]:
         return dataset.buckets[bucket][: dataset.configs[bucket.dataset].batch_size]
@@ -187,7 +188,7 @@ def largest_batch(dataset: CachedDataset) -> Batch:
 
 
 def free_memory(device: torch.device) -> Bytes:
-    """What is free on a device, and this process's share of what is free in CPU RAM."""
+    """Return the free memory of a device, and this process's share of the free CPU RAM."""
     host = psutil.virtual_memory().available
     try:
         limit = _CGROUP.read_text().strip()
@@ -200,7 +201,7 @@ def free_memory(device: torch.device) -> Bytes:
 
 
 def ways_out(settings: TrainSettings) -> list[str]:
-    """Options that are not given yet and take less."""
+    """Return the options that would save memory and are not given yet."""
     eight = "--optimizer_type AdamW8bitSR or Adafactor"
     ways = {
         "--full_bf16": settings.network.full_bf16,

@@ -1,4 +1,4 @@
-"""Everything about a run that can be known, and refused, before a model is loaded."""
+"""Check everything about a run that can be checked before a model is loaded."""
 
 import os
 from dataclasses import dataclass, replace
@@ -56,7 +56,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What the preflight found out."""
+    """Results of the preflight checks."""
 
     variant: Variant
     configs: tuple[DatasetConfig, ...]
@@ -67,7 +67,8 @@ class RunPlan:
 
 
 def preflight(settings: TrainSettings, remote: RemoteFolder | None = None) -> RunPlan:
-    """Refuse what cannot work, from options and headers alone, and of the `remote` output folder by writing to it."""
+    """Raise InputError for whatever cannot work, from options and file headers alone; test the `remote` output folder
+    by writing to it."""
     variant = VARIANTS[settings.dit.task]
     experts = plan_experts(settings)
     check_output_name(settings.save.output_name)
@@ -77,18 +78,18 @@ def preflight(settings: TrainSettings, remote: RemoteFolder | None = None) -> Ru
         settings.optimizer,
         several_rates=several_rates,
         rounded=settings.network.full_bf16,
-        apart=needs_parts(settings),
+        one_by_one_option=needs_parts(settings),
     )
     check_stepping(settings)
     if settings.loop.ema_decay is not None and is_schedule_free(kind):
         raise InputError(
-            f"--ema_decay {settings.loop.ema_decay:g}: {settings.optimizer.optimizer_type} averages by itself, what it "
-            "saves is its average; leave out --ema_decay"
+            f"--ema_decay {settings.loop.ema_decay:g}: {settings.optimizer.optimizer_type} already averages "
+            "the weights: leave out --ema_decay"
         )
     if experts.is_pair and not settings.experts.shared_lora and is_schedule_free(kind):
         raise InputError(
-            f"--optimizer_type {settings.optimizer.optimizer_type} averages all the time, and two experts rest in turn:"
-            " take another optimizer"
+            f"--optimizer_type {settings.optimizer.optimizer_type} averages the weights at every step, which does not"
+            " work with alternating experts: use another optimizer"
         )
     check_schedule(settings.optimizer)
     check_timesteps(settings.timesteps, limits=limits_of(settings, experts))
@@ -126,7 +127,7 @@ def preflight(settings: TrainSettings, remote: RemoteFolder | None = None) -> Ru
 
 
 def check_folders(settings: TrainSettings, remote: RemoteFolder | None) -> None:
-    """InputError for a folder that the run could not write to later."""
+    """Raise InputError for an output folder that is not writable."""
     check_writable(settings.save.output_dir)
     if settings.profile.profile:
         check_writable(settings.profile.profile)
@@ -135,20 +136,20 @@ def check_folders(settings: TrainSettings, remote: RemoteFolder | None) -> None:
 
 
 def float32_warning(device: torch.device, path: str, computing: torch.dtype, flag: str) -> str | None:
-    """What to tell of a GPU that is to compute in float32 with a half-precision file `path` of the option `flag`,
-    nobody having asked for that; None where there is nothing to tell."""
+    """Return a warning if a GPU would compute in float32 by default although the file `path`, given by the option
+    `flag`, is in half precision; None otherwise."""
     stored = storage_dtype(read_header(path))
     if device.type == "cpu" or computing != torch.float32 or stored.itemsize > 2:
         return None
     short = "fp16" if stored == torch.float16 else "bf16"
     return (
-        f"{flag} {path} is stored in {name_of(stored)}, and without --mixed_precision it is computed in float32, which "
-        f"takes several times as long and twice the GPU memory: give --mixed_precision {short}, or no if you mean it"
+        f"{flag} {path} is stored in {name_of(stored)} and computed in float32 without --mixed_precision, which takes "
+        f"several times as long and twice the GPU memory: use --mixed_precision {short}, or no to keep float32"
     )
 
 
 def check_full(settings: TrainSettings) -> None:
-    """InputError for what does not go with training the model's own weights."""
+    """Raise InputError for options that conflict with full fine-tuning."""
     weights = settings.weights
     given = {
         "--fp8_base": weights.fp8_base,
@@ -159,7 +160,9 @@ def check_full(settings: TrainSettings) -> None:
         "--offload_inactive_dit": settings.experts.offload_inactive_dit,
     }
     if flag := first_given(given):
-        raise InputError(f"{flag} does not go with {settings.network.network_module}, which trains the weights")
+        raise InputError(
+            f"{flag} does not work with {settings.network.network_module}, which trains all weights: leave it out"
+        )
     stored = read_header(settings.dit.dit).dtypes if settings.dit.dit else {}
     if any(dtype.itemsize == 1 for dtype in stored.values()):
         raise InputError(
@@ -168,31 +171,33 @@ def check_full(settings: TrainSettings) -> None:
 
 
 def limits_of(settings: TrainSettings, experts: ExpertPlan) -> tuple[Span | None, ...]:
-    """The noise levels of each expert that is trained, None for those of the settings."""
+    """Return the noise levels of each trained expert; None means those of the settings."""
     return tuple(experts.limits(expert, settings.timesteps) for expert in experts.trained) or (None,)
 
 
 def check_images_settings(settings: TrainSettings, variant: Variant) -> None:
-    """InputError for options of other tasks' images."""
+    """Raise InputError for image options that do not apply to the task."""
     images = settings.images
     if images.image_dropout_rate and (variant.images is None or variant.is_fused):
         way = "give --i2v_ratio" if variant.is_fused else "leave it out"
         raise InputError(f"--image_dropout_rate: --task {variant.name} has no images to drop: {way}")
     if images.i2v_ratio is not None and not variant.is_fused:
-        raise InputError(f"--i2v_ratio: --task {variant.name} is not text and image in one: leave it out")
+        raise InputError(
+            f"--i2v_ratio: --task {variant.name} is not a combined text- and image-to-video model: leave it out"
+        )
 
 
 def check_pair_previews(settings: TrainSettings, experts: ExpertPlan) -> None:
-    """InputError for previews of a task with two models where one is there: a video takes both."""
+    """Raise InputError for previews of a task with two experts when only one is loaded: generation needs both."""
     if experts.trained and not experts.is_pair and settings.preview.sample_prompts is not None:
         raise InputError(
-            "--sample_prompts: a preview takes both experts: give --dit and --dit_high_noise, which trains both, or"
+            "--sample_prompts: previews need both experts: give --dit and --dit_high_noise, which trains both, or"
             " leave out the previews"
         )
 
 
 def fetched(settings: TrainSettings) -> TrainSettings:
-    """The settings, with `--resume` a folder here if it was a place on the hub or a URL."""
+    """Download the state if `--resume` is a hub path or a URL, and return the settings with its local folder."""
     resume = settings.save.resume
     if resume is None:
         return settings
@@ -206,7 +211,7 @@ def fetched(settings: TrainSettings) -> TrainSettings:
 
 
 def read_configs(path: str, settings: TrainSettings) -> tuple[DatasetConfig, ...]:
-    """The datasets of a file; where caches are trusted the media need not be there."""
+    """Read the datasets of a TOML file; with trusted caches the media need not exist."""
     variant = VARIANTS[settings.dit.task]
     return read_config(
         path,
@@ -219,7 +224,7 @@ def read_configs(path: str, settings: TrainSettings) -> tuple[DatasetConfig, ...
 
 
 def open_data(settings: TrainSettings, configs: tuple[DatasetConfig, ...]) -> Data:
-    """What is trained on and what is held out, and whether noise levels can be drawn for its sizes."""
+    """Open the training and validation data, and check that noise levels can be drawn for their sizes."""
     data = hold_out(
         open_dataset(configs, settings),
         settings.validation,
@@ -233,7 +238,7 @@ def open_data(settings: TrainSettings, configs: tuple[DatasetConfig, ...]) -> Da
 
 
 def open_dataset(configs: tuple[DatasetConfig, ...], settings: TrainSettings) -> CachedDataset:
-    """What the caches hold, compared with the sources unless they are trusted."""
+    """Open the caches, and compare them with the source files unless they are trusted."""
     data = settings.data
     if settings.caches.trust_cache:
         dataset = open_trusted(configs)
@@ -244,13 +249,13 @@ def open_dataset(configs: tuple[DatasetConfig, ...], settings: TrainSettings) ->
 
 
 def check_output_name(name: str) -> None:
-    """InputError for a name that is not one plain file name."""
+    """Raise InputError for a name that is not a plain file name."""
     if not name.strip() or name != os.path.basename(name) or name.startswith("."):
         raise InputError(f"--output_name {name!r} must be a plain file name; folders go into --output_dir")
 
 
 def check_prior(settings: TrainSettings) -> list[str]:
-    """The captions of `--prior_captions`, once what encodes them is there."""
+    """Read the captions of `--prior_captions`, and check that the text encoder is given."""
     path = settings.prior.prior_captions
     if path is None:
         return []

@@ -1,4 +1,4 @@
-"""The name that `python -m wan_train.training.reporting.report` had, for the scripts that use it."""
+"""Alias of `python -m wan_train.training.reporting.report`, kept for existing scripts."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a run is made of."""
+"""The parts of a training run."""
 
 import math
 from dataclasses import dataclass, field
@@ -24,8 +24,8 @@ from wan_train.training.stopping import StopRequest
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a process trains on: its batches in their order and what loads them, `batches_per_step` of them for a step,
-    from `start` on for the length of the run."""
+    """The batches of a process, their loader, the number of batches per step, the length of the run and the position
+    where training starts."""
 
     batches: EpochBatches
     loader: DataLoader[Batch]
@@ -35,14 +35,14 @@ class TrainingData:
 
     @property
     def epoch_steps(self) -> int:
-        """Number of optimizer steps in an epoch, the last perhaps of fewer batches."""
+        """Number of optimizer steps in an epoch; the last may have fewer batches."""
         return math.ceil(len(self.batches) / self.batches_per_step)
 
 
 @dataclass(frozen=True)
 class Reporting:
-    """What a run shows of itself: `previewer` is there on processes with a share of the previews, `writer` and
-    `mirror`, of a remote output folder, on the first process only."""
+    """What reports on the run. `previewer` is None on processes without previews; `writer` and `mirror`, for a remote
+    output folder, exist on the first process only."""
 
     preview: PreviewSettings
     previewer: Previewer | None
@@ -52,8 +52,7 @@ class Reporting:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that the loop works with, in the parts that functions take. `validator` is there where clips are held
-    out."""
+    """All parts of a run that the loop uses. `validator` is None if no clips are held out."""
 
     model: TrainedModel
     optimizing: Optimization

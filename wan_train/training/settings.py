@@ -80,7 +80,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class ProcessSettings:
-    """Several processes."""
+    """Distributed training."""
 
     ddp_timeout: float = option(
         240.0,
@@ -136,7 +136,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class TimestepSettings:
-    """Noise levels."""
+    """Timesteps."""
 
     timestep_sampling: str = option("uniform", "Distribution of training timesteps.", choices=TIMESTEP_SAMPLINGS)
     discrete_flow_shift: float = option(
@@ -185,7 +185,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Tasks with images."""
+    """Image and control conditions."""
 
     image_dropout_rate: float = option(
         0.0,
@@ -216,7 +216,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """Keeping what the model knows."""
+    """Prior preservation."""
 
     prior_loss_weight: float = option(0.0, "Weight of the prior preservation loss on --prior_captions.", minimum=0)
     prior_captions: str | None = option(None, "Text file of captions for prior preservation, one per line; needs --t5.")
@@ -228,7 +228,7 @@ class PriorSettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Held-out loss."""
+    """Validation."""
 
     validation_config: str | None = option(
         None,

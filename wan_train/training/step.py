@@ -1,4 +1,4 @@
-"""One optimizer step over a window of batches."""
+"""Take one optimizer step over a window of batches."""
 
 import math
 import time
@@ -29,13 +29,13 @@ from wan_train.training.stopping import StopRequest
 
 log = get_logger(__name__)
 
-NORM_EVERY = 20  # steps between looks at the adapter's norm, which wait for the device
+NORM_EVERY = 20  # steps between measurements of the adapter's norm, which synchronise with the device
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all processes know of a step: the mean loss, t and loss (N,) of every sample, and the signal that one of
-    them got, or 0."""
+    """Values of a step gathered from all processes: the mean loss, t and loss (N,) of each sample, and the signal
+    received by any of them, or 0."""
 
     loss: float
     t: Tensor
@@ -45,7 +45,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch with its target, noise and noise levels, and the expert that it is for, if there are two."""
+    """A batch with its target, noise and noise levels, and the expert that it trains, if there are two."""
 
     batch: Batch
     target: Target
@@ -61,7 +61,7 @@ def with_draws(
     experts: ExpertPlan,
     batches_per_step: int,
 ) -> Iterator[Drawn]:
-    """The batches that follow a position, each with what is drawn for its samples by their keys."""
+    """Yield the batches that follow a position, each with noise and noise levels keyed by its samples."""
     for index, batch in enumerate(batches):
         expert = experts.at(position.step + 1 + index // batches_per_step)
         limits = experts.limits(expert, objective.timesteps)
@@ -78,11 +78,12 @@ def take_step(
     objective: Objective,
     stop: StopRequest,
 ) -> tuple[StepMetrics, int]:
-    """Take the step, and the signal that asks to stop after it, or 0. RunError for one that cannot be taken."""
+    """Take the step; return its metrics and the signal that asks to stop after it, or 0. Raise RunError if the loss or
+    gradient is NaN or Inf too often."""
     began, expert = time.perf_counter(), window[0].expert
     means, samples = [], []
     for index, drawn in enumerate(window):
-        losses = learn(
+        losses = accumulate_gradients(
             drawn,
             position.epoch,
             model=model,
@@ -96,12 +97,12 @@ def take_step(
     levels = torch.cat([drawn.draws.t for drawn in window])
     mean = torch.stack(means).mean()
     shared = share(model.accelerator, mean, t=levels, samples=torch.cat(samples), signal=stop.signal)
-    let_idle_rest(model.adapter, expert)
+    clear_idle_gradients(model.adapter, expert)
     norm = clip(model, optimizing)
     if math.isfinite(shared.loss) and math.isfinite(norm):
         update(model.adapter, optimizing, expert)
     else:
-        leave_out(model, optimizing, loss=shared.loss, norm=norm, position=position, window=window)
+        skip_nonfinite_step(model, optimizing, loss=shared.loss, norm=norm, position=position, window=window)
     rates = learning_rates(optimizing.optimizer)
     for parameter in model.trained.values():
         parameter.grad = None
@@ -127,7 +128,7 @@ def take_step(
     return metrics, shared.signal
 
 
-def learn(
+def accumulate_gradients(
     drawn: Drawn,
     epoch: int,
     *,
@@ -137,7 +138,8 @@ def learn(
     share: float,
     last: bool,
 ) -> Losses:
-    """Add this batch's gradient, times `share`; the losses, detached. `last`: processes exchange gradients here."""
+    """Run the forward and backward pass of a batch, adding its gradient times `share`; return the detached losses. With
+    `last`, processes synchronise gradients."""
     batch, device, accelerator = drawn.batch, model.device, model.accelerator
     if isinstance(model.dit, PairModel):
         model.dit.of(str(drawn.expert))
@@ -163,12 +165,12 @@ def learn(
 
 
 def is_finite_everywhere(accelerator: Accelerator, loss: Tensor) -> bool:
-    """Whether the loss of every process is finite: where steps are taken on the way, this is known before."""
+    """Return whether the loss of every process is finite. A fused backward pass needs to know this beforehand."""
     return bool(accelerator.gather(loss.detach().unsqueeze(0)).isfinite().all())
 
 
-def let_idle_rest(adapter: Adapter, expert: str | None) -> None:
-    """Take the gradient, which is nothing, from the adapter whose turn it is not, so that no step is taken with it."""
+def clear_idle_gradients(adapter: Adapter, expert: str | None) -> None:
+    """Remove the zero gradients of the inactive expert, so that the optimizer skips its parameters."""
     if isinstance(adapter, PairAdapter):
         for other, _ in adapter.parts.items():
             for parameter in adapter.parameters_of(other) if other != expert else ():
@@ -176,24 +178,25 @@ def let_idle_rest(adapter: Adapter, expert: str | None) -> None:
 
 
 def seed_dropout(seed: int, epoch: int, batch: Batch, device: torch.device) -> None:
-    """Let all that the model draws for this batch depend on the run's seed, the epoch and its samples alone."""
+    """Seed the model's random draws for this batch by the run's seed, the epoch and the samples alone."""
     names = "/".join(f"{key.item} {key.repeat}" for key in batch.keys)
     number = seed_of(f"{seed}/{epoch}/{names}/dropout")
-    # Not torch.manual_seed: where CUDA is not in use it formats the call stack for later, half a millisecond each time.
+    # Not torch.manual_seed: before CUDA is initialized it formats the call stack, which takes half a millisecond.
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(number)
 
 
 def share(accelerator: Accelerator, loss: Tensor, *, t: Tensor, samples: Tensor, signal: int) -> Shared:
-    """What the processes know together; the mean loss and the wish to stop in one exchange."""
+    """Gather what processes need to agree on; the mean loss and the stop signal take one exchange."""
     local = torch.stack([loss.float(), torch.tensor(float(signal), device=loss.device)])
     rows = accelerator.gather(local.unsqueeze(0)).cpu().double()
     return Shared(float(rows[:, 0].mean()), t.cpu(), samples.detach().cpu(), int(rows[:, 1].max()))
 
 
 def clip(model: TrainedModel, optimizing: Optimization) -> float:
-    """Clip the gradient and return its norm before; of steps taken in the backward pass, which clip, the norm alone."""
+    """Clip the gradient and return its norm before clipping; a fused backward pass has clipped already, and only
+    returns the norm."""
     if optimizing.stepping.fused is not None:
         return optimizing.stepping.fused.finish()
     limit = optimizing.max_grad_norm or math.inf
@@ -201,7 +204,7 @@ def clip(model: TrainedModel, optimizing: Optimization) -> float:
 
 
 def update(adapter: Adapter, optimizing: Optimization, expert: str | None) -> None:
-    """Let the parameters take the step, those of one of two experts."""
+    """Step the optimizer, scale weight norms and update the EMA of the active expert."""
     optimizing.optimizer.step()
     optimizing.stepping.settle()
     if optimizing.scale_weight_norms is not None:
@@ -210,7 +213,7 @@ def update(adapter: Adapter, optimizing: Optimization, expert: str | None) -> No
         optimizing.ema.update(expert)
 
 
-def leave_out(
+def skip_nonfinite_step(
     model: TrainedModel,
     optimizing: Optimization,
     *,
@@ -219,22 +222,22 @@ def leave_out(
     position: Position,
     window: list[Drawn],
 ) -> None:
-    """Leave a step out whose loss or gradient is NaN or Inf.
+    """Skip a step whose loss or gradient is NaN or Inf.
 
-    In fp16 the gradient is scaled up, too far at first: that is not a fault of the run as long as the scale can fall.
+    In fp16 the loss scale starts too high, so an overflow is not an error as long as the scale can be lowered.
     """
     scaler = model.accelerator.scaler
     if scaler is None or not math.isfinite(loss) or scaler.get_scale() <= 1:
         skip_or_stop(optimizing, loss=loss, norm=norm, position=position, window=window)
     if scaler is not None:
-        optimizing.optimizer.step()  # the scaler takes no step, and lowers its scale
+        optimizing.optimizer.step()  # the scaler skips the step and lowers its scale
     optimizing.stepping.settle()
 
 
 def skip_or_stop(
     optimizing: Optimization, *, loss: float, norm: float, position: Position, window: list[Drawn]
 ) -> None:
-    """Let a step pass whose loss or gradient is NaN or Inf, as often as `skip_nonfinite` says; then RunError."""
+    """Skip a step whose loss or gradient is NaN or Inf, up to `skip_nonfinite` times; then raise RunError."""
     label = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
     places = ", ".join(list(sampled(window))[:8])
     where = f"{label} at step {position.step}, epoch {position.epoch} ({places})"
@@ -243,14 +246,14 @@ def skip_or_stop(
     taken = "before the step was taken" if optimizing.stepping.fused is None else "with that part of the step left out"
     if skipped.count > limit:
         raise RunError(
-            f"{where}: stopped {taken}; files saved before this are whole. "
+            f"{where}: stopped {taken}; files saved earlier are complete. "
             "Lower --learning_rate, check that sample's cache, or skip some steps with --skip_nonfinite"
         )
     log.warning("%s: step skipped (%d of at most %d)", where, skipped.count, limit)
 
 
 def sampled(window: list[Drawn]) -> Iterator[str]:
-    """The samples of a step with their t, in words."""
+    """Describe the samples of a step with their t."""
     for drawn in window:
         pairs = zip(drawn.batch.keys, drawn.draws.t, strict=True)
         yield from (f"{key.item} at t {float(t):.4f}" for key, t in pairs)

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the step that is under way is finished, a state is saved, then the process ends."""
+"""Stop a run on SIGTERM or Ctrl-C: finish the current step, save a state, and exit."""
 
 import os
 import signal
@@ -6,14 +6,14 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_CODES = {int(number): 128 + number for number in SIGNALS}  # what shells report of a process that a signal ended
+EXIT_CODES = {int(number): 128 + number for number in SIGNALS}  # as shells report a process that a signal ended
 
 
 class StopRequest:
-    """Remembers that SIGTERM or Ctrl-C came; a second Ctrl-C interrupts at once. A context manager."""
+    """Context manager that records SIGTERM or Ctrl-C; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
-        self.signal = 0  # which, or 0
+        self.signal = 0  # number of the signal received, or 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -29,12 +29,12 @@ class StopRequest:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        # Not by the log: what it writes to may be in the middle of a line of its own.
+        # Not with the log: its stream may be in the middle of writing a line.
         os.write(2, b"\nasked to stop: finishing the step, then saving\n")
 
 
 def leave_signals_to_trainer(worker: int) -> None:
-    """For processes that read batches: a signal to the whole group is the trainer's to heed, which needs their batches
-    to finish its step and ends them itself."""
+    """Ignore stop signals in a data loader worker: the trainer handles a signal to the process group, needs the
+    workers' batches to finish its step, and ends them itself."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

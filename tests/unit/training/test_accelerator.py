@@ -46,7 +46,7 @@ def test_others_are_waited_for_longer_than_a_preview_takes() -> None:
 
 def test_compilation_is_ours_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    with pytest.raises(InputError, match="set its dynamo_backend to no, give --compile"):
+    with pytest.raises(InputError, match="set its dynamo_backend to no and use --compile"):
         make_accelerator(LoopSettings(mixed_precision="no"), ProcessSettings())
 
 

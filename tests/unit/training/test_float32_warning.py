@@ -34,4 +34,4 @@ def test_float32_that_nobody_asked_for_is_told_of(
         assert told is None
     else:
         assert told is not None and told.startswith(f"--dit_high_noise {path} is stored in ")
-        assert f"give --mixed_precision {advice}, or" in told
+        assert f"use --mixed_precision {advice}, or" in told

@@ -78,7 +78,7 @@ class Real:
         self.states = sum(states.values())
         average = Ema(dict(self.adapter.named_parameters()), 0.9).state_dict()["averages"]
         assert isinstance(average, dict)
-        self.average = sum(map(size, average.values()))
+        self.ema = sum(map(size, average.values()))
         self.weights = sum(map(size, (*self.model.parameters(), *self.model.buffers())))
 
 
@@ -103,7 +103,7 @@ def test_weights_gradients_states_and_average_are_told_to_the_byte(tiny: Path, k
     assert told.weights == Bytes(real.weights)
     assert told.gradients == Bytes(real.gradients)
     assert told.states == Bytes(real.states)
-    assert told.average == Bytes(real.average)
+    assert told.ema == Bytes(real.ema)
     assert real.states > 0
 
 

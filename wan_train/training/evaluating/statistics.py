@@ -1,4 +1,4 @@
-"""Held-out losses compared: paired differences, how sure they are, and which evaluation is the best so far."""
+"""Compare validation losses: paired differences, their confidence intervals, and the best evaluation so far."""
 
 import hashlib
 import math
@@ -25,7 +25,7 @@ Losses = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher the mean loss is than at `step`, and its 95% interval, which is infinite for a single file."""
+    """Difference of the mean loss to that at `step`, and its 95% interval, which is infinite for a single file."""
 
     step: int
     mean: float
@@ -34,22 +34,22 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """improved or worse, where the whole interval says so, else unclear."""
+        """improved or worse if the whole interval is on one side of 0, otherwise unclear."""
         return "improved" if self.high < 0 else "worse" if self.low > 0 else "unclear"
 
     def row(self) -> dict[str, float | int | None]:
-        """For JSON, which knows no infinity."""
+        """Return the difference for JSON, with null for infinity."""
         numbers = {"mean": self.mean, "low": self.low, "high": self.high}
         return {"step": self.step} | {name: _finite(value) for name, value in numbers.items()}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the held-out clips: the mean loss, the loss of each stratum of t, and comparisons.
+    """One evaluation of the validation clips: the mean loss, the loss of each stratum of t, and comparisons.
 
-    `to_first` and `to_best` compare with the first evaluation and with the best before this one; the first of all has
-    neither. `is_best` is the lowest mean so far. Where two `experts` are trained the strata are those of one, then the
-    other's.
+    `to_first` and `to_best` compare with the first evaluation and with the best before this one; both are None for the
+    first. `is_best` means the lowest mean so far. If two `experts` are trained, the strata of the first are followed by
+    those of the second.
     """
 
     step: int
@@ -64,20 +64,20 @@ class Evaluation:
 
     @property
     def by_expert(self) -> dict[str, float]:
-        """The mean of each expert's strata; nothing where one model is trained."""
+        """Mean loss of each expert's strata; empty if a single model is trained."""
         count = len(self.strata) // max(1, len(self.experts))
         parts = (self.strata[index * count : (index + 1) * count] for index in range(len(self.experts)))
         return {expert: sum(part) / count for expert, part in zip(self.experts, parts, strict=True)}
 
     @property
     def verdict(self) -> str:
-        """Against the best so far: improved, unclear or worse; first; or not finite."""
+        """Verdict against the best so far: improved, unclear or worse; first; or not finite."""
         if not math.isfinite(self.mean):
             return "not finite"
         return self.to_best.verdict if self.to_best else "first"
 
     def row(self) -> dict[str, Any]:
-        """A line of the metrics file."""
+        """Return the row of the metrics file."""
         values = {
             "loss": _finite(self.mean),
             "strata": [_finite(value) for value in self.strata],
@@ -93,13 +93,13 @@ class Evaluation:
         return {"step": self.step, "validation": values}
 
     def describe(self) -> str:
-        """One line for the log."""
-        told = f"held-out loss {self.mean:.5f} at step {self.step}"
+        """Describe the evaluation in one line for the log."""
+        told = f"validation loss {self.mean:.5f} at step {self.step}"
         if self.experts:
             each = (f"{expert.replace('_', ' ')} {value:.5f}" for expert, value in self.by_expert.items())
             told += f" ({', '.join(each)})"
         if self.verdict == "not finite":
-            return f"{told}: not a number"
+            return f"{told}: NaN or Inf"
         if self.to_best is None:
             return f"{told}, over {self.num_clips} clips of {self.num_files} files"
         told = f"{told}: {self.verdict}, {self._change(self.to_best, 'the best so far')}"
@@ -114,7 +114,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Reference:
-    """Losses (N, K) of an earlier evaluation, to compare with."""
+    """Losses (N, K) of an earlier evaluation to compare with."""
 
     step: int
     losses: Losses
@@ -125,10 +125,10 @@ class Reference:
 
 
 class History:
-    """Judges each evaluation against the first, the best, and the last that was a sure improvement.
+    """Compare each evaluation with the first, the best, and the last significant improvement.
 
-    `files` (N,) names the source file of each clip: clips of one file are alike, so that files are what the bootstrap
-    draws. Everything follows from the losses and `seed`, so that all processes come to the same judgement.
+    `files` (N,) names the source file of each clip. Clips of one file are correlated, so the bootstrap resamples files.
+    All results are deterministic in the losses and `seed`, hence equal on all processes.
     """
 
     def __init__(self, files: Sequence[str], *, seed: int) -> None:
@@ -145,15 +145,15 @@ class History:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the lowest mean so far."""
+        """The step of the lowest mean loss so far."""
         return self._references["best"].step if self._references else None
 
     def add(self, step: int, losses: Losses, *, experts: Sequence[str] = ()) -> Evaluation:
-        """Judge losses (N, K) of the model at a step, and keep what later ones are compared with; with `experts` the
-        first columns are one's.
+        """Compare losses (N, K) at a step with earlier ones and keep what later comparisons need. With two `experts`
+        the first half of the columns is the first expert's.
 
-        `since` counts the evaluations after the last one that was better, beyond the interval, than the one before it
-        that was: many small improvements add up to a sure one.
+        `since` counts the evaluations since the last significant improvement over the previous significant one, so that
+        many small improvements add up to one.
         """
         now, known = Reference(step, losses), dict(self._references)
         is_best = not known or _is_better(now, known["best"])
@@ -179,7 +179,7 @@ class History:
         return evaluation
 
     def compare(self, losses: Losses, earlier: Reference) -> Difference:
-        """The paired difference to an earlier evaluation of the same clips with the same noise."""
+        """Return the paired difference to an earlier evaluation of the same clips with the same noise."""
         differences = (losses.astype(np.float64) - earlier.losses).mean(axis=1)
         sums, sizes = np.bincount(self._numbers, differences), np.bincount(self._numbers)
         return Difference(earlier.step, float(differences.mean()), *find_interval(sums, sizes, self._draws))
@@ -190,7 +190,7 @@ class History:
         return self.compare(now.losses, mark).verdict == "improved"
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later judgements depend on."""
+        """Return everything that later comparisons depend on."""
         references = {
             name: {"step": reference.step, "losses": torch.from_numpy(reference.losses.copy())}
             for name, reference in self._references.items()
@@ -198,7 +198,7 @@ class History:
         return {"references": references, "since": self.since, "means": [list(pair) for pair in self.means]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self._references = {
             name: Reference(int(kept["step"]), kept["losses"].cpu().numpy())
             for name, kept in state["references"].items()
@@ -208,17 +208,18 @@ class History:
 
 
 def draw_files(num_files: int, *, seed: int) -> NDArray[np.int64]:
-    """How often each of the files is in each of `NUM_DRAWS` resamples (NUM_DRAWS, num_files)."""
+    """Return the count of each file in each of `NUM_DRAWS` bootstrap resamples, (NUM_DRAWS, num_files)."""
     digest = hashlib.blake2b(f"bootstrap/{seed}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
     return generator.multinomial(num_files, np.full(num_files, 1 / num_files), size=NUM_DRAWS)
 
 
 def find_interval(sums: NDArray[Any], sizes: NDArray[Any], draws: NDArray[np.int64]) -> tuple[float, float]:
-    """95% interval of sum(sums)/sum(sizes), a mean over clips, by a bootstrap over their files.
+    """Return the 95% interval of sum(sums) / sum(sizes), a mean over clips, by a bootstrap over their files.
 
-    The percentile interval is widened about the mean by sqrt(n/(n-1)) and Student's t over the normal quantile, since a
-    bootstrap over few files is too narrow (Hesterberg 2014, arXiv 1411.5279). For one file it is infinite.
+    The percentile interval is widened around the mean by sqrt(n/(n-1)) and the ratio of Student's t to the normal
+    quantile, since a bootstrap over few files is too narrow (Hesterberg 2014, arXiv 1411.5279). For one file it is
+    infinite.
     """
     n = len(sums)
     if n < 2:
@@ -230,7 +231,7 @@ def find_interval(sums: NDArray[Any], sizes: NDArray[Any], draws: NDArray[np.int
 
 
 def student(freedom: int) -> float:
-    """The 97.5% quantile of Student's t; beyond the table by its expansion (Abramowitz and Stegun, 26.7.5)."""
+    """Return the 97.5% quantile of Student's t; beyond the table by its expansion (Abramowitz and Stegun, 26.7.5)."""
     if freedom <= len(_STUDENT):
         return _STUDENT[freedom - 1]
     z = _NORMAL

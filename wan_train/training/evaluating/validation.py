@@ -1,8 +1,8 @@
-"""The loss on clips that are not trained on, measured the same way each time, so that differences are the model's.
+"""Measure the loss on held-out clips with fixed noise, so that differences come from the model alone.
 
-Every clip meets the same noise, at the same noise levels, at every evaluation: keyed by `--validation_seed`, its name
-and the stratum. The levels are one from each of K equally likely parts of the distribution that training draws from,
-so that their mean estimates the training objective.
+Each clip gets the same noise at the same noise levels in every evaluation, keyed by `--validation_seed`, its name and
+the stratum. The levels are stratified: one from each of K equally likely parts of the training distribution, so that
+their mean estimates the training objective.
 """
 
 import itertools
@@ -41,19 +41,19 @@ from wan_train.training.settings import LossSettings, TimestepSettings, Validati
 
 log = get_logger(__name__)
 
-FEW = 5  # the interval over four files is 1.9 times as wide as what the bootstrap alone makes of them
+FEW = 5  # with four files the interval is 1.9 times as wide as the plain bootstrap's
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on and, where something is held out, what the loss is measured on."""
+    """The training clips and, if some are held out, the validation clips."""
 
     training: CachedDataset
     held_out: CachedDataset | None
 
 
 def check_validation(settings: ValidationSettings) -> None:
-    """InputError for options that make no sense together."""
+    """Raise InputError for options that contradict each other."""
     if settings.validation_config is not None and settings.validation_split is not None:
         raise InputError(
             f"--validation_config {settings.validation_config} and --validation_split {settings.validation_split:g}"
@@ -71,9 +71,9 @@ def check_validation(settings: ValidationSettings) -> None:
 
 
 def hold_out(dataset: CachedDataset, settings: ValidationSettings, read: Callable[[str], CachedDataset]) -> Data:
-    """Training and held-out clips as the settings say; `read` opens the caches that a TOML file describes.
+    """Split training and validation clips as the settings say; `read` opens the caches that a TOML file describes.
 
-    Raises InputError where too few files are held out for what is asked.
+    Raise InputError if too few files are held out for what is requested.
     """
     if settings.validation_split is not None:
         split = split_off(dataset, settings.validation_split, seed=settings.validation_seed)
@@ -91,18 +91,18 @@ def hold_out(dataset: CachedDataset, settings: ValidationSettings, read: Callabl
             "--early_stop needs a confidence interval, which one validation file cannot give: hold out two or more"
         )
     num_clips = sum(len(plan.clips) for plan in data.held_out.plans)
-    wide = "" if num_files >= FEW else ", so few that intervals are wide"
+    wide = "" if num_files >= FEW else ", too few for narrow confidence intervals"
     log.info("validation: %d clips of %d files%s", num_clips, num_files, wide)
     return data
 
 
 class Validator:
-    """Measures the loss on held-out clips, and judges each measurement against those before it.
+    """Measures the validation loss and compares it with earlier measurements.
 
-    Each clip counts once, whatever its `num_repeats`, with its first caption and as it is; batches are of its
-    dataset's `batch_size`, and the last of a bucket is taken too. `without_images` is the share of clips, always the
-    same, that a model which is text and image to video in one is measured on as text to video; any other reads all
-    that it is given.
+    Each clip counts once regardless of `num_repeats`, with its first caption and without augmentation. Batches have the
+    dataset's `batch_size`, and the last batch of a bucket may be smaller. `without_images` is the share of clips,
+    always the same ones, that a combined text- and image-to-video model is evaluated on as text-to-video; other models
+    always get all conditions.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Validator:
         experts = experts or ExpertPlan()
         self._variant, self._without = variant, without_images
         self.settings, self._dataset, self._timesteps, self._loss = settings, dataset, timesteps, loss
-        # From data to noise, as the strata of one model are.
+        # In the order of increasing noise, like the strata of a single model.
         trained: list[str | None] = [*reversed(experts.trained)] or [None]
         self._parts = [(expert, experts.limits(expert, timesteps)) for expert in trained]
         self._batches = cut_batches(dataset)
@@ -136,11 +136,12 @@ class Validator:
         return limit is not None and self.history.since >= limit
 
     def has_evaluated(self, step: int) -> bool:
-        """Whether the last evaluation was at this step, so that there is nothing to measure anew."""
+        """Return whether the last evaluation was at this step."""
         return bool(self.history.means) and self.history.means[-1][0] == step
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator, *, step: int) -> Evaluation:
-        """Measure the model as it is at a step and judge it; all processes call this together and learn the same."""
+        """Measure the model at a step and compare with earlier steps. Called by all processes together; all get the
+        same result."""
         names = [expert for expert, _ in self._parts if expert and len(self._parts) > 1]
         evaluation = self.history.add(step, self.measure(model, accelerator), experts=names)
         if accelerator.is_main_process:
@@ -149,18 +150,18 @@ class Validator:
         return evaluation
 
     def measure(self, model: nn.Module, accelerator: Accelerator) -> Losses:
-        """Losses (N, K) of every held-out clip in every stratum, the same on all processes.
+        """Return the losses (N, K) of all validation clips in all strata, equal on all processes.
 
-        The model is read, nothing else: not its gradients, not its mode, and no generator that others draw from.
+        The model's gradients and mode and all shared random generators are left unchanged.
         """
         shares = math.ceil(len(self._batches) / accelerator.num_processes)
-        # A sharded model is gathered by all processes together, so each runs as many batches; doubles fall away below.
+        # All processes must run the same number of batches, to gather a sharded model; duplicates are dropped below.
         padded = itertools.islice(itertools.cycle(self._batches), shares * accelerator.num_processes)
         mine = list(itertools.islice(padded, accelerator.process_index, None, accelerator.num_processes))
         num_strata = self.settings.validation_timesteps
         table = np.zeros((len(self._rows), len(self._parts) * num_strata), np.float32)
         with evaluating(model):
-            # One expert after the other: the one that rests may have to be moved.
+            # One expert at a time, since switching may move models.
             for part, (expert, limits) in enumerate(self._parts):
                 if isinstance(model, PairModel):
                     model.of(str(expert))
@@ -171,11 +172,11 @@ class Validator:
     def _measure_part(
         self, model: nn.Module, mine: Sequence[list[int]], limits: Span | None, accelerator: Accelerator
     ) -> list[tuple[int, list[float]]]:
-        """Losses of these batches' clips, by position, at the noise levels within `limits`."""
+        """Return the losses of these batches' clips, by position, at noise levels within `limits`."""
         reading = read_ahead(collate([self._dataset[position] for position in batch]) for batch in mine)
         shown = tqdm(
             zip(mine, reading, strict=True),
-            desc="held-out loss",
+            desc="validation loss",
             total=len(mine),
             delay=2,
             leave=False,
@@ -188,7 +189,7 @@ class Validator:
         return measured
 
     def _measure_batch(self, model: nn.Module, batch: Batch, limits: Span | None, device: torch.device) -> Tensor:
-        """Losses (B, K) of a batch, on the CPU."""
+        """Return the losses (B, K) of a batch, on the CPU."""
         target, seed = target_of(batch).to(device), self.settings.validation_seed
         dropped = drop(batch.keys, Rates(self._without or 0.0), seed=seed, epoch=0)
         conditions = conditions_of(batch, self._variant, device, dropped=dropped)
@@ -208,13 +209,15 @@ class Validator:
         return torch.stack(losses, dim=1).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later judgements depend on, and what was measured."""
+        """Return the measurements and everything that later comparisons depend on."""
         return {"clips": self._names, "measure": self._measure(), "history": self.history.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from what `state_dict` gave; anew, with a warning, where other clips or noise levels were measured."""
+        """Restore what `state_dict` returned; start over, with a warning, if the clips or noise levels have changed."""
         if state["clips"] != self._names or state["measure"] != self._measure():
-            log.warning("the validation clips or timesteps have changed: the validation loss is compared from here")
+            log.warning(
+                "the validation clips or timesteps have changed: the validation loss is not compared with earlier ones"
+            )
             return
         self.history.load_state_dict(state["history"])
 
@@ -226,7 +229,7 @@ class Validator:
 
 
 def cut_batches(dataset: CachedDataset) -> list[list[int]]:
-    """The positions of all clips, once each, in batches of one bucket and of its dataset's size."""
+    """Return the positions of all clips, once each, batched by bucket with the dataset's batch size."""
     batches = []
     for bucket, positions in sorted(dataset.buckets.items()):
         size = dataset.configs[bucket.dataset].batch_size
@@ -245,9 +248,9 @@ def draw_stratum(
     seed: int,
     limits: Span | None = None,
 ) -> Draws:
-    """Noise of latents of a `shape`, and t in this stratum, of each sample: keyed by seed, name and stratum alone.
+    """Draw noise of latents of a `shape` and t in this stratum for each sample, keyed by seed, name and stratum alone.
 
-    Strata are of the settings' distribution, or of what it has within `limits`.
+    Strata divide the distribution of the settings, or its part within `limits`.
     """
     uniforms, noises = [], []
     for key in keys:
@@ -260,7 +263,7 @@ def draw_stratum(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout and gradients; afterwards each of its parts is in the mode that it was in."""
+    """Disable dropout and gradients of the model, and restore the mode of each module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The models of a run, each read, given its adapter and made to save memory as the settings say."""
+"""Load the models of a run, attach adapters and apply the settings that save memory."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ log = get_logger(__name__)
 class TrainedModel:
     """The model in training, or both experts as one.
 
-    `dit` is the bare model and `wrapped` what accelerate made of it, which the passes of training go through; `adapter`
-    is what is trained of it, and `experts` says whose turn a step is.
+    `dit` is the bare model, and `wrapped` is the model as wrapped by accelerate, which training passes go through.
+    `adapter` holds the trained parameters, and `experts` says which expert each step trains.
     """
 
     accelerator: Accelerator
@@ -47,23 +47,23 @@ class TrainedModel:
 
     @property
     def num_processes(self) -> int:
-        """Number of processes that take a step together."""
+        """Number of processes that train together."""
         return int(self.accelerator.num_processes)
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
+        """Trained parameters by name."""
         return dict(self.adapter.named_parameters())
 
     def exchange(self, *, now: bool) -> AbstractContextManager[None]:
-        """Let processes exchange the gradients of the backward pass inside, or only add them up before a later one."""
+        """Synchronise gradients between processes in the backward pass inside, or only accumulate them."""
         return nullcontext() if now else self.accelerator.no_sync(self.wrapped)
 
 
 def make_models(
     settings: TrainSettings, experts: ExpertPlan, accelerator: Accelerator, seed: int
 ) -> tuple[Dit | PairModel, Adapter, Streams]:
-    """The DiT with its adapter and what streams of it, or both experts with theirs."""
+    """Load the DiT, or both experts, each with its adapter and the stream of its weights."""
     if not experts.is_pair:
         model, adapter, stream = make_model(settings_of(settings, only_expert(experts)), accelerator, seed)
         return model, adapter, {None: stream}
@@ -76,7 +76,7 @@ def make_models(
         if lane is not None:
             parkings[expert] = Parking(made[expert][0], lane)
             if expert != ORDER[0]:
-                parkings[expert].park()  # before the other one is there
+                parkings[expert].park()  # before the other one is loaded
     models = pair_of({expert: model for expert, (model, _, _) in made.items()})
     parts = pair_of({expert: adapter for expert, (_, adapter, _) in made.items()})
     pair = PairModel(
@@ -91,8 +91,8 @@ def make_models(
 def make_model(
     settings: TrainSettings, accelerator: Accelerator, seed: int, *, shared: Adapter | None = None
 ) -> tuple[Dit, Adapter, Stream]:
-    """The DiT with its adapter, or one that is `shared` with another DiT, saving memory as the settings say, and what
-    streams of it."""
+    """Load the DiT and attach a new adapter, or one that is `shared` with another DiT; return both and the stream of
+    its weights."""
     device = accelerator.device
     dtype = None if accelerator.mixed_precision == "no" else dtype_of(accelerator.mixed_precision)
     log.info("loading %s%s", settings.dit.dit, f" in {name_of(dtype)}" if dtype else "")
@@ -113,14 +113,14 @@ def make_model(
 
 
 def share_adapter(adapter: Adapter, model: Dit) -> None:
-    """Let an adapter change another model too. InputError for a network that cannot."""
+    """Attach an adapter to a second model. Raise InputError if the network does not support that."""
     act_on = getattr(adapter, "act_on", None)
     if not callable(act_on):
-        raise InputError("--shared_lora: this --network_module cannot change two models: leave it out")
+        raise InputError("--shared_lora: this --network_module does not support two models: leave it out")
     act_on(model)
 
 
 def model_settings(settings: TrainSettings) -> ModelSettings:
-    """What the settings say about the DiT."""
+    """Return the settings of how the DiT is assembled."""
     stream, activations = settings.stream, settings.activations
     return ModelSettings(settings.dit, settings.weights, stream, activations, settings.compile, settings.init)

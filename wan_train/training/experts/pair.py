@@ -1,4 +1,4 @@
-"""Two experts in one run: the model that is one of them at a time, and the adapter that is both of theirs."""
+"""Train two experts in one run: a model of which one expert is active at a time, and an adapter of both."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,11 +16,11 @@ from wan_train.training.optimizing.ema import Ema
 
 
 class PairModel(nn.Module):
-    """Two models of which one answers, at first the one for high noise; with `parkings` the other is parked in CPU RAM
-    meanwhile, and at first already.
+    """Two models of which one is active, initially the high-noise one. With `parkings` the inactive model is parked in
+    CPU RAM from the start.
 
-    `active` is the one that answers. With `exchanging` what is trained of the other still has a part in the result,
-    nothing times it: processes that exchange gradients wait for all of them.
+    With `exchanging` the inactive expert's trained parameters are added to the result times 0, since processes that
+    synchronise gradients wait for all parameters.
     """
 
     def __init__(self, models: Pair[Any], *, parkings: Pair[Parking] | None = None, exchanging: bool = False) -> None:
@@ -30,7 +30,7 @@ class PairModel(nn.Module):
         self.active = ORDER[0]
 
     def of(self, expert: str) -> nn.Module:
-        """That expert's model, which answers from now on."""
+        """Activate an expert and return its model."""
         if expert != self.active:
             if self._parkings is not None:
                 _change_places(self._parkings.of(self.active), self._parkings.of(expert))
@@ -47,7 +47,8 @@ class PairModel(nn.Module):
 
 
 def _change_places(there: Parking, parked: Parking) -> None:
-    """Park one model and bring the other; where that fails, for want of memory, the first is back."""
+    """Park one model and bring the other to the device; if that fails, for example out of memory, bring the first
+    back."""
     there.park()
     try:
         parked.bring()
@@ -58,64 +59,64 @@ def _change_places(there: Parking, parked: Parking) -> None:
 
 
 class PairAdapter:
-    """The adapters of both experts as one `Adapter`; `parts` are what is saved apart."""
+    """The adapters of both experts as one `Adapter`; `parts` are saved in separate files."""
 
     def __init__(self, parts: Pair[Adapter]) -> None:
         self.parts = parts
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """The groups of one, then of the other: each learns by itself."""
+        """Return the parameter groups of both experts, separately."""
         return [group for _, part in self.parts.items() for group in part.parameter_groups(learning_rate)]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Both, under the expert's name."""
+        """Return the parameters of both, prefixed with the expert's name."""
         for expert, part in self.parts.items():
             yield from ((f"{expert}.{name}", parameter) for name, parameter in part.named_parameters())
 
     def parameters_of(self, expert: str) -> list[nn.Parameter]:
-        """What is trained of one expert."""
+        """Return the trained parameters of one expert."""
         return [parameter for _, parameter in self.parts.of(expert).named_parameters()]
 
     def export(self, read: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-        """Both, under the expert's name; files hold each part by itself."""
+        """Return the tensors of both, prefixed with the expert's name; files hold each expert separately."""
         return {f"{expert}.{key}": t for expert, part in self.parts.items() for key, t in part.export(read).items()}
 
     def metadata(self) -> dict[str, str]:
-        """That of one: both are of the same settings."""
+        """Return the metadata of one expert; both have the same settings."""
         return self.parts.low_noise.metadata()
 
     def describe(self) -> str:
-        """One of them in words."""
+        """Describe one of the two adapters."""
         return f"of each expert: {self.parts.low_noise.describe()}"
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `export` gave."""
+        """Load what `export` returned."""
         for expert, part in self.parts.items():
             mine = {k.removeprefix(f"{expert}."): t for k, t in tensors.items() if k.startswith(f"{expert}.")}
             part.load(mine)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """While it lasts both models compute as if they had never been trained."""
+        """Disable both adapters inside."""
         return _all_of(part.disabled() for _, part in self.parts.items())
 
     def norm(self) -> float:
-        """The length of what both have learnt."""
+        """Return the norm of both adapters together."""
         return float(sum(part.norm() ** 2 for _, part in self.parts.items()) ** 0.5)
 
     def scale_norms(self, limit: float) -> Norms:
-        """Shrink each module's change of either to this norm at most."""
+        """Scale down each module's change in both adapters to at most this norm."""
         each = [part.scale_norms(limit) for _, part in self.parts.items()]
         mean = sum(norms.mean for norms in each) / len(each)
         return Norms(sum(norms.num_scaled for norms in each), mean, max(norms.maximum for norms in each))
 
 
 def parts_of(adapter: Adapter) -> list[tuple[str | None, Adapter]]:
-    """The adapters of the experts, by expert; None for one that is of no pair."""
+    """Return the adapters by expert; the key is None for an adapter that is not of a pair."""
     return list(adapter.parts.items()) if isinstance(adapter, PairAdapter) else [(None, adapter)]
 
 
 def saved_parts(adapter: Adapter) -> list[tuple[str | None, str | None, Adapter]]:
-    """What is saved in a file of its own: what is added to the name, the expert, if there are two, and the adapter."""
+    """Return what is saved in separate files: the suffix of the name, the expert, if there are two, and the adapter."""
     rows: list[tuple[str | None, str | None, Adapter]] = []
     for expert, part in parts_of(adapter):
         inner: Mapping[str | None, Adapter] = part.parts if isinstance(part, Both) else {None: part}
@@ -124,37 +125,37 @@ def saved_parts(adapter: Adapter) -> list[tuple[str | None, str | None, Adapter]
 
 
 class PairEma:
-    """The averages of both experts' adapters; that of the one whose turn it is not rests with it."""
+    """The EMA of both experts' adapters; the inactive expert's is not updated."""
 
     def __init__(self, parts: Pair[Ema]) -> None:
         self.parts = parts
 
     def update(self, expert: str | None) -> None:
-        """Take in what this expert has learnt in a step."""
+        """Update this expert's EMA after a step."""
         self.parts.of(str(expert)).update()
 
     @property
     def averages(self) -> dict[nn.Parameter, Tensor]:
-        """The average of each parameter of either."""
+        """EMA of each parameter of both experts."""
         return self.parts.high_noise.averages | self.parts.low_noise.averages
 
     def applied(self, forget: Callable[[], None]) -> AbstractContextManager[None]:
-        """While it lasts the parameters of both hold their averages."""
+        """Replace the parameters of both with their EMA inside."""
         return _all_of(part.applied(forget) for _, part in self.parts.items())
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """Return the state of both."""
         return {expert: part.state_dict() for expert, part in self.parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved state."""
+        """Restore a saved state."""
         for expert, part in self.parts.items():
             part.load_state_dict(state[expert])
 
 
 @contextmanager
 def _all_of(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
-    """Enter each of them in turn, and leave them in reverse."""
+    """Enter several contexts in order, and exit in reverse order."""
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)

@@ -1,4 +1,4 @@
-"""Which experts a run trains, when, and at which noise levels."""
+"""Plan which experts a run trains, when, and at which noise levels."""
 
 from dataclasses import dataclass, replace
 
@@ -14,9 +14,9 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """The experts that are trained, none for a task of one model, and the boundary between them, t in [0, 1].
+    """The experts to train, none for a task with a single model, and the boundary between them, t in [0, 1].
 
-    Two take turns of `steps` optimizer steps, the one for high noise first.
+    Two experts alternate every `steps` optimizer steps, high noise first.
     """
 
     trained: tuple[str, ...] = ()
@@ -25,16 +25,17 @@ class ExpertPlan:
 
     @property
     def is_pair(self) -> bool:
-        """Whether both are trained."""
+        """Whether both experts are trained."""
         return len(self.trained) > 1
 
     def at(self, step: int) -> str | None:
-        """The expert of an optimizer step, counted from 1; None where there is but one model."""
+        """Return the expert of an optimizer step, counted from 1; None for a single model."""
         return self.trained[(step - 1) // self.steps % len(self.trained)] if self.trained else None
 
     def limits(self, expert: str | None, settings: TimestepSettings) -> Span | None:
-        """The noise levels of an expert: its part of the distribution, within what the settings allow. None: all that
-        they allow. A single expert is trained where --min_timestep and --max_timestep say, if they say so."""
+        """Return the noise levels of an expert: its side of the boundary, within the range of the settings; None for
+        that range alone. A single expert is trained on the range of --min_timestep and --max_timestep if they are
+        given."""
         own_range = (settings.min_timestep, settings.max_timestep) != (0, NUM_TIMESTEPS)
         if expert is None or (own_range and not self.is_pair):
             return None
@@ -42,15 +43,16 @@ class ExpertPlan:
         low, high = max(low, settings.min_timestep / NUM_TIMESTEPS), min(high, settings.max_timestep / NUM_TIMESTEPS)
         if low >= high:
             raise InputError(
-                f"--min_timestep {settings.min_timestep} and --max_timestep {settings.max_timestep} leave nothing to"
-                f" the expert for {expert.replace('_', ' ')}: the boundary is {NUM_TIMESTEPS * self.boundary:g}"
+                f"--min_timestep {settings.min_timestep} and --max_timestep {settings.max_timestep} leave no"
+                f" timesteps for the {expert.replace('_', '-')} expert: the boundary is"
+                f" {NUM_TIMESTEPS * self.boundary:g}"
             )
         return Span(low, high, keep_shape=True)
 
 
 def with_named_experts(settings: TrainSettings) -> TrainSettings:
-    """The settings with a single `--dit` as `--dit_high_noise` if it is to be trained mostly above the boundary: other
-    trainers have one option for both files, and let the range of noise levels say which it is."""
+    """Move a single `--dit` to `--dit_high_noise` if its timesteps are mostly above the boundary: other trainers have
+    one option for both files, and the range of timesteps decides which expert it is."""
     variant, timesteps, experts = VARIANTS[settings.dit.task], settings.timesteps, settings.experts
     if variant.experts is None or not settings.dit.dit or experts.dit_high_noise:
         return settings
@@ -58,8 +60,8 @@ def with_named_experts(settings: TrainSettings) -> TrainSettings:
     if not is_above(boundary, timesteps.min_timestep, timesteps.max_timestep):
         return settings
     log.info(
-        "--min_timestep %d --max_timestep %d is the range of the expert for high noise, which begins at %g: --dit %s is"
-        " trained as that, as with --dit_high_noise",
+        "--min_timestep %d --max_timestep %d is the range of the high-noise expert, which starts at %g: training"
+        " --dit %s as --dit_high_noise",
         *(timesteps.min_timestep, timesteps.max_timestep, NUM_TIMESTEPS * boundary, settings.dit.dit),
     )
     named = replace(experts, dit_high_noise=settings.dit.dit)
@@ -67,12 +69,12 @@ def with_named_experts(settings: TrainSettings) -> TrainSettings:
 
 
 def is_above(boundary: float, low: int, high: int) -> bool:
-    """Whether a range of timesteps, of 1000, is for its larger part above the boundary, a t in [0, 1]."""
+    """Return whether the larger part of a range of timesteps, 0 to 1000, is above the boundary, t in [0, 1]."""
     return low + high > 2 * NUM_TIMESTEPS * boundary
 
 
 def plan_experts(settings: TrainSettings) -> ExpertPlan:
-    """What the options say of experts. InputError for what does not go together."""
+    """Plan the experts from the options. Raise InputError for options that conflict."""
     variant, experts = VARIANTS[settings.dit.task], settings.experts
     if variant.experts is None:
         _refuse_for_one_model(settings, variant)
@@ -81,7 +83,7 @@ def plan_experts(settings: TrainSettings) -> ExpertPlan:
     trained = tuple(expert for expert in ORDER if given[expert])
     if not trained:
         raise InputError(
-            f"--task {variant.name} has two models: give --dit (low noise), --dit_high_noise, or both to train both"
+            f"--task {variant.name} has two experts: give --dit (low noise), --dit_high_noise (high noise), or both"
         )
     if len(trained) == 1:
         _refuse_without_pair(settings)
@@ -101,10 +103,13 @@ def _check_pair(settings: TrainSettings) -> None:
             " RAM: give only one of them"
         )
     if experts.shared_lora and experts.network_weights_high_noise:
-        raise InputError("--network_weights_high_noise: a --shared_lora starts from --network_weights: leave it out")
+        raise InputError(
+            "--network_weights_high_noise: --shared_lora is initialized from --network_weights: leave it out"
+        )
     if settings.network.base_weights:
         raise InputError(
-            "--base_weights would go into both experts: merge it into its own with --save_merged_model, and train that"
+            "--base_weights would be merged into both experts: merge it into one with"
+            " --save_merged_model, and train that file"
         )
 
 
@@ -130,11 +135,12 @@ def _refuse_for_one_model(settings: TrainSettings, variant: Variant) -> None:
         "--network_weights_high_noise": experts.network_weights_high_noise,
     }
     if flag := first_given(given):
-        raise InputError(f"{flag}: --task {variant.name} has one model: take an A14B task, or leave it out")
+        raise InputError(f"{flag}: --task {variant.name} has a single model: use an A14B task, or leave it out")
 
 
 def settings_of(settings: TrainSettings, expert: str | None) -> TrainSettings:
-    """The settings with `--dit` that of an expert, and `--network_weights` its own: alone it has the only ones."""
+    """Return the settings with the expert's own `--dit` and `--network_weights`; a single expert takes
+    `--network_weights`."""
     if expert != HIGH:
         return settings
     alone = not settings.dit.dit
@@ -144,5 +150,5 @@ def settings_of(settings: TrainSettings, expert: str | None) -> TrainSettings:
 
 
 def only_expert(plan: ExpertPlan) -> str | None:
-    """The expert that a file is of which stands alone: of a LoRA that both share it is neither."""
+    """Return the expert that a single saved file is of; None for a LoRA that both share."""
     return plan.trained[0] if len(plan.trained) == 1 else None

@@ -1,4 +1,4 @@
-"""What the model is given of a batch beside its noisy latents."""
+"""Prepare the conditions of a batch that the model reads besides its noisy latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from wan_train.conditions.vace import num_references
 from wan_train.models.variants import Variant
 from wan_train.training.settings import ImageSettings
 
-I2V_RATIO = 0.5  # of a model that is text and image to video in one, where nobody says
+I2V_RATIO = 0.5  # default for a combined text- and image-to-video model
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of the samples, in [0, 1], that go without their images, control video and reference images."""
+    """Probabilities, in [0, 1], of dropping a sample's images, control video and reference images."""
 
     images: float = 0.0
     control: float = 0.0
@@ -30,7 +30,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Dropped:
-    """For each sample whether it goes without its images, its control video and its reference images; () for none."""
+    """Whether to drop each sample's images, control video and reference images; () drops none."""
 
     images: Sequence[bool] = ()
     control: Sequence[bool] = ()
@@ -41,12 +41,12 @@ NOTHING = Dropped()
 
 
 def conditions_of(batch: Batch, variant: Variant, device: torch.device, *, dropped: Dropped = NOTHING) -> Conditions:
-    """The texts of a batch and what else a task's model reads of it, as arguments of the DiT; all on a device.
+    """Return the texts and other conditions of a batch as arguments of the DiT, on a device.
 
-    Samples without images have a mask that gives nothing, and zeros for latents and tokens: what models that can do
-    without an image are given then (VideoX-Fun's InP). Those without a control video have zeros for it, or a VACE
-    context without a video, and those without references zeros. Where a model reads a first frame fused, it takes the
-    place of the noisy one, in clips of more than one frame.
+    For samples whose images are dropped, the mask is empty and latents and tokens are zero, as in models that also work
+    without an image (VideoX-Fun's InP). A dropped control video is zeros, or a VACE context without a video, and
+    dropped references are zeros. A model with a fused first frame gets it in place of the noisy one, in clips of more
+    than one frame.
     """
     if variant.is_fused:
         given = _kept(dropped.images or [False] * len(batch.context))
@@ -60,7 +60,7 @@ def conditions_of(batch: Batch, variant: Variant, device: torch.device, *, dropp
 
 
 def dropping_rates(settings: ImageSettings, variant: Variant) -> Rates:
-    """The shares of samples that go without a condition."""
+    """Return the probabilities of dropping conditions."""
     images = settings.image_dropout_rate
     if variant.is_fused:
         images = 1 - (I2V_RATIO if settings.i2v_ratio is None else settings.i2v_ratio)
@@ -68,7 +68,7 @@ def dropping_rates(settings: ImageSettings, variant: Variant) -> Rates:
 
 
 def drop(keys: Sequence[SampleKey], rates: Rates, *, seed: int, epoch: int) -> Dropped:
-    """What each sample goes without: drawn by its key, one independent of the other."""
+    """Draw what is dropped for each sample, independently and keyed by the sample."""
 
     def drawn(decision: str, rate: float) -> list[bool]:
         return [chance_of(key, decision, seed=seed, epoch=epoch).random() < rate for key in keys]
@@ -79,8 +79,8 @@ def drop(keys: Sequence[SampleKey], rates: Rates, *, seed: int, epoch: int) -> D
 
 
 def _without(batch: Batch, dropped: Dropped) -> dict[str, Tensor]:
-    """The kinds of a batch, with nothing in place of what is dropped. CLIP reads the reference image if there is one,
-    else the first of the others."""
+    """Return the conditions of a batch with dropped ones zeroed. CLIP features belong to the reference image if there
+    is one, otherwise to the first of the other images."""
     extras = dict(batch.extras)
     of_images = {name for name in extras if KINDS[name].is_dropped}
     if REFERENCE in extras:
@@ -96,11 +96,11 @@ def _without(batch: Batch, dropped: Dropped) -> dict[str, Tensor]:
 
 
 def _vace_without(batch: Batch, dropped: Dropped) -> Tensor:
-    """The VACE context (B, 96, R+F, H, W) with zeros for dropped references, and for a dropped video what stands for
-    none: all is made anew, of a grey video where its latents are known, else of zeros.
+    """Return the VACE context (B, 96, R+F, H, W) with zeros for dropped references. A dropped video is replaced
+    completely: by the latents of a grey video if they are cached, otherwise by zeros.
 
-    They are the inactive latents of a video without a mask. One with a mask may keep a frame of which the packed mask
-    has nothing, such as the first.
+    The latents of a grey video are the inactive latents of a video without a mask. With a mask they may contain a kept
+    frame that the packed mask does not show, such as the first.
     """
     context, channels = batch.extras[VACE_CONTEXT], batch.latents.shape[1]
     num_before = num_references(context, batch.latents)

@@ -1,4 +1,4 @@
-"""What is learnt: the velocity at a keyed point between data and noise."""
+"""The flow-matching loss: predict the velocity at a keyed point between data and noise."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -19,15 +19,15 @@ from wan_train.flow.weighting import WEIGHTINGS, importance
 from wan_train.training.objective.strata import Strata
 from wan_train.training.settings import LossSettings, TimestepSettings
 
-LEAST_SHARE = 1e-6  # less of a distribution than this is a mistake, and too thin to draw from well
+LEAST_SHARE = 1e-6  # a smaller part of the distribution is a mistake, and too small to sample accurately
 DEFAULT_LOSS = LossSettings()
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The randomness of a batch: `t` (B,) in [0, 1] and `noise` of the latents' shape, float32 on the CPU.
+    """The random draws of a batch: `t` (B,) in [0, 1] and `noise` of the latents' shape, float32 on the CPU.
 
-    `importance` (B,) is what the weighting scheme makes each sample's loss count; default: all alike.
+    `importance` (B,) is the weight of each sample's loss by the weighting scheme; None weights all equally.
     """
 
     t: Tensor
@@ -35,21 +35,21 @@ class Draws:
     importance: Tensor | None = None
 
     def to(self, device: torch.device) -> "Draws":
-        """The same on another device."""
+        """Return a copy on another device."""
         counts = None if self.importance is None else self.importance.to(device)
         return Draws(self.t.to(device), self.noise.to(device), counts)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss of a batch: `mean` (), with its gradient, and that of each sample, `samples` (B,), without; float32."""
+    """The loss of a batch in float32: `mean` (), with gradient, and `samples` (B,), without."""
 
     mean: Tensor
     samples: Tensor
 
 
 def distribution(settings: TimestepSettings, size: tuple[int, int]) -> Distribution:
-    """The distribution of t for latents of this (height, width), before --min_timestep and --max_timestep."""
+    """Return the distribution of t for latents of this (height, width), before --min_timestep and --max_timestep."""
     make = choose("timestep sampling", settings.timestep_sampling, SAMPLERS)
     return make(
         Parameters(
@@ -65,7 +65,7 @@ def distribution(settings: TimestepSettings, size: tuple[int, int]) -> Distribut
 
 
 def span(settings: TimestepSettings) -> Span:
-    """The range of t."""
+    """Return the range of t."""
     low, high = settings.min_timestep / NUM_TIMESTEPS, settings.max_timestep / NUM_TIMESTEPS
     return Span(low, high, settings.preserve_distribution_shape)
 
@@ -75,22 +75,22 @@ def check_timesteps(
     sizes: Iterable[tuple[int, int]] = ((128, 128),),
     limits: Sequence[Span | None] = (None,),
 ) -> None:
-    """InputError for settings that contradict each other, or leave next to nothing to draw for one of the latent
-    sizes (height, width) within one of the `limits`, those of experts."""
+    """Raise InputError for settings that contradict each other, or that leave almost no probability within one of the
+    `limits` of experts for one of the latent sizes (height, width)."""
     low, high = settings.min_timestep, settings.max_timestep
     if low >= high:
         raise InputError(f"--min_timestep {low} must be below --max_timestep {high}")
     scheme, sampling = settings.weighting_scheme, settings.timestep_sampling
     if scheme not in ("none", *WEIGHTINGS) and sampling != "sigma":
         raise InputError(
-            f"--weighting_scheme {scheme} says how --timestep_sampling sigma draws; with {sampling} it does nothing: "
-            "leave out one of the two"
+            f"--weighting_scheme {scheme} sets the distribution of --timestep_sampling sigma and has no effect with "
+            f"{sampling}: leave out one of them"
         )
     spans = [each or span(settings) for each in limits]
     for size, part in itertools.product(sizes, [each for each in spans if each.keep_shape]):
         below = shares_below(distribution(settings, size), part)
         if below[1] - below[0] < LEAST_SHARE:
-            way = "leave out --preserve_distribution_shape" if limits == (None,) else "draw otherwise"
+            way = "leave out --preserve_distribution_shape" if limits == (None,) else "use another --timestep_sampling"
             raise InputError(
                 f"--timestep_sampling {sampling} almost never samples from {NUM_TIMESTEPS * part.low:g} to"
                 f" {NUM_TIMESTEPS * part.high:g}: widen --min_timestep and --max_timestep, or {way}"
@@ -100,8 +100,8 @@ def check_timesteps(
 def draw_levels(
     uniform: Sequence[float], size: tuple[int, int], settings: TimestepSettings, limits: Span | None = None
 ) -> Tensor:
-    """t (B,) in float32, as the settings distribute it, of uniform numbers in [0, 1); `size` as above. `limits` stand
-    over those of the settings."""
+    """Map uniform numbers in [0, 1) to t (B,), float32, distributed as the settings say; `size` is the latents'
+    (height, width). `limits` override the range of the settings."""
     made, limits = distribution(settings, size), limits or span(settings)
     return torch.tensor([level(number, made, limits) for number in uniform], dtype=torch.float32)
 
@@ -116,9 +116,10 @@ def draw(
     strata: Strata | None = None,
     limits: Span | None = None,
 ) -> Draws:
-    """Noise level and noise of every sample of a batch; `shape` is that of one sample's latents, `limits` as above.
+    """Draw t and noise for each sample of a batch; `shape` is that of one sample's latents, `limits` override the range
+    of the settings.
 
-    `strata` are there exactly if --num_timestep_buckets is.
+    `strata` are given if and only if --num_timestep_buckets is.
     """
     assert (strata is None) == (settings.num_timestep_buckets is None)
     uniforms, noises = [], []
@@ -127,7 +128,7 @@ def draw(
         uniforms.append(float(torch.rand((), generator=generator)))
         noises.append(torch.randn(*shape, generator=generator))
     if strata is not None:
-        places = strata.place(keys, epoch)
+        places = strata.strata_of(keys, epoch)
         uniforms = [(place + u) / strata.num_strata for place, u in zip(places, uniforms, strict=True)]
     t = draw_levels(uniforms, (shape[-2], shape[-1]), settings, limits)
     return Draws(t, torch.stack(noises), importance(settings.weighting_scheme, t))
@@ -138,7 +139,7 @@ def _squared(predicted: Tensor, target: Tensor, settings: LossSettings, reductio
 
 
 def _huber(predicted: Tensor, target: Tensor, settings: LossSettings, reduction: str) -> Tensor:
-    """Half the square up to `huber_c`, beyond it the line that continues from there (Huber 1964)."""
+    """Return the Huber loss: squared up to `huber_c` and linear beyond (Huber 1964)."""
     return F.huber_loss(predicted, target, reduction=reduction, delta=settings.huber_c)
 
 
@@ -154,9 +155,9 @@ def measure(
     weights: Tensor | None = None,
     settings: LossSettings = DEFAULT_LOSS,
 ) -> Losses:
-    """The error of the predicted velocity, in float32, from one pass of the model; all tensors on its device.
+    """Run the model once and return the loss of its predicted velocity, in float32; all tensors are on its device.
 
-    `weights`, of a shape that broadcasts to the latents', say how much each error counts; their mean is 1.
+    `weights` broadcast to the latents' shape and weight each element's error; their mean is 1.
     """
     data = latents.float()
     target = velocity(data, draws.noise)
@@ -173,7 +174,7 @@ def measure(
 
 
 def _without_given(counts: Tensor | None, conditions: Conditions, data: Tensor) -> Tensor | None:
-    """The counts with the first frames that are given out of the loss, whose mean is then over the others."""
+    """Return the weights with given first frames masked out and the remaining frames scaled to keep the mean."""
     if conditions.has_first is None:
         return counts
     frames = data.shape[2]
@@ -184,7 +185,7 @@ def _without_given(counts: Tensor | None, conditions: Conditions, data: Tensor) 
 
 
 def _counts(draws: Draws, weights: Tensor | None, ndim: int) -> Tensor | None:
-    """What each error is multiplied by."""
+    """Return the weight of each element's error; None weights all equally."""
     if draws.importance is None:
         return weights
     counts = draws.importance.view(-1, *[1] * (ndim - 1))

@@ -1,4 +1,4 @@
-"""What a step learns of its batches, and all that is drawn for them."""
+"""The training objective of a run, with all its random draws."""
 
 from dataclasses import dataclass
 
@@ -18,10 +18,10 @@ from wan_train.training.settings import LossSettings, TimestepSettings
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a run and where its randomness comes from: every draw is keyed by `seed`, the epoch and the sample.
+    """The loss of a run and its sources of randomness: every draw is keyed by `seed`, the epoch and the sample.
 
-    `variant` says what the model reads, `rates` how many samples go without some of it. `strata` are there exactly if
-    `timesteps` ask for them.
+    `variant` says which conditions the model reads, and `rates` how often they are dropped. `strata` are given if and
+    only if `timesteps` ask for them.
     """
 
     seed: int
@@ -33,7 +33,7 @@ class Objective:
     prior: Prior | None = None
 
     def draw(self, batch: Batch, target: Target, epoch: int, limits: Span | None) -> Draws:
-        """Draw noise and noise levels for a target, these within `limits` or, with None, those of `timesteps`."""
+        """Draw noise and noise levels for a target, within `limits`, or the range of `timesteps` if None."""
         return draw(
             batch.keys,
             target.latents.shape[1:],
@@ -45,6 +45,6 @@ class Objective:
         )
 
     def conditions(self, batch: Batch, epoch: int, device: torch.device) -> Conditions:
-        """Return what the model reads beside the noisy latents of a batch, on a device; some are dropped by key."""
+        """Return the conditions of a batch on a device, with some dropped, keyed by sample."""
         dropped = drop(batch.keys, self.rates, seed=self.seed, epoch=epoch)
         return conditions_of(batch, self.variant, device, dropped=dropped)

@@ -1,7 +1,7 @@
-"""Keeping what the model knows: on given captions the trained model shall predict what it did without its adapter.
+"""Prior preservation: on given captions, the trained model should predict what it did without its adapter.
 
-The model itself, its adapter switched off, is the teacher (as in "differential output preservation" of other trainers):
-no images of what is to be kept are needed, but two more passes of each batch.
+The model with its adapter disabled is the teacher ("differential output preservation" in other trainers). This needs no
+images of the class, but two more passes for each batch.
 """
 
 import random
@@ -24,13 +24,13 @@ from wan_train.training.objective.loss import Draws
 
 @dataclass(frozen=True)
 class Prior:
-    """The captions' embeddings (L, dim), and how much their loss counts."""
+    """Embeddings (L, dim) of the captions, and the weight of their loss."""
 
     texts: Sequence[Tensor]
     weight: float
 
     def choose(self, keys: Sequence[SampleKey], *, seed: int, epoch: int) -> list[Tensor]:
-        """A caption for each sample of a batch, drawn by its key."""
+        """Choose a caption for each sample of a batch, keyed by the sample."""
         chances = (random.Random(f"{seed} {epoch} {key.repeat} {key.item} prior") for key in keys)
         return [self.texts[chance.randrange(len(self.texts))] for chance in chances]
 
@@ -38,9 +38,9 @@ class Prior:
 def prior_loss(
     model: nn.Module, bare: nn.Module, adapter: Adapter, latents: Tensor, conditions: Conditions, draws: Draws
 ) -> Tensor:
-    """Mean squared difference between the velocity with the adapter and without, at the batch's own noisy points.
+    """Return the mean squared difference of the velocity with and without the adapter, at the batch's noisy points.
 
-    `model` is what is trained, `bare` the same without whatever wraps it; all tensors are on the device.
+    `model` is the trained model and `bare` the same without wrappers; all tensors are on the device.
     """
     noisy, timestep = conditions.fuse(interpolate(latents.float(), draws.noise, draws.t), draws.t * NUM_TIMESTEPS)
     with torch.no_grad(), adapter.disabled():
@@ -49,12 +49,12 @@ def prior_loss(
 
 
 def read_captions(path: str) -> list[str]:
-    """The captions of a text file, one to a line; empty lines and those that begin with # say nothing."""
+    """Read the captions of a text file, one per line; empty lines and lines starting with # are ignored."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise InputError(f"--prior_captions {path} cannot be read: {problem}") from None
     captions = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not captions:
-        raise InputError(f"--prior_captions {path} holds no caption: write one to a line")
+        raise InputError(f"--prior_captions {path} has no captions: write one per line")
     return captions

@@ -1,4 +1,4 @@
-"""`--show_timesteps`: how noise levels will be drawn, as text or an image."""
+"""Show the distribution of training timesteps, `--show_timesteps`, as text or an image."""
 
 import random
 from pathlib import Path
@@ -22,9 +22,9 @@ MARGIN, WIDTH, HEIGHT = 40, 1000, 400  # pixels
 
 
 def show_timesteps(settings: TrainSettings, size: tuple[int, int] = SIZE) -> str:
-    """What to print; `image` writes OUTPUT_DIR/timesteps.png first. `size` is the latents' (height, width).
+    """Return the text to print; `image` writes OUTPUT_DIR/timesteps.png first. `size` is the latents' (height, width).
 
-    The levels are drawn with --seed, or 0, by the code that training draws with.
+    The levels are drawn by the training code, with --seed or 0.
     """
     t = draw_many(settings.timesteps, size, seed=settings.loop.seed or 0)
     if settings.timesteps.show_timesteps == "image":
@@ -35,26 +35,27 @@ def show_timesteps(settings: TrainSettings, size: tuple[int, int] = SIZE) -> str
 
 
 def draw_many(settings: TimestepSettings, size: tuple[int, int], *, seed: int) -> Tensor:
-    """A great many noise levels (N,), float32."""
+    """Draw NUM_DRAWS noise levels (N,), float32."""
     chance = random.Random(f"{seed} shown timesteps")
     numbers = [chance.random() for _ in range(NUM_DRAWS)]
     return draw_levels(numbers, size, settings)
 
 
 def describe(settings: TimestepSettings, size: tuple[int, int]) -> str:
-    """One line on what is shown."""
+    """Describe the shown distribution in one line."""
     span = f"{settings.min_timestep} to {settings.max_timestep}"
     pixels = f"{8 * size[1]}x{8 * size[0]} pixels"
     return f"{NUM_DRAWS} noise levels, {settings.timestep_sampling}, {span}, for {pixels}"
 
 
 def count(t: Tensor) -> Tensor:
-    """How many levels lie in each bin (NUM_BINS,); the last includes 1."""
+    """Return the number of levels in each bin (NUM_BINS,); the last bin includes 1."""
     return torch.histc(t, NUM_BINS, 0, 1)
 
 
 def chart(t: Tensor, settings: TimestepSettings, size: tuple[int, int]) -> str:
-    """A line for each bin: its levels, the share drawn there, a bar, and what a loss there counts if that differs."""
+    """Return a line for each bin: its levels, its share of the draws, a bar, and the weight of the loss there unless it
+    is 1."""
     counts, step = count(t), NUM_TIMESTEPS // NUM_BINS
     weights = importance(settings.weighting_scheme, (torch.arange(NUM_BINS) + 0.5) / NUM_BINS)
     lines = [describe(settings, size)]
@@ -66,7 +67,7 @@ def chart(t: Tensor, settings: TimestepSettings, size: tuple[int, int]) -> str:
 
 
 def paint(t: Tensor, settings: TimestepSettings, size: tuple[int, int]) -> np.ndarray:
-    """The histogram as an image (H, W, 3) uint8, levels 0 to 1000 from left to right."""
+    """Draw the histogram as an image (H, W, 3) uint8, levels 0 to 1000 from left to right."""
     counts = count(t)
     image = Image.new("RGB", (WIDTH + 2 * MARGIN, HEIGHT + 2 * MARGIN), "white")
     pen, floor, width = ImageDraw.Draw(image), MARGIN + HEIGHT, WIDTH // NUM_BINS

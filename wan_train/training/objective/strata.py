@@ -1,4 +1,4 @@
-"""Noise levels spread evenly over the samples of an epoch: `--num_timestep_buckets`."""
+"""Spread noise levels evenly over the samples of an epoch: `--num_timestep_buckets`."""
 
 import hashlib
 import random
@@ -9,15 +9,14 @@ from dataset.batching.epochs import EpochBatches
 from dataset.batching.order import SampleKey
 
 RESOLUTION = 2**32
-GOLDEN = round(RESOLUTION * (5**0.5 - 1) / 2)  # multiples of the golden ratio fill the unit interval evenly
+GOLDEN = round(RESOLUTION * (5**0.5 - 1) / 2)  # multiples of the golden ratio are evenly spread over the unit interval
 
 
 def assign(num_samples: int, num_strata: int, *, key: str, epoch: int) -> list[int]:
-    """The stratum of each of a number of samples in an epoch (from 0).
+    """Assign a stratum to each of a number of samples in an epoch (from 0).
 
-    Each stratum is taken as often as any other, or once more where they do not divide. Fewer samples than strata lie
-    evenly among these, and over the epochs all get their turn. Which sample gets which stratum depends on `key` and
-    the epoch.
+    All strata get the same number of samples, up to one. If there are fewer samples than strata, they are spread evenly
+    over the strata, and all strata are covered over the epochs. The assignment depends on `key` and the epoch.
     """
     start = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
     offset = (start + epoch * GOLDEN) % RESOLUTION
@@ -27,10 +26,10 @@ def assign(num_samples: int, num_strata: int, *, key: str, epoch: int) -> list[i
 
 
 class Strata:
-    """Which of `num_strata` equal parts of its distribution the noise level of a sample comes from, in each epoch.
+    """Assigns each sample, in each epoch, one of `num_strata` equally likely parts of the distribution of noise levels.
 
-    Even within each dataset of the TOML, over what an epoch really takes of it (`weight` and `drop_last` included). It
-    depends on the samples, `seed` and epoch alone: every process, and a run that continues, finds the same.
+    Strata are even within each dataset of the TOML, over the samples that an epoch really uses (`weight` and
+    `drop_last` included). They depend only on the samples, `seed` and epoch, so all processes and resumed runs agree.
     """
 
     def __init__(self, dataset: CachedDataset, num_strata: int, *, seed: int) -> None:
@@ -42,8 +41,8 @@ class Strata:
         self._epoch: int | None = None
         self._places: dict[SampleKey, int] = {}
 
-    def place(self, keys: Sequence[SampleKey], epoch: int) -> list[int]:
-        """The stratum of each sample, from 0; they must be among those that the epoch takes."""
+    def strata_of(self, keys: Sequence[SampleKey], epoch: int) -> list[int]:
+        """Return the stratum of each sample, from 0; all must be among the samples that the epoch uses."""
         if epoch != self._epoch:
             self._places, self._epoch = self._assign(epoch), epoch
         return [self._places[key] for key in keys]

@@ -1,4 +1,4 @@
-"""What the model learns to make of a batch."""
+"""The training target of a batch."""
 
 from dataclasses import dataclass
 
@@ -12,18 +12,19 @@ from wan_train.conditions.vace import num_references, with_references
 
 @dataclass(frozen=True)
 class Target:
-    """Latents (B, C, F, H, W) and how much each error counts, (B, 1, F, H, W) of mean 1, where not all count alike."""
+    """Latents (B, C, F, H, W) and the weight of each error, (B, 1, F, H, W) with mean 1; None weights all equally."""
 
     latents: Tensor
     weights: Tensor | None = None
 
     def to(self, device: torch.device) -> "Target":
-        """The same on another device."""
+        """Return a copy on another device."""
         return Target(self.latents.to(device), None if self.weights is None else self.weights.to(device))
 
 
 def target_of(batch: Batch) -> Target:
-    """The latents of a batch, and in front of them those of VACE's reference images, which count as any frame."""
+    """Return the latents of a batch, preceded by those of VACE's reference images, which are weighted like any
+    frame."""
     context = batch.extras.get(VACE_CONTEXT)
     if context is None:
         return Target(batch.latents, batch.weights)

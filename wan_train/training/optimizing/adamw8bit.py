@@ -1,8 +1,8 @@
-"""AdamW whose states take 8 bits, in plain tensor operations: for every device, and for weights stochastically rounded.
+"""AdamW with 8-bit states in plain tensor operations, for every device and for stochastic rounding of weights.
 
-Each state is cut into blocks of 256 numbers, kept as their largest magnitude in float32 and for each a code of one
-byte: its place in a table that is denser towards zero (Dettmers et al. 2022, sections 2 and 3; the table is that of
-bitsandbytes). Small tensors, of norms and biases, keep float32.
+Each state is quantised block-wise: blocks of 256 elements share a float32 scale, their largest magnitude, and each
+element has a one-byte code, the index into a table that is denser towards zero (Dettmers et al. 2022, sections 2 and 3;
+the table is that of bitsandbytes). Small tensors, such as norms and biases, keep float32 states.
 """
 
 from collections.abc import Iterable
@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 256  # numbers with a scale in common
-SMALL = 4096  # numbers; a tensor of fewer keeps float32
-_AT_ONCE = 1 << 23  # numbers that are made float32 together, a multiple of BLOCK
+BLOCK = 256  # elements that share a scale
+SMALL = 4096  # elements; smaller tensors keep float32 states
+_AT_ONCE = 1 << 23  # elements converted to float32 at a time, a multiple of BLOCK
 _DECADES = 7
-STATES = {"exp_avg": True, "exp_avg_sq": False}  # by name, whether it has a sign
+STATES = {"exp_avg": True, "exp_avg_sq": False}  # by name, whether it is signed
 
 
 class AdamW8bitSR(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2). It computes in float32 and rounds what it keeps to 8 bits.
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2) that computes in float32 and stores its states in 8 bits.
 
-    Weights in bfloat16 are rounded to the nearest, unless `optimizing.rounding` makes them float32 for their
-    turn. ValueError for what is out of range.
+    Weights in bfloat16 are rounded to nearest, unless `optimizing.rounding` steps them in float32. Raise ValueError for
+    arguments out of range.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class AdamW8bitSR(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Step every weight that has a gradient."""
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -50,7 +50,7 @@ class AdamW8bitSR(torch.optim.Optimizer):
 
 def _step(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     if not state:
-        state |= {"step": 0} | {key: value for name in STATES for key, value in _nothing(name, parameter).items()}
+        state |= {"step": 0} | {key: value for name in STATES for key, value in _zero_state(name, parameter).items()}
     state["step"] += 1
     weight, gradient = parameter.detach().view(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
     for start in range(0, len(weight), _AT_ONCE):
@@ -63,7 +63,7 @@ def _step(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> No
 
 
 def _adamw(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, group: dict[str, Any]) -> Tensor:
-    """The weight after the step; `first` and `second` are brought up to date. All float32, (n,)."""
+    """Return the updated weight, and update `first` and `second` in place. All are float32, (n,)."""
     (beta1, beta2), rate = group["betas"], float(group["lr"])
     first.lerp_(gradient, 1 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -71,8 +71,8 @@ def _adamw(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step
     return weight.mul_(1 - rate * group["weight_decay"]).addcdiv_(first, width, value=-rate / (1 - beta1**step))
 
 
-def _nothing(name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """A state of zeros: codes and scales, or float32 for a small tensor."""
+def _zero_state(name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """Return a state of zeros: codes and scales, or float32 for a small tensor."""
     if parameter.numel() < SMALL:
         return {name: torch.zeros_like(parameter, dtype=torch.float32)}
     blocks = -(-parameter.numel() // BLOCK)
@@ -99,7 +99,7 @@ def _scales(state: dict[str, Any], name: str, piece: slice) -> Tensor:
 
 
 def encode(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """x, float32 (n,), as codes, uint8 (n,), and scales, float32 (n / 256 rounded up,)."""
+    """Quantise x, float32 (n,), to codes, uint8 (n,), and scales, float32 (ceil(n / 256),)."""
     rows = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     scales = rows.abs().amax(1)
     table = _table(x.device, signed=signed)
@@ -109,7 +109,7 @@ def encode(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
-    """What `encode` was given, as nearly as the codes tell."""
+    """Dequantise codes and scales to float32 (n,)."""
     within = _table(codes.device, signed=signed).index_select(0, codes.int())
     return F.pad(within, (0, -len(codes) % BLOCK)).view(-1, BLOCK).mul_(scales.unsqueeze(1)).view(-1)[: len(codes)]
 
@@ -120,10 +120,10 @@ def _table(device: torch.device, *, signed: bool) -> Tensor:
 
 
 def code_table(*, signed: bool) -> Tensor:
-    """The 256 numbers of the codes, rising, from -1 or 0 to 1.
+    """Return the 256 code values in ascending order, from -1 or 0 to 1.
 
-    Seven decades; each is cut into equal steps whose middles are the numbers, twice as many in each decade as in the
-    one below it. Two more numbers are 0 and 1.
+    There are seven decades, each divided into equal steps whose midpoints are the values, with twice as many steps in
+    each decade as in the one below. The remaining two values are 0 and 1.
     """
     numbers = [0.0, 1.0]
     for decade in range(_DECADES):

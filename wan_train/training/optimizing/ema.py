@@ -1,4 +1,4 @@
-"""An exponential moving average of what is trained, on its device or in CPU RAM."""
+"""Exponential moving average (EMA) of the trained parameters, on their device or in CPU RAM."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,30 +14,30 @@ from wan_train.training.carried import Stateful
 _AVERAGE = "average"
 
 
-class Average(Stateful, Protocol):
-    """Averages of what is trained: of one model, or of both experts."""
+class AveragedWeights(Stateful, Protocol):
+    """EMA of the trained parameters of one model or of both experts."""
 
     def update(self, expert: str | None) -> None:
-        """Take in the parameters after a step, those of one of two experts."""
+        """Update the EMA after a step, of one of two experts."""
         ...
 
     @property
     def averages(self) -> dict[nn.Parameter, Tensor]:
-        """The average of each parameter."""
+        """EMA of each parameter."""
         ...
 
     def applied(self, forget: Callable[[], None]) -> AbstractContextManager[None]:
-        """While it lasts the parameters hold their averages; `forget` is called before each exchange."""
+        """Replace the parameters with their EMA inside. `forget` is called before each swap."""
         ...
 
 
 class Ema:
-    """Averages of named parameters: average += (1 - decay) * (parameter - average) after each step.
+    """EMA of named parameters: average += (1 - decay) * (parameter - average) after each step.
 
-    Early on the decay is lower, (1 + steps) / (10 + steps), so that the start is forgotten (as in TensorFlow's
-    ExponentialMovingAverage with num_updates). With a `lane` they are in CPU RAM, and those of parameters on its
-    device come there for their update as an optimizer's states do, see `HostStates`: up to three at a time, and no
-    copy is waited for until the averages are read.
+    The decay is lower at first, (1 + steps) / (10 + steps), so that the initial values are forgotten (as in
+    TensorFlow's ExponentialMovingAverage with num_updates). With a `lane` the EMA is in CPU RAM. Where the parameter is
+    on the lane's device, its EMA is copied there for the update, like optimizer states, see `HostStates`: at most three
+    at a time, and without waiting for copies until the EMA is read.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, *, lane: Lane | None = None) -> None:
@@ -47,12 +47,12 @@ class Ema:
         for name, parameter in self._parameters.items():
             self._kept[name] = {_AVERAGE: _float32(parameter.detach()).clone()}
             with self._at_hand(name):
-                pass  # on its way to CPU RAM before the next one is made
+                pass  # starts the copy to CPU RAM before the next one is created
         self._settle()
 
     @torch.no_grad()
     def update(self, expert: str | None = None) -> None:
-        """Take in the parameters after a step, of whichever expert."""
+        """Update the EMA after a step; the expert is ignored."""
         self._steps += 1
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         for name, parameter in self._parameters.items():
@@ -62,28 +62,28 @@ class Ema:
             self._host.rest()
 
     def _at_hand(self, name: str) -> AbstractContextManager[None]:
-        """While it lasts the average is where its parameter is; a block that streams has both in CPU RAM."""
+        """Have the EMA on its parameter's device inside; for a streamed block both are in CPU RAM."""
         if self._host is None or self._lane is None or self._parameters[name].device.type != self._lane.device.type:
             return nullcontext()
         return self._host.at_hand(name, self._kept[name])
 
     def _settle(self) -> dict[str, Tensor]:
-        """The averages by name, whole: what is on its way to CPU RAM is there."""
+        """Wait for copies to CPU RAM, and return the EMA by name."""
         if self._host is not None:
             self._host.settle()
         return {name: kept[_AVERAGE] for name, kept in self._kept.items()}
 
     @property
     def averages(self) -> dict[nn.Parameter, Tensor]:
-        """The average of each parameter, as fine as it is kept and where it is."""
+        """EMA of each parameter, in the data type and on the device where it is kept."""
         return {self._parameters[name]: average for name, average in self._settle().items()}
 
     @contextmanager
     def applied(self, forget: Callable[[], None]) -> Iterator[None]:
-        """While it lasts the parameters hold their averages, each in its own memory: for the model to compute with.
+        """Replace the parameters' values with their EMA inside, for computing with the model.
 
-        What they held is in CPU RAM meanwhile. `forget` is called before each exchange: nothing that streams may be
-        on the device then.
+        The values are kept in CPU RAM meanwhile. `forget` is called before each swap, and must drop streamed weights
+        from the device.
         """
         forget()
         kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
@@ -100,11 +100,11 @@ class Ema:
             parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
-        """What `load_state_dict` takes."""
+        """Return the number of steps and the EMA."""
         return {"steps": self._steps, "averages": self._settle()}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Resume from a saved state."""
+        """Restore a saved state."""
         steps, averages = state["steps"], state["averages"]
         assert isinstance(steps, int) and isinstance(averages, Mapping)
         self._steps = steps
@@ -113,14 +113,14 @@ class Ema:
 
 
 def reading(averages: Mapping[nn.Parameter, Tensor]) -> Callable[[nn.Parameter], Tensor]:
-    """What reads a parameter as its average, or as it is where it has none: for files.
+    """Return a function that reads a parameter's EMA, or the parameter itself if it has none, for saving.
 
-    The parameter itself is left alone: one whose `data` was of another dtype or device for a while is lost to those
-    who count on its gradients (data-parallel training).
+    The parameter is not modified: temporarily assigning `data` of another data type or device would break gradient
+    synchronisation in data-parallel training.
     """
     return lambda parameter: averages[parameter] if parameter in averages else parameter.detach()
 
 
 def _float32(tensor: Tensor) -> Tensor:
-    """The average of bfloat16 weights is finer than they are."""
+    """Widen bfloat16, in which small updates of the EMA would be lost."""
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

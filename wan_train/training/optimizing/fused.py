@@ -1,8 +1,8 @@
-"""The optimizer's step inside of the backward pass: each part of the model is stepped as soon as its gradients are
-there, and these are given up, so that those of one part are alive at a time.
+"""Optimizer steps fused into the backward pass: each part of the model is stepped as soon as its gradients are
+complete, and these are freed, so that only one part's gradients exist at a time.
 
-A weight may change then, since its gradient is complete once every use of it has been passed. With several processes
-the gradients of a part are averaged before its step; nothing else exchanges them.
+This is safe because a weight's gradient is complete only after its last use in the backward pass. With several
+processes, the gradients of a part are averaged just before its step, and nowhere else.
 """
 
 import math
@@ -18,10 +18,11 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class FusedBackward:
-    """Steps of one-by-one `optimizer`s in parts, during the backward pass, clipped to `limit` by the norm of each.
+    """Steps an `optimizer` of `one_by_one` part by part during the backward pass, clipping the gradient of each part to
+    the norm `limit`.
 
-    A part whose gradient is NaN or Inf is left out, and told of by the norm that `finish` returns. It steps for as long
-    as something holds it: the weights do not.
+    A part whose gradient is NaN or Inf is skipped, which shows in the norm that `finish` returns. The hooks hold only
+    weak references, so keep a reference to this object while training.
     """
 
     def __init__(
@@ -36,7 +37,8 @@ class FusedBackward:
                 parameter.register_post_accumulate_grad_hook(_calling(weakref.WeakMethod(self._arrived), number))
 
     def finish(self) -> float:
-        """Step what waits for gradients that did not come; the norm of all gradients of this pass, before clipping."""
+        """Step the parts that got only some of their gradients; return the norm of all gradients of this pass before
+        clipping."""
         for number, part in enumerate(self._parts):
             if self._missing[number] != len(part.parameters):
                 self._take(number)
@@ -56,7 +58,7 @@ class FusedBackward:
         norm = self._clip(waiting)
         self._norms.append(norm)
         if math.isfinite(norm):
-            # As in the backward pass: what is fetched ahead of a streamed block is what that needs next.
+            # With gradients enabled, so that streaming prefetches in the order of the backward pass.
             with torch.enable_grad(), part.held():
                 self._optimizer.step_part(part)  # type: ignore[attr-defined]
         for parameter in waiting:
@@ -71,8 +73,8 @@ class FusedBackward:
 
 
 def _calling(arrived: "weakref.WeakMethod[Callable[[int], None]]", number: int) -> Callable[[Tensor], None]:
-    """A hook of a parameter of this part. It must not hold what holds the parameter: the collector does not see that
-    cycle, since autograd's own graph is part of it, and the weights would outlive their run."""
+    """Return a hook for a parameter of this part. It holds a weak reference: the garbage collector cannot see a cycle
+    through autograd's graph, and the weights would never be freed."""
 
     def hook(_: Tensor) -> None:
         if (method := arrived()) is not None:

@@ -1,9 +1,9 @@
-"""Optimizers that step one weight after another, so that what a step takes beside it is there for one at a time.
+"""Optimizers that step one weight at a time, to limit temporary memory to that of a single weight.
 
-The classes of torch and others take all weights at once. Here each gets a subclass that hands it one, inside of what
-the `step_contexts` of a weight do: bring its states to the device, let a float32 copy stand in for it. Weights are
-stepped in parts: those of a block, or of what is outside the blocks, so that a part can be stepped as soon as its
-gradients are there.
+The optimizers of torch and other packages step all weights at once. A subclass of each passes them one weight at a
+time, within the `step_contexts` of that weight, which bring its states to the device or step a float32 copy instead.
+Weights are stepped in parts, those of a block or those outside all blocks, so that a part can be stepped once its
+gradients are complete.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from wan_train.errors import InputError
 
 COUNT = "rounded_steps"  # in the first parameter group, so that a saved state holds it
-# By package: those that treat each weight by itself, whatever else there is, and make its states at its first step.
-_APART = {
+# By package: optimizers whose step treats weights independently and creates states in a weight's first step.
+_ONE_BY_ONE = {
     "torch": ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam", "Adamax", "RMSprop", "Adadelta", "Rprop", "ASGD"),
     "transformers": ("Adafactor",),
     "came_pytorch": ("CAME",),
@@ -32,32 +32,35 @@ StepContext = Callable[[Any, nn.Parameter, str], AbstractContextManager[nn.Param
 
 @dataclass(frozen=True)
 class Part:
-    """Weights that are used together. While `held` is entered they are on the device, and written back after it."""
+    """Weights that are used together. Inside `held` they are on the device, and they are written back on exit."""
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     held: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def steps_apart(optimizer_class: Any) -> bool:
-    """Whether the step of an optimizer class can be taken weight by weight."""
-    return optimizer_class.__name__ in _APART.get(optimizer_class.__module__.partition(".")[0], ())
+def can_step_one_by_one(optimizer_class: Any) -> bool:
+    """Return whether an optimizer class can step one weight at a time."""
+    return optimizer_class.__name__ in _ONE_BY_ONE.get(optimizer_class.__module__.partition(".")[0], ())
 
 
-def check_apart(optimizer_class: Any, name: str, flag: str) -> None:
-    """InputError for an optimizer class, called `name`, whose step cannot be taken weight by weight as `flag` asks."""
-    if not steps_apart(optimizer_class):
-        known = ", ".join(dict.fromkeys(name for names in _APART.values() for name in names))
-        raise InputError(f"{flag} steps weight by weight, which --optimizer_type {name} cannot: take one of {known}")
+def check_one_by_one(optimizer_class: Any, name: str, flag: str) -> None:
+    """Raise InputError for an optimizer class, called `name`, that cannot step one weight at a time as the option
+    `flag` requires."""
+    if not can_step_one_by_one(optimizer_class):
+        known = ", ".join(dict.fromkeys(name for names in _ONE_BY_ONE.values() for name in names))
+        raise InputError(
+            f"{flag} steps one weight at a time, which --optimizer_type {name} does not support: use one of {known}"
+        )
 
 
 @cache
 def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
-    """The class that steps as `optimizer_class` does, one weight at a time.
+    """Return a subclass of `optimizer_class` that steps one weight at a time.
 
-    It takes `step_contexts` besides. Each is a context for the step of one weight. It is given the optimizer, the
-    weight and a key that tells the number of steps taken and the weight's place, and gives the weight to step: that
-    one, or one that stands in for it.
+    It takes `step_contexts` as an additional argument. Each returns a context manager for the step of one weight, given
+    the optimizer, the weight and a key of the step count and the weight's index, and yields the weight to step: the
+    same, or a replacement.
     """
     base: Any = optimizer_class
 
@@ -72,7 +75,7 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
             self._groups = {parameter: group for parameter, group in owned}
             self._places = {parameter: place for place, (parameter, _) in enumerate(owned, 1)}
             self.parts: tuple[Part, ...] = (Part("all", tuple(self._places)),)
-            self.home: torch.device | None = None  # of states that are loaded; without one they stay in CPU RAM
+            self.home: torch.device | None = None  # device of loaded states; None for CPU RAM
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
@@ -84,7 +87,7 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
 
         @torch.no_grad()
         def step_part(self, part: Part) -> None:
-            """Step what has a gradient of a part that is held; `step` afterwards counts it."""
+            """Step the weights of a held part that have gradients; `step` counts the step afterwards."""
             for parameter in part.parameters:
                 if parameter.grad is not None:
                     with ExitStack() as stack:
@@ -103,7 +106,7 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
                 self.param_groups, group["params"] = groups, together
 
         def load_state_dict(self, state: Mapping[str, Any]) -> None:
-            """Take over a state as it is: nothing is cast, and weights may be elsewhere until their turn."""
+            """Load a state without casting; weights may be on another device until they are stepped."""
             for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
                 group.update({name: value for name, value in saved.items() if name != "params"})
                 for parameter, index in zip(group["params"], saved["params"], strict=True):
@@ -115,7 +118,7 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
 
 
 def _own(name: str, value: Any, home: torch.device | None) -> Any:
-    """A copy, on its device but for torch's count of steps, which is a number in CPU RAM."""
+    """Return a copy on the home device; torch's step count stays in CPU RAM."""
     if not isinstance(value, Tensor):
         return value
     return value.clone() if name == "step" or home is None else value.to(home, copy=True)

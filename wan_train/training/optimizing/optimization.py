@@ -1,4 +1,4 @@
-"""What changes the trained parameters in a step."""
+"""Optimizer, schedule and EMA of the trained parameters."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,23 +6,23 @@ from typing import Any
 import torch
 
 from wan_train.training.carried import RunningMean, Skipped
-from wan_train.training.optimizing.ema import Average
+from wan_train.training.optimizing.ema import AveragedWeights
 from wan_train.training.optimizing.stepping import Stepping
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """The optimizer of a run with its schedule, the limits that hold for each step, and what is counted of the steps.
+    """The optimizer of a run, its schedule and EMA, limits of a step, and running statistics.
 
-    `optimizer` is what accelerate made of that of `stepping`. `max_grad_norm` 0 does not clip; `scale_weight_norms` is
-    the largest norm of each module's change, None for any; at most `skip_nonfinite` steps are left out. `average` is
-    the mean loss of the last steps.
+    `optimizer` is that of `stepping`, wrapped by accelerate. `max_grad_norm` 0 disables clipping; `scale_weight_norms`
+    is the maximum norm of each module's change, None for no limit; at most `skip_nonfinite` steps are skipped.
+    `average` is the mean loss of recent steps.
     """
 
     optimizer: torch.optim.Optimizer
     stepping: Stepping
     schedule: Any
-    ema: Average | None
+    ema: AveragedWeights | None
     average: RunningMean
     skipped: Skipped
     max_grad_norm: float

@@ -1,4 +1,4 @@
-"""An optimizer in use: its modes, the rates that it steps by, and its state as plain values."""
+"""An optimizer's modes, effective learning rates and portable state."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def comes_from(optimizer_class: Any, package: str, name: str) -> bool:
-    """Whether a class is, or inherits from, `name` of `package`; it need not be importable to be told apart."""
+    """Return whether a class is, or inherits from, `name` of `package`, which need not be installed."""
     return any(
         base.__name__ == name and base.__module__.partition(".")[0] == package
         for base in inspect.getmro(optimizer_class)
@@ -19,28 +19,29 @@ def comes_from(optimizer_class: Any, package: str, name: str) -> bool:
 
 
 def is_schedule_free(optimizer: Any) -> bool:
-    """Whether an optimizer, or a class of them, has modes for training and for use, and so no schedule."""
+    """Return whether an optimizer or optimizer class is schedule-free, with separate modes for training and
+    evaluation."""
     inner = optimizer if inspect.isclass(optimizer) else _unwrap(optimizer)
     return callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None))
 
 
 def sets_own_rate(optimizer_class: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether this class with these arguments is an Adafactor that was asked for its relative step."""
+    """Return whether this is Adafactor with relative_step, which computes its own learning rate."""
     return comes_from(optimizer_class, "transformers", "Adafactor") and bool(arguments.get("relative_step"))
 
 
 def for_training(optimizer: torch.optim.Optimizer) -> None:
-    """Put a schedule-free optimizer into the mode of training; nothing to do for others."""
+    """Switch a schedule-free optimizer to training mode; no effect on others."""
     if is_schedule_free(optimizer):
         _unwrap(optimizer).train()
 
 
 @contextmanager
 def for_saving(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, the parameters are what a schedule-free optimizer would hand out: for files, previews and evaluation.
+    """Switch a schedule-free optimizer to evaluation mode inside, for saving, previews and evaluation.
 
-    Afterwards they are, bit for bit, what they were: the optimizer's own way back rounds, and a run with previews would
-    not be the run without. Costs a copy of the trained parameters meanwhile; nothing for other optimizers.
+    Afterwards the parameters are restored bit for bit from a copy, since switching back rounds, and a run with previews
+    would differ from one without. Other optimizers need no copy.
     """
     if not is_schedule_free(optimizer):
         yield
@@ -63,10 +64,11 @@ def for_saving(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """What the optimizer steps by, for the log: `lr`, and `lr/d*lr` where it finds a factor d of its own (Prodigy).
+    """Return the effective learning rates for the log: `lr`, and `lr/d*lr` if the optimizer adapts a factor d
+    (Prodigy).
 
-    With several groups each name ends in the group's `name` or number. Asked for after the optimizer's step and before
-    the schedule's, it is the rate of that step, a schedule-free optimizer's warm-up included.
+    With several parameter groups each name ends in the group's `name` or index. Call this after the optimizer's step
+    and before the schedule's to get the rate of that step, including the warmup of a schedule-free optimizer.
     """
     inner = _unwrap(optimizer)
     rates: dict[str, float] = {}
@@ -79,19 +81,19 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def portable_state(holder: Any) -> dict[str, Any]:
-    """The state of an optimizer or a schedule as torch reads it back without unpickling objects.
+    """Return the state of an optimizer or schedule as values that torch loads without unpickling objects.
 
-    Tensors are the live ones, not copies. TypeError names what could not be kept.
+    Tensors are not copied. Raise TypeError for a value that cannot be saved.
     """
     state: dict[str, Any] = _portable(_unwrap(holder).state_dict(), "state")
     return state
 
 
 def load_portable_state(holder: Any, state: Mapping[str, Any]) -> None:
-    """Give a new optimizer or schedule, built in the same way, the state that `portable_state` gave; exact to the bit.
+    """Load what `portable_state` returned into a new optimizer or schedule of the same configuration, exact to the bit.
 
-    A schedule's comes after its optimizer's. Optimizers cast what they load to the dtype of the parameter, and put
-    what was paged into plain device memory; both are undone here.
+    Load a schedule's state after its optimizer's. Optimizers cast loaded states to the parameter's data type and move
+    paged states to plain device memory; both are undone here.
     """
     inner = _unwrap(holder)
     inner.load_state_dict(dict(state))
@@ -110,7 +112,8 @@ def load_portable_state(holder: Any, state: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Portable:
-    """An optimizer or a schedule whose `state_dict` and `load_state_dict` are those of the two functions above."""
+    """An optimizer or schedule whose `state_dict` and `load_state_dict` use `portable_state` and
+    `load_portable_state`."""
 
     holder: Any
 
@@ -122,7 +125,7 @@ class Portable:
 
 
 def _page(optimizer: Any, parameter: Tensor, held: dict[str, Any]) -> None:
-    """Put the large states of a paged bitsandbytes optimizer back into memory that can be paged out."""
+    """Move the large states of a paged bitsandbytes optimizer back to pageable memory."""
     for name in ("state1", "state2"):
         if isinstance(held.get(name), Tensor):
             buffer = optimizer.get_state_buffer(parameter, dtype=held[name].dtype)
@@ -132,7 +135,7 @@ def _page(optimizer: Any, parameter: Tensor, held: dict[str, Any]) -> None:
 def _rate(optimizer: Any, group: dict[str, Any]) -> float:
     if sets_own_rate(type(optimizer), group):
         state = optimizer.state.get(group["params"][0])
-        return float(optimizer._get_lr(group, state)) if state else 0.0  # it has none before its first step
+        return float(optimizer._get_lr(group, state)) if state else 0.0  # it has no rate before its first step
     return float(group.get("scheduled_lr") or group["lr"])
 
 
@@ -156,7 +159,7 @@ def _portable(value: Any, location: str) -> Any:
 
 
 def _unwrap(optimizer: Any) -> Any:
-    """The optimizer itself, without what accelerate or deepspeed put around it; a schedule as it is."""
+    """Return the optimizer without the wrappers of accelerate or deepspeed; a schedule is returned unchanged."""
     inner = getattr(optimizer, "optimizer", None)
     wrapped = isinstance(optimizer, torch.optim.Optimizer) and isinstance(inner, torch.optim.Optimizer)
     return _unwrap(inner) if wrapped else optimizer

@@ -1,4 +1,4 @@
-"""Optimizers by the names that users know."""
+"""Create optimizers by name."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.packages import load
 from wan_train.training.optimizing.adamw8bit import AdamW8bitSR
-from wan_train.training.optimizing.one_by_one import StepContext, check_apart, one_by_one
+from wan_train.training.optimizing.one_by_one import StepContext, check_one_by_one, one_by_one
 from wan_train.training.optimizing.optimizer_state import comes_from, for_training, is_schedule_free, sets_own_rate
 from wan_train.training.optimizing.rounding import check_rounding
 from wan_train.training.settings import OptimizerSettings
@@ -24,12 +24,12 @@ log = get_logger(__name__)
 OptimizerClass = Callable[..., torch.optim.Optimizer]
 
 WORDS = {"true": True, "false": False, "none": None}
-LOW_FOR_PRODIGY = 0.1  # it multiplies the rate that it finds; its paper and its authors take 1
+LOW_FOR_PRODIGY = 0.1  # it multiplies the estimated rate; the paper and its authors use 1
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a class lives, and the package to install for it."""
+    """Module of a class, and the package to install for it."""
 
     module: str
     name: str
@@ -57,10 +57,10 @@ def make_optimizer(
     warmup: int = 0,
     step_contexts: Sequence[StepContext] | None = None,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer over the adapter's parameter groups, ready for its first step.
+    """Create the optimizer of the adapter's parameter groups.
 
-    `warmup` is for a schedule-free optimizer, which warms up by itself; with `step_contexts` it steps one weight at a
-    time, each inside of them. See `check_optimizer` for what is refused.
+    `warmup` is the number of warmup steps of a schedule-free optimizer. With `step_contexts` it steps one weight at a
+    time, within these. See `check_optimizer` for what is refused.
     """
     several = len({group.get("lr", settings.learning_rate) for group in groups}) > 1
     kind, arguments = check_optimizer(settings, several_rates=several)
@@ -77,36 +77,40 @@ def make_optimizer(
 
 
 def check_optimizer(
-    settings: OptimizerSettings, *, several_rates: bool = False, rounded: bool = False, apart: str | None = None
+    settings: OptimizerSettings,
+    *,
+    several_rates: bool = False,
+    rounded: bool = False,
+    one_by_one_option: str | None = None,
 ) -> tuple[OptimizerClass, dict[str, Any]]:
-    """The class and the arguments, `lr` among them, behind the settings.
+    """Return the optimizer class of the settings and its arguments, including `lr`.
 
-    Raises InputError for an unknown name, a package that is not there, an argument that the class does not take, and
-    where it could not do what is asked for: keep `several_rates` of parameter groups (LoRA+) apart, let weights be
-    `rounded` at random, or step them one by one as the option `apart` asks.
+    Raise InputError for an unknown name, a missing package, an argument that the class does not have, and a class that
+    does not support what is required: `several_rates` of parameter groups (LoRA+), stochastic rounding (`rounded`), or
+    stepping one weight at a time, as the option named by `one_by_one_option` requires.
     """
     kind = find_optimizer(settings.optimizer_type)
     if rounded:
         check_rounding(kind, settings.optimizer_type)
-    if apart is not None:
-        check_apart(kind, settings.optimizer_type, apart)
+    if one_by_one_option is not None:
+        check_one_by_one(kind, settings.optimizer_type, one_by_one_option)
     given = read_arguments("--optimizer_args", settings.optimizer_args)
     if "lr" in given:
-        raise InputError("--optimizer_args contains lr: give it as --learning_rate")
+        raise InputError("--optimizer_args contains lr: use --learning_rate")
     refuse_unknown("--optimizer_args", given, kind, own=("params", "lr"))
     _check_warmup(kind, given, settings)
     arguments = _defaults(kind, given) | {"lr": settings.learning_rate} | given
     if sets_own_rate(kind, arguments):
-        arguments["lr"] = None  # it will not have both
+        arguments["lr"] = None  # it does not accept both
     if several_rates and (comes_from(kind, "prodigyopt", "Prodigy") or sets_own_rate(kind, arguments)):
         raise InputError(
-            f"{settings.optimizer_type} keeps one learning rate for all parameters, and loraplus_lr_ratio asks for two:"
-            " leave the ratio out, or take another --optimizer_type"
+            f"{settings.optimizer_type} supports a single learning rate, and loraplus_lr_ratio needs two:"
+            " leave it out, or use another --optimizer_type"
         )
-    try:  # its own checks of ranges, on a parameter that is thrown away
+    try:  # run its own range checks on a temporary parameter
         kind([torch.nn.Parameter(torch.zeros(2, 2))], **arguments)
     except (AssertionError, TypeError, ValueError, RuntimeError) as problem:
-        reason = str(problem) or "it does not take this learning rate, or one of these values"
+        reason = str(problem) or "the learning rate or one of these values is not supported"
         raise InputError(
             f"--optimizer_type {settings.optimizer_type} with --learning_rate {settings.learning_rate:g} and "
             f"--optimizer_args {' '.join(settings.optimizer_args) or '(none)'}: {reason}"
@@ -115,7 +119,7 @@ def check_optimizer(
 
 
 def find_optimizer(name: str) -> OptimizerClass:
-    """The class behind `--optimizer_type`: a known name in any case, one of torch.optim, or package.Class."""
+    """Return the class of `--optimizer_type`: a known name in any case, a class of torch.optim, or package.Class."""
     if "." in name:
         return _by_full_name(name)
     known: dict[str, Source] = {
@@ -145,21 +149,19 @@ def find_optimizer(name: str) -> OptimizerClass:
 
 
 def import_class(flag: str, name: str, base: type) -> Any:
-    """The class `package.Class`, a kind of `base`. InputError says what is missing."""
+    """Import `package.Class`, a subclass of `base`. Raise InputError if it cannot be imported."""
     module, _, attribute = name.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), attribute, None)
     except (ImportError, OSError, RuntimeError, ValueError) as problem:
-        raise InputError(
-            f"{flag} {name}: the module {module!r} does not import ({problem}): install its package"
-        ) from None
+        raise InputError(f"{flag} {name}: cannot import {module} ({problem}): install its package") from None
     if not (inspect.isclass(kind) and issubclass(kind, base)):
-        raise InputError(f"{flag} {name}: {module} has no {base.__name__} of the name {attribute}")
+        raise InputError(f"{flag} {name}: {module} has no {base.__name__} named {attribute}")
     return kind
 
 
 def read_arguments(flag: str, texts: Sequence[str]) -> dict[str, Any]:
-    """name=value pairs, each value read as a Python literal; true, false and none in any case; else text."""
+    """Parse name=value pairs. A value is a Python literal; true, false and none in any case; otherwise text."""
     arguments: dict[str, Any] = {}
     for text in texts:
         name, sign, value = (part.strip() for part in text.partition("="))
@@ -177,7 +179,7 @@ def read_arguments(flag: str, texts: Sequence[str]) -> dict[str, Any]:
 def refuse_unknown(
     flag: str, given: dict[str, Any], optimizer_class: Callable[..., Any], *, own: Sequence[str]
 ) -> None:
-    """InputError for an argument that `optimizer_class` does not take, or that is our `own` to give."""
+    """Raise InputError for an argument that `optimizer_class` does not have, or that is one of our `own`."""
     parameters = inspect.signature(optimizer_class).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return
@@ -185,7 +187,7 @@ def refuse_unknown(
     for name in given:
         if name not in known:
             raise InputError(
-                f"{flag}: {getattr(optimizer_class, '__name__', optimizer_class)} takes no {name}"
+                f"{flag}: {getattr(optimizer_class, '__name__', optimizer_class)} has no argument {name}"
                 f"{nearest(name, known)}; known are {', '.join(known)}"
             )
 
@@ -200,7 +202,8 @@ def _check_warmup(optimizer_class: OptimizerClass, given: dict[str, Any], settin
 
 
 def _defaults(optimizer_class: OptimizerClass, given: dict[str, Any]) -> dict[str, Any]:
-    """Where ours are not the package's: Adafactor steps by --learning_rate, as it is, unless it is asked otherwise."""
+    """Return defaults that differ from the package's: Adafactor uses --learning_rate without scaling unless arguments
+    say otherwise."""
     relative = bool(given.get("relative_step"))
     adafactor = comes_from(optimizer_class, "transformers", "Adafactor")
     return {"relative_step": relative, "scale_parameter": relative} if adafactor else {}
@@ -210,10 +213,11 @@ def _explain(optimizer_class: OptimizerClass, arguments: dict[str, Any], learnin
     if sets_own_rate(optimizer_class, arguments):
         log.warning("Adafactor with relative_step computes its own learning rate: --learning_rate is ignored")
     elif comes_from(optimizer_class, "transformers", "Adafactor") and arguments["scale_parameter"]:
-        log.warning("Adafactor with scale_parameter multiplies --learning_rate by each weight's own size")
+        log.warning("Adafactor with scale_parameter multiplies --learning_rate by the RMS of each weight")
     elif comes_from(optimizer_class, "prodigyopt", "Prodigy") and learning_rate < LOW_FOR_PRODIGY:
         log.warning(
-            "Prodigy multiplies the learning rate that it finds by --learning_rate %g: 1 is usual", learning_rate
+            "Prodigy multiplies the learning rate that it estimates by --learning_rate %g: the usual value is 1",
+            learning_rate,
         )
 
 

@@ -1,7 +1,7 @@
-"""Optimizers for weights in bfloat16: each is made float32 for its step and rounded back stochastically.
+"""Stochastic rounding of bfloat16 weights: each is stepped in float32 and rounded back stochastically.
 
-An update below half of the last place of a bfloat16 weight is lost if it is rounded to the nearest; rounded up as often
-as its size asks for, it is there in the mean (Gupta et al. 2015, section 3). One weight at a time is float32.
+Rounding to nearest loses any update smaller than half a unit in the last place. Stochastic rounding keeps it in
+expectation (Gupta et al. 2015, section 3). Only one weight at a time is in float32.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from wan_train.errors import InputError
 from wan_train.flow.keyed import generator_of
 from wan_train.training.optimizing.one_by_one import StepContext
 
-# By package: those that treat each weight by itself, and take it in float32. bitsandbytes has not been seen to.
+# By package: optimizers that treat weights independently and support float32. bitsandbytes is untested.
 _IN_FLOAT32 = {
     "torch": ("AdamW", "Adam", "SGD", "Adafactor"),
     "transformers": ("Adafactor",),
@@ -24,10 +24,11 @@ _IN_FLOAT32 = {
 }
 
 
-def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
-    """x, float32, as bfloat16: the neighbour above or below, each as often as x is near it.
+def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Round x, float32, to bfloat16 stochastically: up or down, with a probability by the distance to each neighbour.
 
-    A number in [0, 2^16) is added to the bits that bfloat16 lacks, and these are cut off. What is not finite stays.
+    An integer drawn from [0, 2^16) is added to the bits that bfloat16 lacks, which are then cut off. NaN and Inf are
+    kept.
     """
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     cut = ((x.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
@@ -35,7 +36,7 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def check_rounding(optimizer_class: Any, name: str) -> None:
-    """InputError for an optimizer class, called `name`, that cannot round so."""
+    """Raise InputError for an optimizer class, called `name`, that does not support stochastic rounding."""
     if optimizer_class.__name__ not in _IN_FLOAT32.get(optimizer_class.__module__.partition(".")[0], ()):
         known = ", ".join(dict.fromkeys(name for names in _IN_FLOAT32.values() for name in names))
         raise InputError(
@@ -44,14 +45,15 @@ def check_rounding(optimizer_class: Any, name: str) -> None:
 
 
 def rounded(seed: int) -> StepContext:
-    """Lets a float32 weight stand in for one in bfloat16, and rounds it back by draws that `seed` keys."""
+    """Return a step context that steps a bfloat16 weight in float32 and rounds it back stochastically; draws are keyed
+    by `seed`."""
 
     @contextmanager
     def turn(optimizer: Any, parameter: nn.Parameter, key: str) -> Iterator[nn.Parameter]:
         if parameter.dtype != torch.bfloat16:
             yield parameter
             return
-        # Not `parameter.data`, made float32: whoever counts on its gradients (data-parallel training) would lose it.
+        # Not `parameter.data` in float32: data-parallel training would lose track of the parameter's gradients.
         fine = nn.Parameter(parameter.detach().float())
         assert parameter.grad is not None
         fine.grad = parameter.grad.float()
@@ -59,6 +61,6 @@ def rounded(seed: int) -> StepContext:
         yield fine
         optimizer.state[parameter] = optimizer.state.pop(fine)
         generator = generator_of(f"{seed}/{key}/rounding", device=fine.device)
-        parameter.copy_(round_at_random(fine.detach(), generator))
+        parameter.copy_(round_stochastically(fine.detach(), generator))
 
     return turn

@@ -1,4 +1,4 @@
-"""Learning rates over the run, counted in optimizer steps whatever the number of processes."""
+"""Learning rate schedules, counted in optimizer steps for any number of processes."""
 
 import inspect
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from wan_train.training.optimizing.optimizer_state import is_schedule_free, sets
 from wan_train.training.optimizing.optimizers import check_optimizer, import_class, read_arguments, refuse_unknown
 from wan_train.training.settings import OptimizerSettings
 
-UNKNOWN_LENGTH = 10**12  # stands in before the length of the run is known; every share of it is exact
-REX_FLOOR = 0.01  # of the learning rate, where --lr_scheduler_min_lr_ratio is not given
+UNKNOWN_LENGTH = 10**12  # used before the length of the run is known; ratios of it are exact
+REX_FLOOR = 0.01  # ratio of the learning rate, default of --lr_scheduler_min_lr_ratio
 
-# Settings, steps of decay -> what the schedule's function takes beside the steps of warm-up and of the whole.
+# Settings and decay steps -> arguments of the schedule's function besides the warmup and total steps.
 Details = Callable[[OptimizerSettings, int], dict[str, Any]]
 
 
@@ -28,13 +28,13 @@ def _no_details(settings: OptimizerSettings, decay: int) -> dict[str, Any]:
 
 
 def _waves(settings: OptimizerSettings) -> float:
-    """A cycle of these is half a wave: it ends at its lowest."""
+    """Return the number of cosine periods: each cycle is half a period and ends at the minimum."""
     return settings.lr_scheduler_num_cycles / 2
 
 
 @dataclass(frozen=True)
 class ScheduleKind:
-    """A schedule's own options and --lr_scheduler_args, and how they reach its function."""
+    """The options and --lr_scheduler_args that a schedule reads, and how they are passed to its function."""
 
     options: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
@@ -83,13 +83,16 @@ KINDS: dict[str, ScheduleKind] = {
     ),
 }
 NEEDED = {
-    "cosine_with_min_lr": ("lr_scheduler_min_lr_ratio", "give the lowest rate as a part of the highest, such as 0.1"),
-    "warmup_stable_decay": ("lr_decay_steps", "say how long the decay is, such as 20%"),
+    "cosine_with_min_lr": (
+        "lr_scheduler_min_lr_ratio",
+        "give the minimum learning rate as a ratio of the maximum, such as 0.1",
+    ),
+    "warmup_stable_decay": ("lr_decay_steps", "give the length of the decay, such as 20%"),
 }
 
 
 def warmup_steps(text: str, total: int, flag: str = "--lr_warmup_steps") -> int:
-    """Steps from a number, a share below 1 or a percentage of `total`, as `flag` takes them."""
+    """Parse a number of steps, a ratio below 1, or a percentage of `total`, given by the option `flag`."""
     try:
         if text.strip().endswith("%"):
             share = float(text.strip()[:-1]) / 100
@@ -103,16 +106,16 @@ def warmup_steps(text: str, total: int, flag: str = "--lr_warmup_steps") -> int:
                 share = value
         steps = round(share * total)
     except (ValueError, OverflowError):
-        raise InputError(f"{flag} takes a number, a share below 1 or a percentage, not {text!r}") from None
+        raise InputError(f"{flag} takes a number, a ratio below 1 or a percentage, not {text!r}") from None
     if not 0 <= steps <= total:
         raise InputError(f"{flag} {text} is outside the run's {total} steps")
     return steps
 
 
 def check_schedule(settings: OptimizerSettings, total: int | None = None) -> None:
-    """Refuse, without a model, what cannot work: InputError for what does not go together or is out of range.
+    """Raise InputError for a schedule that conflicts with other options or whose values are out of range.
 
-    Before the length of the run is known, all but what depends on it is checked.
+    If `total` is None, whatever depends on the length of the run is not checked.
     """
     kind, arguments = check_optimizer(settings)
     own = "adafactor" if sets_own_rate(kind, arguments) else "schedule-free" if is_schedule_free(kind) else ""
@@ -136,10 +139,10 @@ def check_schedule(settings: OptimizerSettings, total: int | None = None) -> Non
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, *, total: int) -> Any:
-    """The schedule of `check_schedule`, to be stepped once for each of the run's `total` optimizer steps.
+    """Create the learning rate schedule, to be stepped once for each of the run's `total` optimizer steps.
 
-    A constant rate with a warm-up warms up too. Optimizers that set their own pace get a schedule that does nothing.
-    Groups keep the ratio of their rates under every schedule of `--lr_scheduler`.
+    The constant schedule with warmup steps warms up too. Optimizers that set their own rate get a schedule without
+    effect. The ratios between parameter groups are kept by every schedule of `--lr_scheduler`.
     """
     if is_schedule_free(optimizer) or sets_own_rate(type(optimizer), optimizer.param_groups[0]):
         return LambdaLR(optimizer, _same)
@@ -153,10 +156,11 @@ def _same(step: int) -> float:
 def rex_factor(
     step: int, *, warmup: int, total: int, floor: float, rex_alpha: float = 0.1, rex_beta: float = 0.9
 ) -> float:
-    """The learning rate at `step` as a part of the highest: REX (Chen et al. 2021, arXiv 2107.04197) above a `floor`.
+    """Return the learning rate at `step` relative to the maximum: REX (Chen et al. 2021, arXiv 2107.04197) above a
+    `floor`.
 
-    Published for alpha = beta = 1/2; musubi-tuner's 0.1 and 0.9 hold the rate high for longer. The warm-up is linear
-    from the floor.
+    The paper has alpha = beta = 1/2; musubi-tuner's 0.1 and 0.9 keep the rate high for longer. Warmup is linear from
+    the floor.
     """
     if step < warmup:
         return floor + (1 - floor) * step / warmup
@@ -167,7 +171,7 @@ def rex_factor(
 
 
 def _check_own_pace(settings: OptimizerSettings, own: str) -> None:
-    """What a schedule would be told, an optimizer that is its own schedule never hears."""
+    """Raise InputError for schedule options with an optimizer that sets its own schedule and would ignore them."""
     if settings.lr_scheduler_type or settings.lr_scheduler not in ("constant", "constant_with_warmup", own):
         raise InputError(
             f"--optimizer_type {settings.optimizer_type} has its own schedule: leave out {_described(settings)}"
@@ -179,12 +183,12 @@ def _check_own_pace(settings: OptimizerSettings, own: str) -> None:
     if own == "adafactor" and warmup_steps(settings.lr_warmup_steps, UNKNOWN_LENGTH):
         raise InputError(
             f"Adafactor with relative_step does not read --lr_warmup_steps {settings.lr_warmup_steps}: leave it out, "
-            "or take --optimizer_args relative_step=True warmup_init=True"
+            "or use --optimizer_args relative_step=True warmup_init=True"
         )
 
 
 def _check_options(settings: OptimizerSettings) -> None:
-    """Options that the schedule does not read are refused: they would be taken for settings that count."""
+    """Raise InputError for options that the schedule does not read and would silently ignore."""
     flag, name = _described(settings).split(" ", 1)
     kind = ScheduleKind(warms_up=False) if settings.lr_scheduler_type else KINDS[settings.lr_scheduler]
     if settings.lr_scheduler_type and settings.lr_scheduler != "constant":
@@ -196,14 +200,14 @@ def _check_options(settings: OptimizerSettings) -> None:
         changed = getattr(settings, field.name) != field.default
         if field.name in special and changed and field.name not in kind.options:
             readers = ", ".join(name for name, row in KINDS.items() if field.name in row.options)
-            raise InputError(f"{flag} {name} does not read --{field.name}: leave it out, or take one of {readers}")
+            raise InputError(f"{flag} {name} does not read --{field.name}: leave it out, or use one of {readers}")
     needed, advice = NEEDED.get(settings.lr_scheduler, ("", ""))
     if needed and getattr(settings, needed) in (None, "0"):
         raise InputError(f"{flag} {name} needs --{needed}: {advice}")
 
 
 def _build(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, *, total: int) -> Any:
-    """The schedule; what its function refuses is an InputError."""
+    """Create the schedule. Raise InputError for arguments that its function rejects."""
     given = read_arguments("--lr_scheduler_args", settings.lr_scheduler_args)
     if settings.lr_scheduler_type:
         make = partial(_find_class(settings.lr_scheduler_type), optimizer)
@@ -215,7 +219,8 @@ def _build(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, *, tot
             if name not in known:
                 listed = f"known are {', '.join(known)}" if known else "there are none"
                 raise InputError(
-                    f"--lr_scheduler_args: {settings.lr_scheduler} takes no {name}{nearest(name, known)}; {listed}"
+                    f"--lr_scheduler_args: {settings.lr_scheduler} has no argument {name}"
+                    f"{nearest(name, known)}; {listed}"
                 )
     try:
         return make(**given)
@@ -266,7 +271,9 @@ def _find_class(name: str) -> Any:
     kind = known[name] if name in known else import_class("--lr_scheduler_type", name, LRScheduler)
     first = list(inspect.signature(kind.step).parameters.values())[1:2]
     if first and first[0].default is inspect.Parameter.empty:
-        raise InputError(f"--lr_scheduler_type {name} steps by {first[0].name}, which training does not give it")
+        raise InputError(
+            f"--lr_scheduler_type {name} needs {first[0].name} in each step, which training does not provide"
+        )
     return kind
 
 

@@ -1,4 +1,4 @@
-"""How what is trained is stepped: all at once after the backward pass, or in parts, as memory options ask for."""
+"""Step the trained parameters: all at once after the backward pass, or in parts, as memory options require."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ from wan_train.placement.states import HostStates
 from wan_train.placement.stream import Stream
 from wan_train.training.accelerator import launched_dtype
 from wan_train.training.optimizing.fused import FusedBackward
-from wan_train.training.optimizing.one_by_one import Part, StepContext, steps_apart
+from wan_train.training.optimizing.one_by_one import Part, StepContext, can_step_one_by_one
 from wan_train.training.optimizing.optimizers import find_optimizer, make_optimizer
 from wan_train.training.optimizing.rounding import rounded
 from wan_train.training.settings import TrainSettings
@@ -30,8 +30,8 @@ Streams = Mapping[str | None, Stream]  # by expert
 
 @dataclass(frozen=True)
 class Stepping:
-    """The optimizer, what steps during the backward pass, if that is asked for, and the waiting for CPU RAM:
-    after `settle` all that lives there is whole, after `forget` nothing of it is on the device besides."""
+    """The optimizer, the fused backward pass, if used, and functions that wait for copies to CPU RAM: after `settle`
+    everything kept there is up to date; after `forget` none of it is on the device either."""
 
     optimizer: torch.optim.Optimizer
     fused: FusedBackward | None
@@ -40,7 +40,7 @@ class Stepping:
 
 
 def needs_parts(settings: TrainSettings) -> str | None:
-    """The option for which weights have to be stepped one by one, if there is one."""
+    """Return the option that requires stepping one weight at a time; None if there is none."""
     swaps = settings.stream.blocks_to_swap > 0 and trains_weights(settings.network)
     given = {
         "--fused_backward_pass": settings.optimizer.fused_backward_pass,
@@ -51,12 +51,12 @@ def needs_parts(settings: TrainSettings) -> str | None:
 
 
 def check_stepping(settings: TrainSettings) -> None:
-    """InputError for what does not go with stepping during the backward pass, or with trained blocks that stream."""
+    """Raise InputError for options that conflict with a fused backward pass or with trained, streamed blocks."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not settings.optimizer.fused_backward_pass:
         if needs_parts(settings) == "--blocks_to_swap" and several:
             raise InputError(
-                "--blocks_to_swap with trained weights and several processes needs --fused_backward_pass: give that too"
+                "--blocks_to_swap with trained weights and several processes needs --fused_backward_pass: add it"
             )
         return
     given = {
@@ -67,7 +67,7 @@ def check_stepping(settings: TrainSettings) -> None:
         "fp16, whose gradients are scaled,": launched_dtype(settings.loop) == torch.float16,
     }
     if label := first_given(given):
-        raise InputError(f"--fused_backward_pass steps in every backward pass, and {label} does not go with that")
+        raise InputError(f"--fused_backward_pass steps in every backward pass, which does not work with {label}")
 
 
 def make_stepping(
@@ -79,10 +79,10 @@ def make_stepping(
     warmup: int,
     seed: int,
 ) -> Stepping:
-    """The optimizer of what is trained, and all that goes with it."""
+    """Create the optimizer, and the fused backward pass and step contexts that the options ask for."""
     groups = adapter.parameter_groups(settings.optimizer.learning_rate)
     if not trains_weights(settings.network):
-        streams = {}  # what is in CPU RAM stays as it is
+        streams = {}  # frozen weights in CPU RAM do not change
     step_contexts, settled = [], [stream.settle for stream in streams.values()]
     if settings.optimizer.optimizer_cpu_offload:
         states = HostStates(make_lane(accelerator.device))
@@ -90,14 +90,14 @@ def make_stepping(
         settled.append(states.settle)
     if settings.network.full_bf16:
         step_contexts.append(rounded(seed))
-    # All at once takes as much again as what is stepped: little for a LoRA.
-    whole = trains_weights(settings.network) and steps_apart(find_optimizer(settings.optimizer.optimizer_type))
-    apart = step_contexts or whole or needs_parts(settings)
+    # Stepping all at once needs a temporary copy of the weights, which is small for a LoRA.
+    whole = trains_weights(settings.network) and can_step_one_by_one(find_optimizer(settings.optimizer.optimizer_type))
+    needs_one_by_one = step_contexts or whole or needs_parts(settings)
     optimizer = make_optimizer(
-        groups, settings.optimizer, warmup=warmup, step_contexts=step_contexts if apart else None
+        groups, settings.optimizer, warmup=warmup, step_contexts=step_contexts if needs_one_by_one else None
     )
     fused = None
-    if apart:
+    if needs_one_by_one:
         parts = parts_of(dict(adapter.named_parameters()), streams)
         optimizer.parts = parts  # type: ignore[attr-defined]
         away = settings.optimizer.optimizer_cpu_offload
@@ -111,8 +111,8 @@ def make_stepping(
 
 
 def parts_of(trained: Mapping[str, nn.Parameter], streams: Streams) -> tuple[Part, ...]:
-    """What is trained in parts: each block of each stack, and what has the first word of its name in common; of two
-    experts apart."""
+    """Divide the trained parameters into parts: one for each block, and one for each other top-level module, separately
+    for each expert."""
     members: dict[tuple[str | None, str], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         first, _, rest = name.partition(".")
@@ -129,7 +129,7 @@ def parts_of(trained: Mapping[str, nn.Parameter], streams: Streams) -> tuple[Par
 
 
 def states_at_hand(states: HostStates) -> StepContext:
-    """Brings the states of the weight whose turn it is."""
+    """Return a step context that brings the states of a weight to the device for its step."""
 
     @contextmanager
     def turn(optimizer: Any, parameter: nn.Parameter, key: str) -> Iterator[nn.Parameter]:

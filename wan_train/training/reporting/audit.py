@@ -1,4 +1,4 @@
-"""`--audit_timesteps`: which noise levels a run will train each expert on, and which ones generation will ask for."""
+"""Compare the noise levels that each expert is trained on with those used in generation: `--audit_timesteps`."""
 
 import random
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ PIXELS = (480, 832)
 
 @dataclass(frozen=True)
 class Share:
-    """What an expert is trained on: how much of all draws, from which t to which, and how much of its draws lies on
-    the other's side of the boundary."""
+    """The noise levels that an expert is trained on: its share of all draws, their range of t, and the share of its
+    draws beyond the boundary."""
 
     expert: str | None
     part: float
     low: float
     high: float
-    astray: float
+    outside: float
 
 
 def audit(settings: TrainSettings, num_draws: int = NUM_DRAWS) -> str:
-    """What to print. The draws are those of the run's own sampler, with --seed, or 0."""
+    """Return the text to print. Levels are drawn with the run's own sampler, with --seed or 0."""
     plan, variant = plan_experts(settings), VARIANTS[settings.dit.task]
     lines = [f"{num_draws:,} draws of t, {settings.timesteps.timestep_sampling}"]
     boundary = read_boundary(settings.experts.timestep_boundary, variant) if variant.experts else None
@@ -43,7 +43,7 @@ def audit(settings: TrainSettings, num_draws: int = NUM_DRAWS) -> str:
     ):
         name = (share.expert or "the model").replace("_", " ")
         line = f"trained, {name}: {share.part:.1%} of the draws, t from {share.low:.4f} to {share.high:.4f}"
-        lines.append(line if share.expert is None else f"{line}, {share.astray:.1%} beyond the boundary")
+        lines.append(line if share.expert is None else f"{line}, {share.outside:.1%} beyond the boundary")
     lines += [f"visited, {line}" for line in visited(variant, boundary)]
     return "\n".join(lines)
 
@@ -57,26 +57,26 @@ def measure(
     boundary: float | None,
     size: tuple[int, int] = (60, 104),
 ) -> list[Share]:
-    """What each expert is trained on, by drawing; `size` is the latents' (height, width)."""
+    """Measure the noise levels of each expert by drawing; `size` is the latents' (height, width)."""
     chance = random.Random(f"{seed} audited timesteps")
     trained: list[str | None] = [*plan.trained] or [None]
     shares = []
     for expert in trained:
         count = num_draws // len(trained)
         t = draw_levels([chance.random() for _ in range(count)], size, settings, plan.limits(expert, settings))
-        astray = 0.0 if expert is None or boundary is None else _astray(t, expert, boundary)
-        shares.append(Share(expert, count / num_draws, float(t.min()), float(t.max()), astray))
+        outside = 0.0 if expert is None or boundary is None else _share_outside(t, expert, boundary)
+        shares.append(Share(expert, count / num_draws, float(t.min()), float(t.max()), outside))
     return shares
 
 
-def _astray(t: Tensor, expert: str, boundary: float) -> float:
+def _share_outside(t: Tensor, expert: str, boundary: float) -> float:
     low, high = span_of(expert, boundary)
     outside = (t < torch.tensor(low) - 1e-6) | (t > torch.tensor(high) + 1e-6)
     return float(outside.float().mean())
 
 
 def visited(variant: Variant, boundary: float | None) -> list[str]:
-    """For each solver the t that the generator asks for with the task's own steps and shift, by expert."""
+    """Return the values of t that each solver visits with the task's default steps and shift, by expert."""
     lines = []
     for name in dict.fromkeys(name for name in SOLVER_NAMES if name != "vanilla"):
         solver = make_solver(name, steps=variant.steps, shift=variant.shift)
@@ -94,13 +94,13 @@ def visited(variant: Variant, boundary: float | None) -> list[str]:
 
 
 def refuse_unused(plan: ExpertPlan, settings: TimestepSettings) -> None:
-    """InputError for an expert that would be trained only where generation asks the other one."""
+    """Raise InputError for an expert that would only be trained at noise levels where generation uses the other."""
     for expert in plan.trained:
         trained, own = plan.limits(expert, settings) or span(settings), span_of(expert, plan.boundary)
         if trained.high <= own[0] or trained.low >= own[1]:
             raise InputError(
-                f"the expert for {expert.replace('_', ' ')} would be trained from {NUM_TIMESTEPS * trained.low:g} to"
-                f" {NUM_TIMESTEPS * trained.high:g}, and generation asks it from {NUM_TIMESTEPS * own[0]:g} to"
+                f"the {expert.replace('_', '-')} expert would be trained from {NUM_TIMESTEPS * trained.low:g} to"
+                f" {NUM_TIMESTEPS * trained.high:g}, but generation uses it from {NUM_TIMESTEPS * own[0]:g} to"
                 f" {NUM_TIMESTEPS * own[1]:g}: change --min_timestep and --max_timestep, or --timestep_boundary, or"
-                " give --allow_unused_timesteps"
+                " use --allow_unused_timesteps"
             )

@@ -1,4 +1,4 @@
-"""Curves as SVG, for a page that stands alone."""
+"""Line charts as SVG, for a self-contained page."""
 
 import html
 import math
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Legend: a drawing of WIDTH x HEIGHT units, in it a plot that leaves room for numbers as large as on a phone.
+# A figure of WIDTH x HEIGHT units, with margins around the plot for tick labels legible on a phone.
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 92, 40, 14, 44
-MOST_POINTS = 500  # of a line: more than a screen shows
+MOST_POINTS = 500  # of a curve: more than a screen can show
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: steps, values (NaN leaves a gap), how it is named, the number of its colour, and how it is drawn.
+    """A curve: steps, values (NaN leaves a gap), name, colour index and style.
 
-    `faint` is for what lies behind a smoothed curve, without a name of its own; `dots` for measurements that are far
-    apart, with `low` and `high` as bars.
+    `faint` is for raw values behind a smoothed curve, without a legend entry. `dots` is for sparse measurements, with
+    `low` and `high` as error bars.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Series:
 
 
 def draw_chart(title: str, series: Sequence[Series], *, from_zero: bool = False) -> str:
-    """A figure of curves over steps, with its legend; nothing where no curve has a number."""
+    """Return a figure of curves over steps with a legend; empty if there is nothing finite to plot."""
     shown = [curve for curve in series if np.isfinite(curve.values).any()]
     if not shown:
         return ""
@@ -47,7 +47,7 @@ def draw_chart(title: str, series: Sequence[Series], *, from_zero: bool = False)
         if not curve.faint
     )
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    # A drawing within the drawing cuts off what leaves it.
+    # The nested svg clips curves to the plot.
     plot = f'<svg x="{LEFT}" y="{TOP}" width="{width}" height="{height}" viewBox="{LEFT} {TOP} {width} {height}">'
     return (
         f"<figure><figcaption>{html.escape(title)}</figcaption>"
@@ -58,7 +58,7 @@ def draw_chart(title: str, series: Sequence[Series], *, from_zero: bool = False)
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Running mean over `window` values around each, of those that are numbers."""
+    """Return the running mean of the finite values in a window of `window` around each value."""
     if not len(values):
         return values
     known = np.isfinite(values)
@@ -69,7 +69,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) between two."""
+    """Return about `count` round numbers in a range, spaced 1, 2 or 5 times a power of ten."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
@@ -78,7 +78,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A number as short as it can be read."""
+    """Format a number briefly."""
     if not math.isfinite(value):
         return "unknown"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
@@ -101,25 +101,25 @@ class _Frame:
         return nice_ticks(*self.y)
 
     def across(self, steps: np.ndarray) -> np.ndarray:
-        """Where steps are drawn."""
+        """Return the x coordinates of steps."""
         low, high = self.x
         return LEFT + (steps - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
     def down(self, values: np.ndarray) -> np.ndarray:
-        """Where values are drawn."""
+        """Return the y coordinates of values."""
         low, high = self.y
         return HEIGHT - BOTTOM - (values - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
 def _frame(series: Sequence[Series], *, from_zero: bool) -> _Frame:
-    """What the plot spans: single spikes of a faint curve may leave it."""
+    """Return the range of the plot; single spikes of a faint curve may lie outside."""
     steps = np.concatenate([curve.steps for curve in series])
     spans = [span for curve in series if (span := _span(curve)) is not None]
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)
     low = min(low, 0.0) if from_zero else low
     room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
     first, last = float(steps.min()), max(float(steps.max()), float(steps.min()) + 1)
-    margin = (last - first) * 0.015  # dots at the ends stay whole
+    margin = (last - first) * 0.015  # dots at the ends are not clipped
     return _Frame((first - margin, last + margin), (low if from_zero and low == 0 else low - room, high + room))
 
 
@@ -154,7 +154,7 @@ def _draw(curve: Series, frame: _Frame) -> str:
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about MOST_POINTS points: of each stretch its least and greatest, so that no spike is lost."""
+    """Reduce to about MOST_POINTS points, keeping the minimum and maximum of each stretch so that spikes remain."""
     if len(steps) <= MOST_POINTS:
         return steps, values
     kept: list[int] = []

@@ -1,4 +1,4 @@
-"""What a run says of itself: a line of JSON for every step, TensorBoard, and the progress bar."""
+"""Record the metrics of a run: a row of JSON for each step, trackers, and the progress bar."""
 
 import json
 import math
@@ -23,10 +23,11 @@ NUM_STRATA = 8
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step: `loss` is the mean over its batches, `seconds` its time, `memory_mib` the peak so far.
+    """Metrics of an optimizer step: `loss` is the mean over its batches, `seconds` its time, `memory_mib` the peak so
+    far.
 
-    `strata` are the losses by eighths of t (`loss_by_stratum`), `learning_rates` those of each group of parameters by
-    its name, with d*lr where the optimizer has a d. `expert` is the one of two that took the step.
+    `strata` are the losses by eighths of t (`loss_by_stratum`), `learning_rates` those of each parameter group by name,
+    with d*lr if the optimizer has a d. `expert` is the trained one of two experts.
     """
 
     step: int
@@ -47,9 +48,9 @@ class StepMetrics:
 class MetricsWriter:
     """Writes `NAME.metrics.jsonl` in the output folder, TensorBoard's files and W&B's run.
 
-    A fresh run (`keep_until` None) begins the file anew; one that resumes after the step `keep_until` keeps the rows up
-    to it. `config` is what trackers show of the run with `--log_config`. A tracker that fails is given up with a
-    warning; a row that cannot be written is a RunError.
+    A fresh run (`keep_until` None) overwrites the file; a run resumed after step `keep_until` keeps the rows up to it.
+    `config` is shown in trackers with `--log_config`. A tracker that fails is disabled with a warning; a row that
+    cannot be written raises RunError.
     """
 
     def __init__(
@@ -82,32 +83,30 @@ class MetricsWriter:
             self._trackers.append(Guarded(run))
 
     def write(self, metrics: StepMetrics) -> None:
-        """Record one step; the line is on disk when this returns."""
+        """Record one step. The row is on disk when this returns."""
         row = asdict(metrics)
         row["loss_epoch"] = self._epoch.add(metrics.epoch, metrics.loss)
         self.write_row({name: value for name, value in row.items() if value not in (None, {}, ())})
 
     def write_row(self, row: Mapping[str, Any]) -> None:
-        """Record numbers of any kind, by name, at `row["step"]`; those within a table get its name before theirs."""
+        """Record values by name at `row["step"]`; names in a nested table are prefixed with the table's name."""
         try:
             self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as problem:
-            raise RunError(
-                f"cannot write {self._path}: {problem.strerror}; files saved before this are whole"
-            ) from None
+            raise RunError(f"cannot write {self._path}: {problem.strerror}; files saved earlier are complete") from None
         values = dict(_numbers(row))
         for tracker in self._trackers:
             tracker.scalars(values, int(row["step"]))
 
     def write_previews(self, paths: Mapping[int, Path], step: int, *, fps: int) -> None:
-        """Show previews, by the index of their prompts, where curves are shown."""
+        """Show previews, by prompt index, in the trackers."""
         named = {f"preview/{index:02d}": path for index, path in sorted(paths.items())}
         for tracker in self._trackers:
             tracker.media(named, step, fps=fps)
 
     def close(self) -> None:
-        """Finish everything."""
+        """Close the file and the trackers."""
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
@@ -120,7 +119,7 @@ class EpochMean:
         self._epoch, self._sum, self._count = 0, 0.0, 0
 
     def add(self, epoch: int, loss: float) -> float | None:
-        """Take in a loss; None before the first finite one of its epoch."""
+        """Add a loss and return the mean; None before the epoch's first finite loss."""
         if epoch != self._epoch:
             self._epoch, self._sum, self._count = epoch, 0.0, 0
         if math.isfinite(loss):
@@ -128,7 +127,7 @@ class EpochMean:
         return self._sum / self._count if self._count else None
 
 
-# What rows call it, and curves.
+# Names in rows, and names of curves.
 _CURVES = {
     "loss": "loss/current",
     "loss_average": "loss/average",
@@ -144,7 +143,7 @@ _CURVES = {
 
 
 def cut_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Leave only whole rows up to a step in a file of metrics, at once, and return them."""
+    """Truncate a metrics file to complete rows up to a step, atomically, and return them."""
     rows = [row for row in read_rows(path) if row["step"] <= last_step]
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -152,7 +151,7 @@ def cut_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of metrics, none if it is missing. A line left half by a kill is skipped."""
+    """Return the rows of a metrics file; empty if it is missing. An incomplete last line is skipped."""
     if not path.is_file():
         return []
     rows = []
@@ -167,20 +166,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def loss_by_stratum(t: Tensor, losses: Tensor) -> dict[str, float]:
-    """Mean of the losses (N,) whose t (N,) lies in each eighth of [0, 1]: `t0` is near data; only those with any."""
+    """Return the mean of the losses (N,) with t (N,) in each eighth of [0, 1]: `t0` is near data; empty eighths are
+    left out."""
     index = (t * NUM_STRATA).long().clamp(0, NUM_STRATA - 1)
     found = sorted(set(index.tolist()))
     return {f"t{stratum}": float(losses[index == stratum].double().mean()) for stratum in found}
 
 
 def num_tokens(shape: Sequence[int]) -> int:
-    """Tokens that the DiT makes of latents (B, C, F, H, W)."""
+    """Return the number of DiT tokens of latents (B, C, F, H, W)."""
     batch, _, frames, height, width = shape
     return batch * frames * (height // 2) * (width // 2)
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for numbers that JSON does not have."""
+    """Replace NaN and Inf with null, which JSON can represent."""
     if isinstance(value, Mapping):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -189,7 +189,7 @@ def _finite(value: Any) -> Any:
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The finite numbers of a row and of the tables and lists in it, by the names of their curves."""
+    """Yield the finite numbers of a row and of its nested tables and lists, by curve name."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             if key not in ("step", "epoch"):
@@ -201,7 +201,7 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def peak_memory_mib(device: torch.device) -> int:
-    """Peak memory of this process so far: the device's, or resident memory on a CPU."""
+    """Return the peak memory of this process so far: of the device, or resident memory on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device)) // MEBIBYTE
     return peak_host_bytes() // MEBIBYTE

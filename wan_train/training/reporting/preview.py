@@ -1,4 +1,4 @@
-"""Previews: the generator's own sampling on the model in training."""
+"""Previews: generate samples with the model in training."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,7 +31,8 @@ log = get_logger(__name__)
 
 
 def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequest]:
-    """The previews' requests, once all that they need is there. Raises InputError before a model is loaded."""
+    """Return the requests of the previews. Raise InputError, before a model is loaded, if something they need is
+    missing."""
     preview = settings.preview
     if preview.sample_with_ema and settings.loop.ema_decay is None:
         raise InputError("--sample_with_ema requires --ema_decay, such as 0.999")
@@ -61,7 +62,7 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
 
 
 def preview_path(save: SaveSettings, moment: str, index: int, request: SampleRequest, suffix: str) -> Path:
-    """OUTPUT_DIR/sample/NAME_MOMENT_INDEX_TIME_SEED and a suffix."""
+    """Return OUTPUT_DIR/sample/NAME_MOMENT_INDEX_TIME_SEED and a suffix."""
     stamp = datetime.now().strftime("%Y%m%d%H%M%S")
     name = f"{save.output_name}_{moment}_{index:02d}_{stamp}_{request.seed}"
     return Path(save.output_dir) / "sample" / f"{name}{suffix}"
@@ -69,8 +70,8 @@ def preview_path(save: SaveSettings, moment: str, index: int, request: SampleReq
 
 @dataclass(frozen=True)
 class Previewer:
-    """Everything that this process's previews need but the model: `requests` and their `images` by the index of the
-    prompt, `conditions` by text, the VAE parked on the CPU."""
+    """Everything that this process needs for its previews except the model: `requests` and their `images` by prompt
+    index, `conditions` by text, and the VAE parked on the CPU."""
 
     requests: Mapping[int, SampleRequest]
     conditions: Mapping[str, Conditions]
@@ -82,10 +83,10 @@ class Previewer:
     seed: int
 
     def make(self, model: nn.Module, moment: str) -> dict[int, Path]:
-        """Sample every prompt and write OUTPUT_DIR/sample/NAME_MOMENT_INDEX_TIME_SEED.mp4 (.png for one frame).
+        """Generate each prompt and write OUTPUT_DIR/sample/NAME_MOMENT_INDEX_TIME_SEED.mp4 (.png for one frame).
 
-        A preview that fails, for want of memory or whatever else, costs one warning and nothing more; the paths, by
-        index, are those of the others.
+        A preview that fails, for example out of memory, is logged as a warning and skipped. Return the paths of the
+        others by prompt index.
         """
         training = model.training
         model.eval()
@@ -98,9 +99,9 @@ class Previewer:
     def _try_one(self, model: nn.Module, moment: str, index: int, request: SampleRequest) -> Path | None:
         try:
             return self._make_one(model, moment, index, request)
-        except Exception as problem:  # a run of days is worth more than an image of it
+        except Exception as problem:  # a failed preview must not stop a run
             reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
-        # Here the exception is gone, and with it what its frames held.
+        # The exception is freed here, and with it the tensors that its frames held.
         self.vae.to("cpu")
         release_memory()
         log.warning("preview %d at %s failed, training continues: %s", index, moment, reason)

@@ -1,4 +1,4 @@
-"""A run as one page that stands alone: curves, previews by step, settings.
+"""Report on a run as one self-contained page: curves, previews by step, settings.
 
 python -m wan_train.training.reporting.report RUN_DIR
 """
@@ -30,10 +30,14 @@ METRICS = ".metrics.jsonl"
 class ReportSettings:
     """Report."""
 
-    run_dir: str = option("", "Folder that a run wrote to, its --output_dir.", required=True)
-    output_name: str | None = option(None, "Only the run of this --output_name; default: all of the folder.")
-    save_path: str | None = option(None, "The page; default: RUN_DIR/report.html.")
-    max_preview_mib: int = option(60, "Previews to take in at most; of more, some moments are left out.", minimum=0)
+    run_dir: str = option("", "Output folder of the run (its --output_dir).", required=True)
+    output_name: str | None = option(
+        None, "Report only on the run of this --output_name; default: all runs in the folder."
+    )
+    save_path: str | None = option(None, "HTML file to write; default: RUN_DIR/report.html.")
+    max_preview_mib: int = option(
+        60, "Maximum total size of embedded previews, in MiB; if they exceed it, some moments are left out.", minimum=0
+    )
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class Preview:
-    """A preview on disk: NAME_MOMENT_INDEX_TIME_SEED."""
+    """A preview file: NAME_MOMENT_INDEX_TIME_SEED."""
 
     path: Path
     moment: str
@@ -65,17 +69,18 @@ def main(options: ReportOptions) -> None:
 
 
 def find_runs(folder: Path, wanted: str | None) -> list[str]:
-    """The names of the runs in a folder, by their metrics. InputError if there is none, or not the wanted one."""
+    """Return the names of the runs in a folder, by their metrics files. Raise InputError if there is none, or not the
+    requested one."""
     names = sorted(path.name.removesuffix(METRICS) for path in folder.glob(f"*{METRICS}"))
     if not names:
-        raise InputError(f"{folder} holds no NAME{METRICS}: give the --output_dir of a run")
+        raise InputError(f"{folder} has no NAME{METRICS}: give the --output_dir of a run")
     if wanted is not None and wanted not in names:
         raise InputError(f"{folder} has no run {wanted}: it has {', '.join(names)}")
     return names if wanted is None else [wanted]
 
 
 def make_page(folder: Path, names: Sequence[str], *, max_bytes: int) -> str:
-    """The page of some runs of a folder; their previews take `max_bytes` at most before they are encoded."""
+    """Return the page of runs in a folder. Previews take at most `max_bytes` before base64 encoding."""
     runs = {name: read_rows(folder / f"{name}{METRICS}") for name in names}
     together = ""
     if len(names) > 1:
@@ -99,7 +104,7 @@ def _section(folder: Path, name: str, rows: list[Row], max_bytes: int) -> str:
 
 
 def find_previews(folder: Path, name: str) -> list[Preview]:
-    """The previews of a run, the newest of each moment and prompt, in the order of their making."""
+    """Return the previews of a run by creation time, the newest of each moment and prompt."""
     pattern = re.compile(rf"{re.escape(name)}_(e?\d{{6,}})_(\d{{2,}})_\d+(?:_\d+)?\.(?:mp4|png)")
     found: dict[tuple[str, int], Path] = {}
     for path in sorted((folder / "sample").glob("*")):
@@ -110,7 +115,7 @@ def find_previews(folder: Path, name: str) -> list[Preview]:
 
 
 def thin_out(previews: Sequence[Preview], max_bytes: int) -> list[Preview]:
-    """As many moments, evenly spaced with the first and the last, as have room."""
+    """Keep as many moments as fit, evenly spaced and including the first."""
     moments = list(dict.fromkeys(preview.moment for preview in previews))
     for count in range(len(moments), 0, -1):
         chosen = {moments[round(i * (len(moments) - 1) / max(1, count - 1))] for i in range(count)}
@@ -130,7 +135,7 @@ def _previews(folder: Path, name: str, max_bytes: int) -> str:
         cells = "".join(_cell(preview) for preview in kept if preview.index == index)
         rows.append(f'<h4>prompt {index}</h4><div class="strip">{cells}</div>')
     left = len(found) - len(kept)
-    note = f"<p>{left} of {len(found)} are left out: --max_preview_mib takes in more.</p>" if left else ""
+    note = f"<p>{left} of {len(found)} are left out: raise --max_preview_mib to include more.</p>" if left else ""
     return f"<h3>Previews</h3>{note}{''.join(rows)}"
 
 
@@ -145,7 +150,7 @@ def _cell(preview: Preview) -> str:
 
 
 def _settings(folder: Path, name: str) -> str:
-    """The configuration that the run left, and the metadata of its newest file."""
+    """Return the run's configuration and the metadata of its newest file."""
     parts = []
     configuration = folder / f"{name}.config.toml"
     if configuration.is_file():
@@ -174,14 +179,14 @@ def _readable(value: str) -> str:
 
 TOOL = Tool(
     "python -m wan_train.training.reporting.report RUN_DIR",
-    "Make one page of a run: curves, previews and settings, without need of a network.",
+    "Create a self-contained HTML page of a run: curves, previews and settings.",
     ReportOptions,
     "wan_train.training.reporting.report:main",
 )
 
 
 def start(argv: Sequence[str]) -> int:
-    """Run as a command; RUN_DIR may stand alone in front."""
+    """Run from the command line; RUN_DIR may be given as the first argument."""
     words = list(argv)
     if words and not words[0].startswith("-"):
         words[0:1] = ["--run_dir", words[0]]

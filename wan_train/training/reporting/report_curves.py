@@ -1,4 +1,4 @@
-"""What the rows of a run's metrics say: numbers and curves."""
+"""Summarise a run's metrics as numbers and curves."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -13,24 +13,24 @@ Row = dict[str, Any]
 
 
 def steps_of(rows: Sequence[Row]) -> list[Row]:
-    """The rows of optimizer steps."""
+    """Return the rows of optimizer steps."""
     return [row for row in rows if "loss" in row]
 
 
 def compare(runs: Mapping[str, list[Row]]) -> str:
-    """Curves of several runs together."""
+    """Plot several runs together."""
     losses, held_out = [], []
     for colour, (name, rows) in enumerate(runs.items()):
         losses.append(_smooth(steps_of(rows), "loss", name, colour))
         held_out.append(Series(name, *_held_out(rows), colour, dots=True))
-    return draw_chart("Loss, smoothed", losses) + draw_chart("Held-out loss", held_out)
+    return draw_chart("Loss, smoothed", losses) + draw_chart("Validation loss", held_out)
 
 
 def list_facts(rows: list[Row]) -> str:
-    """What there is to say in numbers, as HTML."""
+    """Return the key figures as HTML."""
     steps = steps_of(rows)
     if not steps:
-        return "<p>No step was taken.</p>"
+        return "<p>No steps were taken.</p>"
     last = steps[-1]
     losses, seconds = _known(steps[-100:], "loss"), _known(steps, "seconds")
     facts = [
@@ -44,13 +44,13 @@ def list_facts(rows: list[Row]) -> str:
     measured = [row for row in _measured(rows) if row["validation"].get("loss") is not None]
     if measured:
         best = min(measured, key=lambda row: float(row["validation"]["loss"]))
-        facts.append(("held-out loss, best", f"{number(best['validation']['loss'])} at step {best['step']}"))
+        facts.append(("validation loss, best", f"{number(best['validation']['loss'])} at step {best['step']}"))
     items = "".join(f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>" for key, value in facts)
     return f"<dl>{items}</dl>"
 
 
 def draw_charts(rows: list[Row]) -> list[str]:
-    """Every chart that there are numbers for, as HTML."""
+    """Return all charts that have data, as HTML."""
     steps = steps_of(rows)
     if not steps:
         return []
@@ -59,9 +59,9 @@ def draw_charts(rows: list[Row]) -> list[str]:
     rate_curves = [Series(name, at, _column(steps, "learning_rates", name), i) for i, name in enumerate(rates)]
     return [
         draw_chart("Loss", _each_and_smooth(steps, "loss", colour=0)),
-        draw_chart("Held-out loss, with the 95% interval of its change since the first", [_with_interval(rows)]),
+        draw_chart("Validation loss, with the 95% interval of its change since the first", [_with_interval(rows)]),
         draw_chart("Loss by noise level, smoothed", [_stratum(steps, index) for index in range(NUM_STRATA)]),
-        draw_chart("Held-out loss by noise level", _held_out_strata(rows)),
+        draw_chart("Validation loss by noise level", _held_out_strata(rows)),
         draw_chart("Learning rate", rate_curves or [Series("all", at, _column(steps, "lr"), 0)], from_zero=True),
         draw_chart("Gradient norm", _each_and_smooth(steps, "grad_norm", colour=1), from_zero=True),
         draw_chart("Adapter norm", [Series("norm", at, _column(steps, "adapter_norm"), 2)], from_zero=True),
@@ -72,14 +72,14 @@ def draw_charts(rows: list[Row]) -> list[str]:
 
 
 def _column(rows: Sequence[Row], *path: str) -> np.ndarray:
-    """One number of each row, NaN where there is none."""
+    """Return one value of each row, NaN if it is missing."""
 
-    def look(row: Any) -> float:
+    def number_at(row: Any) -> float:
         for key in path:
             row = row.get(key) if isinstance(row, dict) else None
         return float(row) if isinstance(row, int | float) else np.nan
 
-    return np.array([look(row) for row in rows], dtype=float)
+    return np.array([number_at(row) for row in rows], dtype=float)
 
 
 def _known(rows: Sequence[Row], *path: str) -> np.ndarray:
@@ -97,7 +97,7 @@ def _each_and_smooth(steps: list[Row], column: str, *, colour: int) -> list[Seri
 
 
 def _stratum(steps: list[Row], index: int) -> Series:
-    """The losses of an eighth of t; a step draws few t, so most have none."""
+    """Return the losses of an eighth of t. A step has few samples, so most steps have none in it."""
     drawn = [row for row in steps if f"t{index}" in (row.get("strata") or {})]
     values = _column(drawn, "strata", f"t{index}")
     name = f"t {index / NUM_STRATA:.3g} to {(index + 1) / NUM_STRATA:.3g}"
@@ -105,7 +105,7 @@ def _stratum(steps: list[Row], index: int) -> Series:
 
 
 def _measured(rows: list[Row]) -> list[Row]:
-    """The rows of held-out evaluations."""
+    """Return the rows of validation."""
     return [row for row in rows if isinstance(row.get("validation"), dict)]
 
 

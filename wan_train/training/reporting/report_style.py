@@ -1,4 +1,4 @@
-"""How the report looks, on a phone as on a screen, by day and by night."""
+"""Style sheet of the report, for phones and screens, light and dark."""
 
 STYLE = """
 :root{color-scheme:light dark;--ground:#fcfcfa;--card:#fff;--ink:#20242b;--dim:#666e7a;--line:#e3e5e8;

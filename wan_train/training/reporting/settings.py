@@ -1,4 +1,4 @@
-"""Settings of what a training run shows of itself, and where."""
+"""Settings of previews, logs and uploads."""
 
 from dataclasses import dataclass
 

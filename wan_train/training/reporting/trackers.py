@@ -1,4 +1,4 @@
-"""Where curves and previews go beside the run's own files: TensorBoard and Weights & Biases."""
+"""Trackers of curves and previews: TensorBoard and Weights & Biases."""
 
 import io
 import netrc
@@ -24,7 +24,7 @@ TABLES = ("wandb", "tensorboard")
 
 
 class Tracker(Protocol):
-    """Takes in numbers and media by name and step."""
+    """Records numbers and media by name and step."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Record finite numbers."""
@@ -35,12 +35,12 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Finish what is under way."""
+        """Flush and close."""
         ...
 
 
 class TensorBoard:
-    """TensorBoard's event files in a folder; a resumed run takes back what it recorded after `keep_until`."""
+    """TensorBoard event files in a folder; a resumed run purges what was recorded after step `keep_until`."""
 
     def __init__(self, folder: Path, keep_until: int | None, arguments: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -49,17 +49,17 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=purge, **arguments)
 
     def describe(self, config: Mapping[str, str]) -> None:
-        """A table of settings, as text."""
+        """Add the settings as a text table."""
         rows = "\n".join(f"|{name}|{value}|" for name, value in config.items())
         self._writer.add_text("settings", f"|setting|value|\n|-|-|\n{rows}")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One curve for each name."""
+        """Record finite numbers, one curve for each name."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def media(self, paths: Mapping[str, Path], step: int, *, fps: int) -> None:
-        """Images; a video becomes one that moves."""
+        """Record images; a video becomes an animated GIF."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         for name, path in paths.items():
@@ -79,7 +79,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases; WANDB_MODE=offline keeps it in a folder."""
+    """A Weights & Biases run; WANDB_MODE=offline keeps it in a local folder."""
 
     def __init__(self, logs: LogSettings, save: SaveSettings, config: Mapping[str, str], run_id: str | None) -> None:
         import wandb
@@ -90,7 +90,7 @@ class Wandb:
             "dir": str(_log_folder(logs, save)),
             "config": dict(config),
         } | read_tracker_config(logs).get("wandb", {})
-        # Its description of the process holds the command line, in which there may be keys.
+        # Its process metadata contain the command line, which may contain API keys.
         quiet = wandb.Settings(api_key=logs.wandb_api_key, x_disable_meta=True, console="off", silent=True)
         if run_id is not None:
             arguments |= {"id": run_id, "resume": "allow"}
@@ -98,17 +98,17 @@ class Wandb:
         try:
             self._run: Any = wandb.init(**arguments, settings=quiet)
         except (wandb.errors.Error, TypeError) as problem:
-            raise InputError(f"W&B does not start: {problem}; or train with --log_with tensorboard") from None
+            raise InputError(f"cannot start W&B: {problem}; or use --log_with tensorboard") from None
         self.run_id: str = self._run.id
-        # Its own count only goes up: what a resumed run takes again would be lost.
+        # W&B's own step counter only increases: steps that a resumed run repeats would be lost.
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One row."""
+        """Record finite numbers in one row."""
         self._run.log({"step": step, **values})
 
     def media(self, paths: Mapping[str, Path], step: int, *, fps: int) -> None:
-        """Videos and images as they are."""
+        """Record videos and images."""
         import wandb
 
         made = {
@@ -123,7 +123,7 @@ class Wandb:
 
 
 def check_trackers(logs: LogSettings) -> None:
-    """InputError for a tracker that is not installed, its configuration, or a key that is missing."""
+    """Raise InputError for a tracker that is not installed, a bad configuration, or a missing API key."""
     read_tracker_config(logs)
     asking = f"--log_with {logs.log_with}"
     if logs.log_with in ("tensorboard", "all"):
@@ -138,7 +138,7 @@ def check_trackers(logs: LogSettings) -> None:
 
 
 def read_tracker_config(logs: LogSettings) -> dict[str, dict[str, Any]]:
-    """The tables of `--log_tracker_config`."""
+    """Return the tables of `--log_tracker_config`."""
     path = logs.log_tracker_config
     if path is None:
         return {}
@@ -148,12 +148,14 @@ def read_tracker_config(logs: LogSettings) -> dict[str, dict[str, Any]]:
         raise InputError(f"cannot read --log_tracker_config {path}: {problem}") from None
     odd = [name for name, table in tables.items() if name not in TABLES or not isinstance(table, dict)]
     if odd:
-        raise InputError(f"--log_tracker_config {path} has {', '.join(odd)}: it takes tables [wandb] and [tensorboard]")
+        raise InputError(
+            f"--log_tracker_config {path} has {', '.join(odd)}: only the tables [wandb] and [tensorboard] are allowed"
+        )
     return tables
 
 
 def uses_board(logs: LogSettings) -> bool:
-    """Whether curves go to TensorBoard."""
+    """Return whether metrics go to TensorBoard."""
     if logs.log_with == "auto" and not is_installed("tensorboard"):
         log.info("metrics are written to NAME.metrics.jsonl; %s", missing("TensorBoard", "tensorboard"))
         return False
@@ -161,16 +163,16 @@ def uses_board(logs: LogSettings) -> bool:
 
 
 def open_board(logs: LogSettings, save: SaveSettings, keep_until: int | None) -> TensorBoard:
-    """TensorBoard. InputError where it does not start."""
+    """Open TensorBoard. Raise InputError if it does not start."""
     folder = _log_folder(logs, save) / f"{logs.log_prefix or ''}{save.output_name}"
     try:
         return TensorBoard(folder, keep_until, read_tracker_config(logs).get("tensorboard", {}))
     except (OSError, TypeError) as problem:
-        raise InputError(f"TensorBoard does not start in {folder}: {problem}") from None
+        raise InputError(f"cannot start TensorBoard in {folder}: {problem}") from None
 
 
 def read_frames(path: Path) -> np.ndarray:
-    """Frames (F, H, W, 3) uint8 of a video, one of an image."""
+    """Return the frames (F, H, W, 3) uint8 of a video; an image is one frame."""
     if path.suffix == ".png":
         return np.asarray(Image.open(path).convert("RGB"))[None]
     with av.open(str(path)) as container:
@@ -178,7 +180,7 @@ def read_frames(path: Path) -> np.ndarray:
 
 
 def encode_gif(frames: np.ndarray, fps: int) -> bytes:
-    """Frames (F, H, W, 3) uint8 as an endless GIF; a single one as PNG."""
+    """Encode frames (F, H, W, 3) uint8 as a looping GIF; a single frame as PNG."""
     images, buffer = [Image.fromarray(frame) for frame in frames], io.BytesIO()
     if len(images) == 1:
         images[0].save(buffer, format="PNG")
@@ -190,21 +192,21 @@ def encode_gif(frames: np.ndarray, fps: int) -> bytes:
 
 
 class Guarded:
-    """A tracker that is given up, with one warning, once it fails: a run is worth more than its curves."""
+    """A tracker that is disabled with one warning when it fails, so that a run does not stop for its curves."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker: Tracker | None = tracker
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """As the tracker does."""
+        """Record finite numbers."""
         self._try(lambda tracker: tracker.scalars(values, step))
 
     def media(self, paths: Mapping[str, Path], step: int, *, fps: int) -> None:
-        """As the tracker does."""
+        """Record videos and images."""
         self._try(lambda tracker: tracker.media(paths, step, fps=fps))
 
     def close(self) -> None:
-        """As the tracker does."""
+        """Flush and close."""
         self._try(lambda tracker: tracker.close())
 
     def _try(self, call: Callable[[Tracker], None]) -> None:
@@ -212,7 +214,7 @@ class Guarded:
             return
         try:
             call(self._tracker)
-        except Exception as problem:  # whatever a foreign package raises
+        except Exception as problem:  # anything that a third-party package raises
             log.warning("%s failed and is disabled: %s", type(self._tracker).__name__, problem)
             self._tracker = None
 
@@ -222,7 +224,7 @@ def _log_folder(logs: LogSettings, save: SaveSettings) -> Path:
 
 
 def _needs_no_key() -> bool:
-    """Nothing is sent, or to a server of the user's own."""
+    """Return whether W&B is offline, disabled, or self-hosted."""
     return os.environ.get("WANDB_MODE", "") in ("offline", "disabled", "dryrun") or "WANDB_BASE_URL" in os.environ
 
 

@@ -1,4 +1,4 @@
-"""Names of what a run saves, the saving of an adapter, and which files newer ones replace."""
+"""Names of saved files, saving of adapters and weights, and removal of old checkpoints."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +14,12 @@ from wan_train.storage import save_tensors
 from wan_train.tensor_writer import Row, write_set
 from wan_train.training.saving.settings import SaveSettings
 
-FILE, EMA_FILE, STATE = ".safetensors", f"{EMA}.safetensors", "-state"  # what follows NAME and the moment
+FILE, EMA_FILE, STATE = ".safetensors", f"{EMA}.safetensors", "-state"  # suffixes after NAME and the moment
 
 
 def path_of(save: SaveSettings, moment: str, ending: str, part: str | None = None) -> Path:
-    """OUTPUT_DIR/NAME, behind it what tells one of several parts (an expert, a LoRA), the moment ("" at the end of the
-    run), and FILE, EMA_FILE or STATE."""
+    """Return OUTPUT_DIR/NAME, followed by the part (an expert or a LoRA), if there are several, the moment ("" for the
+    end of the run), and FILE, EMA_FILE or STATE."""
     return Path(save.output_dir) / f"{_name(save, part)}{moment}{ending}"
 
 
@@ -30,11 +30,11 @@ def _name(save: SaveSettings, part: str | None) -> str:
 def save_adapter(
     path: Path, exported: Mapping[str, Tensor], save: SaveSettings, metadata: Mapping[str, str]
 ) -> list[Path]:
-    """Write an adapter's tensors in `--save_precision`, with metadata and its hashes; the file."""
+    """Write an adapter's tensors in `--save_precision`, with metadata and hashes; return the file."""
     dtype = dtype_of(save.save_precision)
-    # Single numbers (alpha) stay whole: bf16 would turn 1.3 into 1.297.
+    # Scalars (alpha) keep their precision: bf16 would turn 1.3 into 1.297.
     tensors = {name: tensor.detach().to("cpu", dtype if tensor.ndim else None) for name, tensor in exported.items()}
-    # The hashes are those by which LoRA files are known, and take a copy of the file in memory.
+    # The hashes identify LoRA files in other tools; computing them needs a copy of the file in memory.
     save_tensors(path, tensors, add_hashes(tensors, metadata))
     return [path]
 
@@ -42,7 +42,8 @@ def save_adapter(
 def save_weights(
     path: Path, exported: Mapping[str, Tensor], save: SaveSettings, metadata: Mapping[str, str]
 ) -> list[Path]:
-    """Write a model's tensors in `--save_precision`, one at a time, in shards of `--max_shard_size`; the files."""
+    """Write a model's tensors in `--save_precision`, one at a time, in shards of `--max_shard_size`; return the
+    files."""
     dtype = dtype_of(save.save_precision)
     rows = {name: Row(tuple(tensor.shape), dtype) for name, tensor in exported.items()}
     return write_set(path, rows, exported, metadata, save.shard_bytes)
@@ -56,10 +57,10 @@ def outlived(
     parts: Sequence[str | None] = (None,),
     is_own: Callable[[Path], bool] = lambda path: True,
 ) -> list[Path]:
-    """What `--save_last_n_...` no longer keeps once all of this epoch and step is saved, of each part's files.
+    """Return the files that `--save_last_n_...` no longer keeps after this epoch and step, for all parts.
 
-    Of epochs the last N saved ones stay, of steps those of the last N steps. States go with their files unless they
-    have a number of their own. What is not `is_own`, of another run of this name, neither counts nor gives way.
+    The last N saved epochs are kept, and the steps among the last N steps. States are kept like their files unless they
+    have their own option. Files that are not `is_own`, of another run of this name, are neither counted nor removed.
     """
     epochs, steps = save.save_last_n_epochs, save.save_last_n_steps
     epoch_states = save.save_last_n_epochs_state or epochs
@@ -75,15 +76,16 @@ def outlived(
 
 
 def _last(saved: list[tuple[int, Path]], count: int, newest: int) -> set[int]:
-    """The last `count` of the numbers up to the newest; what is beyond it belongs to an earlier run and stays."""
-    numbers = sorted({number for number, _ in saved})  # each shard has its checkpoint's
+    """Return the last `count` numbers up to the newest, and all beyond it, which belong to an earlier run and are
+    kept."""
+    numbers = sorted({number for number, _ in saved})  # the shards of a checkpoint share its number
     return {n for n in numbers if n > newest} | set([n for n in numbers if n <= newest][-count:])
 
 
 def _numbered(
     save: SaveSettings, name: str, moment: str, ending: str, is_own: Callable[[Path], bool]
 ) -> list[tuple[int, Path]]:
-    """What is there under names of this kind of moment, with the numbers in them."""
+    """Return the existing files with names of this kind of moment, and the numbers in them."""
     stem = rf"{re.escape(name)}{moment}{re.escape(ending.removesuffix(FILE))}"
     pattern = re.compile(names_of(stem, FILE) if ending.endswith(FILE) else stem)
     matches = ((pattern.fullmatch(path.name), path) for path in Path(save.output_dir).iterdir())

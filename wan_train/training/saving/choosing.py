@@ -1,4 +1,4 @@
-"""Which states of an output folder are a run's, and which one `--resume auto` takes."""
+"""Find the saved states of a run, and choose the one for `--resume auto`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ log = get_logger(__name__)
 
 
 def whole_states(save: SaveSettings, *, refuse_newer: bool = False) -> list[State]:
-    """The whole states of this output folder and name, of whatever run. Those of a later version are left out, or with
-    `refuse_newer` a NewerState."""
+    """Return the complete states of this output folder and name, of any run. States of a later version are skipped, or
+    raise NewerState with `refuse_newer`."""
     output, whole = Path(save.output_dir), []
     if not output.is_dir():
         return []
@@ -33,12 +33,12 @@ def whole_states(save: SaveSettings, *, refuse_newer: bool = False) -> list[Stat
 
 
 def farthest(states: Sequence[State]) -> State | None:
-    """The state that has come farthest, of several the one that was saved last."""
+    """Return the state with the most steps; among equals the one saved last."""
     return max(states, key=lambda state: (state.position.step, _saved_at(state)), default=None)
 
 
 def _saved_at(state: State) -> float:
-    """When a state was saved, as its folder says; 0 for one that is not on this machine yet."""
+    """Return the time when a state was saved, by its folder; 0 for one that is not downloaded yet."""
     try:
         return state.folder.stat().st_mtime
     except FileNotFoundError:
@@ -46,18 +46,18 @@ def _saved_at(state: State) -> float:
 
 
 def newest_of(save: SaveSettings, session: int) -> State | None:
-    """The state of a run that has come farthest."""
+    """Return the state of a run with the most steps."""
     return farthest([state for state in whole_states(save) if state.session == session])
 
 
 def choose(save: SaveSettings, fits: Callable[[State], bool], states: Sequence[State] | None = None) -> State | None:
-    """The state that `--resume auto` takes: the farthest of the run of this name that began last, or where that has
-    saved none yet, the one that it was itself resumed from. None for a fresh start.
+    """Choose the state for `--resume auto`: the one with the most steps of the latest run of this name or, if it has
+    saved none yet, the state that it was resumed from. None means a fresh start.
 
-    Where it is not known which run that is, it is the one of the states that began last; states that say nothing of
-    runs are the farthest of those of these options (`fits`), or where none are, of all: the differences will be told.
-    `states` are those to choose from; default: all of this output folder and name. Raises NewerState where there is a
-    state of a later version, which may be the one that is wanted.
+    If the latest run is not recorded, choose from the run that started last. Among states that do not record their run,
+    prefer those that match these options (`fits`); if none match, choose from all, and the differences are reported
+    later. `states` are the candidates; default: all of this output folder and name. Raise NewerState if there is a
+    state of a later version, which may be the wanted one.
     """
     states = whole_states(save, refuse_newer=True) if states is None else states
     last = read_identity(save)
@@ -71,8 +71,8 @@ def choose(save: SaveSettings, fits: Callable[[State], bool], states: Sequence[S
         own = _if_whole(Path(last.resumed_from))
     if own is None and states:
         log.warning(
-            "--resume auto: the last run of %s saved no state, and states of earlier ones are not taken (%s): to resume"
-            " one of them give --resume FOLDER",
+            "--resume auto: the last run of %s saved no state, and states of earlier runs are not used (%s): to resume"
+            " one of them use --resume FOLDER",
             *(save.output_name, name_some(state.folder.name for state in states)),
         )
     return own
@@ -86,8 +86,8 @@ def _if_whole(folder: Path) -> State | None:
 
 
 def identity_of(state: State | None, save: SaveSettings) -> Identity:
-    """The run that begins with a state, or afresh. It is the state's, unless later ones of that are there too: what
-    leaves them behind is a run of its own, so that they do not pass for its."""
+    """Return the identity of the run that starts from a state, or afresh. It is the state's, unless the run has later
+    states: then this is a new run, so that those are not taken for its own."""
     if state is None:
         return new_identity()
     if state.session is None or _is_left_behind(state, save):

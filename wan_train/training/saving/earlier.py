@@ -1,4 +1,5 @@
-"""What is there already under the names that a run will save: files of other runs, and its own earlier end."""
+"""Handle files that already exist under the names a run will save: those of other runs, and its own earlier final
+files."""
 
 import contextlib
 import json
@@ -27,18 +28,17 @@ log = get_logger(__name__)
 
 
 def warn_of_others(save: SaveSettings, identity: Identity, state: State | None) -> None:
-    """A warning that names what other runs left under this one's names, before any of it is replaced; none for a run
-    that is resumed as itself."""
+    """Warn about files of other runs that this run will replace; no warning for a run that is resumed as itself."""
     if state is not None and state.session in (None, identity.session):
         return
     found = sorted(_of_name(save))
     if not found:
         return
     last = farthest(whole_states(save))
-    way = f"; to resume an earlier run stop this one and give --resume {last.folder}" if last and state is None else ""
+    way = f"; to resume an earlier run, stop this one and use --resume {last.folder}" if last and state is None else ""
     log.warning(
-        "%s holds what an earlier run of --output_name %s saved (%s): whatever this run saves under the same name"
-        " replaces it; to keep it give another --output_name%s",
+        "%s contains files of an earlier run of --output_name %s (%s), which this run will overwrite; to keep them,"
+        " use another --output_name%s",
         *(save.output_dir, save.output_name, name_some(path.name for path in found), way),
     )
 
@@ -53,7 +53,7 @@ def _of_name(save: SaveSettings) -> Iterator[Path]:
 
 
 def is_of_run(path: Path, session: int) -> bool:
-    """Whether a saved file or state is of a run, as far as it says of which: one that does not say is."""
+    """Return whether a saved file or state belongs to a run; one that does not record its run does."""
     if path.is_dir():
         try:
             return open_state(path).session in (None, session)
@@ -63,7 +63,7 @@ def is_of_run(path: Path, session: int) -> bool:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """The metadata of a file, of an index that of its first shard; nothing where it cannot be read."""
+    """Return the metadata of a file, or of an index's first shard; empty if it cannot be read."""
     try:
         with safe_open(expand(path)[0] if path.name.endswith(INDEX) else path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -73,7 +73,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class End:
-    """Where a run ends now: its identity, seed and position, and how many steps it takes in an epoch."""
+    """The end of a run: its identity, seed and position, and the number of steps per epoch."""
 
     identity: Identity
     seed: int
@@ -81,14 +81,15 @@ class End:
     epoch_steps: int
 
     def moments(self, step: int) -> tuple[str, ...]:
-        """How names tell that something was saved after this step, the best way first."""
+        """Return the possible names of a moment for files saved after this step, the preferred one first."""
         epoch, rest = divmod(step, self.epoch_steps)
         return (of_step(step),) if rest else (of_epoch(epoch), of_step(step))
 
 
 def keep_earlier_end(save: SaveSettings, end: End, parts: Sequence[str | None], *, with_state: bool) -> list[Path]:
-    """Give what this run saved at an earlier end, before it was resumed to go further, the name of its epoch or step,
-    since the new end replaces it; what is kept. What cannot be kept costs a warning."""
+    """Rename the final files of this run's earlier end, before it was resumed and extended, by their epoch or step,
+    since the new final files replace them. Return the renamed files; one that cannot be renamed is logged as a
+    warning."""
     folder = path_of(save, "", STATE)
     state = _earlier_state(folder, end)
     kept: list[Path] = []
@@ -111,7 +112,7 @@ def keep_earlier_end(save: SaveSettings, end: End, parts: Sequence[str | None], 
 
 
 def _earlier_state(folder: Path, end: End) -> State | None:
-    """The state of this run's earlier end; states of before runs had an identity are its if they have its seed."""
+    """Return the state of this run's earlier end. States from before runs had identities are matched by seed."""
     try:
         state = open_state(folder)
     except InputError:
@@ -121,7 +122,7 @@ def _earlier_state(folder: Path, end: End) -> State | None:
 
 
 def _step_of(path: Path, end: End, state: State | None) -> int | None:
-    """The step after which a file was saved at an earlier end of this run; None for a file that is not of such."""
+    """Return the step after which a file was saved at an earlier end of this run; None for any other file."""
     files = [file for file in files_of(path) if file.name.endswith(FILE)]
     if not files:
         return None
@@ -136,20 +137,20 @@ def _step_of(path: Path, end: End, state: State | None) -> int | None:
 
 
 def _free(path: Path, save: SaveSettings, ending: str, part: str | None, moments: Sequence[str]) -> Path | None:
-    """The first of the names of these moments that nothing has yet; None if one of them has what is to be kept, as it
-    has once a run was killed in its end, or if all are taken."""
+    """Return the first of these moments' names that is not taken; None if one of them already holds this file, as after
+    a run was killed while renaming, or if all are taken."""
     for moment in moments:
         target = path_of(save, moment, ending, part)
         there, wanted = ([each] if each.is_dir() else files_of(each) for each in (target, path))
         if not there:
             return target
-        if _said(there[0]) == _said(wanted[0]):
+        if _origin_of(there[0]) == _origin_of(wanted[0]):
             return None if len(there) == len(wanted) else target
     return None
 
 
-def _said(path: Path) -> tuple[object, ...]:
-    """What tells a saved file or state from others; of a file that says nothing of itself, which file it is."""
+def _origin_of(path: Path) -> tuple[object, ...]:
+    """Return what identifies a saved file or state: its run and step or, if it does not record them, its inode."""
     if path.is_dir():
         try:
             state = open_state(path)
@@ -162,7 +163,7 @@ def _said(path: Path) -> tuple[object, ...]:
 
 
 def _keep_files(path: Path, target: Path) -> list[Path]:
-    """A checkpoint under another name too: its file, or its shards and, last, an index of them."""
+    """Give a checkpoint a second name: its file, or its shards and finally a new index."""
     files, kept = files_of(path), []
     renamed = {file.name: target.stem + file.name.removeprefix(path.stem) for file in files}
     for file in files:
@@ -189,7 +190,7 @@ def _keep_folder(folder: Path, target: Path) -> Path:
 
 
 def _link(file: Path, target: Path) -> None:
-    """The same file by another name: both stay until the first is replaced. Where there are no links it is renamed."""
+    """Hard-link a file under another name; rename it where hard links are not supported."""
     try:
         os.link(file, target)
     except OSError:
@@ -198,8 +199,8 @@ def _link(file: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _warning_of(path: Path) -> Iterator[None]:
-    """A run that has come to its end is not lost for a second name of what it had before."""
+    """Log a failure as a warning: it must not fail a run that has finished."""
     try:
         yield
     except (OSError, ValueError, KeyError, InputError) as problem:
-        log.warning("%s is replaced, it could not be kept under another name: %s", path, problem)
+        log.warning("%s will be overwritten, since it could not be renamed: %s", path, problem)

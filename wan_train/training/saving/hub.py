@@ -1,4 +1,4 @@
-"""Copies of what a run saves on the Hugging Face Hub. Its client is imported only where an option asks for it."""
+"""Upload saved files to the Hugging Face Hub. Its client is imported only if an option requires it."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +14,10 @@ log = get_logger(__name__)
 
 
 class Client(Protocol):
-    """What is used of `huggingface_hub.HfApi`."""
+    """The methods of `huggingface_hub.HfApi` that are used."""
 
     def create_repo(self, repo_id: str, *, repo_type: str, private: bool, exist_ok: bool) -> Any:
-        """Make a repository unless it is there."""
+        """Create a repository unless it exists."""
         ...
 
     def upload_file(self, *, path_or_fileobj: str, path_in_repo: str, repo_id: str, repo_type: str) -> Any:
@@ -29,12 +29,12 @@ class Client(Protocol):
         ...
 
     def snapshot_download(self, repo_id: str, *, repo_type: str, revision: str, allow_patterns: str) -> str:
-        """Download the files of a revision that match; the local folder that stands for the repository."""
+        """Download the matching files of a revision; return the local folder of the snapshot."""
         ...
 
 
 class Hub:
-    """The repository that gets the copies. A copy that fails costs a warning; the run and its own files continue."""
+    """The repository that files are uploaded to. A failed upload is logged as a warning, and the run continues."""
 
     def __init__(self, settings: HubSettings, client: Client, *, background: bool = False) -> None:
         assert settings.huggingface_repo_id is not None
@@ -42,17 +42,17 @@ class Hub:
         self._uploads = Uploads(background=background or settings.async_upload)
 
     def upload(self, path: Path) -> None:
-        """Copy a saved file, or a state folder if `--save_state_to_huggingface`; in the background if asked for."""
+        """Upload a saved file, or a state folder with `--save_state_to_huggingface`; in the background if requested."""
         if path.is_dir() and not self._settings.save_state_to_huggingface:
             return
         self._uploads.add(partial(self._upload, path))
 
     def finish(self) -> None:
-        """Wait for all copies that are under way."""
+        """Wait for all uploads in progress."""
         self._uploads.finish()
 
     def _upload(self, path: Path) -> None:
-        if not path.exists():  # copies are slower than --save_last_n_... keeps files
+        if not path.exists():  # uploads may be slower than --save_last_n_... keeps files
             log.warning("%s was removed before it was uploaded to %s", path, self._repo)
             return
         place = {
@@ -67,7 +67,7 @@ class Hub:
                 self._client.upload_folder(folder_path=str(path), **place)
             else:
                 self._client.upload_file(path_or_fileobj=str(path), **place)
-        except Exception as problem:  # whatever the client, the network or the hub raise
+        except Exception as problem:  # anything that the client, the network or the hub raises
             log.warning(
                 "%s could not be uploaded to %s, the local file is kept: %s", path, self._repo, _first_line(problem)
             )
@@ -76,9 +76,9 @@ class Hub:
 
 
 def open_hub(settings: HubSettings, *, background: bool = False) -> Hub | None:
-    """The repository, made if it is not there; None where none is asked for. InputError if the hub refuses.
+    """Return the repository, created if needed; None if none is given. Raise InputError if the hub refuses.
 
-    With `background`, and with `--async_upload`, nobody waits for a copy before `Hub.finish`.
+    With `background` or `--async_upload`, uploads are only waited for in `Hub.finish`.
     """
     if settings.huggingface_repo_id is None:
         return None
@@ -99,7 +99,7 @@ def open_hub(settings: HubSettings, *, background: bool = False) -> Hub | None:
 
 
 def check_hub(settings: HubSettings, resume: str | None) -> None:
-    """InputError for options that make no sense together, without asking the hub."""
+    """Raise InputError for options that conflict, without contacting the hub."""
     repository = settings.huggingface_repo_id
     if repository is None:
         for flag in ("save_state_to_huggingface", "async_upload"):
@@ -110,7 +110,7 @@ def check_hub(settings: HubSettings, resume: str | None) -> None:
     if settings.resume_from_huggingface:
         if resume is None:
             raise InputError("--resume_from_huggingface needs --resume REPO_ID/PATH_IN_REPO:REVISION:REPO_TYPE")
-        read_place(resume)
+        parse_hub_path(resume)
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,9 @@ class HubFolder:
     repo_type: str
 
 
-def read_place(text: str) -> HubFolder:
-    """`OWNER/NAME/FOLDER:REVISION:TYPE`; without the last two it is main of a model. InputError for anything else."""
+def parse_hub_path(text: str) -> HubFolder:
+    """Parse `OWNER/NAME/FOLDER:REVISION:TYPE`; the defaults of the last two are main and model. Raise InputError for
+    anything else."""
     path, _, rest = text.partition(":")
     revision, _, kind = rest.partition(":")
     parts = path.strip("/").split("/")
@@ -137,8 +138,8 @@ def read_place(text: str) -> HubFolder:
 
 
 def fetch_state(address: str, token: str | None) -> Path:
-    """Download the state folder at a place on the hub, and where it is now. InputError if that fails."""
-    wanted = read_place(address)
+    """Download a state folder from the hub and return its local path. Raise InputError if that fails."""
+    wanted = parse_hub_path(address)
     try:
         copy = make_client(token).snapshot_download(
             wanted.repo_id,
@@ -155,7 +156,7 @@ def fetch_state(address: str, token: str | None) -> Path:
 
 
 def make_client(token: str | None) -> Client:
-    """The real client."""
+    """Create the real client."""
     from huggingface_hub import HfApi
 
     client: Client = HfApi(token=token)

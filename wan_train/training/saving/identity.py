@@ -1,7 +1,7 @@
-"""Which run something is of: states and files say it, and `NAME.run.json` says which run of a name began last.
+"""The identity of a run: recorded in its states and files; `NAME.run.json` records the latest run of a name.
 
-A run keeps its identity when it is resumed. It gets another one when it begins afresh, and when it leaves its own past:
-when it is resumed from a state although later ones of it are there.
+A run keeps its identity when it is resumed. It gets a new one when it starts afresh, and when it is resumed from a
+state although later ones of it exist.
 """
 
 import json
@@ -20,20 +20,20 @@ _VERSION = "1"
 
 @dataclass(frozen=True)
 class Identity:
-    """A run: its number, which files have as `ss_session_id`, the time at which it began, in seconds since 1970, and
-    the state folder that it was last resumed from."""
+    """A run: its number, `ss_session_id` in files, its start time in seconds since 1970, and the state folder that it
+    was last resumed from."""
 
     session: int
     started_at: float
     resumed_from: str | None = None
 
     def row(self) -> dict[str, Any]:
-        """What a state's manifest says of the run."""
+        """Return the run's entry in a state's manifest."""
         return {"session": self.session, "started_at": self.started_at}
 
 
 def new_identity(resumed_from: Path | None = None) -> Identity:
-    """That of a run which begins now."""
+    """Return a new identity for a run that starts now."""
     return Identity(
         session=random.SystemRandom().randrange(2**32),
         started_at=time.time(),
@@ -42,13 +42,13 @@ def new_identity(resumed_from: Path | None = None) -> Identity:
 
 
 def write_identity(save: SaveSettings, identity: Identity) -> None:
-    """Note which run of this name began, or was resumed, last. InputError for a full disk."""
+    """Record which run of this name started or was resumed last. Raise InputError if it cannot be written."""
     with replacing(identity_path(save)) as temporary:
         temporary.write_text(json.dumps({"version": _VERSION, **asdict(identity)}, indent=1), encoding="utf-8")
 
 
 def read_identity(save: SaveSettings) -> Identity | None:
-    """The run of this name that began, or was resumed, last; None where that is not known."""
+    """Return the run of this name that started or was resumed last; None if it is not recorded."""
     try:
         values = json.loads(identity_path(save).read_text(encoding="utf-8"))
         if values.pop("version") != _VERSION:
@@ -59,5 +59,5 @@ def read_identity(save: SaveSettings) -> Identity | None:
 
 
 def identity_path(save: SaveSettings) -> Path:
-    """Where it is noted which run of this name began, or was resumed, last."""
+    """Return the file that records the latest run of this name."""
     return Path(save.output_dir) / f"{save.output_name}{SUFFIX}"

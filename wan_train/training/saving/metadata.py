@@ -1,4 +1,5 @@
-"""The metadata of a saved LoRA: what was trained, on what, how (the `ss_*` and `modelspec.*` keys of the niche)."""
+"""Metadata of saved files: what was trained, on what data and how (`ss_*` and `modelspec.*` keys, as in kohya's
+tools)."""
 
 import json
 import platform
@@ -19,13 +20,13 @@ from wan_train.training.settings import TrainSettings
 from wan_train.version import __version__
 
 LIBRARIES = ("torch", "accelerate", "transformers", "diffusers", "safetensors", "bitsandbytes")
-# What a loader needs to rebuild the network; `--no_metadata` keeps these alone.
+# Keys that a loader needs to rebuild the network; `--no_metadata` keeps only these.
 MINIMAL = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run once it starts."""
+    """Facts known when a run starts."""
 
     seed: int
     num_items: int
@@ -40,7 +41,7 @@ class RunFacts:
 
 
 def training_metadata(settings: TrainSettings, facts: RunFacts, network: Mapping[str, str]) -> dict[str, str]:
-    """The `ss_*` rows that hold for the whole run; every value is text."""
+    """Return the `ss_*` rows of the whole run; all values are text."""
     loop, optimizer, timesteps = settings.loop, settings.optimizer, settings.timesteps
     base = settings.dit.dit or settings.experts.dit_high_noise
     arguments = f"({', '.join(optimizer.optimizer_args)})" if optimizer.optimizer_args else ""
@@ -97,13 +98,13 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, network: Mapping
 
 
 def library_versions() -> dict[str, str]:
-    """What computed: versions of Python and of the packages whose numbers end up in the file."""
+    """Return the versions of Python and of the packages that affect the results."""
     installed = {name: version(name) for name in LIBRARIES if is_installed(name)}
     return {"python": platform.python_version()} | installed
 
 
 def saved_metadata(settings: TrainSettings, common: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:
-    """The metadata of one file: the run's, where in the run it was saved, and the model specification."""
+    """Return the metadata of one file: the run's rows, the step at which it was saved, and the model specification."""
     if settings.save.no_metadata:
         return {key: common[key] for key in MINIMAL if key in common}
     moment = {"ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(time.time())}
@@ -111,7 +112,7 @@ def saved_metadata(settings: TrainSettings, common: Mapping[str, str], *, step: 
 
 
 def expert_metadata(settings: TrainSettings, expert: str | None) -> dict[str, str]:
-    """What the file of one expert says beside the run's rows; of a task of one model nothing."""
+    """Return additional rows for the file of one expert; empty for a task with a single model."""
     if expert is None or settings.save.no_metadata:
         return {} if expert is None else {EXPERT_KEY: expert}
     path = settings_of(settings, expert).dit.dit
@@ -119,7 +120,7 @@ def expert_metadata(settings: TrainSettings, expert: str | None) -> dict[str, st
 
 
 def _model_spec(settings: TrainSettings) -> dict[str, str]:
-    """The sai_model_spec 1.0.0 rows that model managers show."""
+    """Return the sai_model_spec 1.0.0 rows that model managers show."""
     save, variant = settings.save, VARIANTS[settings.dit.task]
     size = variant.size
     rows = {

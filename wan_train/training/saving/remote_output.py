@@ -1,4 +1,4 @@
-"""A remote `--output_dir`: the local folder that stands for it, its mirror, and what a resumed run fetches of it."""
+"""A remote `--output_dir`: its local folder, its mirror, and downloads for resuming."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,8 +26,8 @@ _LOCK = ".fetching.lock"
 
 
 def with_local_output(settings: TrainSettings) -> tuple[TrainSettings, RemoteFolder | None]:
-    """The settings with a local folder in the place of a remote `--output_dir`, and the remote one; nothing is sent.
-    InputError for a URL that cannot be used."""
+    """Replace a remote `--output_dir` with its local folder in the settings, and return the remote folder too; nothing
+    is transferred. Raise InputError for a URL that cannot be used."""
     save = settings.save
     check_local_folder("--output_dir", save.output_dir, save.local_output_dir)
     if not is_remote(save.output_dir):
@@ -38,7 +38,7 @@ def with_local_output(settings: TrainSettings) -> tuple[TrainSettings, RemoteFol
 
 
 def open_mirror(settings: TrainSettings, remote: RemoteFolder) -> Mirror:
-    """What copies the files of a run to its remote folder."""
+    """Create the mirror that uploads the files of a run to its remote folder."""
     save = settings.save
     logs = [] if settings.logs.logging_dir is not None else [Path(save.output_dir) / "logs"]
     growing = [save.metrics_path, *logs]
@@ -47,14 +47,14 @@ def open_mirror(settings: TrainSettings, remote: RemoteFolder) -> Mirror:
 
 @contextmanager
 def fetching(remote: RemoteFolder, folder: Path) -> Iterator[None]:
-    """While files are fetched to a local folder: one process of a machine at a time. What fails is an InputError."""
+    """Lock a local folder for downloading, one process per machine at a time. Failures raise InputError."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / _LOCK):
             yield
     except InputError:
         raise
-    except Exception as problem:  # whatever a filesystem or the network raise
+    except Exception as problem:  # anything that a filesystem or the network raises
         raise InputError(
             f"--resume: {shown(remote.url)} cannot be read ({type(problem).__name__}: {first_line(problem)}): check the"
             " folder and the credentials"
@@ -62,8 +62,8 @@ def fetching(remote: RemoteFolder, folder: Path) -> Iterator[None]:
 
 
 def remote_states(save: SaveSettings, remote: RemoteFolder) -> list[State]:
-    """The whole states of this name in the remote folder, by their manifests alone; their folders are those that they
-    would be fetched to. Raises NewerState for one of a later version."""
+    """Return the complete states of this name in the remote folder, by reading only manifests; their folders are where
+    they would be downloaded to. Raise NewerState for one of a later version."""
     whole = []
     for name in remote.names():
         if is_saved_as(name, save.output_name, STATE):
@@ -72,12 +72,12 @@ def remote_states(save: SaveSettings, remote: RemoteFolder) -> list[State]:
             except NewerState:
                 raise
             except InputError:
-                continue  # one whose upload was broken off
+                continue  # its upload was interrupted
     return whole
 
 
 def with_remote(local: Sequence[State], remote: Sequence[State]) -> list[State]:
-    """The states of both; of two of one name the one of the later run, or that has come farther."""
+    """Merge local and remote states; of two with the same name, keep that of the later run, or with more steps."""
     by_name = {state.folder.name: state for state in local}
     for state in remote:
         own = by_name.get(state.folder.name)
@@ -87,7 +87,7 @@ def with_remote(local: Sequence[State], remote: Sequence[State]) -> list[State]:
 
 
 def fetch_identity(save: SaveSettings, remote: RemoteFolder) -> None:
-    """Take over what the remote folder says of which run of this name began last, if it says that."""
+    """Download the record of the latest run of this name, if there is one."""
     path = identity_path(save)
     if remote.read(path.name) is not None:
         remote.fetch(path.name, path)
@@ -101,22 +101,22 @@ def fetch_state(remote: RemoteFolder, state: State) -> State:
 
 
 def fetch_metrics(save: SaveSettings, remote: RemoteFolder, *, anew: bool) -> None:
-    """Download the record of the steps where there is none here, or `anew`."""
+    """Download the metrics file if it does not exist here, or `anew`."""
     path = save.metrics_path
     if (anew or not path.is_file()) and remote.read(path.name) is not None:
         remote.fetch(path.name, path)
 
 
 def fetch_named_state(url: str) -> Path:
-    """Download the state that `--resume` names by a URL, unless it is here already; its local folder, which is outside
-    that of any run. InputError for one that is not there or not whole."""
+    """Download the state at the URL of `--resume`, unless it is already here. Return its local folder, which is
+    separate from those of runs. Raise InputError for a state that is missing or incomplete."""
     above, name = split(url)
     remote = open_remote(above, "--resume")
     folder = local_folder(above) / "states" / name
     with fetching(remote, folder.parent):
         text = remote.read(f"{name}/{MANIFEST}")
         if text is None:
-            raise InputError(f"--resume {shown(url)} has no {MANIFEST}: give the URL of a whole state folder")
+            raise InputError(f"--resume {shown(url)} has no {MANIFEST}: give the URL of a complete state folder")
         here = folder / MANIFEST
         if not here.is_file() or here.read_bytes() != text:
             try:
@@ -124,7 +124,7 @@ def fetch_named_state(url: str) -> Path:
             except NewerState:
                 raise
             except InputError:
-                raise InputError(f"--resume {shown(url)} is not whole: give the URL of another state") from None
+                raise InputError(f"--resume {shown(url)} is incomplete: give the URL of another state") from None
             fetch_state(remote, state)
     return folder
 

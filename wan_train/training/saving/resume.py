@@ -1,4 +1,4 @@
-"""Resuming from a state: which one, and whether it is of this configuration."""
+"""Resume from a state: find it, and check that the configuration matches."""
 
 import dataclasses
 import hashlib
@@ -42,7 +42,7 @@ from wan_train.training.settings import TrainSettings
 log = get_logger(__name__)
 
 AUTO = "auto"
-# What decides the numbers of a run: groups of its settings, and the fields that do not, or are told apart below.
+# Groups of settings that affect a run's results, and their fields that do not or are handled separately below.
 GROUPS = ("init", "weights", "network", "loop", "optimizer", "timesteps", "loss", "images", "prior")
 INDIFFERENT = {
     "lr_warmup_steps",
@@ -59,7 +59,7 @@ INDIFFERENT = {
     "skip_nonfinite",
     "show_timesteps",
 }
-# The keys of a dataset that decide how its samples are batched, captioned and weighed.
+# Keys of a dataset that affect how its samples are batched, captioned and weighted.
 OF_DATASETS = (
     *("batch_size", "num_repeats", "weight", "drop_last", "is_reg", "loss_weight"),
     *("caption_variants", "caption_dropout_rate", "flip_augment", "start_image"),
@@ -69,8 +69,8 @@ SAMPLES = "samples of the dataset"
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a run trains on and for how long: its datasets, its samples, the captions of `--prior_captions`, optimizer
-    steps, and the precision that accelerate settled on."""
+    """What a run is trained on, and for how long: datasets, samples, captions of `--prior_captions`, optimizer steps,
+    and the precision that accelerate chose."""
 
     configs: Sequence[DatasetConfig]
     keys: Iterable[SampleKey]
@@ -80,10 +80,11 @@ class Trained:
 
 
 def find_state(settings: TrainSettings, remote: RemoteFolder | None = None) -> State | None:
-    """The state that `--resume` names; None for a fresh start. InputError for one that is not there or not whole.
+    """Return the state that `--resume` names; None for a fresh start. Raise InputError for one that is missing or
+    incomplete.
 
-    With `remote`, the folder that the output folder stands for, `--resume auto` takes what is there into account, and
-    downloads the state that it chooses.
+    With `remote`, the remote output folder, `--resume auto` considers the states there too, and downloads the one it
+    chooses.
     """
     save, wanted = settings.save, settings.save.resume
     if wanted is None:
@@ -104,12 +105,12 @@ def find_state(settings: TrainSettings, remote: RemoteFolder | None = None) -> S
     chosen = choose(save, fits) if remote is None else _choose_of_both(save, fits, remote)
     if chosen is None:
         place = save.output_dir if remote is None else shown(remote.url)
-        log.info("--resume auto: no state of %s in %s, a fresh start", save.output_name, place)
+        log.info("--resume auto: no state of %s in %s, starting from scratch", save.output_name, place)
     return chosen
 
 
 def _choose_of_both(save: SaveSettings, fits: Callable[[State], bool], remote: RemoteFolder) -> State | None:
-    """The state that `--resume auto` takes of those here and those in the remote folder, downloaded if it is there."""
+    """Choose the state for `--resume auto` from local and remote states, and download it if it is remote."""
     with fetching(remote, Path(save.output_dir)):
         fetch_identity(save, remote)
         elsewhere = remote_states(save, remote)
@@ -123,7 +124,7 @@ def _choose_of_both(save: SaveSettings, fits: Callable[[State], bool], remote: R
 
 
 def _options(settings: TrainSettings) -> dict[str, str]:
-    """What decides the numbers of a run as far as options alone say it: option to value."""
+    """Return the options that affect a run's results, with their values."""
     files = {name: Path(getattr(settings.dit, name)).name for name in ("dit", "motion_controller")}
     known: dict[str, Any] = {"--task": settings.dit.task} | {f"--{name}": file for name, file in files.items()}
     if VARIANTS[settings.dit.task].experts is not None:
@@ -144,10 +145,10 @@ def _options(settings: TrainSettings) -> dict[str, str]:
 
 
 def configuration(settings: TrainSettings, trained: Trained, *, num_processes: int) -> dict[str, str]:
-    """What must be the same for a resumed run to continue as the unbroken one would have: option to value.
+    """Return everything that must match for a resumed run to continue like an uninterrupted one, with its values.
 
-    The batches of a step count, not how many processes share them; the length of the run counts where the learning rate
-    depends on it.
+    The batches per step must match, but not the number of processes that share them. The length of the run must match
+    if the learning rate depends on it.
     """
     known: dict[str, Any] = dict(_options(settings))
     known["--mixed_precision"] = trained.mixed_precision
@@ -167,12 +168,12 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def require_same(state: State, current: dict[str, str], samples: Contents, *, anyway: bool) -> None:
-    """InputError that lists what is not as it was, or only a warning if the user wants to resume anyway. Samples are
-    compared by what they were made of, where the state knows it."""
+    """Raise InputError that lists the differences in configuration, or only log them with `--resume_anyway`. Samples
+    are compared by content, if the state records it."""
     different = _differences(state.configuration, current)
     before = read_samples(state)
     if before is not None and (changed := changes(before, samples)):
-        # Names say more than the digest over all of them.
+        # Names are more helpful than the digest of all samples.
         different = [text for text in different if not text.startswith(f"{SAMPLES} was")]
         different += [f"the dataset has {text}" for text in changed]
     if not different:
@@ -180,14 +181,14 @@ def require_same(state: State, current: dict[str, str], samples: Contents, *, an
     listed = "; ".join(different)
     if not anyway:
         raise InputError(
-            f"--resume {state.folder} is of another configuration: {listed}. Give the options and the dataset that the"
-            " run began with, or --resume_anyway"
+            f"--resume {state.folder} was saved with a different configuration: {listed}. Use the options and the"
+            " dataset of the original run, or --resume_anyway"
         )
-    log.warning("resuming from %s although %s", state.folder, listed)
+    log.warning("resuming from %s despite differences: %s", state.folder, listed)
 
 
 def _differences(saved: dict[str, str], current: dict[str, str], *, only: Iterable[str] | None = None) -> list[str]:
-    """What is not as it was, among the names of `only` if they are given."""
+    """List the differences, among the names of `only` if given."""
     if only is not None:
         names = set(only)
         saved = {name: value for name, value in saved.items() if name in names}
@@ -196,20 +197,20 @@ def _differences(saved: dict[str, str], current: dict[str, str], *, only: Iterab
 
 
 def _with_named_experts(saved: dict[str, str]) -> dict[str, str]:
-    """A saved configuration as `training.experts.with_named_experts` would have it: once a single `--dit` was taken for
-    the expert for low noise at whatever noise levels it was trained."""
+    """Update a saved configuration as `training.experts.with_named_experts` would: older versions treated a single
+    `--dit` as the low-noise expert at any noise levels."""
     try:
         single = bool(saved["--dit"]) and not saved["--dit_high_noise"]
         levels = int(saved["--min_timestep"]), int(saved["--max_timestep"])
         if single and is_above(float(saved["--timestep_boundary"]), *levels):
             return saved | {"--dit": "", "--dit_high_noise": saved["--dit"]}
     except (KeyError, ValueError):
-        pass  # of a task of one model
+        pass  # a task with a single model
     return saved
 
 
 def _defaults(names: Iterable[str]) -> dict[str, str]:
-    """What each of these names of a configuration is where nobody gave it, as far as that is known."""
+    """Return the defaults of these names, as far as they are known."""
     groups = [kind for kind in get_type_hints(TrainSettings).values() if dataclasses.is_dataclass(kind)]
     fields = {f"--{f.name}": f.default for group in groups for f in dataclasses.fields(group)}
     of_dataset = {f.name: f.default for f in dataclasses.fields(DatasetConfig)}
@@ -223,7 +224,7 @@ def _defaults(names: Iterable[str]) -> dict[str, str]:
 
 
 def chosen_seed(given: int | None, state: State | None) -> int | None:
-    """The seed to run with: the state's, which a given one must equal; None where nobody says."""
+    """Return the state's seed, which a given seed must equal, or the given one; None if there is neither."""
     if state is None:
         return given
     if given is not None and given != state.seed:
@@ -233,7 +234,7 @@ def chosen_seed(given: int | None, state: State | None) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """Where a run begins, which run it is, its configuration, and what each of its samples is made of."""
+    """The start of a run: its position, identity, configuration, and the content of each sample."""
 
     position: Position
     identity: Identity
@@ -249,10 +250,10 @@ def begin(
     length: Length,
     accelerator: Accelerator,
 ) -> Beginning:
-    """How a run begins, afresh or from a state. Raises what `_position_of` raises; the first process warns of files
-    that will be replaced."""
+    """Determine how a run starts, afresh or from a state; the first process warns of files that will be replaced. Raise
+    the errors of `_position_of`."""
     same = configuration(settings, trained, num_processes=accelerator.num_processes)
-    # Without a state to compare with or to write they are not needed.
+    # Needed only to compare with a state or to write one.
     samples = read_contents(dataset) if accelerator.is_main_process or state is not None else {}
     position = _position_of(state, same, samples, length, settings)
     identity = identity_of(state, settings.save)
@@ -264,8 +265,9 @@ def begin(
 def _position_of(
     state: State | None, same: dict[str, str], samples: Contents, length: Length, settings: TrainSettings
 ) -> Position:
-    """Where the run begins. InputError for a state of another configuration, or of a run that is at its end; with
-    `--resume auto`, which scripts repeat until all is done, such an end is Stopped without an error."""
+    """Return the position where the run starts. Raise InputError for a state with a different configuration, or of a
+    run that is finished; with `--resume auto`, as in scripts that restart until done, a finished run raises Stopped
+    without an error."""
     if state is None:
         return Position()
     require_same(state, same, samples, anyway=settings.save.resume_anyway)
@@ -279,8 +281,8 @@ def _position_of(
     return state.position
 
 
-def go_on(state: State, trained: dict[str, nn.Parameter], carried: Mapping[str, Stateful]) -> None:
-    """Give everything that is carried from step to step what the state holds of it."""
+def restore(state: State, trained: dict[str, nn.Parameter], carried: Mapping[str, Stateful]) -> None:
+    """Restore the parameters and everything that is carried from step to step."""
     parts = load_state(state, trained)
     for name, part in carried.items():
         if name in parts:

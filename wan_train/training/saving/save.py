@@ -1,4 +1,4 @@
-"""What a run saves: its adapter, the average of it and states, under the name of a moment."""
+"""Save a run: adapter, EMA and state, under the name of a moment."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,11 +36,11 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Saving:
-    """What files and states say of the run that they are of, and where copies go.
+    """Information about the run for its files and states, and where to upload them.
 
-    `metadata` are the rows of every file, `configuration` is what a resumed run must have in common, `samples` what
-    each sample was made of, and `carried` what a state holds beside the adapter. `hub` and `mirror`, of a
-    remote output folder, are there on the first process only.
+    `metadata` are the rows of every file, `configuration` is what a resumed run must match, `samples` the content of
+    each sample, and `carried` the parts of a state besides the adapter. `hub` and `mirror`, for a remote output folder,
+    exist on the first process only.
     """
 
     settings: TrainSettings
@@ -65,9 +65,9 @@ def save(
     optimizing: Optimization,
     with_state: bool,
 ) -> None:
-    """Write the adapter, its average and, if asked for, a state, on the first process; then drop what is outlived.
+    """Save the adapter, its EMA and, if requested, a state, on the first process; then remove old checkpoints.
 
-    All processes call this together. RunError for what cannot be written.
+    All processes call this together. Raise RunError if something cannot be written.
     """
     if model.accelerator.is_main_process:
         settings, names = saving.settings.save, [name for name, _, _ in saved_parts(model.adapter)]
@@ -87,7 +87,7 @@ def save(
 
 
 def save_best(saving: Saving, *, position: Position, model: TrainedModel, optimizing: Optimization) -> None:
-    """Keep the adapter as NAME-best, beside the others; it is never dropped."""
+    """Save the adapter as NAME-best, which is never removed."""
     if model.accelerator.is_main_process:
         with naming_what_is_kept(saving, position):
             saved = write_files(saving, BEST, position=position, model=model, optimizing=optimizing)
@@ -95,7 +95,7 @@ def save_best(saving: Saving, *, position: Position, model: TrainedModel, optimi
 
 
 def save_stopped(saving: Saving, *, position: Position, model: TrainedModel, optimizing: Optimization) -> str:
-    """Save where a run is that was asked to stop; how to continue, in words."""
+    """Save a run that was asked to stop; return a message on how to continue."""
     moment = of_step(position.step)
     save(saving, moment, position=position, model=model, optimizing=optimizing, with_state=True)
     folder = path_of(saving.settings.save, moment, STATE)
@@ -106,20 +106,20 @@ def save_stopped(saving: Saving, *, position: Position, model: TrainedModel, opt
 
 @contextmanager
 def naming_what_is_kept(saving: Saving, position: Position) -> Iterator[None]:
-    """Where something cannot be written inside, for want of room say, RunError that names the state to resume from."""
+    """Turn a failure to write, for example on a full disk, into RunError that names the state to resume from."""
     try:
         yield
     except InputError as problem:
         last = newest_of(saving.settings.save, saving.identity.session)
-        kept = f": resume from {last.folder} once there is room" if last is not None else ""
+        kept = f"; free some space and resume from {last.folder}" if last is not None else ""
         raise RunError(
-            f"{problem}; the run ends at step {position.step}, what was saved before is whole{kept}"
+            f"{problem}; the run stopped at step {position.step}, files saved earlier are complete{kept}"
         ) from None
 
 
 def upload(saving: Saving, paths: Sequence[Path], gone: Sequence[Path] = ()) -> None:
-    """Copy what was saved to the hub and to the remote output folder, where they are, and remove from the folder what
-    is `gone`; the record of the steps goes with it."""
+    """Upload saved files to the hub and the remote output folder, if there are any, and remove `gone` files from the
+    folder; the metrics are uploaded too."""
     for path in paths:
         if saving.hub is not None:
             saving.hub.upload(path)
@@ -133,7 +133,7 @@ def upload(saving: Saving, paths: Sequence[Path], gone: Sequence[Path] = ()) -> 
 def write_files(
     saving: Saving, moment: str, *, position: Position, model: TrainedModel, optimizing: Optimization
 ) -> list[Path]:
-    """Write the adapter and its average under a moment's name; their paths."""
+    """Write the adapter and its EMA under a moment's name; return their paths."""
     settings = saving.settings.save
     saved: list[Path] = []
     for name, expert, part in saved_parts(model.adapter):
@@ -145,7 +145,7 @@ def write_files(
         path = path_of(settings, moment, FILE, name)
         with for_saving(optimizing.optimizer):
             saved += write(path, part.export(), settings, metadata)
-        log.info("saved %s", saved[-1])  # of a set its index
+        log.info("saved %s", saved[-1])  # the index of a sharded checkpoint
         if optimizing.ema is not None:
             averaged = part.export(reading(optimizing.ema.averages))
             saved += write(path_of(settings, moment, EMA_FILE, name), averaged, settings, metadata)
@@ -153,7 +153,7 @@ def write_files(
 
 
 def keep_state(saving: Saving, moment: str, *, position: Position, model: TrainedModel) -> Path:
-    """Write all that it takes to resume from here; where."""
+    """Write a state for resuming from here; return its folder."""
     folder = path_of(saving.settings.save, moment, STATE)
     save_state(
         folder,
@@ -170,17 +170,17 @@ def keep_state(saving: Saving, moment: str, *, position: Position, model: Traine
 
 
 def final_path(settings: TrainSettings, name: str | None, part: Adapter) -> Path:
-    """What a run leaves of a part at its end: a LoRA's file, or what `--dit` takes."""
+    """Return the final file of a part: a LoRA file, or a checkpoint for `--dit`."""
     path = path_of(settings.save, "", FILE, name)
     return entry_of(path) if trains_weights(settings_of_part(settings, part).network) else path
 
 
 def settings_of_part(settings: TrainSettings, part: Adapter) -> TrainSettings:
-    """The settings as of a run that trains this part alone."""
+    """Return the settings of a run that would train only this part."""
     beside = settings.network.train_also is not None and not isinstance(part, Full)
     return replace(settings, network=lora_settings(settings.network)) if beside else settings
 
 
 def epoch_of(position: Position) -> int:
-    """The epoch that the last step belonged to."""
+    """Return the epoch of the last step."""
     return position.epoch if position.epoch_step else max(1, position.epoch - 1)

@@ -1,4 +1,4 @@
-"""Settings of what a run saves and of what it is resumed from."""
+"""Settings of saving and resuming."""
 
 import re
 from dataclasses import dataclass
@@ -73,12 +73,12 @@ class SaveSettings:
 
     @property
     def metrics_path(self) -> Path:
-        """The file that has a row for each step."""
+        """The metrics file, with a row for each step."""
         return Path(self.output_dir) / f"{self.output_name}.metrics.jsonl"
 
     @property
     def shard_bytes(self) -> int | None:
-        """`--max_shard_size` in bytes: GB are thousands of thousands of thousands, GiB are powers of 1024."""
+        """`--max_shard_size` in bytes: GB is 1000^3 bytes, GiB is 1024^3."""
         if self.max_shard_size is None:
             return None
         match = _SIZE.fullmatch(self.max_shard_size.strip())

@@ -1,10 +1,9 @@
-"""Where a run stands, on disk: all that it takes to resume as if it had never stopped.
+"""A training state on disk: everything needed to resume as if training had not been interrupted.
 
-A state is a folder: `adapter.safetensors` (its parameters by name, as they are), `run.pt` (optimizer, schedule,
-averages and whatever else carries something from step to step), `samples.json` (what each sample was made of) and,
-written last, `manifest.json` with the position, the configuration, which run it is of and the size of each file. The
-folder is made beside its place and renamed, so a state is whole or absent. No generator's state is in it: everything
-that is drawn is drawn by key.
+A state is a folder of `adapter.safetensors` (the trained parameters by name, unconverted), `run.pt` (optimizer,
+schedule, EMA and everything else carried from step to step), `samples.json` (the content of each sample) and, written
+last, `manifest.json` (position, configuration, run identity and file sizes). The folder is written under a temporary
+name and renamed, so a state is complete or absent. It holds no state of random generators, since all draws are keyed.
 """
 
 import json
@@ -28,12 +27,12 @@ ADAPTER, RUN, SAMPLES, MANIFEST = "adapter.safetensors", "run.pt", "samples.json
 
 
 class NewerState(InputError):
-    """A state that a later version of this trainer saved."""
+    """A state saved by a later version of this trainer."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come: optimizer steps taken, the epoch it is in (from 1) and the steps taken in that epoch."""
+    """Progress of a run: optimizer steps taken, the current epoch (from 1) and the steps taken in that epoch."""
 
     step: int = 0
     epoch: int = 1
@@ -42,7 +41,8 @@ class Position:
 
 @dataclass(frozen=True)
 class State:
-    """A state on disk, its manifest read; those of before runs had an identity have no `session` and began at 0."""
+    """A state on disk with its manifest read; states from before runs had identities have `session` None and
+    `started_at` 0."""
 
     folder: Path
     position: Position
@@ -63,7 +63,8 @@ def save_state(
     identity: Identity,
     samples: Contents,
 ) -> None:
-    """Write a state; `parts` are the `state_dict`s of what carries something over. InputError if that fails."""
+    """Write a state; `parts` are the `state_dict`s of the parts carried from step to step. Raise InputError if that
+    fails."""
     with replacing_folder(folder) as temporary:
         save_tensors(temporary / ADAPTER, {name: parameter.detach() for name, parameter in parameters.items()})
         save_parts(temporary / RUN, parts)
@@ -81,16 +82,16 @@ def save_state(
 
 
 def open_state(folder: Path) -> State:
-    """The state in a folder. InputError that says what is wrong with one that is not whole, and NewerState for one of
-    a later version."""
+    """Read the state in a folder. Raise InputError for one that is missing or incomplete, and NewerState for one of a
+    later version."""
     if not (folder / MANIFEST).is_file():
-        raise InputError(_what_it_is(folder))
+        raise InputError(_explain_wrong_path(folder))
     return parse_state(folder, (folder / MANIFEST).read_bytes, lambda name: (folder / name).stat().st_size)
 
 
 def parse_state(folder: Path, read: Callable[[], bytes], size_of: Callable[[str], int]) -> State:
-    """The state whose manifest is what `read` returns, if its files, by name, have the sizes in bytes that it says.
-    Raises as `open_state` does."""
+    """Parse the manifest that `read` returns, and check the sizes in bytes of its files with `size_of`. Raise the same
+    errors as `open_state`."""
     try:
         manifest = json.loads(read().decode("utf-8"))
         if int(manifest["version"]) > VERSION:
@@ -100,7 +101,7 @@ def parse_state(folder: Path, read: Callable[[], bytes], size_of: Callable[[str]
             )
         for name, size in manifest["sizes"].items():
             if size_of(name) != size:
-                raise InputError(f"--resume {folder}: {name} is not whole: give another state")
+                raise InputError(f"--resume {folder}: {name} is incomplete: give another state")
         run = manifest.get("run", {})
         return State(
             folder=folder,
@@ -116,16 +117,16 @@ def parse_state(folder: Path, read: Callable[[], bytes], size_of: Callable[[str]
         raise InputError(f"--resume {folder}: {MANIFEST} cannot be read ({problem}): give another state") from None
 
 
-def _what_it_is(path: Path) -> str:
-    """What `--resume` was given that is not a state, and what to give instead."""
+def _explain_wrong_path(path: Path) -> str:
+    """Explain what the path given to `--resume` is, since it is not a state, and what to give instead."""
     if path.is_dir():
         inside = sorted(each for each in path.iterdir() if (each / MANIFEST).is_file())
         if inside:
             shown = ", ".join(map(str, inside[-3:]))
-            return f"--resume {path} is not a state, but holds {len(inside)} ({shown}): give one of them"
-        return f"--resume {path} has no {MANIFEST}: it is not a state of this trainer, or not a whole one"
+            return f"--resume {path} is not a state, but contains {len(inside)} ({shown}): give one of them"
+        return f"--resume {path} has no {MANIFEST}: it is not a state of this trainer, or it is incomplete"
     if not path.exists():
-        return f"--resume {path} is not there: give a state folder, or auto for the newest"
+        return f"--resume {path} does not exist: give a state folder, or auto for the newest"
     if (path.parent / MANIFEST).is_file():
         return f"--resume {path} is a file of a state: give its folder, --resume {path.parent}"
     begin = f"--network_weights {path}"
@@ -135,16 +136,16 @@ def _what_it_is(path: Path) -> str:
         label, begin = ("a LoRA file", begin) if is_lora else ("a checkpoint", f"--dit {path}")
     state = path.with_name(f"{path.stem}-state")
     kept = f"--resume {state}, which was saved with it" if (state / MANIFEST).is_file() else "--resume FOLDER-state"
-    start = f", or start anew from what it learnt with {begin}" if label != "a file" else ""
+    start = f", or start a new run from it with {begin}" if label != "a file" else ""
     return (
-        f"--resume {path} is {label}, which does not hold the optimizer: give a state folder (of --save_state), "
-        f"{kept}{start}"
+        f"--resume {path} is {label}, which does not contain the optimizer state: give a state folder (of "
+        f"--save_state), {kept}{start}"
     )
 
 
 def read_samples(state: State) -> Contents | None:
-    """What each sample was made of when a state was saved; None for states that do not know it. InputError for a file
-    that cannot be read."""
+    """Return the content of each sample when a state was saved; None for states that do not record it. Raise InputError
+    for a file that cannot be read."""
     path = state.folder / SAMPLES
     if not path.is_file():
         return None
@@ -156,7 +157,7 @@ def read_samples(state: State) -> Contents | None:
 
 
 def load_state(state: State, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """Give the parameters their saved values, bit for bit, and return the saved parts."""
+    """Restore the saved parameters, bit for bit, and return the saved parts."""
     saved = dict(read_tensors(state.folder / ADAPTER))
     if {name: tuple(t.shape) for name, t in saved.items()} != {n: tuple(p.shape) for n, p in parameters.items()}:
         raise InputError(f"--resume {state.folder} belongs to a different network: resume with the original options")
@@ -167,8 +168,8 @@ def load_state(state: State, parameters: Mapping[str, nn.Parameter]) -> dict[str
 
 
 def differences(saved: Mapping[str, str], current: Mapping[str, str], defaults: Mapping[str, str]) -> list[str]:
-    """What of the configuration is not as it was, in words. An option that one of the two does not name is at its
-    default there: it did not exist yet, or does not concern the run."""
+    """Describe the differences between two configurations. An option missing from one of them has its default there: it
+    did not exist yet, or does not apply to the run."""
     told = []
     for name in dict.fromkeys([*saved, *current]):
         before, now = (side.get(name, defaults.get(name, "not set")) for side in (saved, current))
@@ -178,10 +179,10 @@ def differences(saved: Mapping[str, str], current: Mapping[str, str], defaults: 
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Delete files and state folders that newer ones have replaced."""
+    """Delete old files and state folders."""
     for path in paths:
         if path.is_dir():
-            # The manifest first: what is half deleted must not pass for a state.
+            # The manifest first: a partly deleted folder must not be taken for a state.
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -228,7 +228,7 @@ def test_the_split_is_what_the_settings_say() -> None:
         data = hold_out(whole, ValidationSettings(validation_config="val.toml"), read)
     assert data.training is whole and data.held_out and len(data.held_out) == 6
     assert "3 validation files are also in the training set" in records[0].getMessage()
-    assert records[1].getMessage() == "validation: 6 clips of 3 files, so few that intervals are wide"
+    assert records[1].getMessage() == "validation: 6 clips of 3 files, too few for narrow confidence intervals"
     patient = ValidationSettings(validation_config="val.toml", validate_every_n_steps=1, early_stop=2)
     assert hold_out(whole, patient, read).held_out
     with pytest.raises(InputError, match="hold out two or more"):

@@ -1,4 +1,4 @@
-"""What the held-out loss is for, on a task whose true loss is known (benchmarks/validation.py)."""
+"""What the validation loss is for, on a task whose true loss is known (benchmarks/validation.py)."""
 
 import pytest
 

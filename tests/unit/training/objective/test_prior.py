@@ -58,7 +58,7 @@ def test_captions_come_from_a_file(tmp_path: Path) -> None:
     path.write_text("# kept\na man walks\n\n  a dog runs \n")
     assert read_captions(str(path)) == ["a man walks", "a dog runs"]
     path.write_text("# nothing\n")
-    with pytest.raises(InputError, match="holds no caption"):
+    with pytest.raises(InputError, match="has no captions"):
         read_captions(str(path))
     with pytest.raises(InputError, match="cannot be read"):
         read_captions(str(tmp_path / "absent.txt"))

@@ -74,7 +74,7 @@ def test_every_stratum_is_as_often_in_each_dataset(
     strata = Strata(dataset, 4, seed=5)
     for epoch in range(1, 6):
         for keys in taken(dataset, epoch).values():
-            counts = Counter(strata.place(keys, epoch))
+            counts = Counter(strata.strata_of(keys, epoch))
             assert max(counts.values()) - min(counts[n] for n in range(4)) <= (len(keys) % 4 > 0)
 
 
@@ -92,14 +92,14 @@ def test_noise_levels_lie_in_their_strata_whatever_the_batch_and_the_order(
     # t runs from 0.2 to 1, each stratum over 0.2 of it.
     assert Counter(int(t / 0.2) for t in together) == {1: 3, 2: 3, 3: 3, 4: 3}
     resumed = Strata(dataset, 4, seed=5)
-    resumed.place(taken(dataset, 9)["few"], 9)
+    resumed.strata_of(taken(dataset, 9)["few"], 9)
     assert [levels([key], resumed)[0] for key in reversed(keys)] == together[::-1]
 
 
 def test_strata_do_not_depend_on_the_batch_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for epoch in range(3):
         dealt = [
-            Strata(dataset, 4, seed=5).place(dataset.keys, epoch)
+            Strata(dataset, 4, seed=5).strata_of(dataset.keys, epoch)
             for dataset in (opened(folder, monkeypatch), opened(folder, monkeypatch, "batch_size = 5"))
         ]
         assert dealt[0] == dealt[1]
@@ -108,7 +108,7 @@ def test_strata_do_not_depend_on_the_batch_size(folder: Path, monkeypatch: pytes
 def test_epochs_and_seeds_deal_the_strata_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = opened(folder, monkeypatch)
     dealt = {
-        tuple(Strata(dataset, 12, seed=seed).place(dataset.keys, epoch))
+        tuple(Strata(dataset, 12, seed=seed).strata_of(dataset.keys, epoch))
         for seed, epoch in ((5, 1), (5, 2), (6, 1), (6, 2))
     }
     assert len(dealt) == 4

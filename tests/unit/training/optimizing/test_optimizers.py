@@ -117,7 +117,7 @@ def test_a_class_of_any_package_with_arguments_of_its_own(tmp_path: Path, monkey
         ("torch.optim.LBFGS", (), "closure"),
         ("torch.optim.lr_scheduler.StepLR", (), "no Optimizer"),
         ("no_such_package.Thing", (), "install"),
-        (".Thing", (), "does not import"),
+        (".Thing", (), "cannot import"),
         ("AdamW", ("weight_decai=0.1",), "did you mean weight_decay"),
         ("AdamW", ("weight_decay",), "name=value"),
         ("AdamW", ("weight_decay=-1",), "weight_decay"),
@@ -183,7 +183,7 @@ def test_adafactor_says_that_it_scales_by_the_weight(said: list[str]) -> None:
 
 def test_prodigy_is_told_of_a_rate_that_was_meant_for_another(said: list[str]) -> None:
     make_optimizer(matrix(), chosen("Prodigy", rate=1e-4))
-    assert "1 is usual" in said[0]
+    assert "the usual value is 1" in said[0]
     said.clear()
     make_optimizer([{"params": matrix()[0]["params"], "lr": 1.0}], chosen("Prodigy", rate=1.0))
     assert said == []

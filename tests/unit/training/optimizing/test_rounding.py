@@ -8,7 +8,7 @@ import torch
 from wan_train.errors import InputError
 from wan_train.training.optimizing.optimizer_state import load_portable_state, portable_state
 from wan_train.training.optimizing.optimizers import check_optimizer, make_optimizer
-from wan_train.training.optimizing.rounding import round_at_random, rounded
+from wan_train.training.optimizing.rounding import round_stochastically, rounded
 from wan_train.training.settings import OptimizerSettings
 
 ONES = {"AdamW": (), "SGD": ("momentum=0.9",), "Adafactor": (), "CAME": (), "AdamW8bitSR": ()}
@@ -40,12 +40,12 @@ def go_on(optimizer: Any, weight: torch.nn.Parameter, steps: range) -> None:
 
 def test_the_mean_is_exact_and_only_neighbours_come() -> None:
     x = torch.tensor([1.0019531, -1.0019531, 3e-39, 1.0]).repeat(100_000, 1)
-    rounded = round_at_random(x, torch.Generator().manual_seed(0)).float()
+    rounded = round_stochastically(x, torch.Generator().manual_seed(0)).float()
     torch.testing.assert_close(rounded.mean(0), x[0], rtol=1e-4, atol=1e-41)
     assert set(rounded[:, 0].tolist()) == {1.0, 1.0078125}
     assert set(rounded[:, 3].tolist()) == {1.0}
     odd = torch.tensor([float("inf"), float("-inf"), float("nan")])
-    torch.testing.assert_close(round_at_random(odd, torch.Generator()).float(), odd, equal_nan=True)
+    torch.testing.assert_close(round_stochastically(odd, torch.Generator()).float(), odd, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ONES)

@@ -188,7 +188,7 @@ def test_steps_that_make_no_sense_are_refused(text: str, flag: str) -> None:
         ("linear", {"lr_decay_steps": "10"}, "does not read --lr_decay_steps.*warmup_stable_decay"),
         ("rex", {"lr_scheduler_timescale": 5}, "does not read --lr_scheduler_timescale"),
         ("constant", {"lr_scheduler_min_lr_ratio": 0.1}, "does not read --lr_scheduler_min_lr_ratio"),
-        ("cosine", {"lr_scheduler_args": ("gamma=1",)}, "cosine takes no gamma; there are none"),
+        ("cosine", {"lr_scheduler_args": ("gamma=1",)}, "cosine has no argument gamma; there are none"),
         ("polynomial", {"lr_scheduler_args": ("lr_ends=1",)}, "did you mean lr_end"),
         ("polynomial", {"lr_scheduler_args": ("lr_end=1",)}, "must be smaller than initial lr"),
         ("polynomial", {"lr_scheduler_args": ("lr_end",)}, "name=value"),

@@ -22,16 +22,16 @@ def test_two_experts_share_the_draws_and_keep_to_their_sides() -> None:
     assert high.part == low.part == 0.5
     assert 0.875 <= high.low < 0.88 and 0.99 < high.high <= 1
     assert 0 < low.low < 0.2 and 0.87 < low.high <= 0.875
-    assert high.astray == low.astray == 0
+    assert high.outside == low.outside == 0
 
 
 def test_an_own_range_may_go_astray() -> None:
     told = settings("--dit_high_noise", "h", "--min_timestep", "800", "--max_timestep", "900")
     (share,) = measure(plan_experts(told), told.timesteps, 4000, seed=0, boundary=0.875)
-    assert share.astray == pytest.approx(0.75, abs=0.05)
+    assert share.outside == pytest.approx(0.75, abs=0.05)
     refuse_unused(plan_experts(told), told.timesteps)
     beyond = settings("--dit", "l", "--min_timestep", "900", "--max_timestep", "1000")
-    with pytest.raises(InputError, match="low noise would be trained from 900 to 1000"):
+    with pytest.raises(InputError, match="low-noise expert would be trained from 900 to 1000"):
         refuse_unused(plan_experts(beyond), beyond.timesteps)
 
 

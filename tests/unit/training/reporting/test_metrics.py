@@ -158,7 +158,7 @@ def test_tracker_config_reaches_the_tracker_and_is_checked(tmp_path: Path) -> No
         with pytest.raises(InputError, match=told):
             check_trackers(logs)
     path.write_text("[tensorboard]\nno_such = 1\n")
-    with pytest.raises(InputError, match="TensorBoard does not start"):
+    with pytest.raises(InputError, match="cannot start TensorBoard"):
         write(tmp_path, range(1, 2), logs)
 
 

@@ -89,9 +89,9 @@ def test_one_page_holds_all_and_reaches_for_nothing(folder: Path) -> None:
     titles = [str(one["aria-label"]) for one in page.all("svg") if one.get("aria-label")]
     assert [title.split(",")[0] for title in titles] == [
         "Loss",
-        "Held-out loss",
+        "Validation loss",
         "Loss by noise level",
-        "Held-out loss by noise level",
+        "Validation loss by noise level",
         "Learning rate",
         "Gradient norm",
         "Seconds per step",
@@ -144,7 +144,7 @@ def test_as_a_command(folder: Path, root: Path) -> None:
     (folder / "empty").mkdir()
     done = subprocess.run([*command, str(folder / "empty")], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "holds no NAME.metrics.jsonl" in done.stderr
+    assert "has no NAME.metrics.jsonl" in done.stderr
 
 
 def test_smoothing_is_a_mean_of_what_is_known() -> None:

@@ -9,7 +9,7 @@ import pytest
 from wan_train.errors import InputError
 from wan_train.training.reporting.settings import HubSettings
 from wan_train.training.saving import hub
-from wan_train.training.saving.hub import HubFolder, check_hub, fetch_state, open_hub, read_place
+from wan_train.training.saving.hub import HubFolder, check_hub, fetch_state, open_hub, parse_hub_path
 
 
 class LocalHub:
@@ -185,11 +185,11 @@ def test_the_real_client_takes_what_the_local_one_takes() -> None:
 
 
 def test_places_on_the_hub() -> None:
-    assert read_place("me/mine/a/b-state:v2:dataset") == HubFolder("me/mine", "a/b-state", "v2", "dataset")
-    assert read_place("me/mine/s") == read_place("me/mine/s:") == HubFolder("me/mine", "s", "main", "model")
+    assert parse_hub_path("me/mine/a/b-state:v2:dataset") == HubFolder("me/mine", "a/b-state", "v2", "dataset")
+    assert parse_hub_path("me/mine/s") == parse_hub_path("me/mine/s:") == HubFolder("me/mine", "s", "main", "model")
     for wrong in ("me/mine", "me", "me//x", "me/mine/s:main:zip", "me/mine/s:main:model:more"):
         with pytest.raises(InputError, match="not a hub path"):
-            read_place(wrong)
+            parse_hub_path(wrong)
 
 
 @pytest.mark.parametrize(

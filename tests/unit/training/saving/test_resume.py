@@ -62,7 +62,7 @@ def test_an_option_that_a_state_does_not_name_was_at_its_default(tmp_path: Path)
     state = open_state(save(tmp_path / "name-state"))
     same = {"--network_dim": "4", "--huber_c": "0.1", "--network_dropout": "None", "flip_augment of dataset 3": "False"}
     require_same(state, same, {}, anyway=False)
-    with pytest.raises(InputError, match=r"configuration: --huber_c was 0.1, is 0.2\. Give"):
+    with pytest.raises(InputError, match=r"configuration: --huber_c was 0.1, is 0.2\. Use the options"):
         require_same(state, same | {"--huber_c": "0.2"}, {}, anyway=False)
     with pytest.raises(InputError, match="flip_augment of dataset 3 was False, is True"):
         require_same(state, same | {"flip_augment of dataset 3": "True"}, {}, anyway=False)
@@ -76,7 +76,10 @@ CLIPS = {f"cache/clip{i:02d}_00000-017_0064x0096_wan": Content(f"l{i}", f"c{i}",
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"clip03": Content("l3", "other", "t5")}, r"the dataset has 1 file with other captions \(clip03\)\. Give"),
+        (
+            {"clip03": Content("l3", "other", "t5")},
+            r"the dataset has 1 file with other captions \(clip03\)\. Use the options",
+        ),
         ({"clip03": Content("other", "c3", "t5")}, r"1 file with another video or image \(clip03\)"),
         ({f"clip{i:02d}": Content(f"l{i}", "new", "t5") for i in range(12)}, r"12 files with .*clip09 and 2 more\)"),
         ({"clip00": Content("l0", "c0", "other")}, r"1 file with another text encoder \(clip00\)"),

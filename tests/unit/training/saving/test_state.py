@@ -76,7 +76,7 @@ def test_what_is_no_state_is_refused(tmp_path: Path, break_it: Any, message: str
     break_it(folder)
     with pytest.raises(InputError, match=message):
         open_state(folder)
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="does not exist"):
         open_state(tmp_path / "absent")
 
 
@@ -95,7 +95,7 @@ def test_what_was_given_instead_of_a_state_is_named(tmp_path: Path) -> None:
         (whole, f"--resume {whole} is a checkpoint.*--dit {whole}"),
         (text, f"--resume {text} is a file, .*--resume FOLDER-state"),
         (state / "run.pt", f"is a file of a state: give its folder, --resume {state}"),
-        (tmp_path, f"is not a state, but holds 1 .*{state.name}.*give one of them"),
+        (tmp_path, f"is not a state, but contains 1 .*{state.name}.*give one of them"),
     ):
         with pytest.raises(InputError, match=message):
             open_state(path)
