@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from generate.jobs import Job, make_jobs
-from generate.models import Beginning, Models
+from generate.models import Models, VideoInputs
 from generate.record import weight_hashes
-from generate.runs import Failures, begin_jobs, describe
+from generate.runs import Failures, describe, encode_inputs
 from generate.settings import GenerateSettings
 from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
@@ -48,7 +48,7 @@ def calibration_jobs(settings: GenerateSettings) -> list[Job]:
     for job in jobs:
         if job.request.steps != steps:
             raise InputError(
-                f"{job.shown} has {job.request.steps} steps and --calibrate_steps is {steps}: leave out --s"
+                f"{job.label} has {job.request.steps} steps and --calibrate_steps is {steps}: leave out --s"
             )
     check_writable(Path(sampling.cache_profile).parent)
     _existing(sampling.cache_profile)
@@ -101,14 +101,14 @@ class _Videos:
 
     models: Models
     conditions: Mapping[str, Conditions]
-    beginnings: Mapping[int, Beginning]
+    inputs: Mapping[int, VideoInputs]
     latents: dict[int, Tensor]
 
     @classmethod
     def of(cls, jobs: Sequence[Job], models: Models) -> "_Videos":
         """Encode what the jobs are made from."""
         texts = [text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)]
-        return cls(models, models.encode(texts), begin_jobs(jobs, models, Failures(alone=True)), {})
+        return cls(models, models.encode(texts), encode_inputs(jobs, models, Failures(alone=True)), {})
 
     def measure(self, jobs: Sequence[Job], hashes: Mapping[str, str]) -> list[Entry]:
         """Return an entry of each job, sampled in full."""
@@ -128,14 +128,14 @@ class _Videos:
 
     def timesteps(self, job: Job) -> Tensor:
         """Return the timesteps (N,) of a job's steps."""
-        return self._begin(job, {}).solver.timesteps
+        return self._start(job, {}).solver.timesteps
 
-    def _begin(self, job: Job, measurements: Mapping[int, Measurement]) -> Sampling:
-        beginning = self.beginnings.get(job.index, Beginning())
-        return self.models.begin(job.request, self.conditions, beginning, measurement=measurements.get(job.index))
+    def _start(self, job: Job, measurements: Mapping[int, Measurement]) -> Sampling:
+        inputs = self.inputs.get(job.index, VideoInputs())
+        return self.models.start(job.request, self.conditions, inputs, measurement=measurements.get(job.index))
 
     def _sample(self, jobs: Sequence[Job], measurements: Mapping[int, Measurement]) -> dict[int, Tensor]:
-        samplings = {job.index: self._begin(job, measurements) for job in jobs}
+        samplings = {job.index: self._start(job, measurements) for job in jobs}
         for expert in experts_of(jobs[0].request.variant):
             with self.models.dit(expert) as dit:
                 for job in jobs:

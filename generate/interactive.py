@@ -17,7 +17,7 @@ log = get_logger(__name__)
 WELCOME = "a prompt and its options to a line, as in: a cat in the rain --w 832 --h 480 --f 81 --s 20; Ctrl-D ends"
 
 
-def converse(models: Models, delivery: Delivery, *, read: Callable[[str], str] = input) -> int:
+def run_interactive(models: Models, delivery: Delivery, *, read: Callable[[str], str] = input) -> int:
     """Make a video of every line until there are no more; how many were made. What fails costs its line only."""
     _edit_lines()
     print(WELCOME)

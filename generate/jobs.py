@@ -22,9 +22,9 @@ class Job:
     index: int
 
     @property
-    def shown(self) -> str:
+    def label(self) -> str:
         """The video in a few words, for a message."""
-        return f'video {self.index} ("{self.request.shown_words}", seed {self.request.seed})'
+        return f'video {self.index} ("{self.request.short_prompt}", seed {self.request.seed})'
 
 
 def make_jobs(settings: GenerateSettings) -> list[Job]:

@@ -8,7 +8,16 @@ from pathlib import Path
 from torch import Tensor
 
 from generate.models import Models
-from generate.output import Product, check_length, check_names, check_place, is_file, named_stem, trimmed, write_outputs
+from generate.output import (
+    Product,
+    check_length,
+    check_names,
+    check_target,
+    is_file,
+    named_stem,
+    trimmed,
+    write_outputs,
+)
 from generate.record import KEY, plain_name
 from generate.remote_output import deliver
 from generate.settings import OutputSettings
@@ -53,7 +62,7 @@ def check_latents(
             f"--output_type {output.output_type} with --latent_path: the latents are there; give video or images"
         )
     files = [_open(file, variant.space.channels) for path in paths for file in _expand(Path(path))]
-    check_place(output, len(files))
+    check_target(output, len(files))
     for index, file in enumerate(files):
         check_length(output, 1 + (file.shape[1] - 1) * FRAME_STEP)
         check_names(output, _stem_of(output, file, index), sampled=False)

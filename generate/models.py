@@ -29,7 +29,7 @@ from wan_train.precision import published_dtype
 from wan_train.quantization.stored import storage_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import Sampling
-from wan_train.sampling.encode import encode_images, encode_with, open_image_encoder, open_text_encoder, see_images
+from wan_train.sampling.encode import encode_clip, encode_images, encode_with, open_image_encoder, open_text_encoder
 from wan_train.sampling.passes import ALONE, Sharing
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.sharing import Shared
@@ -43,14 +43,14 @@ Loras = Mapping[str | None, Sequence[WeightedLora]]  # by expert, None for a tas
 
 
 @dataclass
-class Lent:
-    """A model for as long as it is lent: after that nobody holds it here, whoever still holds this."""
+class LoadedModel:
+    """A model for as long as it is loaded: after that nobody holds it here, whoever still holds this."""
 
     model: Any
 
 
 @dataclass(frozen=True)
-class Beginning:
+class VideoInputs:
     """What a video is made from beside its texts: latents (C, F, H, W) of another, and images."""
 
     source: Tensor | None = None
@@ -70,7 +70,7 @@ class Models:
     device: torch.device
     keep: bool = False
     groups: Groups = field(default_factory=Groups)
-    _resting: dict[str, nn.Module] = field(default_factory=dict)
+    _idle: dict[str, nn.Module] = field(default_factory=dict)
     _encoded: dict[str, Conditions] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,8 +95,8 @@ class Models:
         missing = [text for text in wanted if text not in known]
         if missing:
             log.info("encoding %d prompts with %s", len(missing), self.settings.text.t5)
-            with self._lent("text encoder", self._open_text_encoder) as lent:
-                new = encode_with(lent.model, missing)
+            with self._loaded("text encoder", self._open_text_encoder) as loaded:
+                new = encode_with(loaded.model, missing)
             if self.groups.is_first:
                 cache.keep(new)
             known |= new
@@ -104,78 +104,80 @@ class Models:
             self._encoded |= known
         return known
 
-    def begin(
+    def start(
         self,
         request: SampleRequest,
         texts: Mapping[str, Conditions],
-        beginning: Beginning,
+        inputs: VideoInputs,
         *,
         measurement: Measurement | None = None,
     ) -> Sampling:
-        """Return a run at its beginning; with `measurement` one that measures what a step cache would cost."""
-        both = (texts[text].with_images(beginning.images) for text in (request.prompt, request.negative_prompt))
+        """Return a run at its inputs; with `measurement` one that measures what a step cache would cost."""
+        both = (texts[text].with_images(inputs.images) for text in (request.prompt, request.negative_prompt))
         return Sampling(
             request,
             *both,
-            source=beginning.source,
+            source=inputs.source,
             measurement=measurement,
             sharing=self.sharing,
             device=self.device,
         )
 
     @contextmanager
-    def dit(self, expert: str | None = None) -> Iterator[Lent]:
+    def dit(self, expert: str | None = None) -> Iterator[LoadedModel]:
         """The DiT, or one of two experts, while this is entered."""
         name = f"DiT {expert}" if expert else "DiT"
-        with self._lent(name, lambda: self._open_dit(expert)) as lent:
-            yield lent
+        with self._loaded(name, lambda: self._open_dit(expert)) as loaded:
+            yield loaded
 
     @contextmanager
-    def image_encoder(self) -> Iterator[Lent]:
+    def image_encoder(self) -> Iterator[LoadedModel]:
         """The image encoder, while this is entered."""
-        with self._lent("image encoder", lambda: open_image_encoder(self.settings.image, self.device)) as lent:
-            yield lent
+        with self._loaded("image encoder", lambda: open_image_encoder(self.settings.image, self.device)) as loaded:
+            yield loaded
 
     @contextmanager
-    def vae(self) -> Iterator[Lent]:
+    def vae(self) -> Iterator[LoadedModel]:
         """The VAE, while this is entered."""
-        with self._lent("VAE", self._open_vae) as lent:
-            yield lent
+        with self._loaded("VAE", self._open_vae) as loaded:
+            yield loaded
 
-    def decode(self, vae: Lent, latents: Tensor) -> Iterator[np.ndarray]:
+    def decode(self, vae: LoadedModel, latents: Tensor) -> Iterator[np.ndarray]:
         """Frames (H, W, 3) uint8 of latents (C, F', H', W'), decoded as they are taken.
 
         With `--vae_parallel` all processes of a group have to take them, and those but the first get none.
         """
         return decode_frames(vae.model, latents, self.device)
 
-    def encode_video(self, vae: Lent, pixels: Tensor) -> Tensor:
+    def encode_video(self, vae: LoadedModel, pixels: Tensor) -> Tensor:
         """Latents (C, F', H', W'), in CPU RAM, of pixels (1, 3, F, H, W)."""
         return vae.model.encode(pixels.to(self.device))[0].cpu()
 
-    def see(self, encoder: Lent, request: SampleRequest) -> Tensor:
+    def encode_clip(self, encoder: LoadedModel, request: SampleRequest) -> Tensor:
         """CLIP's tokens (I, width), in CPU RAM, of the request's images."""
-        return see_images(request, encoder.model)
+        return encode_clip(request, encoder.model)
 
-    def encode_images(self, vae: Lent | None, request: SampleRequest, tokens: Tensor | None) -> ImageConditions | None:
+    def encode_images(
+        self, vae: LoadedModel | None, request: SampleRequest, tokens: Tensor | None
+    ) -> ImageConditions | None:
         """What the DiT reads of the request's images and controls, in host memory."""
         return encode_images(request, None if vae is None else vae.model, tokens, self.device)
 
     @contextmanager
-    def _lent(self, name: str, load: Callable[[], Any]) -> Iterator[Lent]:
-        model = self._resting.pop(name, None)
+    def _loaded(self, name: str, load: Callable[[], Any]) -> Iterator[LoadedModel]:
+        model = self._idle.pop(name, None)
         if model is None:
             model = load()
         elif self._moves(name):
             model.to(self.device)
-        lent = Lent(model)
+        loaded = LoadedModel(model)
         del model
         try:
-            yield lent
+            yield loaded
         finally:
             if self.keep:
-                self._resting[name] = lent.model.to("cpu") if self._moves(name) else lent.model
-            lent.model = None
+                self._idle[name] = loaded.model.to("cpu") if self._moves(name) else loaded.model
+            loaded.model = None
             release_memory()
 
     def _moves(self, name: str) -> bool:

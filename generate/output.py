@@ -83,7 +83,7 @@ def trimmed(frames: Iterable[np.ndarray], settings: OutputSettings) -> Iterator[
 
 def check_output(settings: OutputSettings, jobs: Sequence[Job] | None) -> None:
     """Fail now if the results could not be written, or would overwrite each other; jobs None: nobody knows yet."""
-    check_place(settings, 2 if jobs is None else len(jobs))
+    check_target(settings, 2 if jobs is None else len(jobs))
     for job in jobs or ():
         check_length(settings, job.request.frames)
         check_names(settings, stem_of(settings, job, several=len(jobs or ()) > 1))
@@ -98,7 +98,7 @@ def check_names(settings: OutputSettings, stem: Path, *, sampled: bool = True) -
         check_name(file, "give a shorter --save_path")
 
 
-def check_place(settings: OutputSettings, count: int) -> None:
+def check_target(settings: OutputSettings, count: int) -> None:
     """Refuse a `--save_path` that cannot take this many results, whatever is in them."""
     given, flag, suffix = settings.target, settings.target_flag, Path(settings.target).suffix.lower()
     _check_pattern(settings)

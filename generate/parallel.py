@@ -68,10 +68,10 @@ def check_shared_jobs(settings: GenerateSettings, jobs: Sequence[Job]) -> None:
     if parallel.cfg_size > 1 and merging:
         raise InputError(
             "--cfg_merge takes both prompts in one pass, --cfg_size 2 on two halves of the processes: give one of them"
-            f" ({merging[0].shown})"
+            f" ({merging[0].label})"
         )
     if parallel.cfg_size > 1 and (alone := [job for job in jobs if job.request.guidance == 1]):
-        log.warning("--cfg_size 2: %s has a guidance scale of 1, so half of the processes wait", alone[0].shown)
+        log.warning("--cfg_size 2: %s has a guidance scale of 1, so half of the processes wait", alone[0].label)
 
 
 def share_of(jobs: Sequence[Job], groups: Groups) -> list[Job]:
@@ -94,7 +94,7 @@ def report_failures(reasons: Mapping[int, str], total: int, groups: Groups) -> N
         raise RunError(f"{len(failed)} of {wanted} videos failed ({listed}); the others are written")
 
 
-class Elsewhere:
+class NoOutput:
     """Delivery of a process whose group's first process writes: latents are kept only to be decoded together."""
 
     def __init__(self, *, wants_frames: bool) -> None:
@@ -111,5 +111,5 @@ class Elsewhere:
     def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
         deque(frames or (), maxlen=0)  # taken, so that this process's strips are decoded: there are no whole ones
 
-    def tell_left(self) -> None:
+    def report_undecoded(self) -> None:
         self._latents.clear()

@@ -32,7 +32,7 @@ KEY = "wan_train"  # of the record in a latent file's metadata
 _LATENT_ENDINGS = ("_pending_latent", "_latent")
 _WEIGHTS = ("dit", "dit_high_noise", "motion_controller", "lora_weight", "lora_weight_high_noise")
 # What says where and in which company a video was made, and not how.
-_ELSEWHERE = (
+_NOT_RECORDED = (
     "from_file",
     "interactive",
     "from_metadata",
@@ -101,7 +101,7 @@ def make_record(settings: GenerateSettings, request: SampleRequest, hashes: Mapp
     """The record of one of the videos that the settings have made; `hashes` are those of the models."""
     # What the command line says of sampling may not hold for this video: a line of a file stands over it.
     groups = [rows for group, rows in changed_options(settings).items() if group != "sampling"]
-    about = {name: value for rows in groups for name, value in rows.items() if name not in _ELSEWHERE}
+    about = {name: value for rows in groups for name, value in rows.items() if name not in _NOT_RECORDED}
     declared = type(settings.sampling)
     options = about | {"task": settings.dit.task} | request_options(request, declared)
     return Record(options, {**hashes, **input_hashes(request, declared)})

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from generate.jobs import Job
-from generate.models import Beginning, Models
+from generate.models import Models, VideoInputs
 from generate.output import (
     Product,
     latent_metadata,
@@ -54,7 +54,7 @@ class Delivery(Protocol):
     def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
         """Keep the result: frames (H, W, 3) uint8, decoded as they are taken."""
 
-    def tell_left(self) -> None:
+    def report_undecoded(self) -> None:
         """Say what has been put and will not be finished, and think of it no more."""
 
 
@@ -67,7 +67,7 @@ def run_jobs(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     try:
         _make(jobs, models, delivery)
     finally:
-        delivery.tell_left()
+        delivery.report_undecoded()
 
 
 def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
@@ -75,11 +75,11 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     failures = Failures(alone=groups.num_in_video > 1 or len(jobs) == groups.num_groups == 1)
     profiler = Profiler(models.settings.profile.profile if groups.place.rank == 0 else None, "sampling")
     conditions = models.encode([text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)])
-    beginnings = begin_jobs(jobs, models, failures)
+    inputs = encode_inputs(jobs, models, failures)
     samplings: dict[int, Sampling] = {}
     for job in failures.others(jobs):
         with failures.of(job):
-            samplings[job.index] = models.begin(job.request, conditions, beginnings.pop(job.index, Beginning()))
+            samplings[job.index] = models.start(job.request, conditions, inputs.pop(job.index, VideoInputs()))
     # One model after the other, each for all jobs: no more than one is there at a time, and each is read once.
     for expert in [e for e in experts_of(jobs[0].request.variant) if any(e in s.experts() for s in samplings.values())]:
         with models.dit(expert) as dit:
@@ -104,22 +104,22 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     report_failures(failures.reasons, len(jobs), groups)
 
 
-def begin_jobs(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, Beginning]:
+def encode_inputs(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, VideoInputs]:
     """Return what the jobs begin with, where that is more than noise, on all processes that make them."""
     if models.settings.parallel.vae_parallel:  # all of them encode together
-        return _begin(jobs, models, failures)
-    return made_by_first(models.groups.whole, lambda: _begin(jobs, models, failures))
+        return _encode_inputs(jobs, models, failures)
+    return made_by_first(models.groups.whole, lambda: _encode_inputs(jobs, models, failures))
 
 
-def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, Beginning]:
+def _encode_inputs(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, VideoInputs]:
     """What the jobs begin with, encoded with one model after the other."""
     seen: dict[int, Tensor] = {}
     if imaged := [job for job in jobs if job.request.clip_paths]:
         with models.image_encoder() as encoder:
             for job in imaged:
                 with failures.of(job):
-                    seen[job.index] = models.see(encoder, job.request)
-    beginnings: dict[int, Beginning] = {}
+                    seen[job.index] = models.encode_clip(encoder, job.request)
+    inputs: dict[int, VideoInputs] = {}
     left = failures.others(jobs)
     encoded = [job for job in left if job.request.video_path or job.request.is_from_pixels]
     with models.vae() if encoded else nullcontext() as vae:
@@ -129,13 +129,13 @@ def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[in
                 if vae is not None and job.request.video_path:
                     source = models.encode_video(vae, read_source(job.request, job.request.variant.fps))
                 images = models.encode_images(vae, job.request, seen.get(job.index))
-                beginnings[job.index] = Beginning(source, images)
-    return beginnings
+                inputs[job.index] = VideoInputs(source, images)
+    return inputs
 
 
 def describe(job: Job) -> str:
     """A job's settings in a line."""
-    return f"{job.shown}: {job.request.shown_settings}"
+    return f"{job.label}: {job.request.settings_summary}"
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Failures:
             if self.alone:
                 raise
             self.reasons[job.index] = str(problem).strip().partition("\n")[0] or type(problem).__name__
-            log.warning("%s failed, continuing with the others: %s", job.shown, self.reasons[job.index])
+            log.warning("%s failed, continuing with the others: %s", job.label, self.reasons[job.index])
 
     def others(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs that have not failed."""
@@ -192,7 +192,7 @@ class OnDisk:
             self._kept(job.index).unlink()
         del self._stems[job.index]
 
-    def tell_left(self) -> None:
+    def report_undecoded(self) -> None:
         left = [path for path in map(self._kept, self._stems) if path.is_file()]
         if left:
             log.warning("sampled but not decoded: %s; decode with --latent_path", ", ".join(map(str, left)))
@@ -229,5 +229,5 @@ class InMemory:
         assert frames is not None
         self.frames[job.index] = np.stack(list(trimmed(frames, self._output)))
 
-    def tell_left(self) -> None:
+    def report_undecoded(self) -> None:
         self._latents.clear()

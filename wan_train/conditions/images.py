@@ -13,7 +13,7 @@ from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VAE_STRIDE
 
 Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, N, X, Y) -> latents (1, C, F, H, W)
-See = Callable[[Tensor], Tensor]  # pixels (K, 3, X, Y) -> CLIP tokens (K, tokens, width)
+EncodeClip = Callable[[Tensor], Tensor]  # pixels (K, 3, X, Y) -> CLIP tokens (K, tokens, width)
 
 
 def given_latents(images: Sequence[Tensor], num_frames: int, encode: Encode) -> Tensor:
@@ -46,10 +46,10 @@ def one_frame_latents(images: Sequence[Tensor], one_frame: OneFrame, encode: Enc
     return torch.cat(frames, dim=1)
 
 
-def seen_tokens(images: Sequence[Tensor], see: See) -> Tensor:
+def clip_tokens(images: Sequence[Tensor], encode: EncodeClip) -> Tensor:
     """`clip_features` of images (3, X, Y) that are scaled and cropped to the video's size."""
     # One at a time: equal, bit for bit, whatever is beside it.
-    return torch.cat([see(image[None])[0].cpu() for image in images])
+    return torch.cat([encode(image[None])[0].cpu() for image in images])
 
 
 def given_mask(given: Sequence[int], num_frames: int, height: int, width: int) -> Tensor:

@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class _Taken:
+class _ControlInput:
     """An option that some tasks read: by which of their inputs, what it is, and what such a task is called."""
 
     option: str
@@ -29,15 +29,15 @@ class _Taken:
     tasks: str
 
 
-_TAKEN = (
-    _Taken("control_path (--cn)", lambda control: control.video, "a control video", "a fun-control task"),
-    _Taken("reference_image", lambda control: control.reference, "a reference image", "a fun-control task"),
+_CONTROL_INPUTS = (
+    _ControlInput("control_path (--cn)", lambda control: control.video, "a control video", "a fun-control task"),
+    _ControlInput("reference_image", lambda control: control.reference, "a reference image", "a fun-control task"),
     *(
-        _Taken(name, lambda control: control.vace, "a VACE context", "a vace task")
+        _ControlInput(name, lambda control: control.vace, "a VACE context", "a vace task")
         for name in ("vace_video", "vace_mask", "vace_reference", "vace_pad")
     ),
     *(
-        _Taken(name, lambda control: control.camera, "a camera path", "a fun-camera task")
+        _ControlInput(name, lambda control: control.camera, "a camera path", "a fun-camera task")
         for name in ("camera_path", "camera_direction", "camera_origin")
     ),
 )
@@ -75,7 +75,7 @@ def check_inputs(given: ControlOptions, variant: Variant) -> None:
     """InputError for a control that the task does not read, for one that it needs and does not get, and for an image
     that does not read."""
     control = variant.control or ControlInputs()
-    for taken in _TAKEN:
+    for taken in _CONTROL_INPUTS:
         if getattr(given, taken.option.partition(" ")[0]) and not taken.reads(control):
             raise InputError(
                 f"--{taken.option}: --task {variant.name} does not read {taken.noun}: take {taken.tasks}, or leave it"

@@ -28,8 +28,8 @@ from wan_train.sampling.step_cache.measure import Measurement, Recorder
 from wan_train.sampling.step_cache.residuals import NoCache, StepCache
 from wan_train.sampling.step_cache.schedule import Count, Phase
 from wan_train.sampling.step_cache.settings import OFF
-from wan_train.sampling.text_memory import remembering_texts
-from wan_train.sampling.windows import lowering_frequency, sliding_windows, tell_length
+from wan_train.sampling.text_kv_cache import caching_text_kv
+from wan_train.sampling.windows import log_length, sliding_windows, with_riflex
 
 CPU = torch.device("cpu")
 
@@ -80,7 +80,7 @@ class Sampling:
         self.request, self.positive, self.negative, self.device = request, positive, negative, device
         self._sharing, self._measurement = sharing, measurement
         self.count: Count | None = None  # of passes, where a step cache acts
-        tell_length(request, num_frames, request.variant.trained_frames, num_before=self._num_before)
+        log_length(request, num_frames, request.variant.trained_frames, num_before=self._num_before)
         self.solver = make_solver(
             request.solver,
             steps=request.steps,
@@ -111,7 +111,7 @@ class Sampling:
         guidance = request.guided(expert)
         positive = self._with_arguments()
         negative = replace(self.negative, extras=positive.extras)
-        plans = plan_steps(request.steps, guidance, request.acting)
+        plans = plan_steps(request.steps, guidance, request.control_schedule)
         steps = list(itertools.takewhile(lambda step: self._expert(step[0]) == expert, self._coming(plans)))
         cache = self._cache(model, Phase([plan for _, plan in steps], guidance, request.steps))
         predict = guide(
@@ -119,13 +119,13 @@ class Sampling:
             positive,
             negative,
             guidance,
-            acting=request.acting,
+            controls=request.control_schedule,
             wraps=(cache.wrap, *self._wraps()),
             sharing=self._sharing,
             device=self.device,
         )
         num_tokens = math.prod(request.latent_shape[1:]) // 4  # patches are 2 x 2
-        with remembering_texts(model, num_tokens), cache.around(model), self._sharing.around(model):
+        with caching_text_kv(model, num_tokens), cache.around(model), self._sharing.around(model):
             for timestep, plan in tqdm(steps, desc=_words(expert), disable=quiet, leave=False):
                 velocity = predict(self._x, timestep, plan).float().cpu()
                 self._x = self._with_first(self.solver.step(velocity, timestep, self._x))
@@ -163,7 +163,7 @@ class Sampling:
         request = self.request
         wraps: list[Wrap] = []
         if request.riflex:
-            wraps.append(lowering_frequency(Riflex(request.riflex_freq_index, request.variant.trained_frames)))
+            wraps.append(with_riflex(Riflex(request.riflex_freq_index, request.variant.trained_frames)))
         if request.sliding_window_size is not None:
             size, stride = request.sliding_window_size, request.window_stride
             wraps.append(sliding_windows(size, stride, num_before=self._num_before))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wan_train.conditions.conditions import Conditions, ImageConditions
 from wan_train.conditions.control import start_latents
-from wan_train.conditions.images import Encode, See, given_latents, one_frame_latents, seen_tokens
+from wan_train.conditions.images import Encode, EncodeClip, clip_tokens, given_latents, one_frame_latents
 from wan_train.conditions.kinds import CLIP_FEATURES, FRAME_POSITIONS, IMAGE_LATENTS, START_LATENTS
 from wan_train.errors import InputError
 from wan_train.log import get_logger
@@ -60,19 +60,19 @@ def open_image_encoder(settings: ImageEncoderSettings, device: torch.device) -> 
     return load_image_encoder(settings.clip, device=device, dtype=None if device.type == "cpu" else torch.float16)
 
 
-def see_requests(
+def encode_clip_requests(
     requests: Sequence[SampleRequest], settings: ImageEncoderSettings, device: torch.device
 ) -> list[Tensor | None]:
     """CLIP's tokens (I, width) of each request's images, in host memory, where its model reads them."""
     if not any(request.clip_paths for request in requests):
         return [None] * len(requests)
     encoder = open_image_encoder(settings, device)
-    return [see_images(request, encoder) if request.clip_paths else None for request in requests]
+    return [encode_clip(request, encoder) if request.clip_paths else None for request in requests]
 
 
-def see_images(request: SampleRequest, encoder: See) -> Tensor:
+def encode_clip(request: SampleRequest, encoder: EncodeClip) -> Tensor:
     """CLIP's tokens (I, width), in host memory, of a request's images."""
-    return seen_tokens(load_images(request.clip_paths, request.size), encoder)
+    return clip_tokens(load_images(request.clip_paths, request.size), encoder)
 
 
 def encode_images(

@@ -12,7 +12,7 @@ from wan_train.log import get_logger
 from wan_train.sampling.control_settings import REPLACED, ControlOptions
 from wan_train.sampling.options import first_of, sampling_options
 from wan_train.sampling.prompt_files import read_entries
-from wan_train.sampling.prompt_line import Given, split_line, strays
+from wan_train.sampling.prompt_line import Given, lookalikes, split_line
 from wan_train.sampling.request import SampleRequest, checked, fitted
 from wan_train.sampling.settings import SamplingSettings
 from wan_train.sampling.values import Read, make_reader
@@ -126,9 +126,9 @@ def check_text(text: str, grammar: Grammar, where: str, *, is_line: bool = False
     InputError for it where the grammar is strict.
     """
     letters = _vocabulary(grammar.settings).letters
-    for stray in strays(text, {*letters, *letters.values(), *grammar.spellings}, is_line=is_line):
+    for lookalike in lookalikes(text, {*letters, *letters.values(), *grammar.spellings}, is_line=is_line):
         way_out = "write a blank and two hyphens before its name" if is_line else "options of it are given beside it"
-        told = f'"{stray}" looks like an option and is part of the prompt: {way_out}'
+        told = f'"{lookalike}" looks like an option and is part of the prompt: {way_out}'
         if grammar.strict:
             raise InputError(f"{told}, or leave out --strict_prompts")
         log.warning("%s: %s (%s)", where, told, text.strip())

@@ -42,7 +42,7 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class Acting:
+class ControlSchedule:
     """On which steps controls act, and how much.
 
     Of N steps these are int(start N) up to int(end N). On the others the first `num_channels` of `image_latents`, a
@@ -56,7 +56,7 @@ class Acting:
     vace_scale: float = 1.0
 
 
-ALWAYS = Acting()
+ALWAYS = ControlSchedule()
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class StepPlan:
 Predict = Callable[[Tensor, Tensor, StepPlan], Tensor]
 
 
-def plan_steps(steps: int, guidance: Guidance, acting: Acting = ALWAYS) -> list[StepPlan]:
+def plan_steps(steps: int, guidance: Guidance, controls: ControlSchedule = ALWAYS) -> list[StepPlan]:
     """The plan of each of `steps` steps."""
     guided = [guide and guidance.scale != 1 for guide in guided_steps(steps, guidance.skip_mode, guidance.ratio)]
     window = range(int(guidance.slg_start * steps), int(guidance.slg_end * steps))
     skips = bool(guidance.slg_layers)
-    acted = range(int(acting.start * steps), int(acting.end * steps))
+    controlled = range(int(controls.start * steps), int(controls.end * steps))
     return [
-        StepPlan(guide, skips and guide and index in window, index in acted, index)
+        StepPlan(guide, skips and guide and index in window, index in controlled, index)
         for index, guide in enumerate(guided)
     ]
 
@@ -90,7 +90,7 @@ def guide(
     negative: Conditions,
     guidance: Guidance,
     *,
-    acting: Acting = ALWAYS,
+    controls: ControlSchedule = ALWAYS,
     wraps: Sequence[Wrap] = (),
     sharing: Sharing = ALONE,
     device: torch.device,
@@ -101,7 +101,7 @@ def guide(
     """
     conditions = cache(partial(_conditions, positive.to(device), negative.to(device)))
     inputs = cache(lambda prompts: _step_inputs(model, conditions(prompts), device))
-    acted = cache(lambda prompts, controlled: _acted(inputs(prompts), acting, controlled=controlled))
+    inputs_at = cache(lambda prompts, controlled: _with_controls(inputs(prompts), controls, controlled=controlled))
     call = run_model(model)
     for wrap in wraps:
         call = wrap(call)
@@ -111,7 +111,7 @@ def guide(
         latents, time = x.to(device).expand(size, *x.shape[1:]), timestep.to(device).expand(size)
         latents, time = conditions(prompts).fuse(latents, time.float())
         with without_blocks(cast(Dit, model), guidance.slg_layers) if name.skips else nullcontext():
-            return call(Pass(name, plan.index, latents, time, acted(prompts, plan.controlled)))
+            return call(Pass(name, plan.index, latents, time, inputs_at(prompts, plan.controlled)))
 
     def predict(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
         runs = [partial(run, x, timestep, plan, name) for name in pass_names(plan, guidance)]
@@ -155,13 +155,13 @@ def _step_inputs(model: nn.Module, conditions: Conditions, device: torch.device)
     return inputs
 
 
-def _acted(inputs: dict[str, Any], acting: Acting, *, controlled: bool) -> dict[str, Any]:
+def _with_controls(inputs: dict[str, Any], controls: ControlSchedule, *, controlled: bool) -> dict[str, Any]:
     """The inputs of a step on which controls act, or do not."""
     if VACE_CONTEXT in inputs:
-        inputs = inputs | {"vace_scale": acting.vace_scale if controlled else 0.0}
-    if acting.num_channels and not controlled:
+        inputs = inputs | {"vace_scale": controls.vace_scale if controlled else 0.0}
+    if controls.num_channels and not controlled:
         without = inputs[IMAGE_LATENTS].clone()
-        without[:, : acting.num_channels] = 0
+        without[:, : controls.num_channels] = 0
         inputs = inputs | {IMAGE_LATENTS: without}
     return inputs
 

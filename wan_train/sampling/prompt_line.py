@@ -50,7 +50,7 @@ def unquoted(text: str) -> str:
     return inside.strip()
 
 
-def strays(text: str, known: Iterable[str], *, is_line: bool) -> Iterator[str]:
+def lookalikes(text: str, known: Iterable[str], *, is_line: bool) -> Iterator[str]:
     """Parts of a text that look like an option of a known name and are not read as one: another dash, one hyphen, none
     of the blank before it. In a line `--name` is an option, in any other text it is such a part too."""
     names = "|".join(map(re.escape, known))

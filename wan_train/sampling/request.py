@@ -10,7 +10,7 @@ from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
 from wan_train.sampling.control_settings import ControlOptions
 from wan_train.sampling.controls import check_inputs, check_options, fit_frames
-from wan_train.sampling.guidance import Acting, Guidance, plan_steps
+from wan_train.sampling.guidance import ControlSchedule, Guidance, plan_steps
 from wan_train.sampling.images import check_controls, check_images, size_like
 from wan_train.sampling.length_settings import LengthOptions, check_length_options
 from wan_train.sampling.settings import SampleOptions, StartOptions
@@ -111,12 +111,12 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
         return read_boundary(self.boundary, self.variant)
 
     @property
-    def shown_words(self) -> str:
+    def short_prompt(self) -> str:
         """The first words of the prompt, for a message."""
         return self.prompt if len(self.prompt) <= 40 else self.prompt[:39] + "…"
 
     @property
-    def shown_settings(self) -> str:
+    def settings_summary(self) -> str:
         """What it is sampled with, for a message: size, length, steps, solver, shift and guidance."""
         guidance = " and then ".join(f"{self.guided(expert).scale:g}" for expert in experts_of(self.variant))
         levels = f" at {','.join(f'{value:g}' for value in self.timesteps)}" if self.timesteps else ""
@@ -126,11 +126,11 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
         )
 
     @property
-    def acting(self) -> Acting:
+    def control_schedule(self) -> ControlSchedule:
         """On which steps its controls act, and how much."""
         control = self.variant.control
         channels = self.variant.space.channels if control is not None and control.video else 0
-        return Acting(self.control_start, self.control_end, channels, self.vace_scale)
+        return ControlSchedule(self.control_start, self.control_end, channels, self.vace_scale)
 
     def guided(self, expert: str | None = None) -> Guidance:
         """How its steps are guided, those of one of two experts if there are two."""
@@ -172,7 +172,11 @@ def checked(request: SampleRequest) -> SampleRequest:
             raise InputError("--timesteps says where a run begins, and so does --video_path: give one of them")
         request = replace(request, steps=len(request.timesteps))
     check_cache_options(request, request.steps)
-    plans = [plan for expert in experts for plan in plan_steps(request.steps, request.guided(expert), request.acting)]
+    plans = [
+        plan
+        for expert in experts
+        for plan in plan_steps(request.steps, request.guided(expert), request.control_schedule)
+    ]
     if (request.control_path or request.vace_video) and not any(plan.controlled for plan in plans):
         log.warning(
             "--control_start and --control_end include none of %d steps: widen the range, or increase --infer_steps",

@@ -81,12 +81,12 @@ def sliding_windows(size: int, stride: int, *, num_before: int = 0) -> Wrap:
     return wrap
 
 
-def lowering_frequency(riflex: Riflex) -> Wrap:
+def with_riflex(riflex: Riflex) -> Wrap:
     """Make the wrap that lets every pass of more latent frames than trained lower a temporal frequency."""
     return lambda run: lambda one: run(replace(one, inputs={**one.inputs, "riflex": riflex}))
 
 
-def tell_length(given: LengthOptions, num_frames: int, num_trained: int, *, num_before: int = 0) -> None:
+def log_length(given: LengthOptions, num_frames: int, num_trained: int, *, num_before: int = 0) -> None:
     """Say in the log what `given` does to a video of `num_frames` latent frames, where `num_trained` were trained;
     `num_before` frames of references stand before the video's, or before a window's."""
     size = given.sliding_window_size

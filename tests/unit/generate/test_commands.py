@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import wan_train
-from generate.output import check_place
+from generate.output import check_target
 from generate.settings import TOOL, GenerateSettings
 from tests.unit.generate.conftest import Given
 from wan_train.cli import parse, run
@@ -95,4 +95,4 @@ def test_what_cannot_be_is_refused(
 
 def test_several_videos_need_an_index_in_the_pattern(models: Path, tmp_path: Path, given: Given) -> None:
     with pytest.raises(InputError, match=r"--output_pattern .*a.mp4 names one file for several videos"):
-        check_place(given("--output_pattern", "a.mp4", "--save_path", tmp_path).output, 2)
+        check_target(given("--output_pattern", "a.mp4", "--save_path", tmp_path).output, 2)

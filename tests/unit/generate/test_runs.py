@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate.models
-from generate.interactive import converse
+from generate.interactive import run_interactive
 from generate.jobs import Job, make_jobs
 from generate.latents import check_latents, decode_latents
 from generate.models import Models
@@ -143,7 +143,7 @@ def test_lines_from_the_keyboard_share_the_models(
             raise EOFError from None
 
     models = Models(settings, {}, CPU, keep=True)
-    assert converse(models, OnDisk(settings, {}, several=True), read=read) == 3
+    assert run_interactive(models, OnDisk(settings, {}, several=True), read=read) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"000.mp4", "001.mp4", "002.mp4"}
     assert loaded == ["open_text_encoder", "assemble_dit", "open_vae"]
     said = capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_a_line_that_breaks_costs_itself_only(
             raise EOFError
         return line
 
-    assert converse(models, OnDisk(settings, {}, several=True), read=read) == 0
+    assert run_interactive(models, OnDisk(settings, {}, several=True), read=read) == 0
     assert capsys.readouterr().err.count("this line failed: division by zero") == 2
 
 
@@ -228,7 +228,7 @@ def test_a_name_that_is_too_long_is_refused_before_decoding_and_before_a_line_is
             raise EOFError
         return line
 
-    assert converse(Models(settings, {}, CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
+    assert run_interactive(Models(settings, {}, CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
     assert "too long" in capsys.readouterr().err and loaded == []
 
 
@@ -249,7 +249,7 @@ def test_latents_of_other_tools_have_a_batch_axis_and_a_name_of_their_own(given:
 
 def test_a_job_is_shown_in_a_few_words(given: Given) -> None:
     (job,) = make_jobs(given("--prompt", "x" * 60, "--seed", 1))
-    assert job.shown == f'video 0 ("{"x" * 39}…", seed 1)'
+    assert job.label == f'video 0 ("{"x" * 39}…", seed 1)'
     assert isinstance(job, Job)
 
 
@@ -266,7 +266,7 @@ def test_a_line_of_too_few_frames_is_refused_and_what_one_leaves_is_told_and_kep
         return line
 
     monkeypatch.setattr(Models, "decode", lambda *given: 1 / 0)
-    assert converse(Models(settings, {}, CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
+    assert run_interactive(Models(settings, {}, CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
     said = capsys.readouterr().err
     assert "leaves none of 1 frames" in said
     left = [f"{index:03d}_pending_latent.safetensors" for index in (0, 1)]

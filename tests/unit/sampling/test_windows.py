@@ -19,7 +19,7 @@ from wan_train.sampling.grammar import parse_line
 from wan_train.sampling.length_settings import LengthOptions
 from wan_train.sampling.passes import POSITIVE, Pass, PassName
 from wan_train.sampling.request import SampleRequest, preview_defaults
-from wan_train.sampling.windows import sliding_windows, tell_length, window_starts, window_weights
+from wan_train.sampling.windows import log_length, sliding_windows, window_starts, window_weights
 
 CPU = torch.device("cpu")
 
@@ -134,7 +134,7 @@ def test_riflex_changes_videos_longer_than_trained_and_the_log_says_so(
 
 def test_the_log_counts_the_frames_of_references(capsys: pytest.CaptureFixture[str]) -> None:
     """The model has them on its temporal axis: the first video that RIFLEx changes is shorter by as many."""
-    tell_length(LengthOptions(riflex=True, riflex_freq_index=1), 21, 21, num_before=1)
+    log_length(LengthOptions(riflex=True, riflex_freq_index=1), 21, 21, num_before=1)
     assert "period of temporal RoPE frequency 1 set to 24.4 latent frames" in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ Read = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 @contextmanager
-def remembering_texts(model: nn.Module, num_tokens: int) -> Iterator[None]:
+def caching_text_kv(model: nn.Module, num_tokens: int) -> Iterator[None]:
     """While this is entered, let the blocks keep their keys and values of every text that they see.
 
     They know a text by its tensor: `Dit.embed_context` has to have made it once. `num_tokens` are those of the video;
@@ -30,7 +30,7 @@ def remembering_texts(model: nn.Module, num_tokens: int) -> Iterator[None]:
     blocks: Iterable[Any] = all_blocks(model) if isinstance(model, Dit) and num_tokens <= MOST_TOKENS else ()
     attentions = [block.cross_attn for block in blocks if not is_compiled(block)]
     for attention in attentions:
-        attention.read = _remembered(attention.read)
+        attention.read = _cached(attention.read)
     try:
         yield
     finally:
@@ -38,7 +38,7 @@ def remembering_texts(model: nn.Module, num_tokens: int) -> Iterator[None]:
             del attention.read
 
 
-def _remembered(read: Read) -> Read:
+def _cached(read: Read) -> Read:
     known: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     def look_up(source: Tensor) -> tuple[Tensor, ...]:
