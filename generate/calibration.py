@@ -40,7 +40,7 @@ def calibration_jobs(settings: GenerateSettings) -> list[Job]:
     steps, sampling = settings.calibration.calibrate_steps, settings.sampling
     if sampling.step_cache not in PROFILED or not sampling.cache_profile:
         raise InputError(
-            f"--calibrate_steps {steps} measures for --step_cache auto (and magcache): give that and --cache_profile"
+            f"--calibrate_steps {steps} requires --step_cache auto or magcache, and --cache_profile: give both"
         )
     if sampling.infer_steps not in (None, steps):
         raise InputError(f"--calibrate_steps {steps} and --infer_steps {sampling.infer_steps} differ: leave out one")

@@ -34,7 +34,7 @@ def generate(prompt: str, **settings: Any) -> np.ndarray:
         raise InputError(f"generate(): {writing[0]} is for output files, and generate() returns frames: leave it out")
     chosen = from_values(GenerateSettings, {"prompt": prompt, **settings}, "generate()")
     if chosen.parallel != ParallelSettings():
-        raise InputError("generate() works in one process: run wan_generate_video.py under torchrun for several")
+        raise InputError("generate() runs in one process: for several, start wan_generate_video.py with torchrun")
     device = default_device(chosen.output.device)
     jobs = make_jobs(chosen)
     loras = check_generation(chosen, device, wants_frames=True)

@@ -14,7 +14,7 @@ from wan_train.log import get_logger
 
 log = get_logger(__name__)
 
-WELCOME = "a prompt and its options to a line, as in: a cat in the rain --w 832 --h 480 --f 81 --s 20; Ctrl-D ends"
+WELCOME = "one prompt per line, for example: a cat in the rain --w 832 --h 480 --f 81 --s 20; Ctrl-D exits"
 
 
 def run_interactive(models: Models, delivery: Delivery, *, read: Callable[[str], str] = input) -> int:
@@ -35,9 +35,9 @@ def run_interactive(models: Models, delivery: Delivery, *, read: Callable[[str],
         except InputError as problem:
             log.warning("%s", problem)
         except KeyboardInterrupt:
-            log.warning("interrupted; Ctrl-D at the prompt ends")
+            log.warning("interrupted; press Ctrl-D at the prompt to exit")
         except Exception as problem:
-            log.warning("this line failed: %s", str(problem).strip().partition("\n")[0] or type(problem).__name__)
+            log.warning("generation failed: %s", str(problem).strip().partition("\n")[0] or type(problem).__name__)
     return made
 
 

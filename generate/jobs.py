@@ -35,10 +35,10 @@ def make_jobs(settings: GenerateSettings) -> list[Job]:
         requests = read_prompts(settings.batch.from_file, defaults, _grammar(settings))
     elif settings.sampling.prompt.strip():
         if settings.sampling.denoising_strength is not None and not settings.sampling.video_path:
-            raise InputError("--denoising_strength says how much of --video_path is made anew: give that too")
+            raise InputError("--denoising_strength requires --video_path: give both, or leave out --denoising_strength")
         requests = [fitted(checked(defaults))]
     else:
-        raise InputError("--prompt is missing: say what the video shows, or give --from_file")
+        raise InputError("--prompt is missing: give a text prompt, or --from_file")
     return numbered(requests)
 
 
@@ -83,12 +83,12 @@ def _defaults(settings: GenerateSettings) -> SampleRequest:
 def default_request(sampling: SamplingSettings, variant: Variant) -> SampleRequest:
     """The request that the command line states, the task's defaults filled in; its seed may be None."""
     if sampling.slg_mode and not sampling.slg_layers:
-        raise InputError(f"--slg_mode {sampling.slg_mode} needs --slg_layers: say which blocks to leave out, as in 9")
+        raise InputError(f"--slg_mode {sampling.slg_mode} requires --slg_layers: give the blocks to skip, such as 9")
     values = requested_values(sampling, variant)
     num_levels = len(values.get("timesteps", ()))
     if num_levels and sampling.infer_steps not in (None, num_levels):
         raise InputError(
-            f"--timesteps lists {num_levels} steps and --infer_steps says {sampling.infer_steps}: leave that out"
+            f"--timesteps lists {num_levels} steps, --infer_steps is {sampling.infer_steps}: leave out --infer_steps"
         )
     width, height = values.pop("size")
     steps = num_levels or values["steps"]

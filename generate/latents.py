@@ -59,7 +59,7 @@ def check_latents(
     an `--output_type` that cannot be."""
     if output.output_type not in ("video", "images"):
         raise InputError(
-            f"--output_type {output.output_type} with --latent_path: the latents are there; give video or images"
+            f"--output_type {output.output_type} does not work with --latent_path, which decodes: use video or images"
         )
     files = [_open(file, variant.space.channels) for path in paths for file in _expand(Path(path))]
     check_target(output, len(files))
@@ -69,7 +69,7 @@ def check_latents(
     twice = [file for index, file in enumerate(files) if file.name in {other.name for other in files[:index]}]
     if twice and "{index}" not in output.target:
         raise InputError(
-            f"{output.target_flag} {output.target}: two latents are called {twice[0].name}; put {{index}} in it"
+            f"{output.target_flag} {output.target}: two files are named {twice[0].name}; add {{index}} to the path"
         )
     return files
 
@@ -106,7 +106,7 @@ def _expand(path: Path) -> list[Path]:
         return [path]
     found = sorted(path.glob("*_latent.safetensors"))
     if not found:
-        raise InputError(f"--latent_path {path} holds no file that ends in _latent.safetensors")
+        raise InputError(f"--latent_path {path} has no files that end in _latent.safetensors")
     return found
 
 
@@ -117,8 +117,8 @@ def _open(path: Path, channels: int) -> LatentFile:
     shape = shape[1:] if len(shape) == 5 and shape[0] == 1 else shape
     if not key or len(shape) != 4 or shape[0] != channels or 0 in shape:
         raise InputError(
-            f"--latent_path {path} holds no latents of {channels} channels, frames, height and width: "
-            "give a file that --output_type latent has written"
+            f"--latent_path {path} has no latents of shape ({channels}, frames, height, width): "
+            "give a file written with --output_type latent"
         )
     return LatentFile(path, key, shape, header.metadata)
 

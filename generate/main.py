@@ -42,7 +42,7 @@ def main(settings: GenerateSettings) -> None:
     began = time.monotonic()
     mode = _mode(settings)
     if settings.profile.profile and _MODES[mode] in (_calibrate, _decode, _merge):
-        raise InputError(f"--profile traces the sampling of a video, and {mode} makes none: leave out one of them")
+        raise InputError(f"--profile traces sampling, which {mode} does not do: leave out one of them")
     with working_together(settings.parallel, lambda: default_device(settings.output.device)) as groups:
         if groups.all.size > 1:
             set_level(logging.INFO if groups.is_first else logging.ERROR)  # the others would warn of the same
@@ -50,7 +50,7 @@ def main(settings: GenerateSettings) -> None:
         with uploading(mirror, groups):
             _MODES[mode](settings, groups, mirror)
     tell_of_cache(settings.compile)
-    log.info("done in %.1f s; at most %s", time.monotonic() - began, describe_peak(groups.device))
+    log.info("done in %.1f s; peak %s", time.monotonic() - began, describe_peak(groups.device))
 
 
 def _generate(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -> None:
@@ -71,7 +71,7 @@ def _generate(settings: GenerateSettings, groups: Groups, mirror: Mirror | None)
 
 
 def _interactive(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -> None:
-    refuse_several(groups, "--interactive", "lines are read from one keyboard")
+    refuse_several(groups, "--interactive", "prompts are read from one keyboard")
     check_request(settings)
     loras = check_generation(settings, groups.device, wants_frames=settings.output.output_type != "latent")
     check_output(settings.output, None)
@@ -80,7 +80,7 @@ def _interactive(settings: GenerateSettings, groups: Groups, mirror: Mirror | No
 
 
 def _calibrate(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -> None:
-    refuse_several(groups, "--calibrate_steps", "what reuse costs is measured in one process")
+    refuse_several(groups, "--calibrate_steps", "errors are measured in one process")
     jobs = calibration_jobs(settings)
     loras = check_generation(settings, groups.device, wants_frames=False)
     jobs = fitted_jobs(jobs, settings)
@@ -96,7 +96,7 @@ def _decode(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -
 
 
 def _merge(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -> None:
-    refuse_several(groups, "--save_merged_model", "tensors are merged and written one after the other")
+    refuse_several(groups, "--save_merged_model", "one process merges the tensors")
     path = settings.output.save_merged_model
     assert path is not None
     save_merged_model(settings, check_merged(settings, path), path)
@@ -124,10 +124,10 @@ def _mode(settings: GenerateSettings) -> str:
     given = [flag for flag, there in asked.items() if there]
     if settings.calibration.calibrate_steps is not None:
         if other := [flag for flag in given if flag not in (prompt, "--from_file")]:
-            raise InputError(f"--calibrate_steps and {other[0]} each say what to do: give one of them")
+            raise InputError(f"--calibrate_steps and {other[0]} exclude each other: give one of them")
         return "--calibrate_steps"
     if len(given) > 1:
-        raise InputError(f"{given[0]} and {given[1]} each say what to make: give one of them")
+        raise InputError(f"{given[0]} and {given[1]} exclude each other: give one of them")
     return given[0] if given else "--prompt"
 
 

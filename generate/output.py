@@ -103,13 +103,15 @@ def check_target(settings: OutputSettings, count: int) -> None:
     given, flag, suffix = settings.target, settings.target_flag, Path(settings.target).suffix.lower()
     _check_pattern(settings)
     if settings.codec == "lossless" and settings.video_quality is not None:
-        raise InputError(f"--video_quality {settings.video_quality}: --codec lossless has one quality; leave out one")
+        raise InputError(
+            f"--video_quality {settings.video_quality}: it has no effect with --codec lossless; leave out one of them"
+        )
     if not given:
-        raise InputError("--save_path is missing: say where to write, a .mp4 file or a folder")
+        raise InputError("--save_path is missing: give a .mp4 file or a folder")
     if unknown := [name for name in re.findall(r"\{[^{}]*\}", given) if name not in _NAMES]:
-        raise InputError(f"{flag} {given}: {unknown[0]} is not known, {' and '.join(_NAMES)} are")
+        raise InputError(f"{flag} {given}: unknown placeholder {unknown[0]}; use {' or '.join(_NAMES)}")
     if suffix in _OTHER_SUFFIXES:
-        raise InputError(f"{flag} {given}: {suffix} is not written; name a .mp4 or a .png, or a folder")
+        raise InputError(f"{flag} {given}: {suffix} is not supported; use .mp4, .png or a folder")
     if suffix in _FILE_SUFFIXES:
         if settings.output_type not in _FILE_SUFFIXES[suffix]:
             raise InputError(
@@ -117,11 +119,11 @@ def check_target(settings: OutputSettings, count: int) -> None:
                 f"{' and '.join(_FILE_SUFFIXES[suffix])}"
             )
         if count > 1 and "{index}" not in given:
-            raise InputError(f"{flag} {given} names one file for several videos: put {{index}} in, or give a folder")
+            raise InputError(f"{flag} {given} names one file for several videos: add {{index}} to it, or give a folder")
     path = Path(given)
     check_names(settings, named_stem(settings, seed="0", index=0), sampled=False)
     if is_file(settings) and path.is_dir():
-        raise InputError(f"{flag} {given} is a folder and would be a file: take another name")
+        raise InputError(f"{flag} {given} is an existing folder: give another file name")
     # Folders that seed or index name are made when these are known.
     folders = [*reversed(path.parents), *([] if is_file(settings) else [path])]
     check_writable([folder for folder in folders if "{" not in str(folder)][-1])
@@ -134,13 +136,13 @@ def _check_pattern(settings: OutputSettings) -> None:
         return
     if Path(pattern).name != pattern or Path(pattern).suffix.lower() not in (*_FILE_SUFFIXES, *_OTHER_SUFFIXES):
         raise InputError(
-            f"--output_pattern {pattern} is not the name of a file: give one that ends in {', '.join(_FILE_SUFFIXES)},"
-            " and its folder as --save_path"
+            f"--output_pattern {pattern} is not a file name: give one that ends in {', '.join(_FILE_SUFFIXES)}, and its"
+            " folder as --save_path"
         )
     if Path(folder).suffix.lower() in _FILE_SUFFIXES:
         raise InputError(
-            f"--output_pattern {pattern} names the files, and so does --save_path {folder}: give a folder there, or"
-            " leave out one"
+            f"--output_pattern {pattern} and --save_path {folder} both name a file: give a folder as --save_path, or"
+            " leave out one of them"
         )
 
 
@@ -148,10 +150,12 @@ def check_length(settings: OutputSettings, frames: int) -> None:
     """Refuse a number of frames of which nothing is left, or more than the image that `--save_path` names."""
     left = frames - settings.trim_tail_frames
     if left < 1:
-        raise InputError(f"--trim_tail_frames {settings.trim_tail_frames} leaves none of {frames} frames: trim less")
+        raise InputError(
+            f"--trim_tail_frames {settings.trim_tail_frames} drops all {frames} frames: use a smaller number"
+        )
     if Path(settings.target).suffix.lower() == ".png" and left > 1:
         raise InputError(
-            f"{settings.target_flag} {settings.target} names an image for {left} frames: name a .mp4, or a folder"
+            f"{settings.target_flag} {settings.target} is an image file, not one for {left} frames: use .mp4 or a folder"
         )
 
 

@@ -25,13 +25,13 @@ def check_parallel(settings: GenerateSettings) -> None:
     parallel = settings.parallel
     if parallel.ring_size > 1 and settings.dit.attn_mode not in ("torch", "sdpa"):
         raise InputError(
-            f"--ring_size {parallel.ring_size} with --attn_mode {settings.dit.attn_mode}: the ring needs the sums of"
-            " each softmax, which torch's own kernels give; use --sdpa, or --ulysses_size"
+            f"--ring_size {parallel.ring_size} with --attn_mode {settings.dit.attn_mode}: ring attention needs the"
+            " log-sum-exp of each softmax, which only torch's kernels return; use --sdpa, or --ulysses_size"
         )
     if parallel.ulysses_size * parallel.ring_size > 1 and settings.compile.compile_fullgraph:
         raise InputError(
-            "--compile_fullgraph compiles a block as one graph, --ulysses_size and --ring_size exchange tokens within"
-            " it: leave out --compile_fullgraph"
+            "--compile_fullgraph compiles each block as one graph, --ulysses_size and --ring_size exchange tokens"
+            " inside it: leave out --compile_fullgraph"
         )
 
 
@@ -45,8 +45,8 @@ def check_heads(settings: GenerateSettings) -> None:
         if heads % parallel.ulysses_size:
             fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
             raise InputError(
-                f"--ulysses_size {parallel.ulysses_size}: {flag} {path} has {heads} attention heads, which divide by"
-                f" {fitting}; use --ring_size or --cfg_size for the other processes"
+                f"--ulysses_size {parallel.ulysses_size}: {flag} {path} has {heads} attention heads: use one of"
+                f" {fitting}, and --ring_size or --cfg_size for the other processes"
             )
 
 
@@ -67,11 +67,11 @@ def check_shared_jobs(settings: GenerateSettings, jobs: Sequence[Job]) -> None:
     merging = [job for job in jobs if job.request.cfg_merge]
     if parallel.cfg_size > 1 and merging:
         raise InputError(
-            "--cfg_merge takes both prompts in one pass, --cfg_size 2 on two halves of the processes: give one of them"
+            "--cfg_merge runs both prompts in one pass, --cfg_size 2 on different processes: give one of them"
             f" ({merging[0].label})"
         )
     if parallel.cfg_size > 1 and (alone := [job for job in jobs if job.request.guidance == 1]):
-        log.warning("--cfg_size 2: %s has a guidance scale of 1, so half of the processes wait", alone[0].label)
+        log.warning("--cfg_size 2: %s has a guidance scale of 1, so half of the processes are idle", alone[0].label)
 
 
 def share_of(jobs: Sequence[Job], groups: Groups) -> list[Job]:

@@ -39,7 +39,7 @@ def weighted_loras(settings: LoraSettings, expert: str | None = None) -> list[We
     if len(multipliers) > len(files):
         raise InputError(
             f"{len(multipliers)} --lora_multiplier{ending} for {len(files)} --lora_weight{ending}: "
-            "give at most one for each file"
+            "give at most one per file"
         )
     pairs = zip_longest(files, multipliers, fillvalue=1.0)
     patterns = settings.include_patterns, settings.exclude_patterns
@@ -86,7 +86,7 @@ def check_experts(settings: GenerateSettings, variant: Variant) -> None:
         "--lazy_loading": settings.experts.lazy_loading,
     }
     if extra := first_given(given):
-        raise InputError(f"{extra}: --task {variant.name} has one model: take an A14B task, or leave it out")
+        raise InputError(f"{extra}: --task {variant.name} has one model: use an A14B task, or leave it out")
 
 
 def check_given_vae(settings: GenerateSettings, instead: str = "") -> None:
@@ -102,7 +102,7 @@ def check_loras(settings: GenerateSettings, expert: str | None = None) -> list[W
     loras = weighted_loras(settings.lora, expert)
     shapes = linear_shapes(model_settings(settings, expert).dit.dit)
     if expert != HIGH and (settings.lora.include_patterns or settings.lora.exclude_patterns) and not loras:
-        raise InputError("--include_patterns and --exclude_patterns choose modules of --lora_weight: give one")
+        raise InputError("--include_patterns and --exclude_patterns require --lora_weight: give at least one LoRA file")
     for lora in loras:
         if expert is not None:
             warn_of_other_expert(lora.path, expert)

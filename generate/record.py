@@ -117,7 +117,9 @@ def read_record(path: str) -> Record:
         found = json.loads(text or "")
         return Record(dict(found["options"]), dict(found["hashes"]))
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{FLAG} {path} does not say how it was made: give a file that this generator wrote") from None
+        raise InputError(
+            f"{FLAG} {path} has no generation settings: give a file that wan_generate_video.py wrote"
+        ) from None
 
 
 def with_recorded_options(argv: Sequence[str], alone: Mapping[str, bool]) -> list[str]:

@@ -22,7 +22,7 @@ def fit_to_source(request: SampleRequest, fps: int) -> SampleRequest:
         return request
     available = floor_frames(len(frame_indices("--video_path", request.video_path, fps)))
     if available < request.frames:
-        log.info("%s has only %d frames at %d fps: generating that number", request.video_path, available, fps)
+        log.info("%s has only %d frames at %d fps: shortening the video to match", request.video_path, available, fps)
     return replace(request, frames=min(request.frames, available))
 
 

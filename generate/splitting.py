@@ -17,7 +17,7 @@ def check_split_models(settings: GenerateSettings) -> None:
     _check_company("--dit_fsdp", given=True, settings=settings)
     if parallel.ulysses_size * parallel.ring_size == 1:
         raise InputError(
-            f"--dit_fsdp with --cfg_size {parallel.cfg_size} alone: each half of guidance takes passes of its own and"
+            f"--dit_fsdp with --cfg_size {parallel.cfg_size} alone: each half of guidance runs its own passes and"
             " holds the whole DiT; give --ulysses_size 2 or more, with --cfg_size 1 or on twice as many processes"
         )
     if settings.stream.blocks_to_swap:
@@ -27,7 +27,7 @@ def check_split_models(settings: GenerateSettings) -> None:
         )
     if compiling.compile and compiling.compile_mode in CUDA_GRAPHS:
         raise InputError(
-            f"--compile_mode {compiling.compile_mode} records the places of weights, --dit_fsdp moves them: use"
+            f"--compile_mode {compiling.compile_mode} records the addresses of weights, --dit_fsdp moves them: use"
             " --compile_mode default or max-autotune-no-cudagraphs"
         )
 
@@ -39,7 +39,7 @@ def check_split_frames(settings: GenerateSettings) -> None:
     _check_company("--vae_parallel", given=True, settings=settings)
     if settings.vae.vae_tiling:
         raise InputError(
-            "--vae_parallel and --vae_tiling both divide the frames: give one of them; strips need no blending"
+            "--vae_parallel and --vae_tiling both split the frames: give one of them; --vae_parallel needs no blending"
         )
 
 
@@ -47,6 +47,6 @@ def _check_company(flag: str, *, given: bool, settings: GenerateSettings) -> Non
     parallel = settings.parallel
     if given and parallel.ulysses_size * parallel.ring_size * parallel.cfg_size == 1:
         raise InputError(
-            f"{flag} splits work over the processes that make a video together, and there is one: start several with"
-            " torchrun and give --ulysses_size or --cfg_size, or leave it out"
+            f"{flag} requires several processes per video: start them with torchrun and give --ulysses_size or"
+            " --cfg_size, or leave it out"
         )

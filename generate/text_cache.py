@@ -47,7 +47,7 @@ class TextCache:
         try:
             return Conditions((dict(read_tensors(path))[_KEY].clone(),))
         except (InputError, KeyError):
-            log.warning("%s in --text_cache is damaged: encoding its text again", path)
+            log.warning("%s in --text_cache is damaged: encoding the prompt again", path)
             return None
 
     def _path(self, folder: Path, text: str) -> Path:

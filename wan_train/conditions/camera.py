@@ -55,11 +55,11 @@ def camera_path(direction: str, frames: int, speed: float = SPEED, origin: Seque
     Inf, and for an origin that is not 19 numbers.
     """
     if not _DIRECTION.fullmatch(direction):
-        raise ValueError(f"unknown camera direction {direction!r}: known are {', '.join(DIRECTIONS)}")
+        raise ValueError(f"unknown camera direction {direction!r}: choose from {', '.join(DIRECTIONS)}")
     first = ORIGIN if origin is None else tuple(origin)
     if frames < 1 or not math.isfinite(speed) or len(first) != ENTRY_LENGTH:
         raise ValueError(
-            f"a camera path takes 1 frame or more, a finite speed and an origin of {ENTRY_LENGTH} numbers, not"
+            f"a camera path needs at least 1 frame, a finite speed and an origin of {ENTRY_LENGTH} numbers, got"
             f" {frames}, {speed} and {len(first)}"
         )
     entries = torch.tensor(first, dtype=torch.float64).repeat(frames, 1)
@@ -85,13 +85,13 @@ def read_camera_file(path: Path) -> Tensor:
         if not line.strip() or (number == 1 and entry is None):
             continue
         if entry is None or len(entry) != ENTRY_LENGTH:
-            raise InputError(f"{path}, line {number}: a camera entry is {ENTRY_LENGTH} numbers, as in RealEstate10K")
+            raise InputError(f"{path}, line {number}: expected {ENTRY_LENGTH} numbers, as in RealEstate10K format")
         rotation = rearrange(torch.tensor(entry[_FIRST_OF_MATRIX:]), "(row column) -> row column", column=4)[:, :3]
         if min(entry[1:3]) <= 0 or abs(float(torch.linalg.det(rotation))) < 1e-6:
-            raise InputError(f"{path}, line {number}: its focal length is not positive or its matrix has no inverse")
+            raise InputError(f"{path}, line {number}: the focal length must be positive and the matrix invertible")
         entries.append(entry)
     if not entries:
-        raise InputError(f"{path} has no camera entries: it takes a line of {ENTRY_LENGTH} numbers for each frame")
+        raise InputError(f"{path} has no camera entries: write one line of {ENTRY_LENGTH} numbers per frame")
     return torch.tensor(entries, dtype=torch.float32)
 
 

@@ -138,7 +138,7 @@ def make_solver(
     if not shift > 0:
         raise InputError(f"the flow shift must be above 0, not {shift}")
     if not 0 < strength <= 1:
-        raise InputError(f"a run starts above 0 and at 1 at most, not at {strength}")
+        raise InputError(f"the denoising strength must be above 0 and at most 1, not {strength}")
     highest = SIGMA_MAX_UNIPC if name == "unipc" else 1.0
     if len(timesteps):
         levels = np.minimum(explicit_levels(timesteps), highest)
@@ -151,7 +151,7 @@ def make_solver(
 def even_levels(steps: int, strength: float = 1.0) -> np.ndarray:
     """Noise levels (steps,) from `strength` down in even steps, the one at 0 left out; InputError below one step."""
     if steps < 1:
-        raise InputError(f"a solver takes at least 1 step, not {steps}")
+        raise InputError(f"the number of sampling steps must be at least 1, not {steps}")
     return np.linspace(strength, 0, steps + 1)[:-1]
 
 
@@ -160,5 +160,7 @@ def explicit_levels(timesteps: Sequence[float]) -> np.ndarray:
     levels = np.array(timesteps, dtype=np.float64) / NUM_TIMESTEPS
     if not (levels > 0).all() or not (levels <= 1).all() or not (np.diff(levels) < 0).all():
         given = ",".join(f"{value:g}" for value in timesteps)
-        raise InputError(f"timesteps {given}: give falling numbers above 0 and up to {NUM_TIMESTEPS}, 1000,750,500,250")
+        raise InputError(
+            f"timesteps {given} must decrease from at most {NUM_TIMESTEPS} and stay above 0, such as 1000,750,500,250"
+        )
     return levels

@@ -47,14 +47,15 @@ def check_options(given: ControlOptions) -> None:
     """InputError for control options that do not agree with each other, whatever the task."""
     if given.control_start >= given.control_end:
         raise InputError(
-            f"--control_start {given.control_start:g} leaves nothing before --control_end {given.control_end:g}: give"
-            " less than it"
+            f"--control_start {given.control_start:g} must be less than --control_end {given.control_end:g}"
         )
     if given.control_strength != 1 and not given.control_path:
-        raise InputError("--control_strength requires --control_path (--cn): give both, or leave it out")
+        raise InputError(
+            "--control_strength requires --control_path (--cn): give both, or leave out --control_strength"
+        )
     for name in ("vace_mask", "vace_pad"):
         if getattr(given, name) and not given.vace_video:
-            raise InputError(f"--{name} says what of --vace_video is made anew: give that too, or leave out --{name}")
+            raise InputError(f"--{name} requires --vace_video: give both, or leave out --{name}")
     _check_camera(given)
 
 
@@ -63,7 +64,7 @@ def _check_camera(given: ControlOptions) -> None:
     if given.camera_path and (flag := first_given({"--camera_direction": given.camera_direction, **beside})):
         raise InputError(f"{flag} and --camera_path both set the camera motion: give one of them")
     if not (given.camera_path or given.camera_direction) and (flag := first_given(beside)):
-        raise InputError(f"{flag} is for --camera_direction: give that too, or leave it out")
+        raise InputError(f"{flag} requires --camera_direction: give both, or leave out {flag}")
     if given.camera_direction:
         try:
             camera_path(given.camera_direction, 1, given.camera_speed, given.camera_origin or None)  # type: ignore[arg-type]
@@ -78,23 +79,23 @@ def check_inputs(given: ControlOptions, variant: Variant) -> None:
     for taken in _CONTROL_INPUTS:
         if getattr(given, taken.option.partition(" ")[0]) and not taken.reads(control):
             raise InputError(
-                f"--{taken.option}: --task {variant.name} does not read {taken.noun}: take {taken.tasks}, or leave it"
+                f"--{taken.option}: --task {variant.name} does not take {taken.noun}: use {taken.tasks}, or leave it"
                 " out"
             )
     if given.vace_scale != 1 and not control.vace:
-        raise InputError(f"--vace_scale: --task {variant.name} is not a vace task: take one, or leave it out")
+        raise InputError(f"--vace_scale: --task {variant.name} is not a vace task: use one, or leave it out")
     if (given.control_start, given.control_end) != (0, 1) and not (control.video or control.vace):
         raise InputError(
-            f"--control_start and --control_end: --task {variant.name} does not read a control video: take a"
+            f"--control_start and --control_end: --task {variant.name} does not take a control video: use a"
             " fun-control or vace task, or leave them out"
         )
     if given.motion_bucket_id is not None and (variant.control or variant.images or variant.experts):
         raise InputError(
-            f"--motion_bucket_id: --task {variant.name} has no motion controller: take a t2v task of Wan2.1, or leave"
+            f"--motion_bucket_id: --task {variant.name} has no motion controller: use a Wan2.1 t2v task, or leave"
             " it out"
         )
     if control.camera and not (given.camera_direction or given.camera_path):
-        raise InputError(f"--task {variant.name} follows a camera: give --camera_direction or --camera_path")
+        raise InputError(f"--task {variant.name} requires a camera path: give --camera_direction or --camera_path")
     if control.video and not given.control_path:
         log.warning("--task %s without --control_path (--cn): the video is not controlled", variant.name)
     for flag, paths in (("--reference_image", [given.reference_image]), ("--vace_reference", given.vace_reference)):
@@ -129,8 +130,8 @@ def inner_size(given: ControlOptions, size: Size) -> Size:
     width, height = size[0] - left - right, size[1] - top - bottom
     if min(width, height) < 1:
         raise InputError(
-            f"--vace_pad {left},{top},{right},{bottom} leaves nothing of a video {size[0]} wide, {size[1]} high: give"
-            " less, or a larger --video_size"
+            f"--vace_pad {left},{top},{right},{bottom} covers the whole {size[0]}x{size[1]} video: use smaller values,"
+            " or a larger --video_size"
         )
     return width, height
 

@@ -132,8 +132,8 @@ class Sampling:
                 self._done += 1
                 on_step()
         if steps and self.count is not None and not self.experts():
-            told = request.step_cache, self.count.computed, self.count.reused
-            log.info("step cache %s: %d passes computed, %d reused", *told)
+            counts = request.step_cache, self.count.computed, self.count.reused
+            log.info("step cache %s: %d passes computed, %d reused", *counts)
 
     @property
     def latents(self) -> Tensor:
@@ -154,8 +154,8 @@ class Sampling:
         assert isinstance(model, Dit)
         schedule = make_schedule(request, model, phase, self.solver.timesteps)
         self.count = (self.count or Count()) + schedule.count(phase)
-        told = schedule.num_computed_steps(phase), len(phase.plans)
-        log.info("step cache %s: %d of %d steps computed", request.step_cache, *told)
+        counts = schedule.num_computed_steps(phase), len(phase.plans)
+        log.info("step cache %s: %d of %d steps computed", request.step_cache, *counts)
         return make_cache(request, schedule, self.solver.sigmas)
 
     def _wraps(self) -> list[Wrap]:

@@ -122,7 +122,7 @@ def check_given_clip(
     `check_encodable` says."""
     if not variant.reads_clip:
         if settings.clip:
-            log.info("--clip is not used: --task %s reads no CLIP tokens", variant.name)
+            log.info("--clip is not used by --task %s", variant.name)
         return
     assert variant.images is not None
     if not settings.clip:
@@ -133,8 +133,8 @@ def check_given_clip(
     found, read = check_image_encoder(settings.clip), image_width(shapes)
     if found != read:
         raise InputError(
-            f"--clip {settings.clip} gives tokens {found} wide, and --dit {dit.dit} reads {read}: give the encoder that"
-            " belongs to it"
+            f"--clip {settings.clip} has width {found}, but --dit {dit.dit} expects {read}: give the image encoder that"
+            " the DiT was trained with"
         )
 
 
@@ -151,8 +151,8 @@ def check_encodable(
         names = official_shapes(extended_header(dit, init).shapes)
         if request.reference_image and "ref_conv.weight" not in names:
             raise InputError(
-                f"--reference_image: {dit.dit} has no layers for one (ref_conv): give a Fun-Control model of V1.1, or"
-                " leave it out"
+                f"--reference_image: {dit.dit} has no layers for it (ref_conv): use a Fun-Control V1.1 model, or leave"
+                " it out"
             )
         if request.motion_bucket_id is not None and "motion_controller.linear.0.weight" not in names:
             raise InputError(f"--motion_bucket_id: {dit.dit} has no motion controller: give --motion_controller")
@@ -160,6 +160,6 @@ def check_encodable(
 
 def _clip_missing(variant: Variant) -> InputError:
     return InputError(
-        f"--clip is missing: --task {variant.name} reads its images through CLIP too; give"
+        f"--clip is missing: --task {variant.name} also encodes its images with CLIP; give"
         " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
     )

@@ -114,7 +114,7 @@ def parse_line(
         letter, text = spellings.get(option.name, option.name), option.text
         if letter in given:
             if letter not in values or not values[letter].is_repeated:
-                raise InputError(f"--{letter} comes twice in a prompt line: keep one of them")
+                raise InputError(f"--{letter} is given twice in a prompt line: keep one")
             text = f"{given[letter].text}\n{text}"
         given[letter] = Given(f"--{letter}", text)
     return _request(read.words, given, defaults, grammar, " ".join(f"--{name}" for name in values))
@@ -127,11 +127,11 @@ def check_text(text: str, grammar: Grammar, where: str, *, is_line: bool = False
     """
     letters = _vocabulary(grammar.settings).letters
     for lookalike in lookalikes(text, {*letters, *letters.values(), *grammar.spellings}, is_line=is_line):
-        way_out = "write a blank and two hyphens before its name" if is_line else "options of it are given beside it"
-        told = f'"{lookalike}" looks like an option and is part of the prompt: {way_out}'
+        way_out = "put a space and two hyphens before its name" if is_line else "give options separately"
+        message = f'"{lookalike}" looks like an option but is part of the prompt: {way_out}'
         if grammar.strict:
-            raise InputError(f"{told}, or leave out --strict_prompts")
-        log.warning("%s: %s (%s)", where, told, text.strip())
+            raise InputError(f"{message}, or leave out --strict_prompts")
+        log.warning("%s: %s (%s)", where, message, text.strip())
 
 
 def parse_table(
@@ -147,9 +147,9 @@ def parse_table(
     for name, value in table.items():
         letter = spellings.get(name) or vocabulary.letters.get(name, name)
         if letter in given:
-            raise InputError(f"{given[letter].name} and {name} say the same: keep one of them")
+            raise InputError(f"{given[letter].name} and {name} set the same option: keep one")
         if letter in ("prompt", "n") and not isinstance(value, str):
-            raise InputError(f"{name} = {value}: it takes text")
+            raise InputError(f"{name} = {value}: must be a string")
         if letter in ("prompt", "n"):
             check_text(str(value), grammar, where)
         if letter != "prompt":
@@ -166,11 +166,11 @@ def _as_text(value: object) -> str:
 
 
 def _meant(name: str, letter: str, letters: Mapping[str, str]) -> str:
-    """'; did you mean X?' for an unknown name, X as it is written there: in a line as `--w`, elsewhere as `width`."""
+    """Return " (did you mean X?)" for an unknown name, X as `--w` in a line and as `width` elsewhere, or nothing."""
     match = difflib.get_close_matches(letter, letters, n=1)
     if not match:
         return ""
-    return f"; did you mean {f'--{letters[match[0]]}' if name.startswith('--') else match[0]}?"
+    return f" (did you mean {f'--{letters[match[0]]}' if name.startswith('--') else match[0]}?)"
 
 
 def _request(
@@ -178,7 +178,7 @@ def _request(
 ) -> SampleRequest:
     """The defaults with what was given by letter; `known` lists the names for a message."""
     if not prompt:
-        raise InputError("a prompt line starts with the prompt: a cat in the rain --w 832 --h 480")
+        raise InputError("the prompt is empty: start with it, for example: a cat in the rain --w 832 --h 480")
     vocabulary, changes = _vocabulary(grammar.settings), dict[str, Any](prompt=prompt)
     for letter, value in given.items():
         if letter in _IGNORED:
@@ -187,17 +187,15 @@ def _request(
             raise InputError(f"{value.name}: {grammar.refused[letter]}")
         elif letter not in vocabulary.values:
             meant = _meant(value.name, letter, vocabulary.letters)
-            raise InputError(f"unknown option {value.name} of a prompt{meant}: known are {known}")
+            raise InputError(f"unknown prompt option {value.name}{meant}; known options: {known}")
         else:
             changes[vocabulary.values[letter].field] = _read(vocabulary.values[letter], value)
     if size := changes.pop("size", None):
         if beside := given.keys() & {"w", "h"}:
-            raise InputError(f"{given['video_size'].name} and {given[min(beside)].name} say the same: keep one of them")
+            raise InputError(f"{given['video_size'].name} and {given[min(beside)].name} set the same option: keep one")
         changes["width"], changes["height"] = size
     if "denoising_strength" in changes and not changes.get("video_path", defaults.video_path):
-        raise InputError(
-            f"{given['denoising_strength'].name} says how much of a video_path is made anew: give that too"
-        )
+        raise InputError(f"{given['denoising_strength'].name} requires video_path: give both, or leave it out")
     if "steps" in changes and "timesteps" not in changes:
         changes["timesteps"] = ()  # a number of steps takes the place of levels that hold for all lines
     # What a line says of the camera takes the place of what holds for all.
@@ -210,8 +208,8 @@ def _read(value: _Value, given: Given) -> object:
     try:
         return value.read(given.text)
     except ValueError as problem:
-        why = str(problem) if "takes" in str(problem) else "takes a number"
-        raise InputError(f"{given.name} {given.text or '(nothing)'} in a prompt: it {why}") from None
+        reason = str(problem) if str(problem).startswith("must be") else "must be a number"
+        raise InputError(f"{given.name} {given.text or '(nothing)'} in a prompt: {reason}") from None
 
 
 def read_prompts(path: str | Path, defaults: SampleRequest, grammar: Grammar = PREVIEW) -> list[SampleRequest]:

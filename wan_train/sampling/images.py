@@ -23,17 +23,21 @@ def check_images(variant: Variant, first: str | None, last: str | None) -> None:
         if flag := "--image_path (--i)" * bool(first) or "--end_image_path (--ei)" * bool(last):
             made_from = "its VACE inputs" if variant.control else "text alone"
             raise InputError(
-                f"{flag}: --task {variant.name} makes videos from {made_from}: take an i2v task, or leave it out"
+                f"{flag}: --task {variant.name} generates from {made_from}: use an i2v task, or leave it out"
             )
         return
     if last and (variant.is_fused or variant.control):
-        raise InputError(f"--end_image_path (--ei): --task {variant.name} takes a first image only: leave it out")
+        raise InputError(f"--end_image_path (--ei): --task {variant.name} takes only a first-frame image: leave it out")
     if not first and (variant.is_fused or variant.images.optional):
         return
     if not first:
-        raise InputError(f"--task {variant.name} needs a first image: give --image_path (--i in a line of prompts)")
+        raise InputError(
+            f"--task {variant.name} requires a first-frame image: give --image_path (--i in a prompt line)"
+        )
     if variant.images.last and not last:
-        raise InputError(f"--task {variant.name} needs a last image: give --end_image_path (--ei in a line of prompts)")
+        raise InputError(
+            f"--task {variant.name} requires a last-frame image: give --end_image_path (--ei in a prompt line)"
+        )
     for flag, path in (("--image_path", first), ("--end_image_path", last)):
         if path:
             check_image(flag, path)
@@ -42,13 +46,17 @@ def check_images(variant: Variant, first: str | None, last: str | None) -> None:
 def check_controls(variant: Variant, one_frame: OneFrame, images: Sequence[str]) -> None:
     """InputError for images that do not do for making one frame beside them."""
     if variant.images is None or not variant.images.clip or variant.control:
-        raise InputError(f"--one_frame_inference is for Wan2.1's tasks with images, not for {variant.name}")
+        raise InputError(
+            f"--one_frame_inference: --task {variant.name} does not support it: use a Wan2.1 i2v or flf2v task"
+        )
     if variant.images.last and len(one_frame.controls) != 2:
-        raise InputError(f"--one_frame_inference {one_frame}: {variant.name} takes two images: list two indices")
+        raise InputError(
+            f"--one_frame_inference {one_frame}: --task {variant.name} takes two images: give two control indices"
+        )
     if len(images) != len(one_frame.controls):
         raise InputError(
-            f"--one_frame_inference {one_frame} is given {len(one_frame.controls)} images, and there are"
-            f" {len(images)}: give one --control_image_path for each index (--ci in a line of prompts)"
+            f"--one_frame_inference {one_frame} needs {len(one_frame.controls)} control images, got {len(images)}: give"
+            " one --control_image_path per control index (--ci in a prompt line)"
         )
     for path in images:
         check_image("--control_image_path", path)

@@ -54,14 +54,14 @@ def check_length_options(given: LengthOptions) -> None:
     size, stride = given.sliding_window_size, given.sliding_window_stride
     if size is None and stride is not None:
         raise InputError(
-            f"--sliding_window_stride {stride} moves windows of --sliding_window_size: give that too, or leave it out"
+            f"--sliding_window_stride {stride} requires --sliding_window_size: give both, or leave out"
+            " --sliding_window_stride"
         )
     if size is not None and stride is not None and stride > size:
         raise InputError(
-            f"--sliding_window_stride {stride} leaves frames out between windows of --sliding_window_size {size}: give"
-            f" at most {size}"
+            f"--sliding_window_stride {stride} must be at most --sliding_window_size {size}: a larger one skips frames"
         )
     if given.riflex_freq_index != RIFLEX_INDEX and not given.riflex:
         raise InputError(
-            f"--riflex_freq_index {given.riflex_freq_index} is for --riflex: give that too, or leave it out"
+            f"--riflex_freq_index {given.riflex_freq_index} requires --riflex: give both, or leave the index out"
         )

@@ -162,7 +162,7 @@ def _read(option: SamplingOption, read: Read, text: str) -> Any:
         value = read(text)
     except ValueError as problem:
         if not option.traits.example:
-            raise InputError(f"--{option.name} {text!r}: it {problem}") from None
+            raise InputError(f"--{option.name} {text!r}: {problem}") from None
         value = None
     if not value and option.traits.example:
         raise InputError(f"--{option.name} {text!r} is not a list of numbers: write {option.traits.example}")

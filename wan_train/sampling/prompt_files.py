@@ -27,11 +27,13 @@ def read_entries(path: str | Path) -> list[Entry]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
-        raise InputError(f"cannot read the prompts {path}: {getattr(problem, 'strerror', None) or problem}") from None
-    read, hint = _READERS.get(Path(path).suffix.lower(), (_read_lines, "write one to a line"))
+        raise InputError(
+            f"cannot read the prompt file {path}: {getattr(problem, 'strerror', None) or problem}"
+        ) from None
+    read, hint = _READERS.get(Path(path).suffix.lower(), (_read_lines, "write one per line"))
     entries = read(str(path), text)
     if not entries:
-        raise InputError(f"{path} holds no prompt: {hint}")
+        raise InputError(f"{path} has no prompts: {hint}")
     return entries
 
 
@@ -46,16 +48,16 @@ def _read_toml(path: str, text: str) -> list[Entry]:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as problem:
-        raise InputError(f"{path} is not TOML: {problem}") from None
+        raise InputError(f"{path} is not valid TOML: {problem}") from None
     shared = data.pop("prompt", None)
     if not isinstance(shared, dict) or data:
-        odd = f", not {', '.join(data)}" if data else ""
-        raise InputError(f"{path} has one table, [prompt], with a [[prompt.subset]] for each prompt{odd}")
+        odd = f"; it also has {', '.join(data)}" if data else ""
+        raise InputError(f"{path} must have one table, [prompt], with a [[prompt.subset]] for each prompt{odd}")
     subsets = shared.pop("subset", None)
     if subsets is None:
         return [Entry(shared, f"{path}, [prompt]{_line_of(text, 'prompt')}")]
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
-        raise InputError(f"{path}: subset is a list of tables: write [[prompt.subset]] above each prompt")
+        raise InputError(f"{path}: subset must be a list of tables: write [[prompt.subset]] above each prompt")
     heads = [number for number, line in enumerate(text.splitlines(), 1) if _SUBSET.match(line)]
     lines = heads if len(heads) == len(subsets) else [0] * len(subsets)
     return [
@@ -84,12 +86,12 @@ def _read_json(path: str, text: str) -> list[Entry]:
             place = _skip(text, place)
             where = f"{path}, prompt {number}, line {text.count(chr(10), 0, place) + 1}"
             if not isinstance(item, str | dict):
-                raise InputError(f"{where}: a prompt is a table or a line of text, not {json.dumps(item)}")
+                raise InputError(f"{where}: a prompt must be an object or a string, not {json.dumps(item)}")
             entries.append(Entry(item, where))
             _, place = decoder.raw_decode(text, place)
         return entries
     except json.JSONDecodeError as problem:
-        raise InputError(f"{path}, line {problem.lineno}: this is not JSON ({problem.msg})") from None
+        raise InputError(f"{path}, line {problem.lineno}: not valid JSON ({problem.msg})") from None
 
 
 def _skip(text: str, position: int) -> int:

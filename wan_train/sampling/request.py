@@ -119,10 +119,10 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
     def settings_summary(self) -> str:
         """What it is sampled with, for a message: size, length, steps, solver, shift and guidance."""
         guidance = " and then ".join(f"{self.guided(expert).scale:g}" for expert in experts_of(self.variant))
-        levels = f" at {','.join(f'{value:g}' for value in self.timesteps)}" if self.timesteps else ""
+        levels = f" at timesteps {','.join(f'{value:g}' for value in self.timesteps)}" if self.timesteps else ""
         return (
-            f"{self.width} wide, {self.height} high, {self.frames} frames, {self.steps} steps{levels} of {self.solver},"
-            f" shift {self.noise_shift:g}, guidance {guidance}"
+            f"{self.width}x{self.height}, {self.frames} frames, {self.steps} steps{levels}, solver {self.solver},"
+            f" shift {self.noise_shift:g}, guidance scale {guidance}"
         )
 
     @property
@@ -156,20 +156,20 @@ def checked(request: SampleRequest) -> SampleRequest:
     check_options(request)
     check_length_options(request)
     if (request.cfg_skip_mode == "none") != (request.cfg_apply_ratio is None):
-        raise InputError("--cfg_skip_mode and --cfg_apply_ratio go together: give both or neither")
+        raise InputError("--cfg_skip_mode and --cfg_apply_ratio require each other: give both or neither")
     if request.slg_layers and request.slg_start >= request.slg_end:
-        raise InputError(
-            f"--slg_start {request.slg_start:g} leaves nothing before --slg_end {request.slg_end:g}: give less than it"
-        )
+        raise InputError(f"--slg_start {request.slg_start:g} must be less than --slg_end {request.slg_end:g}")
     experts = experts_of(request.variant)
     if request.variant.experts is None and request.guidance_high_noise is not None:
         raise InputError(f"--guidance_scale_high_noise: --task {request.variant.name} has one model: leave it out")
     if request.slg_layers and all(request.guided(expert).scale == 1 for expert in experts):
-        raise InputError("--slg_layers acts on guided steps, and --guidance_scale 1 has none: give more, or no layers")
+        raise InputError(
+            "--slg_layers has no effect with --guidance_scale 1, which disables guidance: leave out one of them"
+        )
     if request.timesteps:
         explicit_levels(request.timesteps)
         if request.video_path:
-            raise InputError("--timesteps says where a run begins, and so does --video_path: give one of them")
+            raise InputError("--timesteps and --video_path both set the initial noise level: give one of them")
         request = replace(request, steps=len(request.timesteps))
     check_cache_options(request, request.steps)
     plans = [
@@ -196,24 +196,28 @@ def fitted(request: SampleRequest) -> SampleRequest:
     if request.one_frame is None:
         if request.control_images:
             raise InputError(
-                "--control_image_path (--ci) is for images made as one frame: give --one_frame_inference (--of) too"
+                "--control_image_path (--ci) requires --one_frame_inference (--of): give both, or leave it out"
             )
         check_images(request.variant, request.image_path, request.end_image_path)
         if request.variant.is_fused and request.image_path and request.frames < 1 + FRAME_STEP:
             raise InputError(
-                f"--image_path (--i): a single frame of --task {request.variant.name} is the image itself: ask for"
-                f" {1 + FRAME_STEP} or more (--video_length, --f)"
+                f"--image_path (--i): a single frame of --task {request.variant.name} would be the image itself: use at"
+                f" least {1 + FRAME_STEP} frames (--video_length, --f)"
             )
     else:
         if request.control_images and (request.image_path or request.end_image_path):
             raise InputError(
-                "--image_path and --control_image_path are both images of one frame: give the latter alone"
+                "--image_path and --control_image_path both give images of --one_frame_inference: give the latter only"
             )
         check_controls(request.variant, request.one_frame, request.image_paths)
         if given := first_given({"--sliding_window_size": request.sliding_window_size, "--riflex": request.riflex}):
-            raise InputError(f"--one_frame_inference makes an image, {given} is for long videos: leave out one")
+            raise InputError(
+                f"--one_frame_inference generates an image, {given} is for long videos: leave out one of them"
+            )
         if request.video_path:
-            raise InputError("--one_frame_inference makes an image, --video_path begins with a video: leave out one")
+            raise InputError(
+                "--one_frame_inference generates an image, --video_path starts from a video: leave out one of them"
+            )
         request = replace(request, frames=1)
     if request.image_paths and not request.exact_size:
         width, height = size_like(request.image_paths[0], (request.width, request.height), request.variant)
@@ -222,10 +226,10 @@ def fitted(request: SampleRequest) -> SampleRequest:
     width, height = (max(step, side // step * step) for side in (request.width, request.height))
     frames = max(1, (request.frames - 1) // FRAME_STEP * FRAME_STEP + 1)
     if (width, height) != (request.width, request.height):
-        asked = f"{request.width} wide, {request.height} high"
-        log.warning("width and height must be multiples of %d: %s becomes %d wide, %d high", step, asked, width, height)
+        given = f"{request.width}x{request.height}"
+        log.warning("width and height must be multiples of %d: using %dx%d, not %s", step, width, height, given)
     if frames != request.frames:
-        log.warning("the number of frames must be 4n+1: %d becomes %d", request.frames, frames)
+        log.warning("the number of frames must be 4n+1: using %d, not %d", frames, request.frames)
     frames = fit_frames(request, request.variant, size=(width, height), frames=frames)
     return replace(request, width=width, height=height, frames=frames)
 

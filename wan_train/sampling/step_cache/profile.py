@@ -51,10 +51,10 @@ class Entry:
     num_videos: int = 1
 
     def differences(self, request: SampleRequest) -> dict[str, str]:
-        """Return, by setting, what this entry and a request have where they differ: "euler there and unipc here"."""
+        """Return, by setting, how this entry and a request differ: "euler in the profile, unipc in this run"."""
         wanted = run_settings(request)
         return {
-            name: f"{self.settings.get(name, 'nothing')} there and {value} here"
+            name: f"{self.settings.get(name, 'not set')} in the profile, {value} in this run"
             for name, value in wanted.items()
             if self.settings.get(name) != value
         }
@@ -141,7 +141,7 @@ def entry_for(path: str, request: SampleRequest) -> Entry:
     if different := entry.differences(request):
         name, values = next(iter(different.items()))
         raise InputError(
-            f"--cache_profile {path} was not measured for this run: --{name} is {values}: {CALIBRATE} for it, or take"
+            f"--cache_profile {path} was not measured for this run: --{name} is {values}: {CALIBRATE} for it, or use"
             " another --step_cache"
         )
     return entry
@@ -182,8 +182,8 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
         raise InputError(f"--cache_profile {path} is not a profile ({problem}): {CALIBRATE}") from None
     if version > VERSION:
         raise InputError(
-            f"--cache_profile {path} has version {version}, and this program reads up to {VERSION}: update it, or"
-            f" calibrate again; {CALIBRATE}"
+            f"--cache_profile {path} has format version {version}, the newest supported is {VERSION}: update wan-train,"
+            f" or calibrate again; {CALIBRATE}"
         )
     return Profile(entries)
 

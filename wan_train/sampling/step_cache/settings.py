@@ -14,10 +14,10 @@ OFF, TEACACHE, MAGCACHE, ATTENTION, AUTO = "none", "teacache", "magcache", "atte
 STEP_CACHES = (OFF, TEACACHE, MAGCACHE, ATTENTION, AUTO)
 PROFILED = (MAGCACHE, AUTO)  # those that read --cache_profile
 TEACACHE_MODELS = ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P")
-CALIBRATE = "--calibrate_steps N --cache_profile FILE makes one"
+CALIBRATE = "--calibrate_steps N --cache_profile FILE creates one"
 COMPILED = (
-    "--step_cache attention keeps outputs from inside of blocks, which --compile makes one graph each: leave out"
-    " --compile, or take --step_cache teacache, magcache or auto"
+    "--step_cache attention does not work with --compile, which compiles each block as one graph: leave out --compile,"
+    " or use --step_cache teacache, magcache or auto"
 )
 
 _SMALL_DIM = 1536  # width of the 1.3B models
@@ -105,17 +105,19 @@ def check_cache_options(given: CacheOptions, steps: int) -> None:
         owners = _READ_BY.get(field.name, (given.step_cache,))
         if given.step_cache not in owners and getattr(given, field.name) != field.default:
             raise InputError(
-                f"--{field.name} is an option of --step_cache {' and '.join(owners)}, and --step_cache is"
+                f"--{field.name} applies to --step_cache {' and '.join(owners)} only, and --step_cache is"
                 f" {given.step_cache}: choose that cache, or leave out --{field.name}"
             )
     if given.step_cache in PROFILED and not given.cache_profile:
-        raise InputError(f"--step_cache {given.step_cache} needs --cache_profile, measured errors: {CALIBRATE}")
+        raise InputError(
+            f"--step_cache {given.step_cache} requires --cache_profile, a file of measured errors: {CALIBRATE}"
+        )
     if given.step_cache == ATTENTION:
         start, end = attention_range(given, steps)
         if end > steps or (start >= end and (given.start_step is not None or given.end_step is not None)):
             raise InputError(
-                f"--start_step {start} and --end_step {end} are not a range of {steps} steps: give a start below the"
-                f" end, and an end of at most {steps}"
+                f"--start_step {start} and --end_step {end} are not a range of {steps} steps: --start_step must be less"
+                f" than --end_step, and --end_step at most {steps}"
             )
 
 
