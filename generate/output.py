@@ -151,11 +151,12 @@ def check_length(settings: OutputSettings, frames: int) -> None:
     left = frames - settings.trim_tail_frames
     if left < 1:
         raise InputError(
-            f"--trim_tail_frames {settings.trim_tail_frames} drops all {frames} frames: use a smaller number"
+            f"--trim_tail_frames {settings.trim_tail_frames} must be less than the number of frames, {frames}"
         )
     if Path(settings.target).suffix.lower() == ".png" and left > 1:
         raise InputError(
-            f"{settings.target_flag} {settings.target} is an image file, not one for {left} frames: use .mp4 or a folder"
+            f"{settings.target_flag} {settings.target} is an image file, not one for {left} frames: use .mp4 or a"
+            " folder"
         )
 
 

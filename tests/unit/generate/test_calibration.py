@@ -88,9 +88,9 @@ def _lowered(entry: Entry) -> Entry:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--calibrate_steps", 8], "--calibrate_steps 8 measures for --step_cache auto"),
+        (["--calibrate_steps", 8], "--calibrate_steps 8 requires --step_cache auto"),
         (["--step_cache", "auto", "--cache_profile", "p.json", "--calibrate_steps", 8, "--infer_steps", 4], "differ"),
-        (["--step_cache", "auto", "--cache_profile", "p.json", "--calibrate_steps", 8, "--interactive"], "each say"),
+        (["--step_cache", "auto", "--cache_profile", "p.json", "--calibrate_steps", 8, "--interactive"], "exclude"),
         (["--step_cache", "auto", "--cache_profile", "none/p.json"], "cannot be read"),
         (["--step_cache", "attention", "--compile", "--compile_backend", "eager"], "--compile makes"),
     ],

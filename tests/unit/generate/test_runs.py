@@ -165,7 +165,7 @@ def test_a_line_that_breaks_costs_itself_only(
         return line
 
     assert run_interactive(models, OnDisk(settings, {}, several=True), read=read) == 0
-    assert capsys.readouterr().err.count("this line failed: division by zero") == 2
+    assert capsys.readouterr().err.count("generation failed: division by zero") == 2
 
 
 def test_the_text_cache_does_without_the_text_encoder(
@@ -198,8 +198,8 @@ def test_a_cache_of_texts_gives_back_what_it_was_given(given: Given, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--output_type", "both"), "the latents are there"),
-        (("--trim_tail_frames", 5), "none of 5 frames"),
+        (("--output_type", "both"), "which decodes"),
+        (("--trim_tail_frames", 5), "less than the number of frames, 5"),
         (("--save_path", ""), "--save_path is missing"),
     ],
 )
@@ -268,7 +268,7 @@ def test_a_line_of_too_few_frames_is_refused_and_what_one_leaves_is_told_and_kep
     monkeypatch.setattr(Models, "decode", lambda *given: 1 / 0)
     assert run_interactive(Models(settings, {}, CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
     said = capsys.readouterr().err
-    assert "leaves none of 1 frames" in said
+    assert "less than the number of frames, 1" in said
     left = [f"{index:03d}_pending_latent.safetensors" for index in (0, 1)]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert all(f"sampled but not decoded: {tmp_path / name}; decode with --latent_path" in said for name in left)
@@ -308,7 +308,7 @@ def test_places_for_decoded_latents(given: Given, tmp_path: Path) -> None:
     def check(place: str, paths: list[str]) -> None:
         check_latents(paths, given("--save_path", tmp_path / place).output)
 
-    for place, told in (("out", "two latents are called a"), ("{name}", "not known"), ("x.png", "for 5 frames")):
+    for place, told in (("out", "two files are named a"), ("{name}", "unknown"), ("x.png", "not one for 5 frames")):
         with pytest.raises(InputError, match=told):
             check(place, both if place == "out" else both[:1])
     check("{index}/sub", both)

@@ -110,5 +110,5 @@ def test_quotes_go_where_they_enclose_all_of_a_text(line: str, prompt: str, nega
 def test_a_path_may_stand_in_quotes() -> None:
     line = parse_line('"a cat" --video_path "my clips/a b.mp4"', DEFAULTS, GENERATOR)
     assert line.video_path == "my clips/a b.mp4"
-    with pytest.raises(InputError, match="starts with the prompt"):
+    with pytest.raises(InputError, match="the prompt is empty"):
         parse_line('"" --w 832', DEFAULTS)

@@ -141,10 +141,10 @@ def test_the_log_counts_the_frames_of_references(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("--sliding_window_size 4 --sliding_window_stride 5", "leaves frames out"),
+        ("--sliding_window_size 4 --sliding_window_stride 5", "must be at most --sliding_window_size 4"),
         ("--sliding_window_stride 5", "--sliding_window_size"),
         ("--sliding_window_size 0", "1"),
-        ("--riflex_freq_index 4", "is for --riflex"),
+        ("--riflex_freq_index 4", "requires --riflex"),
         ("--riflex --riflex_freq_index 23", "22"),
     ],
 )

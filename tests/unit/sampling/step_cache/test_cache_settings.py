@@ -16,10 +16,10 @@ from wan_train.sampling.step_cache.settings import attention_range, teacache_mod
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"tea_cache_l1_thresh": 0.1}, "--tea_cache_l1_thresh is an option of --step_cache teacache.*is none"),
-        ({"step_cache": "teacache", "magcache_k": 3}, "--magcache_k is an option of --step_cache magcache.*teacache"),
-        ({"step_cache": "teacache", "end_step": 3}, "--end_step is an option of --step_cache attention"),
-        ({"step_cache": "attention", "error_budget": 0.1}, "--error_budget is an option of --step_cache auto"),
+        ({"tea_cache_l1_thresh": 0.1}, "--tea_cache_l1_thresh applies to --step_cache teacache.*is none"),
+        ({"step_cache": "teacache", "magcache_k": 3}, "--magcache_k applies to --step_cache magcache.*teacache"),
+        ({"step_cache": "teacache", "end_step": 3}, "--end_step applies to --step_cache attention"),
+        ({"step_cache": "attention", "error_budget": 0.1}, "--error_budget applies to --step_cache auto"),
         ({"step_cache": "attention", "cache_profile": "a"}, "--cache_profile is .* magcache and auto"),
         ({"step_cache": "auto"}, "--step_cache auto needs --cache_profile.*--calibrate_steps N"),
         ({"step_cache": "magcache"}, "--step_cache magcache needs --cache_profile"),
