@@ -1,4 +1,4 @@
-"""What control models are given beside a prompt: whether a task reads it, and how long and large it makes the video."""
+"""Check the control options of a request, and fit the length of the video to them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class _ControlInput:
-    """An option that some tasks read: by which of their inputs, what it is, and what such a task is called."""
+    """An option of control models: whether a task reads it, and the nouns for messages."""
 
     option: str
     reads: Callable[[ControlInputs], bool]
@@ -44,7 +44,7 @@ _CONTROL_INPUTS = (
 
 
 def check_options(given: ControlOptions) -> None:
-    """InputError for control options that do not agree with each other, whatever the task."""
+    """Raise InputError for control options that conflict, regardless of the task."""
     if given.control_start >= given.control_end:
         raise InputError(
             f"--control_start {given.control_start:g} must be less than --control_end {given.control_end:g}"
@@ -73,8 +73,7 @@ def _check_camera(given: ControlOptions) -> None:
 
 
 def check_inputs(given: ControlOptions, variant: Variant) -> None:
-    """InputError for a control that the task does not read, for one that it needs and does not get, and for an image
-    that does not read."""
+    """Raise InputError for a control that the task does not take, for a missing one, and for an unreadable image."""
     control = variant.control or ControlInputs()
     for taken in _CONTROL_INPUTS:
         if getattr(given, taken.option.partition(" ")[0]) and not taken.reads(control):
@@ -104,17 +103,17 @@ def check_inputs(given: ControlOptions, variant: Variant) -> None:
 
 
 def fit_frames(given: ControlOptions, variant: Variant, *, size: Size, frames: int) -> int:
-    """Return the number of pixel frames, 4k+1, that controls leave of a video of `frames` and `size` (width, height).
+    """Return the number of frames, 4k+1: `frames`, or fewer if a control is shorter. `size` is (width, height).
 
-    The log says in a line what is shortened, scaled or cropped. InputError for a video or camera file that does not
-    read, and for a `vace_pad` that leaves nothing of the size.
+    Logs what is shortened, scaled or cropped. Raises InputError for an unreadable video or camera file, and for a
+    `vace_pad` that covers the whole video.
     """
     if given.control_path:
         length = _length("--control_path", given.control_path, variant, size)
         frames = _shortened(frames, given.control_path, length)
     if given.vace_video:
         length, longest = _length("--vace_video", given.vace_video, variant, inner_size(given, size)), given.vace_video
-        if given.vace_mask and not is_still(given.vace_mask):  # it may continue behind the video, which it extends
+        if given.vace_mask and not is_still(given.vace_mask):  # a longer mask extends the video
             length, longest = len(frame_indices("--vace_mask", given.vace_mask, variant.fps)), given.vace_mask
         elif given.vace_mask:
             check_image("--vace_mask", given.vace_mask)
@@ -125,7 +124,7 @@ def fit_frames(given: ControlOptions, variant: Variant, *, size: Size, frames: i
 
 
 def inner_size(given: ControlOptions, size: Size) -> Size:
-    """Return the size (width, height) that `vace_pad` leaves of a video's. InputError where that is nothing."""
+    """Return the (width, height) inside `vace_pad`. Raises InputError if nothing is left."""
     left, top, right, bottom = sides_of(given)
     width, height = size[0] - left - right, size[1] - top - bottom
     if min(width, height) < 1:
@@ -144,7 +143,7 @@ def sides_of(given: ControlOptions) -> tuple[int, int, int, int]:
 
 
 def read_camera(path: str) -> Tensor:
-    """Return the entries (N, 19) of a camera file. InputError that names the option for one that does not read."""
+    """Return the entries (N, 19) of a camera file. Raises InputError, naming the option, if it cannot be read."""
     if not Path(path).is_file():
         raise InputError(f"--camera_path {path}: no such file")
     try:
@@ -154,7 +153,7 @@ def read_camera(path: str) -> Tensor:
 
 
 def _length(flag: str, path: str, variant: Variant, size: Size) -> int:
-    """The frames of a control at the rate of the task's videos, with a line in the log if its size is another."""
+    """Return the number of frames of a control at the task's frame rate; log it if the size differs."""
     indices = frame_indices(flag, path, variant.fps)
     info = probe(Path(path))
     if (info.width, info.height) != size:

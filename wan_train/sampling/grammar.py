@@ -1,4 +1,4 @@
-"""The grammar in which prompt lines, tables and files state what is wished for."""
+"""Parse prompt lines, tables and files into requests."""
 
 import difflib
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class _Value:
-    """What a prompt says of one field of a request ("size" is two): its name in tables, and how its text is read."""
+    """A field of a request ("size" is two), its name in tables, and the reader of its text."""
 
     field: str
     name: str
@@ -32,8 +32,11 @@ class _Value:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """The options of prompts: `values` by letter; `letters` by names in tables; `options`, letters by names on the
-    command line; `refused`, by letter the reason why previews refuse it."""
+    """The options of prompts.
+
+    `values` maps letters to fields, `letters` names in tables to letters, `options` names on the command line to
+    letters, and `refused` letters to the reason why previews refuse them.
+    """
 
     values: Mapping[str, _Value]
     letters: Mapping[str, str]
@@ -42,9 +45,9 @@ class _Vocabulary:
 
 
 _IGNORED = {"g": "guidance_scale"}  # embedded guidance, which Wan does not have
-# Further names, two of them musubi-tuner's, by letter here.
+# Further names -> our letter; two are musubi-tuner's.
 _OTHER_NAMES = {"control_path": "cn", "cim": "vace_mask", "control_image_mask_path": "vace_mask"}
-# The order in which messages list these; the others follow as they are declared.
+# Messages list these first, in this order; the others follow in order of declaration.
 _LISTED_FIRST = (
     *("w", "h", "f", "d", "s", "l", "guidance_scale_high_noise", "fs", "n", "video_size", "sample_solver"),
     *("timesteps", "rand_device", "i", "ei", "ci", "of"),
@@ -53,10 +56,10 @@ _LISTED_FIRST = (
 
 @cache
 def _vocabulary(settings: type) -> _Vocabulary:
-    """Make the vocabulary of a dataclass of sampling settings: its options, and width and height by themselves."""
+    """Return the vocabulary of a dataclass of sampling settings: its options, width and height."""
     declared = [option for option in sampling_options(settings) if option.name != "prompt"]
     values = {o.letter: _Value(o.field, o.table, o.reader, o.is_repeated) for o in declared}
-    assert len(values) == len(declared), "two options have one letter"
+    assert len(values) == len(declared), "two options share a letter"
     size = next(option for option in declared if option.name == "video_size")
     read_side = make_reader(int, size.described, maximum=size.traits.maximum)
     values |= {"w": _Value("width", "width", read_side), "h": _Value("height", "height", read_side)}
@@ -72,10 +75,10 @@ def _vocabulary(settings: type) -> _Vocabulary:
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the prompts of a tool may say: the options of `settings`, a dataclass of sampling settings.
+    """The options that prompts of a tool may set: those of `settings`, a dataclass of sampling settings.
 
-    Previews refuse some options; the generator knows each by its name on the command line too. `strict` refuses text
-    that looks like an option and is not one.
+    Previews refuse some of them; the generator also accepts their command-line names. `strict` raises an error for
+    text that looks like an option but is not one.
     """
 
     is_preview: bool
@@ -84,14 +87,13 @@ class Grammar:
 
     @property
     def spellings(self) -> Mapping[str, str]:
-        """Letters by the further names that stand for them."""
-        # In the generator of the tools that these lines come from, --g is the guidance; in their training it is
-        # embedded.
+        """Alternative names, each with its letter."""
+        # In musubi-tuner's generator --g is the guidance scale, in its trainer the embedded guidance.
         return _OTHER_NAMES | ({} if self.is_preview else {"g": "l", **_vocabulary(self.settings).options})
 
     @property
     def refused(self) -> Mapping[str, str]:
-        """By letter, the reason why an option is refused."""
+        """Letters of refused options, each with the reason."""
         return _vocabulary(self.settings).refused if self.is_preview else {}
 
 
@@ -102,10 +104,10 @@ PREVIEW = Grammar(is_preview=True)
 def parse_line(
     line: str, defaults: SampleRequest, grammar: Grammar = PREVIEW, *, where: str = "a prompt line"
 ) -> SampleRequest:
-    """A prompt line, `words --w 832 --h=480 ...`, over the defaults; `where` says in a warning which it is.
+    """Return the request of a prompt line, `words --w 832 --h=480 ...`, over the defaults.
 
-    Raises InputError for an unknown letter or one that comes twice, a value that does not read or is out of range, or
-    an empty prompt.
+    `where` names the line in warnings. Raises InputError for an unknown or repeated option, an invalid or out-of-range
+    value, and an empty prompt.
     """
     check_text(line, grammar, where, is_line=True)
     given: dict[str, Given] = {}
@@ -121,10 +123,7 @@ def parse_line(
 
 
 def check_text(text: str, grammar: Grammar, where: str, *, is_line: bool = False) -> None:
-    """Warn of what looks like an option in a prompt line, or in a text that takes none, and stays part of the prompt.
-
-    InputError for it where the grammar is strict.
-    """
+    """Warn about text that looks like an option but stays part of the prompt, or raise InputError if strict."""
     letters = _vocabulary(grammar.settings).letters
     for lookalike in lookalikes(text, {*letters, *letters.values(), *grammar.spellings}, is_line=is_line):
         way_out = "put a space and two hyphens before its name" if is_line else "give options separately"
@@ -137,9 +136,9 @@ def check_text(text: str, grammar: Grammar, where: str, *, is_line: bool = False
 def parse_table(
     table: Mapping[str, object], defaults: SampleRequest, grammar: Grammar = PREVIEW, *, where: str = "a prompt"
 ) -> SampleRequest:
-    """A prompt as a table: `prompt`, and `width`, `frame_count` ... or the letters of a prompt line, over the defaults.
+    """Return the request of a table over the defaults; keys are `prompt`, and names such as `width` or letters.
 
-    Raises InputError as `parse_line` does.
+    Raises InputError like `parse_line`.
     """
     prompt = table.get("prompt", "")
     given: dict[str, Given] = {}
@@ -159,7 +158,7 @@ def parse_table(
 
 
 def _as_text(value: object) -> str:
-    """A value of a table as a line would have it."""
+    """Return a table's value as text of a prompt line."""
     if isinstance(value, list):
         return "\n".join(map(str, value)) if all(isinstance(item, str) for item in value) else ",".join(map(str, value))
     return str(value)
@@ -176,7 +175,7 @@ def _meant(name: str, letter: str, letters: Mapping[str, str]) -> str:
 def _request(
     prompt: str, given: Mapping[str, Given], defaults: SampleRequest, grammar: Grammar, known: str
 ) -> SampleRequest:
-    """The defaults with what was given by letter; `known` lists the names for a message."""
+    """Return the defaults with the given options, by letter; `known` lists the names for a message."""
     if not prompt:
         raise InputError("the prompt is empty: start with it, for example: a cat in the rain --w 832 --h 480")
     vocabulary, changes = _vocabulary(grammar.settings), dict[str, Any](prompt=prompt)
@@ -197,7 +196,7 @@ def _request(
     if "denoising_strength" in changes and not changes.get("video_path", defaults.video_path):
         raise InputError(f"{given['denoising_strength'].name} requires video_path: give both, or leave it out")
     if "steps" in changes and "timesteps" not in changes:
-        changes["timesteps"] = ()  # a number of steps takes the place of levels that hold for all lines
+        changes["timesteps"] = ()  # a number of steps replaces explicit timesteps of the defaults
     # What a line says of the camera takes the place of what holds for all.
     replaced = {other for one in REPLACED.keys() & changes.keys() for other in REPLACED[one]}
     changes = {name: getattr(ControlOptions, name) for name in replaced} | changes
@@ -213,7 +212,7 @@ def _read(value: _Value, given: Given) -> object:
 
 
 def read_prompts(path: str | Path, defaults: SampleRequest, grammar: Grammar = PREVIEW) -> list[SampleRequest]:
-    """The requests of a prompt file: .toml, .json, or text with a prompt to a line. InputError names file and line."""
+    """Return the requests of a prompt file (.toml, .json, or one prompt per line). InputError names file and line."""
     requests = []
     for entry in read_entries(path):
         try:

@@ -1,6 +1,6 @@
-"""Prompt files, read into entries that still know where they stand: text, TOML and JSON.
+"""Read prompt files (text, TOML and JSON) into entries with file and line.
 
-What the values of an entry mean is `request`'s to say.
+`grammar` interprets their values.
 """
 
 import json
@@ -16,14 +16,14 @@ from wan_train.errors import InputError
 
 @dataclass(frozen=True)
 class Entry:
-    """One prompt of a file: a line of the prompt grammar or a table of names and values; `where` says which."""
+    """One prompt of a file: a prompt line or a table; `where` is its file and line."""
 
     content: str | Mapping[str, Any]
     where: str
 
 
 def read_entries(path: str | Path) -> list[Entry]:
-    """The prompts of a .toml, .json or text file, in order. InputError for a file that does not read or holds none."""
+    """Return the prompts of a .toml, .json or text file, in order. InputError if it cannot be read or has none."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
@@ -38,13 +38,13 @@ def read_entries(path: str | Path) -> list[Entry]:
 
 
 def _read_lines(path: str, text: str) -> list[Entry]:
-    """A prompt to a line; empty lines and those that begin with # are passed over."""
+    """Read one prompt per line; empty lines and lines that start with # are skipped."""
     numbered = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1))
     return [Entry(line, f"{path}, line {number}") for number, line in numbered if line and not line.startswith("#")]
 
 
 def _read_toml(path: str, text: str) -> list[Entry]:
-    """`[prompt]` holds what all `[[prompt.subset]]` have in common; without a subset it is a prompt itself."""
+    """Read `[prompt]`, the defaults of all `[[prompt.subset]]`; without a subset it is a prompt itself."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as problem:
@@ -75,27 +75,27 @@ def _line_of(text: str, table: str) -> str:
 
 
 def _read_json(path: str, text: str) -> list[Entry]:
-    """A list of tables, or of lines of the prompt grammar."""
+    """Read a list of objects or prompt lines."""
     decoder = json.JSONDecoder()
     try:
         whole = json.loads(text)
         if not isinstance(whole, list):
             raise InputError(f'{path} is not a list: write [{{"prompt": "words", "width": 832}}, ...]')
-        entries, place = [], text.index("[") + 1
+        entries, position = [], text.index("[") + 1
         for number, item in enumerate(whole, 1):
-            place = _skip(text, place)
-            where = f"{path}, prompt {number}, line {text.count(chr(10), 0, place) + 1}"
+            position = _skip(text, position)
+            where = f"{path}, prompt {number}, line {text.count(chr(10), 0, position) + 1}"
             if not isinstance(item, str | dict):
                 raise InputError(f"{where}: a prompt must be an object or a string, not {json.dumps(item)}")
             entries.append(Entry(item, where))
-            _, place = decoder.raw_decode(text, place)
+            _, position = decoder.raw_decode(text, position)
         return entries
     except json.JSONDecodeError as problem:
         raise InputError(f"{path}, line {problem.lineno}: not valid JSON ({problem.msg})") from None
 
 
 def _skip(text: str, position: int) -> int:
-    """The next place that holds more than what stands between items."""
+    """Return the next position after blanks and commas."""
     match = re.compile(r"[\s,]*").match(text, position)
     return match.end() if match else position
 

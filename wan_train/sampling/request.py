@@ -1,4 +1,4 @@
-"""A wish for one video: everything that decides it but the weights."""
+"""A request for one video: everything that determines it except the weights."""
 
 from dataclasses import KW_ONLY, dataclass, replace
 
@@ -18,21 +18,21 @@ from wan_train.sampling.step_cache.settings import CacheOptions, check_cache_opt
 
 log = get_logger(__name__)
 
-STRENGTH = 0.7  # of video to video where nobody says
+STRENGTH = 0.7  # default of video-to-video
 
 
 @dataclass(frozen=True)
 class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, StartOptions):
-    """Everything that decides a video but the weights. Sizes in pixels, `frames` 4n+1, `seed` None draws one.
+    """Everything that determines a video except the weights.
 
-    `shift` None is the variant's for the size. `timesteps`, 0..1000 before the shift, take the place of `steps` even
-    ones. `video_path` is what the run begins with, at `denoising_strength`; default: pure noise. The video
-    itself begins with `image_path` and ends with `end_image_path`; it takes the first's proportions at the area that
-    width and height say, unless `exact_size`. With `one_frame` an image is made in place of a video, as a frame beside
-    `control_images`. Of two experts `guidance` is the low-noise one's; `guidance_high_noise` and `boundary`, a t in
-    [0, 1], are the variant's where they are None. What control models read beside that is said by the fields of
-    `ControlOptions`, how a long video is made by those of `LengthOptions`, step caches by `CacheOptions`; `vace_pad`
-    is (left, top, right, bottom), `camera_origin` an entry of 19 numbers, or empty.
+    Sizes are in pixels, `frames` is 4n+1, a `seed` of None is drawn at random. `shift` None: the variant's for the
+    size. `timesteps`, 0..1000 before the shift, replace `steps` evenly spaced ones. `video_path` is the source of
+    video-to-video, with `denoising_strength`; default: pure noise. `image_path` is the first frame and
+    `end_image_path` the last; the video has the aspect ratio of the first at the area of width and height, unless
+    `exact_size`. With `one_frame` the result is an image, a latent frame next to `control_images`. With two experts
+    `guidance` is that of the low-noise expert; `guidance_high_noise` and `boundary`, a t in [0, 1], default to the
+    variant's. `ControlOptions` has the inputs of control models, `LengthOptions` the options for long videos,
+    `CacheOptions` those of step caches; `vace_pad` is (left, top, right, bottom), `camera_origin` 19 numbers or empty.
     """
 
     prompt: str
@@ -51,7 +51,7 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
     control_images: tuple[str, ...] = ()
     guidance_high_noise: float | None = None
     boundary: float | None = None
-    # Of these the command line leaves a default open, or has them as text.
+    # On the command line these have no default, or are text.
     denoising_strength: float = STRENGTH
     slg_layers: tuple[int, ...] = ()
     slg_mode: str = "original"
@@ -72,17 +72,17 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
 
     @property
     def noise_shift(self) -> float:
-        """The shift of its noise levels."""
+        """The shift of the sigma schedule."""
         return self.variant.shift_at(self.width, self.height) if self.shift is None else self.shift
 
     @property
     def image_paths(self) -> tuple[str, ...]:
-        """The images that it is made from, the first frame's first."""
+        """The control images, or the first-frame and last-frame images."""
         return self.control_images or tuple(path for path in (self.image_path, self.end_image_path) if path)
 
     @property
     def clip_paths(self) -> tuple[str, ...]:
-        """The images that its model reads through CLIP: VideoX-Fun's reads a reference image in place of the first."""
+        """The images that CLIP encodes; VideoX-Fun's models use a reference image in place of the first frame."""
         images = self.variant.images
         if images is None or not images.clip:
             return ()
@@ -92,32 +92,32 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
 
     @property
     def reads_vace(self) -> bool:
-        """Whether VACE takes part: without inputs too, which are grey then, but not scaled by 0."""
+        """Whether VACE is used: also without inputs, which are grey then, but not with scale 0."""
         return self.variant.control is not None and self.variant.control.vace and self.vace_scale != 0
 
     @property
     def is_from_pixels(self) -> bool:
-        """Whether the VAE encodes something that it is made from, beside `video_path`."""
+        """Whether the VAE encodes any of its inputs, apart from `video_path`."""
         return bool(self.image_paths or self.control_path or self.reference_image or self.reads_vace)
 
     @property
     def is_fitted(self) -> bool:
-        """Whether its size is final, as it is once images have given it their proportions."""
+        """Whether the size is final because it has been fitted to the aspect ratio of an image."""
         return bool(self.image_paths)
 
     @property
     def expert_boundary(self) -> float:
-        """The t in [0, 1] from which on the expert for high noise is asked."""
+        """The t in [0, 1] from which the high-noise expert is used."""
         return read_boundary(self.boundary, self.variant)
 
     @property
     def short_prompt(self) -> str:
-        """The first words of the prompt, for a message."""
+        """The prompt, cut to 40 characters, for messages."""
         return self.prompt if len(self.prompt) <= 40 else self.prompt[:39] + "…"
 
     @property
     def settings_summary(self) -> str:
-        """What it is sampled with, for a message: size, length, steps, solver, shift and guidance."""
+        """Size, length, steps, solver, shift and guidance scale, for messages."""
         guidance = " and then ".join(f"{self.guided(expert).scale:g}" for expert in experts_of(self.variant))
         levels = f" at timesteps {','.join(f'{value:g}' for value in self.timesteps)}" if self.timesteps else ""
         return (
@@ -127,13 +127,13 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
 
     @property
     def control_schedule(self) -> ControlSchedule:
-        """On which steps its controls act, and how much."""
+        """The steps at which controls apply, and the scale of VACE."""
         control = self.variant.control
         channels = self.variant.space.channels if control is not None and control.video else 0
         return ControlSchedule(self.control_start, self.control_end, channels, self.vace_scale)
 
     def guided(self, expert: str | None = None) -> Guidance:
-        """How its steps are guided, those of one of two experts if there are two."""
+        """Return the guidance settings, with two experts those of `expert`."""
         scale = self.guidance
         if expert == HIGH and self.variant.experts is not None:
             scale = self.variant.experts.guidance if self.guidance_high_noise is None else self.guidance_high_noise
@@ -151,7 +151,7 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
 
 
 def checked(request: SampleRequest) -> SampleRequest:
-    """The request, if its values agree with each other; InputError names the two that do not."""
+    """Return the request, its options checked; raises InputError for two that conflict."""
     check_solver(request.solver)
     check_options(request)
     check_length_options(request)
@@ -188,9 +188,9 @@ def checked(request: SampleRequest) -> SampleRequest:
 
 
 def fitted(request: SampleRequest) -> SampleRequest:
-    """The request at a size and length that the model can make, with a warning where that is another.
+    """Return the request with a size and length that the model supports; warns if they change.
 
-    InputError for images that are missing, do not read, or that its task does not take.
+    Raises InputError for images that are missing, cannot be read, or are not taken by the task.
     """
     check_inputs(request, request.variant)
     if request.one_frame is None:
@@ -235,7 +235,7 @@ def fitted(request: SampleRequest) -> SampleRequest:
 
 
 def preview_defaults(variant: Variant) -> SampleRequest:
-    """What a line of a prompt file means where it says nothing: small and short, but the task's shift and guidance."""
+    """Return the defaults of previews: a small image, with the task's shift and guidance scale."""
     return SampleRequest(
         prompt="",
         negative_prompt=variant.negative_prompt,
