@@ -112,7 +112,7 @@ def test_an_aspect_that_is_not_the_poses() -> None:
 
 @pytest.mark.parametrize("direction", ["", "left", "Sideways", "Left Up", "LeftX"])
 def test_unknown_directions_name_the_known(direction: str) -> None:
-    with pytest.raises(ValueError, match=r"unknown camera direction .*: known are Left, Right, .*In, Out"):
+    with pytest.raises(ValueError, match=r"unknown camera direction .*: choose from Left, Right, .*In, Out"):
         camera_path(direction, 5)
 
 

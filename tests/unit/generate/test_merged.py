@@ -69,7 +69,7 @@ def test_patterns_choose_what_is_merged(given: Given, lora: Path, models: Path, 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((), "give one"),
+        ((), "requires --lora_weight"),
         (("--lora_weight", "absent.safetensors"), "absent"),
         (("--dit", ""), "--dit is missing"),
     ],

@@ -62,7 +62,7 @@ def test_its_range_and_its_names_hold_everywhere(settings: Any) -> None:
         ("a dog --wm 2", "--wm 2 in a prompt: must be from 0 to 1"),
         ("a dog --wm x", "--wm x in a prompt: must be a number"),
         ("a dog --wrm 1", "did you mean --wm"),
-        ("a dog --wm 1 --warmth 1", "--wm comes twice"),
+        ("a dog --wm 1 --warmth 1", "--wm is given twice"),
     ):
         with pytest.raises(InputError, match=told):
             parse_job(line, held, 0)

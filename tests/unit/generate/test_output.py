@@ -142,7 +142,7 @@ def test_folders_that_are_named_by_seed_are_not_made_beforehand(given: Given, tm
 def test_a_folder_of_the_files_name_is_refused(given: Given, tmp_path: Path) -> None:
     (tmp_path / "x.mp4").mkdir()
     settings = given("--prompt", "a", "--save_path", tmp_path / "x.mp4")
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="is an existing folder"):
         check_output(settings.output, make_jobs(settings))
 
 

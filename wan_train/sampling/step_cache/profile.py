@@ -141,8 +141,8 @@ def entry_for(path: str, request: SampleRequest) -> Entry:
     if different := entry.differences(request):
         name, values = next(iter(different.items()))
         raise InputError(
-            f"--cache_profile {path} was not measured for this run: --{name} is {values}: {CALIBRATE} for it, or use"
-            " another --step_cache"
+            f"--cache_profile {path} was measured with another --{name} ({values}): {CALIBRATE} for it, or use another"
+            " --step_cache"
         )
     return entry
 
@@ -154,11 +154,13 @@ def ratios_for(path: str, request: SampleRequest) -> dict[str, dict[int, float]]
     different = entry.differences(request)
     if "task" in different:
         raise InputError(
-            f"--cache_profile {path} was not measured for this run: --task is {different['task']}: {CALIBRATE} for it"
+            f"--cache_profile {path} was measured with another --task ({different['task']}): {CALIBRATE} for it"
         )
     for name, values in different.items():
         if name != "infer_steps":
-            log.warning("--cache_profile %s: --%s is %s; the ratios may not fit", path, name, values)
+            log.warning(
+                "--cache_profile %s was measured with another --%s (%s): the ratios may not fit", path, name, values
+            )
             break
     measured, wanted = len(entry.num_passes), request.steps
     nearest = {step: round(step * (measured - 1) / max(1, wanted - 1)) for step in range(wanted)}
