@@ -1,4 +1,4 @@
-"""Decoding latents that are on disk."""
+"""Decode latent files."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from wan_train.storage import Header, read_header, read_tensors
 
 @dataclass(frozen=True)
 class LatentFile:
-    """A latent file: the key of its tensor, that tensor's shape (C, F, H, W), and the file's metadata."""
+    """A latent file: the key of its tensor, the shape (C, F, H, W), and the metadata."""
 
     path: Path
     key: str
@@ -38,25 +38,27 @@ class LatentFile:
 
     @property
     def name(self) -> str:
-        """What it is called without the ending that says it is a latent."""
+        """The file name without its latent suffix."""
         return plain_name(self.path)
 
     @property
     def seed(self) -> str:
-        """What it was made from as far as the file says, in digits: it becomes part of a path."""
-        said = self.metadata.get("seeds", "")
-        return said if said.isdecimal() else "0"
+        """The seed in the metadata, or 0; digits only, because it becomes part of a path."""
+        seed = self.metadata.get("seeds", "")
+        return seed if seed.isdecimal() else "0"
 
     def read(self) -> Tensor:
-        """The latents (C, F, H, W) float32."""
+        """Return the latents (C, F, H, W) float32."""
         return dict(read_tensors(self.path))[self.key].float().view(self.shape)
 
 
 def check_latents(
     paths: Sequence[str], output: OutputSettings, variant: Variant = VARIANTS["t2v-14B"]
 ) -> list[LatentFile]:
-    """The latent files behind paths, folders among them. InputError for one that is none, and for a `--save_path` or
-    an `--output_type` that cannot be."""
+    """Return the latent files of paths, which may be folders.
+
+    Raises InputError for other files, and for a `--save_path` or `--output_type` that does not work with them.
+    """
     if output.output_type not in ("video", "images"):
         raise InputError(
             f"--output_type {output.output_type} does not work with --latent_path, which decodes: use video or images"
@@ -75,10 +77,10 @@ def check_latents(
 
 
 def decode_latents(files: Sequence[LatentFile], models: Models, mirror: Mirror | None = None) -> None:
-    """Decode and write each, under its own name where `--save_path` is a folder; `mirror` uploads the results.
+    """Decode and write each file, under its own name if `--save_path` is a folder; `mirror` uploads the results.
 
-    Groups of processes share the files out; the first process of each decodes and writes, with `--vae_parallel` all of
-    them decode.
+    The files are divided among groups of processes; the first process of each group decodes and writes, and with
+    `--vae_parallel` all of them decode.
     """
     groups, output = models.groups, models.settings.output
     if not (groups.is_first or models.settings.parallel.vae_parallel):

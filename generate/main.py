@@ -1,4 +1,4 @@
-"""The generator: check everything, then do what the command line asks for."""
+"""The generator: check all options, then run the mode that they select."""
 
 import logging
 import time
@@ -38,14 +38,14 @@ log = get_logger(__name__)
 
 
 def main(settings: GenerateSettings) -> None:
-    """Do what the settings ask for. Raises InputError, before a model is loaded, for what cannot work."""
+    """Run the generator. Raises InputError for invalid settings before a model is loaded."""
     began = time.monotonic()
     mode = _mode(settings)
     if settings.profile.profile and _MODES[mode] in (_calibrate, _decode, _merge):
         raise InputError(f"--profile traces sampling, which {mode} does not do: leave out one of them")
     with working_together(settings.parallel, lambda: default_device(settings.output.device)) as groups:
         if groups.all.size > 1:
-            set_level(logging.INFO if groups.is_first else logging.ERROR)  # the others would warn of the same
+            set_level(logging.INFO if groups.is_first else logging.ERROR)  # the others would repeat the warnings
         settings, mirror = with_local_save_path(settings, groups)
         with uploading(mirror, groups):
             _MODES[mode](settings, groups, mirror)
@@ -112,7 +112,7 @@ def _hashes(settings: GenerateSettings) -> dict[str, object]:
 
 
 def _mode(settings: GenerateSettings) -> str:
-    """The one thing that the options ask for; InputError for two that exclude each other."""
+    """Return the option that selects the mode. Raises InputError for two that exclude each other."""
     prompt = "--from_metadata" if settings.batch.from_metadata else "--prompt"
     asked = {
         prompt: bool(settings.sampling.prompt.strip()),

@@ -1,4 +1,4 @@
-"""The DiT with LoRA files merged in, as a checkpoint of its own."""
+"""Save the DiT with merged LoRA files as a checkpoint."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ log = get_logger(__name__)
 
 
 def check_merged(settings: GenerateSettings, path: str) -> list[WeightedLora]:
-    """Refuse what cannot be merged or written, by headers alone; the LoRA files that are merged."""
+    """Return the LoRA files to merge. Raises InputError, reading headers only, if they cannot be merged or written."""
     if is_remote(path):
         raise InputError(f"--save_merged_model {shown(path)} is a URL: give a local .safetensors file")
     if not path.endswith(".safetensors"):
@@ -50,10 +50,10 @@ def check_merged(settings: GenerateSettings, path: str) -> list[WeightedLora]:
 
 
 def save_merged_model(settings: GenerateSettings, loras: list[WeightedLora], path: str) -> None:
-    """Write the checkpoint under official names while it streams by; no more than one tensor of it is in memory.
+    """Write the merged checkpoint with official names, one tensor in memory at a time.
 
-    Sums are taken in float32 and rounded once, to the dtype of the file's own tensor, or to bfloat16 where that has
-    8 bits. InputError for a full disk.
+    Sums are computed in float32 and rounded once, to the dtype of the stored tensor, or to bfloat16 for an 8-bit one.
+    Raises InputError for a full disk.
     """
     source = settings.dit.dit
     header = read_header(source)

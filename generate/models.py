@@ -1,4 +1,4 @@
-"""The generator's models: each is loaded when it is needed, and on the device only while it is."""
+"""The generator's models, each loaded when it is needed and on the device only while it is used."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,14 +44,14 @@ Loras = Mapping[str | None, Sequence[WeightedLora]]  # by expert, None for a tas
 
 @dataclass
 class LoadedModel:
-    """A model for as long as it is loaded: after that nobody holds it here, whoever still holds this."""
+    """A handle to a model, whose reference is dropped when the model is unloaded."""
 
     model: Any
 
 
 @dataclass(frozen=True)
 class VideoInputs:
-    """What a video is made from beside its texts: latents (C, F, H, W) of another, and images."""
+    """The inputs of a video other than text: latents (C, F, H, W) of a source video, and images."""
 
     source: Tensor | None = None
     images: ImageConditions | None = None
@@ -59,10 +59,10 @@ class VideoInputs:
 
 @dataclass
 class Models:
-    """Text and image encoder, DiT and VAE as the settings want them; one at a time is on the device.
+    """Text encoder, image encoder, DiT and VAE; only one at a time is on the device.
 
-    With `keep` they rest in CPU RAM between two uses, else they are freed. Of `groups` of several processes
-    all that make a video together use the same models at the same time.
+    With `keep` they are kept in CPU RAM between uses, otherwise freed. Processes of `groups` that generate a video
+    together use the same models at the same time.
     """
 
     settings: GenerateSettings
@@ -77,9 +77,9 @@ class Models:
         self.sharing: Sharing = Shared(self.groups) if self.groups.num_in_video > 1 else ALONE
 
     def encode(self, texts: Sequence[str]) -> dict[str, Conditions]:
-        """Conditions of texts, by text: each is encoded once, if the cache of texts has it not.
+        """Return the conditions of texts, by text; each is encoded once, unless it is in the text cache.
 
-        Of several processes that make a video together the first encodes, for all; with `--t5_fsdp` all of them do.
+        The first of the processes that generate a video together encodes for all; with `--t5_fsdp` all of them encode.
         """
         if self.settings.parallel.t5_fsdp:
             return self._encode(texts)
@@ -90,7 +90,7 @@ class Models:
         cache = TextCache(self.settings.output.text_cache, self.settings.text, self.device)
         known = {text: self._encoded[text] for text in wanted if text in self._encoded}
         find = partial(cache.find, [text for text in wanted if text not in known])
-        # Other groups may be writing texts into the cache: all that encode together have to lack the same ones.
+        # Other groups may be writing to the cache: processes that encode together must agree on the missing texts.
         known |= made_by_first(self.groups.whole, find) if self.settings.parallel.t5_fsdp else find()
         missing = [text for text in wanted if text not in known]
         if missing:
@@ -112,7 +112,7 @@ class Models:
         *,
         measurement: Measurement | None = None,
     ) -> Sampling:
-        """Return a run at its inputs; with `measurement` one that measures what a step cache would cost."""
+        """Return a new sampling run; with `measurement` it measures the errors of a step cache."""
         both = (texts[text].with_images(inputs.images) for text in (request.prompt, request.negative_prompt))
         return Sampling(
             request,
@@ -125,42 +125,42 @@ class Models:
 
     @contextmanager
     def dit(self, expert: str | None = None) -> Iterator[LoadedModel]:
-        """The DiT, or one of two experts, while this is entered."""
+        """Load the DiT, or one of two experts, for the duration of the context."""
         name = f"DiT {expert}" if expert else "DiT"
         with self._loaded(name, lambda: self._open_dit(expert)) as loaded:
             yield loaded
 
     @contextmanager
     def image_encoder(self) -> Iterator[LoadedModel]:
-        """The image encoder, while this is entered."""
+        """Load the image encoder for the duration of the context."""
         with self._loaded("image encoder", lambda: open_image_encoder(self.settings.image, self.device)) as loaded:
             yield loaded
 
     @contextmanager
     def vae(self) -> Iterator[LoadedModel]:
-        """The VAE, while this is entered."""
+        """Load the VAE for the duration of the context."""
         with self._loaded("VAE", self._open_vae) as loaded:
             yield loaded
 
     def decode(self, vae: LoadedModel, latents: Tensor) -> Iterator[np.ndarray]:
-        """Frames (H, W, 3) uint8 of latents (C, F', H', W'), decoded as they are taken.
+        """Yield frames (H, W, 3) uint8 of latents (C, F', H', W'), decoded lazily.
 
-        With `--vae_parallel` all processes of a group have to take them, and those but the first get none.
+        With `--vae_parallel` all processes of a group must iterate, and only the first receives frames.
         """
         return decode_frames(vae.model, latents, self.device)
 
     def encode_video(self, vae: LoadedModel, pixels: Tensor) -> Tensor:
-        """Latents (C, F', H', W'), in CPU RAM, of pixels (1, 3, F, H, W)."""
+        """Encode pixels (1, 3, F, H, W) to latents (C, F', H', W') in CPU RAM."""
         return vae.model.encode(pixels.to(self.device))[0].cpu()
 
     def encode_clip(self, encoder: LoadedModel, request: SampleRequest) -> Tensor:
-        """CLIP's tokens (I, width), in CPU RAM, of the request's images."""
+        """Return the CLIP tokens (I, width) of the request's images, in CPU RAM."""
         return encode_clip(request, encoder.model)
 
     def encode_images(
         self, vae: LoadedModel | None, request: SampleRequest, tokens: Tensor | None
     ) -> ImageConditions | None:
-        """What the DiT reads of the request's images and controls, in host memory."""
+        """Return the conditions of the request's images and controls, in CPU RAM."""
         return encode_images(request, None if vae is None else vae.model, tokens, self.device)
 
     @contextmanager
@@ -181,7 +181,7 @@ class Models:
             release_memory()
 
     def _moves(self, name: str) -> bool:
-        """Whether a model goes to CPU RAM between two uses: not if parts of it are there all the time."""
+        """Whether a model is moved to CPU RAM between uses: not if parts of it always are there."""
         streamed = name.startswith("DiT") and self.settings.stream.blocks_to_swap
         return not (streamed or (name == "text encoder" and self.settings.text.fp8_t5))
 
@@ -204,7 +204,7 @@ class Models:
         wide = storage_dtype(read_header(path)) is torch.float32
         dtype = published_dtype(self.device) if wide else None
         attached = self.settings.lora.lora_mode == "attach"
-        # Each half of guidance by itself: the halves run passes of their own, of which one may skip blocks.
+        # Shard within each half of guidance: the halves run different passes, and one may skip blocks.
         group = self.groups.tokens.group if self.settings.parallel.dit_fsdp else None
         sharding = make_sharding(group, self.device)
         merged = [] if attached else loras
@@ -217,7 +217,7 @@ class Models:
 
 
 def model_settings(settings: GenerateSettings, expert: str | None = None) -> ModelSettings:
-    """What the settings say about the DiT, or about one of two experts."""
+    """Return the settings of the DiT, or of one of two experts."""
     path = settings.experts.dit_high_noise if expert == HIGH else settings.dit.dit
     dit = replace(settings.dit, dit=path)
     return ModelSettings(dit, settings.weights, settings.stream, settings.activations, settings.compile)

@@ -1,4 +1,4 @@
-"""The generator on several processes: what cannot be shared out, who has which videos, and who writes them."""
+"""The generator on several processes: checks, the division of videos, and which process writes."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ log = get_logger(__name__)
 
 
 def check_parallel(settings: GenerateSettings) -> None:
-    """Refuse options that do not go with several processes."""
+    """Raise InputError for options that do not work with several processes."""
     parallel = settings.parallel
     if parallel.ring_size > 1 and settings.dit.attn_mode not in ("torch", "sdpa"):
         raise InputError(
@@ -36,7 +36,7 @@ def check_parallel(settings: GenerateSettings) -> None:
 
 
 def check_heads(settings: GenerateSettings) -> None:
-    """Refuse models whose attention heads do not divide among the processes, by their headers."""
+    """Raise InputError if a model's attention heads are not divisible by `--ulysses_size`; only headers are read."""
     parallel, dits = settings.parallel, {"--dit": settings.dit.dit}
     if VARIANTS[settings.dit.task].experts is not None:
         dits["--dit_high_noise"] = settings.experts.dit_high_noise
@@ -51,13 +51,13 @@ def check_heads(settings: GenerateSettings) -> None:
 
 
 def refuse_several(groups: Groups, flag: str, reason: str) -> None:
-    """InputError for an option that only one process can do."""
+    """Raise InputError for an option that needs a single process."""
     if groups.all.size > 1:
         raise InputError(f"{flag} with {groups.all.size} processes: {reason}; start one process")
 
 
 def check_shared_jobs(settings: GenerateSettings, jobs: Sequence[Job]) -> None:
-    """Refuse videos that cannot be shared out as the settings say."""
+    """Raise InputError for videos that cannot be divided among the processes."""
     parallel = settings.parallel
     if parallel.data_parallel > len(jobs):
         raise InputError(
@@ -75,17 +75,17 @@ def check_shared_jobs(settings: GenerateSettings, jobs: Sequence[Job]) -> None:
 
 
 def share_of(jobs: Sequence[Job], groups: Groups) -> list[Job]:
-    """The jobs of this process's group, with their numbers among all."""
+    """Return the jobs of this process's group; their indices do not change."""
     return list(jobs[groups.index :: groups.num_groups])
 
 
 def agree_on(jobs: Sequence[Job], groups: Groups) -> list[Job]:
-    """The jobs as the first process has them, on all: it draws the seeds."""
+    """Return the jobs of the first process, which draws the seeds, on all processes."""
     return list(made_by_first(groups.all, lambda: list(jobs)))
 
 
 def report_failures(reasons: Mapping[int, str], total: int, groups: Groups) -> None:
-    """RunError if any of the jobs of all groups, `total` in this one, has failed."""
+    """Raise RunError if any job of any group has failed; `total` is the number of jobs of this group."""
     everyone = from_all(groups.all, (dict(reasons), total) if groups.is_first else ({}, 0))
     failed = {index: reason for part, _ in everyone for index, reason in part.items()}
     if failed:
@@ -95,7 +95,7 @@ def report_failures(reasons: Mapping[int, str], total: int, groups: Groups) -> N
 
 
 class NoOutput:
-    """Delivery of a process whose group's first process writes: latents are kept only to be decoded together."""
+    """Delivery of a process that writes nothing; it keeps latents only to decode them with the others."""
 
     def __init__(self, *, wants_frames: bool) -> None:
         self.wants_frames = wants_frames
@@ -109,7 +109,7 @@ class NoOutput:
         return self._latents.pop(job.index) if self.wants_frames else torch.empty(0)
 
     def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
-        deque(frames or (), maxlen=0)  # taken, so that this process's strips are decoded: there are no whole ones
+        deque(frames or (), maxlen=0)  # iterate to decode this process's strips; it receives no frames
 
     def report_undecoded(self) -> None:
         self._latents.clear()

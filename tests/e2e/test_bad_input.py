@@ -151,7 +151,7 @@ def test_an_unknown_option_is_named_with_the_nearest(job: str, refused: Callable
         ("generate", {"slg_layers": 2}, "blocks 0 to 1"),
         ("generate", {"slg_layers": 1, "guidance_scale": 1}, "--guidance_scale"),
         ("generate", {"slg_mode": "both"}, "original"),
-        ("generate", {"timesteps": "250,500"}, "falling"),
+        ("generate", {"timesteps": "250,500"}, "must decrease"),
         ("generate", {"denoising_strength": 1.5, "video_path": "absent.mp4"}, "0.001 to 1"),
         ("generate", {"denoising_strength": 0.5}, "--video_path"),
         ("generate", {"video_path": "absent.mp4"}, "absent.mp4"),

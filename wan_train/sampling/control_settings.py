@@ -31,7 +31,9 @@ class ControlOptions:
     control_start: float = option(
         0.0, "Ratio of steps at which the control video, or VACE, starts to apply.", minimum=0, maximum=1
     )
-    control_end: float = option(1.0, "Ratio of steps at which it stops.", minimum=0, maximum=1)
+    control_end: float = option(
+        1.0, "Ratio of steps at which the control video, or VACE, stops applying.", minimum=0, maximum=1
+    )
     control_strength: float = option(
         1.0,
         "Scale of the control video's latents; 0 disables the control. VACE has --vace_scale.",

@@ -165,7 +165,7 @@ class SampleOptions:
     video_path: str | None = option(
         None,
         "Video-to-video: a video, image or folder of images to start from instead of pure noise.",
-        traits=Sampled(is_file=True, not_in_previews="previews begin with noise: leave it to the generator"),
+        traits=Sampled(is_file=True, not_in_previews="not supported in previews: use wan_generate_video.py"),
     )
     denoising_strength: float | None = option(
         None,

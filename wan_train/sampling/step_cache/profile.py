@@ -1,4 +1,4 @@
-"""The profile: measured errors of reusing residuals, a small JSON file with an entry for each kind of run."""
+"""Cache profiles: measured errors of reusing residuals, in a JSON file with an entry per run configuration."""
 
 import json
 import math
@@ -18,14 +18,14 @@ from wan_train.storage import replacing
 log = get_logger(__name__)
 
 FORMAT, VERSION = "wan-train step cache profile", 1
-PATCH = 4  # latent cells of a token
+PATCH = 4  # latent cells per token
 
 
 @dataclass(frozen=True)
 class ReuseError:
-    """The error of reusing at `step` what was computed `age` steps before, relative to the final latents.
+    """The error of reusing, at `step`, the residual of `age` steps before, relative to the final latents.
 
-    With `gap` 0 the residual stays constant; else it is extrapolated from that step and the one `gap` before it.
+    With `gap` 0 the residual is constant; otherwise it is extrapolated from that step and the one `gap` before it.
     """
 
     step: int
@@ -36,10 +36,11 @@ class ReuseError:
 
 @dataclass(frozen=True)
 class Entry:
-    """What was measured of a kind of run.
+    """The measurements of a run configuration.
 
-    `settings` say which, `models` identify the files; `num_passes` by step; `errors`; `ratios` of residual norms by
-    pass and step, MagCache's; `scale` is the factor by which real errors exceed the sum of these.
+    `settings` and `models` identify the configuration and the weight files; `num_passes` is by step; `ratios` are
+    MagCache's ratios of residual norms, by pass and step; `scale` is the factor by which real errors exceed the sum of
+    `errors`.
     """
 
     settings: Mapping[str, str]
@@ -51,7 +52,7 @@ class Entry:
     num_videos: int = 1
 
     def differences(self, request: SampleRequest) -> dict[str, str]:
-        """Return, by setting, how this entry and a request differ: "euler in the profile, unipc in this run"."""
+        """Return how the settings of this entry and a request differ: "euler in the profile, unipc in this run"."""
         wanted = run_settings(request)
         return {
             name: f"{self.settings.get(name, 'not set')} in the profile, {value} in this run"
@@ -67,17 +68,16 @@ class Profile:
     entries: Sequence[Entry] = field(default_factory=tuple)
 
     def with_entry(self, entry: Entry) -> "Profile":
-        """Return the profile with an entry in place of one for the same settings."""
+        """Return the profile with an entry added, or replaced if there is one for the same settings."""
         return Profile((*(old for old in self.entries if old.settings != entry.settings), entry))
 
     def nearest(self, request: SampleRequest) -> Entry | None:
-        """Return the entry with the fewest differences from a request, of equal ones the newest."""
+        """Return the entry with the fewest differences from a request; the newest of equal ones."""
         return min(reversed(self.entries), key=lambda entry: len(entry.differences(request)), default=None)
 
 
 def run_settings(request: SampleRequest) -> dict[str, str]:
-    """Return what errors depend on, by the option's name: the steps, the guidance of each model, the number of tokens
-    to a power of two."""
+    """Return the settings that errors depend on, by option; the number of tokens is rounded to a power of two."""
     tokens = max(1, math.prod(request.latent_shape[1:]) // PATCH)
     guidances = [request.guided(expert) for expert in experts_of(request.variant)]
     told = {
@@ -113,9 +113,9 @@ def round_log2(number: int) -> int:
 
 
 def check_cache(request: SampleRequest, *, is_compiled: bool = False, models: Mapping[str, str] | None = None) -> None:
-    """InputError for a request's step cache that cannot act: its profile does not fit, or blocks are compiled.
+    """Raise InputError for a step cache whose profile does not match, or that does not work with compiled blocks.
 
-    `models` identify the weights' files by option: others than the profile's are a warning.
+    `models` identify the weight files by option: a mismatch with the profile is a warning.
     """
     if request.step_cache == ATTENTION and is_compiled:
         raise InputError(COMPILED)
@@ -132,10 +132,10 @@ def check_cache(request: SampleRequest, *, is_compiled: bool = False, models: Ma
 
 
 def entry_for(path: str, request: SampleRequest) -> Entry:
-    """Return the entry of a file that `--step_cache auto` needs for a request.
+    """Return the entry that `--step_cache auto` needs for a request.
 
-    InputError for a file that is missing, damaged, of a newer version, or without an entry for these settings; it names
-    the difference from the nearest one.
+    Raises InputError for a file that is missing, damaged, of a newer version, or without an entry for these settings;
+    the message names the difference from the nearest entry.
     """
     entry = _nearest(path, request)
     if different := entry.differences(request):
@@ -148,8 +148,11 @@ def entry_for(path: str, request: SampleRequest) -> Entry:
 
 
 def ratios_for(path: str, request: SampleRequest) -> dict[str, dict[int, float]]:
-    """Return MagCache's ratios by pass and step of a request; those of another number of steps by the nearest step, as
-    MagCache does. InputError as for `entry_for`, but settings other than the task may differ, with a warning."""
+    """Return MagCache's ratios for a request, by pass and step.
+
+    Ratios for another number of steps are mapped to the nearest step, as in MagCache. Raises InputError like
+    `entry_for`, but settings other than the task may differ, with a warning.
+    """
     entry = _nearest(path, request)
     different = entry.differences(request)
     if "task" in different:
@@ -171,7 +174,7 @@ def ratios_for(path: str, request: SampleRequest) -> dict[str, dict[int, float]]
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
-    """Read a profile. InputError for a file that is missing, is not a profile, or has a newer version."""
+    """Read a profile. Raises InputError for a file that is missing, is not a profile, or has a newer version."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
@@ -191,7 +194,7 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
 
 
 def write_profile(path: str | os.PathLike[str], profile: Profile) -> None:
-    """Write a profile, whole or not at all."""
+    """Write a profile atomically."""
     content = {"format": FORMAT, "version": VERSION, "entries": [_written(entry) for entry in profile.entries]}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")

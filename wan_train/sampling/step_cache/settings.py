@@ -1,6 +1,6 @@
-"""Settings of the step caches, and what of them agrees with each other. Nothing here imports torch.
+"""Options of the step caches and their checks. Nothing here imports torch.
 
-Declared as those of `wan_train.sampling.settings` are.
+They are declared like those of `wan_train.sampling.settings`.
 """
 
 from dataclasses import dataclass, fields
@@ -25,7 +25,7 @@ _SMALL_DIM = 1536  # width of the 1.3B models
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """Step caches, as requests and the command line have them alike."""
+    """Step caches; the same fields in a request and on the command line."""
 
     step_cache: str = option(
         OFF,
@@ -100,7 +100,7 @@ _READ_BY = {
 
 
 def check_cache_options(given: CacheOptions, steps: int) -> None:
-    """InputError for options that do not agree with each other in a request of `steps` steps."""
+    """Raise InputError for options that conflict in a request with `steps` steps."""
     for field in fields(CacheOptions):
         owners = _READ_BY.get(field.name, (given.step_cache,))
         if given.step_cache not in owners and getattr(given, field.name) != field.default:
@@ -122,15 +122,15 @@ def check_cache_options(given: CacheOptions, steps: int) -> None:
 
 
 def attention_range(given: CacheOptions, steps: int) -> tuple[int, int]:
-    """Return the range of the attention cache, its end exclusive; 12 to 37 of 50 steps, MindIE's own example."""
+    """Return the range of the attention cache, end exclusive; by default 12 to 37 of 50 steps, as in MindIE."""
     start = steps // 4 if given.start_step is None else given.start_step
     return start, (3 * steps // 4 if given.end_step is None else given.end_step)
 
 
 def teacache_model(variant: Variant, width: int, height: int) -> str:
-    """Return whose TeaCache coefficients a task uses at a size in pixels, as VideoX-Fun reuses them.
+    """Return the model whose TeaCache coefficients a task uses at a size in pixels, as in VideoX-Fun.
 
-    Those of I2V-14B-720P stand for all of Wan2.2 and for 14B control models: nobody published others.
+    Wan2.2 and 14B control models use those of I2V-14B-720P, because no others are published.
     """
     if variant.dim == _SMALL_DIM:
         return "Wan2.1-T2V-1.3B"
