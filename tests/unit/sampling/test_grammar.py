@@ -69,7 +69,7 @@ def test_a_line_can_list_noise_levels_and_another_a_number_of_steps() -> None:
 def test_video_to_video_belongs_to_the_generator() -> None:
     line = parse_line("a cat --video_path a b.mp4 --denoising_strength 0.4", DEFAULTS, GENERATOR)
     assert (line.video_path, line.denoising_strength) == ("a b.mp4", 0.4)
-    with pytest.raises(InputError, match="previews begin with noise"):
+    with pytest.raises(InputError, match="not supported in previews"):
         parse_line("a cat --video_path a.mp4", DEFAULTS)
 
 
