@@ -80,7 +80,7 @@ def run_settings(request: SampleRequest) -> dict[str, str]:
     """Return the settings that errors depend on, by option; the number of tokens is rounded to a power of two."""
     tokens = max(1, math.prod(request.latent_shape[1:]) // PATCH)
     guidances = [request.guided(expert) for expert in experts_of(request.variant)]
-    told = {
+    settings = {
         "task": request.variant.name,
         "sample_solver": request.solver,
         "infer_steps": str(request.steps),
@@ -92,19 +92,19 @@ def run_settings(request: SampleRequest) -> dict[str, str]:
     }
     guidance = guidances[0]
     if guidance.skip_mode != "none":
-        told["cfg_skip_mode"] = f"{guidance.skip_mode} {guidance.ratio:g}"
+        settings["cfg_skip_mode"] = f"{guidance.skip_mode} {guidance.ratio:g}"
     if guidance.slg_layers:
         layers = ",".join(map(str, guidance.slg_layers))
-        told["slg_layers"] = (
+        settings["slg_layers"] = (
             f"{layers} {guidance.slg_mode} {guidance.slg_scale:g} {guidance.slg_start:g} {guidance.slg_end:g}"
         )
     if request.sliding_window_size is not None:
-        told["sliding_window_size"] = f"{request.sliding_window_size} every {request.window_stride}"
+        settings["sliding_window_size"] = f"{request.sliding_window_size} every {request.window_stride}"
     if request.riflex:
-        told["riflex_freq_index"] = str(request.riflex_freq_index)
+        settings["riflex_freq_index"] = str(request.riflex_freq_index)
     if request.variant.experts is not None:
-        told["timestep_boundary"] = f"{request.expert_boundary:g}"
-    return told | ({"cfg_merge": "on"} if guidance.merge else {})
+        settings["timestep_boundary"] = f"{request.expert_boundary:g}"
+    return settings | ({"cfg_merge": "on"} if guidance.merge else {})
 
 
 def round_log2(number: int) -> int:
