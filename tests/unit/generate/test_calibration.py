@@ -90,7 +90,10 @@ def _lowered(entry: Entry) -> Entry:
     [
         (["--calibrate_steps", 8], "--calibrate_steps 8 requires --step_cache auto"),
         (["--step_cache", "auto", "--cache_profile", "p.json", "--calibrate_steps", 8, "--infer_steps", 4], "differ"),
-        (["--step_cache", "auto", "--cache_profile", "p.json", "--calibrate_steps", 8, "--interactive"], "exclude"),
+        (
+            ["--step_cache", "auto", "--cache_profile", "p.json", "--calibrate_steps", 8, "--interactive"],
+            "exclude each other",
+        ),
         (["--step_cache", "auto", "--cache_profile", "none/p.json"], "cannot be read"),
         (["--step_cache", "attention", "--compile", "--compile_backend", "eager"], "does not work with --compile"),
     ],

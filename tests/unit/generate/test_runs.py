@@ -308,7 +308,8 @@ def test_places_for_decoded_latents(given: Given, tmp_path: Path) -> None:
     def check(place: str, paths: list[str]) -> None:
         check_latents(paths, given("--save_path", tmp_path / place).output)
 
-    for place, told in (("out", "two files are named a"), ("{name}", "unknown"), ("x.png", "not one for 5 frames")):
+    refused = {"out": "two files are named a", "{name}": "unknown placeholder", "x.png": "not one for 5 frames"}
+    for place, told in refused.items():
         with pytest.raises(InputError, match=told):
             check(place, both if place == "out" else both[:1])
     check("{index}/sub", both)
