@@ -22,7 +22,7 @@ from examples.nano.measure import choose_held_out, open_models
 from examples.nano.world import FRAMES, SIZE, Scene, training_scenes
 from generate.calibration import calibrate
 from generate.jobs import Job
-from generate.models import Beginning, Models
+from generate.models import Models, VideoInputs
 from wan_train.conditions.conditions import Conditions
 from wan_train.models.dit.dit import Dit
 from wan_train.sampling.denoise import Sampling
@@ -111,7 +111,7 @@ def num_reused(model: Dit, one: SampleRequest) -> int:
 def run(runs: Runs, scene: Scene, index: int, *, models: Models, model: Dit, conditions: dict[str, Conditions]) -> None:
     """Sample one caption, and take the time of it."""
     wanted = replace(runs.request, prompt=scene.caption, seed=index)
-    sampling = models.begin(wanted, conditions, Beginning())
+    sampling = models.start(wanted, conditions, VideoInputs())
     began = time.perf_counter()
     sampling.advance(model, quiet=True)
     runs.seconds.append(time.perf_counter() - began)

@@ -10,7 +10,7 @@ from dataset.caching.extras import has_start, wanted_conditions
 from dataset.items import Clip
 from wan_train.conditions.camera import mirrored
 from wan_train.conditions.control import control_latents, reference_latents, start_latents
-from wan_train.conditions.images import Encode, See, given_latents, seen_tokens
+from wan_train.conditions.images import Encode, EncodeClip, clip_tokens, given_latents
 from wan_train.conditions.kinds import (
     CAMERA,
     CLIP_FEATURES,
@@ -60,7 +60,7 @@ class Encoders:
     """What pixels are encoded by: the VAE, and CLIP where the model reads images through it."""
 
     encode: Encode
-    see: See | None = None
+    see: EncodeClip | None = None
 
 
 def build_conditions(given: Given, encoders: Encoders, *, flipped: bool = False) -> dict[str, Tensor]:
@@ -71,10 +71,10 @@ def build_conditions(given: Given, encoders: Encoders, *, flipped: bool = False)
     return {kind.key_of(flipped=flipped): BUILDERS[kind.name](shown, encoders) for kind in kinds}
 
 
-def stacked_tokens(images: Sequence[Tensor], see: See | None) -> Tensor:
+def stacked_tokens(images: Sequence[Tensor], see: EncodeClip | None) -> Tensor:
     """Return CLIP's tokens of images (3, X, Y) as files hold them: (tokens, width), of several one above the other."""
     assert see is not None
-    tokens = seen_tokens(images, see)
+    tokens = clip_tokens(images, see)
     return tokens.unflatten(0, (len(images), -1)) if len(images) > 1 else tokens
 
 

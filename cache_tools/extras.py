@@ -36,7 +36,7 @@ from dataset.reading.probes import extra_reading, mask_background
 from dataset.reading.stills import read_image
 from wan_train.conditions.camera import camera_path, read_camera_file
 from wan_train.conditions.control import control_latents
-from wan_train.conditions.images import Encode, See, one_frame_latents
+from wan_train.conditions.images import Encode, EncodeClip, one_frame_latents
 from wan_train.conditions.kinds import CAMERA, KINDS
 from wan_train.errors import InputError
 from wan_train.models.one_frame import OneFrame
@@ -90,7 +90,12 @@ def load_extras(clips: Sequence[Clip], manifest: Manifest) -> list[ExtraImages]:
 
 
 def encode_extras(
-    clips: Sequence[Clip], images: Tensor, loaded: Sequence[ExtraImages], *, encode: Encode, see: See | None = None
+    clips: Sequence[Clip],
+    images: Tensor,
+    loaded: Sequence[ExtraImages],
+    *,
+    encode: Encode,
+    see: EncodeClip | None = None,
 ) -> list[dict[str, Tensor]]:
     """The tensors that each clip's file holds beside its latents, by kind.
 
@@ -131,7 +136,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def one_frame_tensors(
-    one_frame: OneFrame, latents: Tensor, controls: Sequence[Tensor], *, encode: Encode, see: See | None
+    one_frame: OneFrame, latents: Tensor, controls: Sequence[Tensor], *, encode: Encode, see: EncodeClip | None
 ) -> dict[str, Tensor]:
     """What the file of an image that is trained as one frame of several holds, by kind: its latents (C, 1, H, W)
     among those of the others under LATENTS, and what a model for images is given of these controls (3, H, W)."""

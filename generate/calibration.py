@@ -1,4 +1,4 @@
-"""`--calibrate_steps`: measure on videos in full what reusing costs, check it on the same videos, write the profile."""
+"""`--calibrate_steps`: measure the errors of reuse, verify them on the same videos, and write the profile."""
 
 import tempfile
 from collections import defaultdict
@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from generate.jobs import Job, make_jobs
-from generate.models import Beginning, Models
+from generate.models import Models, VideoInputs
 from generate.record import weight_hashes
-from generate.runs import Failures, begin_jobs, describe
+from generate.runs import Failures, describe, encode_inputs
 from generate.settings import GenerateSettings
 from wan_train.conditions.conditions import Conditions
 from wan_train.errors import InputError
@@ -27,20 +27,23 @@ from wan_train.storage import check_writable
 
 log = get_logger(__name__)
 
-ROUNDS = 3  # of checking a plan on the videos and choosing another where it exceeds the budget
-# One video in twenty is several times as sensitive as the median one, and few calibrations see one of these. So errors
-# count SAFETY times, and the calibration's own videos may use half of the budget. Chosen on the small model, whose
-# held-out videos keep the budget with profiles of 1, 4 and 8 videos alike (docs/benchmarks.md).
+ROUNDS = 3  # of verifying a plan on the videos, and choosing another if it exceeds the budget
+# One video in twenty is several times as sensitive as the median, and most calibrations do not include one. So errors
+# are multiplied by SAFETY, and the calibration videos may use the fraction RESERVED of the budget. Both were chosen on
+# the small model, whose held-out videos keep the budget with profiles of 1, 4 and 8 videos (docs/benchmarks.md).
 SAFETY, RESERVED = 3.0, 0.5
 
 
 def calibration_jobs(settings: GenerateSettings) -> list[Job]:
-    """Return the videos to calibrate on, `--calibrate_steps` steps each. InputError for options that do not go with
-    calibrating, and for a `--cache_profile` that cannot be written or is there and not a profile."""
+    """Return the videos to calibrate on, with `--calibrate_steps` steps each.
+
+    Raises InputError for options that conflict with calibration, and for a `--cache_profile` that cannot be written or
+    is another file.
+    """
     steps, sampling = settings.calibration.calibrate_steps, settings.sampling
     if sampling.step_cache not in PROFILED or not sampling.cache_profile:
         raise InputError(
-            f"--calibrate_steps {steps} measures for --step_cache auto (and magcache): give that and --cache_profile"
+            f"--calibrate_steps {steps} requires --step_cache auto or magcache, and --cache_profile: give both"
         )
     if sampling.infer_steps not in (None, steps):
         raise InputError(f"--calibrate_steps {steps} and --infer_steps {sampling.infer_steps} differ: leave out one")
@@ -48,7 +51,7 @@ def calibration_jobs(settings: GenerateSettings) -> list[Job]:
     for job in jobs:
         if job.request.steps != steps:
             raise InputError(
-                f"{job.shown} has {job.request.steps} steps and --calibrate_steps is {steps}: leave out --s"
+                f"{job.label} has {job.request.steps} steps and --calibrate_steps is {steps}: leave out --s"
             )
     check_writable(Path(sampling.cache_profile).parent)
     _existing(sampling.cache_profile)
@@ -56,7 +59,7 @@ def calibration_jobs(settings: GenerateSettings) -> list[Job]:
 
 
 def calibrate(jobs: Sequence[Job], models: Models, path: str) -> None:
-    """Measure on the jobs, and write an entry for each kind of run among them to the profile at `path`."""
+    """Measure the errors of the jobs, and write an entry per run configuration to the profile at `path`."""
     videos = _Videos.of(jobs, models)
     hashes, profile = weight_hashes(models.settings), _existing(path)
     for kind in _kinds(jobs):
@@ -71,7 +74,7 @@ def _existing(path: str) -> Profile:
 
 
 def _kinds(jobs: Sequence[Job]) -> list[list[Job]]:
-    """The jobs by what errors depend on."""
+    """Group the jobs by the settings that errors depend on."""
     kinds: dict[tuple[tuple[str, str], ...], list[Job]] = defaultdict(list)
     for job in jobs:
         kinds[tuple(run_settings(job.request).items())].append(job)
@@ -79,17 +82,17 @@ def _kinds(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def _checked(entry: Entry, jobs: Sequence[Job], videos: "_Videos") -> Entry:
-    """The entry with the scale at which its plan for the jobs' budget keeps that on the jobs themselves."""
+    """Return the entry, scaled so that its plan keeps the error budget on the jobs themselves."""
     request = jobs[0].request
     firsts = first_steps(request, videos.timesteps(jobs[0]))
     for _ in range(ROUNDS):
         plan = cheapest(entry, request.error_budget, firsts)
         error = videos.error(jobs, entry) if plan.reused else 0.0
-        told = plan.num_saved, sum(entry.num_passes), plan.error, error, entry.num_videos
-        log.info("auto reuses %d of %d passes: predicted error %.4f, largest measured %.4f (videos: %d)", *told)
+        values = plan.num_saved, sum(entry.num_passes), plan.error, error, entry.num_videos
+        log.info("auto reuses %d of %d passes: predicted error %.4f, largest measured %.4f (videos: %d)", *values)
         if error <= RESERVED * request.error_budget:
             return entry
-        # The error need not fall in proportion: at least a quarter more is taken off each time.
+        # The error may not decrease in proportion: scale by at least 1.25 each time.
         entry = replace(entry, scale=entry.scale * max(1.25, error / (RESERVED * request.error_budget)))
     log.info("errors scaled by %.2f; the resulting schedule is not verified on the videos", entry.scale)
     return entry
@@ -97,28 +100,28 @@ def _checked(entry: Entry, jobs: Sequence[Job], videos: "_Videos") -> Entry:
 
 @dataclass
 class _Videos:
-    """The jobs' conditions, and the latents that they come to in full."""
+    """The inputs of the jobs, and their final latents without a cache."""
 
     models: Models
     conditions: Mapping[str, Conditions]
-    beginnings: Mapping[int, Beginning]
+    inputs: Mapping[int, VideoInputs]
     latents: dict[int, Tensor]
 
     @classmethod
     def of(cls, jobs: Sequence[Job], models: Models) -> "_Videos":
-        """Encode what the jobs are made from."""
+        """Encode the inputs of the jobs."""
         texts = [text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)]
-        return cls(models, models.encode(texts), begin_jobs(jobs, models, Failures(alone=True)), {})
+        return cls(models, models.encode(texts), encode_inputs(jobs, models, Failures(alone=True)), {})
 
     def measure(self, jobs: Sequence[Job], hashes: Mapping[str, str]) -> list[Entry]:
-        """Return an entry of each job, sampled in full."""
+        """Sample each job without a cache and return its entry."""
         measurements = {job.index: Measurement() for job in jobs}
         made = self._sample(jobs, measurements)
         self.latents |= made
         return [measurements[job.index].entry(run_settings(job.request), hashes, made[job.index]) for job in jobs]
 
     def error(self, jobs: Sequence[Job], entry: Entry) -> float:
-        """Return the largest relative error of the jobs' latents with the plan that the entry gives."""
+        """Return the largest relative error of the jobs' latents with the plan of the entry."""
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "profile.json")
             write_profile(path, Profile((entry,)))
@@ -128,14 +131,14 @@ class _Videos:
 
     def timesteps(self, job: Job) -> Tensor:
         """Return the timesteps (N,) of a job's steps."""
-        return self._begin(job, {}).solver.timesteps
+        return self._start(job, {}).solver.timesteps
 
-    def _begin(self, job: Job, measurements: Mapping[int, Measurement]) -> Sampling:
-        beginning = self.beginnings.get(job.index, Beginning())
-        return self.models.begin(job.request, self.conditions, beginning, measurement=measurements.get(job.index))
+    def _start(self, job: Job, measurements: Mapping[int, Measurement]) -> Sampling:
+        inputs = self.inputs.get(job.index, VideoInputs())
+        return self.models.start(job.request, self.conditions, inputs, measurement=measurements.get(job.index))
 
     def _sample(self, jobs: Sequence[Job], measurements: Mapping[int, Measurement]) -> dict[int, Tensor]:
-        samplings = {job.index: self._begin(job, measurements) for job in jobs}
+        samplings = {job.index: self._start(job, measurements) for job in jobs}
         for expert in experts_of(jobs[0].request.variant):
             with self.models.dit(expert) as dit:
                 for job in jobs:

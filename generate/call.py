@@ -16,7 +16,7 @@ from wan_train.distributed.settings import ParallelSettings
 from wan_train.errors import InputError
 from wan_train.precision import default_device
 
-# Of what the command says about its output, this much makes sense for frames in memory.
+# Output options that also apply to frames in memory.
 _KEPT = ("device", "text_cache", "trim_tail_frames", "strict_prompts")
 _ON_DISK = {
     f.name for group in (BatchSettings, CalibrationSettings, OutputSettings) for f, _, _ in options(group)
@@ -24,17 +24,17 @@ _ON_DISK = {
 
 
 def generate(prompt: str, **settings: Any) -> np.ndarray:
-    """Frames (F, H, W, 3) uint8 of a prompt; the same as `wan_generate_video.py --prompt`, bit for bit.
+    """Return frames (F, H, W, 3) uint8 of a prompt, bit-identical to `wan_generate_video.py --prompt`.
 
-    `settings` are that command's by name: `task="t2v-1.3B", dit=..., vae=..., t5=..., video_size=(832, 480), seed=1,
-    lora_weight=["a.safetensors"]`. What says where and how to write is refused. Raises InputError, a ValueError, for
-    what the command would refuse.
+    `settings` are the options of that command by name: `task="t2v-1.3B", dit=..., vae=..., t5=..., video_size=(832,
+    480), seed=1, lora_weight=["a.safetensors"]`, except those for output files. Raises InputError, a ValueError, for
+    settings that the command would refuse.
     """
     if writing := sorted(_ON_DISK & settings.keys()):
         raise InputError(f"generate(): {writing[0]} is for output files, and generate() returns frames: leave it out")
     chosen = from_values(GenerateSettings, {"prompt": prompt, **settings}, "generate()")
     if chosen.parallel != ParallelSettings():
-        raise InputError("generate() works in one process: run wan_generate_video.py under torchrun for several")
+        raise InputError("generate() runs in one process: for several, start wan_generate_video.py with torchrun")
     device = default_device(chosen.output.device)
     jobs = make_jobs(chosen)
     loras = check_generation(chosen, device, wants_frames=True)

@@ -1,4 +1,4 @@
-"""Prompt lines from the keyboard: models stay loaded between them."""
+"""Interactive generation from prompt lines; models stay loaded between them."""
 
 import contextlib
 import importlib
@@ -14,11 +14,11 @@ from wan_train.log import get_logger
 
 log = get_logger(__name__)
 
-WELCOME = "a prompt and its options to a line, as in: a cat in the rain --w 832 --h 480 --f 81 --s 20; Ctrl-D ends"
+WELCOME = "one prompt per line, for example: a cat in the rain --w 832 --h 480 --f 81 --s 20; Ctrl-D exits"
 
 
-def converse(models: Models, delivery: Delivery, *, read: Callable[[str], str] = input) -> int:
-    """Make a video of every line until there are no more; how many were made. What fails costs its line only."""
+def run_interactive(models: Models, delivery: Delivery, *, read: Callable[[str], str] = input) -> int:
+    """Generate a video per line until end of input; return the number of videos. An error only skips its line."""
     _edit_lines()
     print(WELCOME)
     begun = made = 0
@@ -29,15 +29,15 @@ def converse(models: Models, delivery: Delivery, *, read: Callable[[str], str] =
             (job,) = fitted_jobs([parse_job(line.strip(), models.settings, begun)], models.settings)
             check_length(models.settings.output, job.request.frames)
             check_names(models.settings.output, stem_of(models.settings.output, job, several=True))
-            begun += 1  # what fails from here on may leave latents of this number
+            begun += 1  # a failure from here on may leave latents with this index
             run_jobs([job], models, delivery)
             made += 1
         except InputError as problem:
             log.warning("%s", problem)
         except KeyboardInterrupt:
-            log.warning("interrupted; Ctrl-D at the prompt ends")
+            log.warning("interrupted; press Ctrl-D at the prompt to exit")
         except Exception as problem:
-            log.warning("this line failed: %s", str(problem).strip().partition("\n")[0] or type(problem).__name__)
+            log.warning("generation failed: %s", str(problem).strip().partition("\n")[0] or type(problem).__name__)
     return made
 
 
@@ -49,6 +49,6 @@ def _next_line(read: Callable[[str], str]) -> str | None:
 
 
 def _edit_lines() -> None:
-    """Let the terminal's own keys edit a line and bring back old ones, where Python has that."""
+    """Enable line editing and history, if Python has readline."""
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")

@@ -1,4 +1,4 @@
-"""From the command line, a file or the keyboard to the videos that are wanted."""
+"""Turn the command line, a prompt file or keyboard input into the videos to generate."""
 
 import random
 from collections.abc import Iterable
@@ -16,56 +16,56 @@ from wan_train.sampling.settings import SamplingSettings
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make: its request, with a seed, and its number among all of a run, from 0."""
+    """One video to generate: its request, with a seed, and its index in the run, from 0."""
 
     request: SampleRequest
     index: int
 
     @property
-    def shown(self) -> str:
-        """The video in a few words, for a message."""
-        return f'video {self.index} ("{self.request.shown_words}", seed {self.request.seed})'
+    def label(self) -> str:
+        """Index, prompt and seed of the video, for messages."""
+        return f'video {self.index} ("{self.request.short_prompt}", seed {self.request.seed})'
 
 
 def make_jobs(settings: GenerateSettings) -> list[Job]:
-    """What `--prompt` or `--from_file` wants. InputError for what the options or a line of the file get wrong."""
+    """Return the jobs of `--prompt` or `--from_file`. Raises InputError for invalid options or lines of the file."""
     defaults = _defaults(settings)
     _check_texts(settings)
     if settings.batch.from_file:
         requests = read_prompts(settings.batch.from_file, defaults, _grammar(settings))
     elif settings.sampling.prompt.strip():
         if settings.sampling.denoising_strength is not None and not settings.sampling.video_path:
-            raise InputError("--denoising_strength says how much of --video_path is made anew: give that too")
+            raise InputError("--denoising_strength requires --video_path: give both, or leave out --denoising_strength")
         requests = [fitted(checked(defaults))]
     else:
-        raise InputError("--prompt is missing: say what the video shows, or give --from_file")
+        raise InputError("--prompt is missing: give a text prompt, or --from_file")
     return numbered(requests)
 
 
 def parse_job(line: str, settings: GenerateSettings, index: int) -> Job:
-    """The job of a prompt line over the command line's options."""
+    """Return the job of a prompt line, with the command line's options as defaults."""
     defaults = _defaults(settings)
     return Job(with_seed(parse_line(line, defaults, _grammar(settings))), index)
 
 
 def check_request(settings: GenerateSettings) -> None:
-    """Refuse options that no prompt line could mend."""
+    """Raise InputError for options that are invalid whatever a prompt line says."""
     _check_texts(settings)
     checked(_defaults(settings))
 
 
 def numbered(requests: Iterable[SampleRequest]) -> list[Job]:
-    """A job for each request, in order; seeds are drawn where there is none."""
+    """Return a job per request, in order; missing seeds are drawn at random."""
     return [Job(with_seed(request), index) for index, request in enumerate(requests)]
 
 
 def with_seed(request: SampleRequest) -> SampleRequest:
-    """The request with a seed, drawn if it has none."""
+    """Return the request with a seed, drawn at random if it has none."""
     return replace(request, seed=random.SystemRandom().randrange(2**32)) if request.seed is None else request
 
 
 def _check_texts(settings: GenerateSettings) -> None:
-    """Warn of options inside of the command line's own prompts, or refuse them, as `check_text` does."""
+    """Check the prompts of the command line for text that looks like an option; see `check_text`."""
     for flag in ("prompt", "negative_prompt"):
         check_text(getattr(settings.sampling, flag) or "", _grammar(settings), f"--{flag}")
 
@@ -81,14 +81,14 @@ def _defaults(settings: GenerateSettings) -> SampleRequest:
 
 
 def default_request(sampling: SamplingSettings, variant: Variant) -> SampleRequest:
-    """The request that the command line states, the task's defaults filled in; its seed may be None."""
+    """Return the request of the command line, with the task's defaults; its seed may be None."""
     if sampling.slg_mode and not sampling.slg_layers:
-        raise InputError(f"--slg_mode {sampling.slg_mode} needs --slg_layers: say which blocks to leave out, as in 9")
+        raise InputError(f"--slg_mode {sampling.slg_mode} requires --slg_layers: give the blocks to skip, such as 9")
     values = requested_values(sampling, variant)
     num_levels = len(values.get("timesteps", ()))
     if num_levels and sampling.infer_steps not in (None, num_levels):
         raise InputError(
-            f"--timesteps lists {num_levels} steps and --infer_steps says {sampling.infer_steps}: leave that out"
+            f"--timesteps lists {num_levels} steps, --infer_steps is {sampling.infer_steps}: leave out --infer_steps"
         )
     width, height = values.pop("size")
     steps = num_levels or values["steps"]
@@ -96,6 +96,5 @@ def default_request(sampling: SamplingSettings, variant: Variant) -> SampleReque
 
 
 def request_options(request: SampleRequest, settings: type = SamplingSettings) -> dict[str, object]:
-    """The generator's options, those of `settings`, that state this request whatever the defaults are; the inverse of
-    `default_request`."""
+    """Return the options of `settings` that fully specify a request: the inverse of `default_request`."""
     return recorded_values(request, settings)

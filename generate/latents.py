@@ -1,4 +1,4 @@
-"""Decoding latents that are on disk."""
+"""Decode latent files."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -8,7 +8,16 @@ from pathlib import Path
 from torch import Tensor
 
 from generate.models import Models
-from generate.output import Product, check_length, check_names, check_place, is_file, named_stem, trimmed, write_outputs
+from generate.output import (
+    Product,
+    check_length,
+    check_names,
+    check_target,
+    is_file,
+    named_stem,
+    trimmed,
+    write_outputs,
+)
 from generate.record import KEY, plain_name
 from generate.remote_output import deliver
 from generate.settings import OutputSettings
@@ -20,7 +29,7 @@ from wan_train.storage import Header, read_header, read_tensors
 
 @dataclass(frozen=True)
 class LatentFile:
-    """A latent file: the key of its tensor, that tensor's shape (C, F, H, W), and the file's metadata."""
+    """A latent file: the key of its tensor, the shape (C, F, H, W), and the metadata."""
 
     path: Path
     key: str
@@ -29,47 +38,49 @@ class LatentFile:
 
     @property
     def name(self) -> str:
-        """What it is called without the ending that says it is a latent."""
+        """The file name without its latent suffix."""
         return plain_name(self.path)
 
     @property
     def seed(self) -> str:
-        """What it was made from as far as the file says, in digits: it becomes part of a path."""
-        said = self.metadata.get("seeds", "")
-        return said if said.isdecimal() else "0"
+        """The seed in the metadata, or 0; digits only, because it becomes part of a path."""
+        seed = self.metadata.get("seeds", "")
+        return seed if seed.isdecimal() else "0"
 
     def read(self) -> Tensor:
-        """The latents (C, F, H, W) float32."""
+        """Return the latents (C, F, H, W) float32."""
         return dict(read_tensors(self.path))[self.key].float().view(self.shape)
 
 
 def check_latents(
     paths: Sequence[str], output: OutputSettings, variant: Variant = VARIANTS["t2v-14B"]
 ) -> list[LatentFile]:
-    """The latent files behind paths, folders among them. InputError for one that is none, and for a `--save_path` or
-    an `--output_type` that cannot be."""
+    """Return the latent files of paths, which may be folders.
+
+    Raises InputError for other files, and for a `--save_path` or `--output_type` that does not work with them.
+    """
     if output.output_type not in ("video", "images"):
         raise InputError(
-            f"--output_type {output.output_type} with --latent_path: the latents are there; give video or images"
+            f"--output_type {output.output_type} does not work with --latent_path, which decodes: use video or images"
         )
     files = [_open(file, variant.space.channels) for path in paths for file in _expand(Path(path))]
-    check_place(output, len(files))
+    check_target(output, len(files))
     for index, file in enumerate(files):
         check_length(output, 1 + (file.shape[1] - 1) * FRAME_STEP)
         check_names(output, _stem_of(output, file, index), sampled=False)
     twice = [file for index, file in enumerate(files) if file.name in {other.name for other in files[:index]}]
     if twice and "{index}" not in output.target:
         raise InputError(
-            f"{output.target_flag} {output.target}: two latents are called {twice[0].name}; put {{index}} in it"
+            f"{output.target_flag} {output.target}: two files are named {twice[0].name}; add {{index}} to the path"
         )
     return files
 
 
 def decode_latents(files: Sequence[LatentFile], models: Models, mirror: Mirror | None = None) -> None:
-    """Decode and write each, under its own name where `--save_path` is a folder; `mirror` uploads the results.
+    """Decode and write each file, under its own name if `--save_path` is a folder; `mirror` uploads the results.
 
-    Groups of processes share the files out; the first process of each decodes and writes, with `--vae_parallel` all of
-    them decode.
+    The files are divided among groups of processes; the first process of each group decodes and writes, and with
+    `--vae_parallel` all of them decode.
     """
     groups, output = models.groups, models.settings.output
     if not (groups.is_first or models.settings.parallel.vae_parallel):
@@ -97,7 +108,7 @@ def _expand(path: Path) -> list[Path]:
         return [path]
     found = sorted(path.glob("*_latent.safetensors"))
     if not found:
-        raise InputError(f"--latent_path {path} holds no file that ends in _latent.safetensors")
+        raise InputError(f"--latent_path {path} has no files that end in _latent.safetensors")
     return found
 
 
@@ -108,8 +119,8 @@ def _open(path: Path, channels: int) -> LatentFile:
     shape = shape[1:] if len(shape) == 5 and shape[0] == 1 else shape
     if not key or len(shape) != 4 or shape[0] != channels or 0 in shape:
         raise InputError(
-            f"--latent_path {path} holds no latents of {channels} channels, frames, height and width: "
-            "give a file that --output_type latent has written"
+            f"--latent_path {path} has no latents of shape ({channels}, frames, height, width): "
+            "give a file written with --output_type latent"
         )
     return LatentFile(path, key, shape, header.metadata)
 

@@ -1,17 +1,17 @@
-"""The generator: check everything, then do what the command line asks for."""
+"""The generator: check all options, then run the mode that they select."""
 
 import logging
 import time
 
 from generate.calibration import calibrate, calibration_jobs
-from generate.interactive import converse
+from generate.interactive import run_interactive
 from generate.jobs import check_request, make_jobs
 from generate.latents import check_latents, decode_latents
 from generate.merged import check_merged, save_merged_model
 from generate.models import Models
 from generate.output import check_output
 from generate.parallel import (
-    Elsewhere,
+    NoOutput,
     agree_on,
     check_heads,
     check_parallel,
@@ -38,19 +38,19 @@ log = get_logger(__name__)
 
 
 def main(settings: GenerateSettings) -> None:
-    """Do what the settings ask for. Raises InputError, before a model is loaded, for what cannot work."""
+    """Run the generator. Raises InputError for invalid settings before a model is loaded."""
     began = time.monotonic()
-    wanted = _wanted(settings)
-    if settings.profile.profile and _WORK[wanted] in (_calibrate, _decode, _merge):
-        raise InputError(f"--profile traces the sampling of a video, and {wanted} makes none: leave out one of them")
+    mode = _mode(settings)
+    if settings.profile.profile and _MODES[mode] in (_calibrate, _decode, _merge):
+        raise InputError(f"--profile traces sampling, which {mode} does not do: leave out one of them")
     with working_together(settings.parallel, lambda: default_device(settings.output.device)) as groups:
         if groups.all.size > 1:
-            set_level(logging.INFO if groups.is_first else logging.ERROR)  # the others would warn of the same
+            set_level(logging.INFO if groups.is_first else logging.ERROR)  # the others would repeat the warnings
         settings, mirror = with_local_save_path(settings, groups)
         with uploading(mirror, groups):
-            _WORK[wanted](settings, groups, mirror)
+            _MODES[mode](settings, groups, mirror)
     log_cache_use(settings.compile)
-    log.info("done in %.1f s; at most %s", time.monotonic() - began, describe_peak(groups.device))
+    log.info("done in %.1f s; peak %s", time.monotonic() - began, describe_peak(groups.device))
 
 
 def _generate(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -> None:
@@ -66,21 +66,21 @@ def _generate(settings: GenerateSettings, groups: Groups, mirror: Mirror | None)
         check_output(settings.output, jobs)
         delivery = OnDisk(settings, _hashes(settings), several=len(jobs) > 1, mirror=mirror)
     else:
-        delivery = Elsewhere(wants_frames=wants_frames and settings.parallel.vae_parallel)
+        delivery = NoOutput(wants_frames=wants_frames and settings.parallel.vae_parallel)
     run_jobs(share_of(jobs, groups), Models(settings, loras, groups.device, groups=groups), delivery)
 
 
-def _converse(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -> None:
-    refuse_several(groups, "--interactive", "lines are read from one keyboard")
+def _interactive(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -> None:
+    refuse_several(groups, "--interactive", "prompts are read from one keyboard")
     check_request(settings)
     loras = check_generation(settings, groups.device, wants_frames=settings.output.output_type != "latent")
     check_output(settings.output, None)
     models = Models(settings, loras, groups.device, keep=True)
-    converse(models, OnDisk(settings, _hashes(settings), several=True, mirror=mirror))
+    run_interactive(models, OnDisk(settings, _hashes(settings), several=True, mirror=mirror))
 
 
 def _calibrate(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -> None:
-    refuse_several(groups, "--calibrate_steps", "what reuse costs is measured in one process")
+    refuse_several(groups, "--calibrate_steps", "errors are measured in one process")
     jobs = calibration_jobs(settings)
     loras = check_generation(settings, groups.device, wants_frames=False)
     jobs = fitted_jobs(jobs, settings)
@@ -96,7 +96,7 @@ def _decode(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -
 
 
 def _merge(settings: GenerateSettings, groups: Groups, mirror: Mirror | None) -> None:
-    refuse_several(groups, "--save_merged_model", "tensors are merged and written one after the other")
+    refuse_several(groups, "--save_merged_model", "one process merges the tensors")
     path = settings.output.save_merged_model
     assert path is not None
     save_merged_model(settings, check_merged(settings, path), path)
@@ -111,8 +111,8 @@ def _hashes(settings: GenerateSettings) -> dict[str, object]:
     return hashes
 
 
-def _wanted(settings: GenerateSettings) -> str:
-    """The one thing that the options ask for; InputError for two that exclude each other."""
+def _mode(settings: GenerateSettings) -> str:
+    """Return the option that selects the mode. Raises InputError for two that exclude each other."""
     prompt = "--from_metadata" if settings.batch.from_metadata else "--prompt"
     asked = {
         prompt: bool(settings.sampling.prompt.strip()),
@@ -124,18 +124,18 @@ def _wanted(settings: GenerateSettings) -> str:
     given = [flag for flag, there in asked.items() if there]
     if settings.calibration.calibrate_steps is not None:
         if other := [flag for flag in given if flag not in (prompt, "--from_file")]:
-            raise InputError(f"--calibrate_steps and {other[0]} each say what to do: give one of them")
+            raise InputError(f"--calibrate_steps and {other[0]} exclude each other: give one of them")
         return "--calibrate_steps"
     if len(given) > 1:
-        raise InputError(f"{given[0]} and {given[1]} each say what to make: give one of them")
+        raise InputError(f"{given[0]} and {given[1]} exclude each other: give one of them")
     return given[0] if given else "--prompt"
 
 
-_WORK = {
+_MODES = {
     "--from_metadata": _generate,
     "--prompt": _generate,
     "--from_file": _generate,
-    "--interactive": _converse,
+    "--interactive": _interactive,
     "--calibrate_steps": _calibrate,
     "--latent_path": _decode,
     "--save_merged_model": _merge,

@@ -1,4 +1,4 @@
-"""The DiT with LoRA files merged in, as a checkpoint of its own."""
+"""Save the DiT with merged LoRA files as a checkpoint."""
 
 from pathlib import Path
 
@@ -24,11 +24,11 @@ log = get_logger(__name__)
 
 
 def check_merged(settings: GenerateSettings, path: str) -> list[WeightedLora]:
-    """Refuse what cannot be merged or written, by headers alone; the LoRA files that are merged."""
+    """Return the LoRA files to merge. Raises InputError, reading headers only, if they cannot be merged or written."""
     if is_remote(path):
-        raise InputError(f"--save_merged_model {shown(path)} is a URL: name a local .safetensors file")
+        raise InputError(f"--save_merged_model {shown(path)} is a URL: give a local .safetensors file")
     if not path.endswith(".safetensors"):
-        raise InputError(f"--save_merged_model {path}: name a .safetensors file")
+        raise InputError(f"--save_merged_model {path} must end in .safetensors")
     if not settings.dit.dit:
         raise InputError("--dit is missing: give the DiT checkpoint")
     if warning := check_dit(settings.dit.dit, VARIANTS[settings.dit.task]):
@@ -38,22 +38,22 @@ def check_merged(settings: GenerateSettings, path: str) -> list[WeightedLora]:
         raise InputError(f"--save_merged_model merges one model: give {given[0] or given[1]} as --dit or --lora_weight")
     loras = check_loras(settings)
     if not loras:
-        raise InputError("--save_merged_model merges --lora_weight into the model: give one")
+        raise InputError("--save_merged_model requires --lora_weight: give at least one LoRA file")
     check_name(path, "give a shorter --save_merged_model")
     if Path(path).is_dir():
-        raise InputError(f"--save_merged_model {path} is a folder: name a file")
+        raise InputError(f"--save_merged_model {path} is a folder: give a file name")
     read = {file.resolve() for source in (settings.dit.dit, *settings.lora.lora_weight) for file in expand(source)}
     if Path(path).resolve() in read:
-        raise InputError(f"--save_merged_model {path} would take the place of a file that is read: give another name")
+        raise InputError(f"--save_merged_model {path} would overwrite an input file: give another name")
     check_writable(Path(path).parent)
     return loras
 
 
 def save_merged_model(settings: GenerateSettings, loras: list[WeightedLora], path: str) -> None:
-    """Write the checkpoint under official names while it streams by; no more than one tensor of it is in memory.
+    """Write the merged checkpoint with official names, one tensor in memory at a time.
 
-    Sums are taken in float32 and rounded once, to the dtype of the file's own tensor, or to bfloat16 where that has
-    8 bits. InputError for a full disk.
+    Sums are computed in float32 and rounded once, to the dtype of the stored tensor, or to bfloat16 for an 8-bit one.
+    Raises InputError for a full disk.
     """
     source = settings.dit.dit
     header = read_header(source)

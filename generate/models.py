@@ -1,4 +1,4 @@
-"""The generator's models: each is loaded when it is needed, and on the device only while it is."""
+"""The generator's models, each loaded when it is needed and on the device only while it is used."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ from wan_train.precision import published_dtype
 from wan_train.quantization.stored import storage_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import Sampling
-from wan_train.sampling.encode import encode_images, encode_with, open_image_encoder, open_text_encoder, see_images
+from wan_train.sampling.encode import encode_clip, encode_images, encode_with, open_image_encoder, open_text_encoder
 from wan_train.sampling.passes import ALONE, Sharing
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.sharing import Shared
@@ -43,15 +43,15 @@ Loras = Mapping[str | None, Sequence[WeightedLora]]  # by expert, None for a tas
 
 
 @dataclass
-class Lent:
-    """A model for as long as it is lent: after that nobody holds it here, whoever still holds this."""
+class LoadedModel:
+    """A handle to a model, whose reference is dropped when the model is unloaded."""
 
     model: Any
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What a video is made from beside its texts: latents (C, F, H, W) of another, and images."""
+class VideoInputs:
+    """The inputs of a video other than text: latents (C, F, H, W) of a source video, and images."""
 
     source: Tensor | None = None
     images: ImageConditions | None = None
@@ -59,10 +59,10 @@ class Beginning:
 
 @dataclass
 class Models:
-    """Text and image encoder, DiT and VAE as the settings want them; one at a time is on the device.
+    """Text encoder, image encoder, DiT and VAE; only one at a time is on the device.
 
-    With `keep` they rest in CPU RAM between two uses, else they are freed. Of `groups` of several processes
-    all that make a video together use the same models at the same time.
+    With `keep` they are kept in CPU RAM between uses, otherwise freed. Processes of `groups` that generate a video
+    together use the same models at the same time.
     """
 
     settings: GenerateSettings
@@ -70,16 +70,16 @@ class Models:
     device: torch.device
     keep: bool = False
     groups: Groups = field(default_factory=Groups)
-    _resting: dict[str, nn.Module] = field(default_factory=dict)
+    _idle: dict[str, nn.Module] = field(default_factory=dict)
     _encoded: dict[str, Conditions] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sharing: Sharing = Shared(self.groups) if self.groups.num_in_video > 1 else ALONE
 
     def encode(self, texts: Sequence[str]) -> dict[str, Conditions]:
-        """Conditions of texts, by text: each is encoded once, if the cache of texts has it not.
+        """Return the conditions of texts, by text; each is encoded once, unless it is in the text cache.
 
-        Of several processes that make a video together the first encodes, for all; with `--t5_fsdp` all of them do.
+        The first of the processes that generate a video together encodes for all; with `--t5_fsdp` all of them encode.
         """
         if self.settings.parallel.t5_fsdp:
             return self._encode(texts)
@@ -90,13 +90,13 @@ class Models:
         cache = TextCache(self.settings.output.text_cache, self.settings.text, self.device)
         known = {text: self._encoded[text] for text in wanted if text in self._encoded}
         find = partial(cache.find, [text for text in wanted if text not in known])
-        # Other groups may be writing texts into the cache: all that encode together have to lack the same ones.
+        # Other groups may be writing to the cache: processes that encode together must agree on the missing texts.
         known |= made_by_first(self.groups.whole, find) if self.settings.parallel.t5_fsdp else find()
         missing = [text for text in wanted if text not in known]
         if missing:
             log.info("encoding %d prompts with %s", len(missing), self.settings.text.t5)
-            with self._lent("text encoder", self._open_text_encoder) as lent:
-                new = encode_with(lent.model, missing)
+            with self._loaded("text encoder", self._open_text_encoder) as loaded:
+                new = encode_with(loaded.model, missing)
             if self.groups.is_first:
                 cache.keep(new)
             known |= new
@@ -104,82 +104,84 @@ class Models:
             self._encoded |= known
         return known
 
-    def begin(
+    def start(
         self,
         request: SampleRequest,
         texts: Mapping[str, Conditions],
-        beginning: Beginning,
+        inputs: VideoInputs,
         *,
         measurement: Measurement | None = None,
     ) -> Sampling:
-        """Return a run at its beginning; with `measurement` one that measures what a step cache would cost."""
-        both = (texts[text].with_images(beginning.images) for text in (request.prompt, request.negative_prompt))
+        """Return a new sampling run; with `measurement` it measures the errors of a step cache."""
+        both = (texts[text].with_images(inputs.images) for text in (request.prompt, request.negative_prompt))
         return Sampling(
             request,
             *both,
-            source=beginning.source,
+            source=inputs.source,
             measurement=measurement,
             sharing=self.sharing,
             device=self.device,
         )
 
     @contextmanager
-    def dit(self, expert: str | None = None) -> Iterator[Lent]:
-        """The DiT, or one of two experts, while this is entered."""
+    def dit(self, expert: str | None = None) -> Iterator[LoadedModel]:
+        """Load the DiT, or one of two experts, for the duration of the context."""
         name = f"DiT {expert}" if expert else "DiT"
-        with self._lent(name, lambda: self._open_dit(expert)) as lent:
-            yield lent
+        with self._loaded(name, lambda: self._open_dit(expert)) as loaded:
+            yield loaded
 
     @contextmanager
-    def image_encoder(self) -> Iterator[Lent]:
-        """The image encoder, while this is entered."""
-        with self._lent("image encoder", lambda: open_image_encoder(self.settings.image, self.device)) as lent:
-            yield lent
+    def image_encoder(self) -> Iterator[LoadedModel]:
+        """Load the image encoder for the duration of the context."""
+        with self._loaded("image encoder", lambda: open_image_encoder(self.settings.image, self.device)) as loaded:
+            yield loaded
 
     @contextmanager
-    def vae(self) -> Iterator[Lent]:
-        """The VAE, while this is entered."""
-        with self._lent("VAE", self._open_vae) as lent:
-            yield lent
+    def vae(self) -> Iterator[LoadedModel]:
+        """Load the VAE for the duration of the context."""
+        with self._loaded("VAE", self._open_vae) as loaded:
+            yield loaded
 
-    def decode(self, vae: Lent, latents: Tensor) -> Iterator[np.ndarray]:
-        """Frames (H, W, 3) uint8 of latents (C, F', H', W'), decoded as they are taken.
+    def decode(self, vae: LoadedModel, latents: Tensor) -> Iterator[np.ndarray]:
+        """Yield frames (H, W, 3) uint8 of latents (C, F', H', W'), decoded lazily.
 
-        With `--vae_parallel` all processes of a group have to take them, and those but the first get none.
+        With `--vae_parallel` all processes of a group must iterate, and only the first receives frames.
         """
         return decode_frames(vae.model, latents, self.device)
 
-    def encode_video(self, vae: Lent, pixels: Tensor) -> Tensor:
-        """Latents (C, F', H', W'), in CPU RAM, of pixels (1, 3, F, H, W)."""
+    def encode_video(self, vae: LoadedModel, pixels: Tensor) -> Tensor:
+        """Encode pixels (1, 3, F, H, W) to latents (C, F', H', W') in CPU RAM."""
         return vae.model.encode(pixels.to(self.device))[0].cpu()
 
-    def see(self, encoder: Lent, request: SampleRequest) -> Tensor:
-        """CLIP's tokens (I, width), in CPU RAM, of the request's images."""
-        return see_images(request, encoder.model)
+    def encode_clip(self, encoder: LoadedModel, request: SampleRequest) -> Tensor:
+        """Return the CLIP tokens (I, width) of the request's images, in CPU RAM."""
+        return encode_clip(request, encoder.model)
 
-    def encode_images(self, vae: Lent | None, request: SampleRequest, tokens: Tensor | None) -> ImageConditions | None:
-        """What the DiT reads of the request's images and controls, in host memory."""
+    def encode_images(
+        self, vae: LoadedModel | None, request: SampleRequest, tokens: Tensor | None
+    ) -> ImageConditions | None:
+        """Return the conditions of the request's images and controls, in CPU RAM."""
         return encode_images(request, None if vae is None else vae.model, tokens, self.device)
 
     @contextmanager
-    def _lent(self, name: str, load: Callable[[], Any]) -> Iterator[Lent]:
-        model = self._resting.pop(name, None)
+    def _loaded(self, name: str, load: Callable[[], Any]) -> Iterator[LoadedModel]:
+        model = self._idle.pop(name, None)
         if model is None:
             model = load()
         elif self._moves(name):
             model.to(self.device)
-        lent = Lent(model)
+        loaded = LoadedModel(model)
         del model
         try:
-            yield lent
+            yield loaded
         finally:
             if self.keep:
-                self._resting[name] = lent.model.to("cpu") if self._moves(name) else lent.model
-            lent.model = None
+                self._idle[name] = loaded.model.to("cpu") if self._moves(name) else loaded.model
+            loaded.model = None
             release_memory()
 
     def _moves(self, name: str) -> bool:
-        """Whether a model goes to CPU RAM between two uses: not if parts of it are there all the time."""
+        """Whether a model is moved to CPU RAM between uses: not if parts of it always are there."""
         streamed = name.startswith("DiT") and self.settings.stream.blocks_to_swap
         return not (streamed or (name == "text encoder" and self.settings.text.fp8_t5))
 
@@ -202,7 +204,7 @@ class Models:
         wide = storage_dtype(read_header(path)) is torch.float32
         dtype = published_dtype(self.device) if wide else None
         attached = self.settings.lora.lora_mode == "attach"
-        # Each half of guidance by itself: the halves run passes of their own, of which one may skip blocks.
+        # Shard within each half of guidance: the halves run different passes, and one may skip blocks.
         group = self.groups.tokens.group if self.settings.parallel.dit_fsdp else None
         sharding = make_sharding(group, self.device)
         merged = [] if attached else loras
@@ -215,7 +217,7 @@ class Models:
 
 
 def model_settings(settings: GenerateSettings, expert: str | None = None) -> ModelSettings:
-    """What the settings say about the DiT, or about one of two experts."""
+    """Return the settings of the DiT, or of one of two experts."""
     path = settings.experts.dit_high_noise if expert == HIGH else settings.dit.dit
     dit = replace(settings.dit, dit=path)
     return ModelSettings(dit, settings.weights, settings.stream, settings.activations, settings.compile)

@@ -1,4 +1,4 @@
-"""What the generator leaves on disk."""
+"""Write the output files of the generator."""
 
 import itertools
 import re
@@ -20,13 +20,13 @@ from wan_train.media_out import write_image, write_images, write_video
 from wan_train.sampling.request import SampleRequest
 from wan_train.storage import check_writable, save_tensors
 
-# What --save_path may end in to name a file, and the output types that can be named so.
+# Suffixes with which --save_path names a file, and the output types that they are for.
 _FILE_SUFFIXES = {
     ".mp4": ("video", "images", "latent", "both", "latent_images"),
     ".png": ("video", "both"),
     ".safetensors": ("latent",),
 }
-# What nobody gives to a folder: a file of another kind is meant.
+# Suffixes of unsupported files, which are not folder names either.
 _OTHER_SUFFIXES = (".webm", ".mov", ".mkv", ".avi", ".gif", ".jpg", ".jpeg", ".webp")
 _NAMES = ("{seed}", "{index}")
 _LATENT = "_latent"
@@ -34,10 +34,10 @@ _LATENT = "_latent"
 
 @dataclass(frozen=True)
 class Product:
-    """What there is to write: latents (C, F, H, W), frames, each (H, W, 3), and the record of how it was made.
+    """A result to write: latents (C, F, H, W), frames, each (H, W, 3), and the generation record.
 
-    The frames are None if they are not wanted, and may be an iterator: they are written as it gives them. `stem` is the
-    path without a suffix. `comment` is the record or empty, `metadata` what latent files say beside it.
+    `frames` is None if they are not needed, and may be an iterator, which is written as it yields. `stem` is the path
+    without a suffix. `comment` is the record or empty, `metadata` the other metadata of latent files.
     """
 
     latents: Tensor
@@ -55,8 +55,10 @@ def is_file(settings: OutputSettings) -> bool:
 
 
 def stem_of(settings: OutputSettings, job: Job, *, several: bool) -> Path:
-    """Where a job's files go, without a suffix: as `--save_path` names it, or FOLDER/TIME_SEED, with the job's index
-    before the seed where there are several."""
+    """Return the path of a job's files without a suffix: that of `--save_path`, or FOLDER/TIME_SEED.
+
+    If there are several jobs, the index precedes the seed.
+    """
     if is_file(settings):
         return named_stem(settings, seed=str(job.request.seed), index=job.index)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
@@ -65,7 +67,7 @@ def stem_of(settings: OutputSettings, job: Job, *, several: bool) -> Path:
 
 
 def named_stem(settings: OutputSettings, *, seed: str, index: int) -> Path:
-    """`--save_path` with seed and index filled in, without its suffix if it names a file."""
+    """Return `--save_path` with seed and index filled in, without the suffix of a file."""
     path = Path(settings.target.replace("{seed}", seed).replace("{index}", f"{index:03d}"))
     if not is_file(settings):
         return path
@@ -73,7 +75,7 @@ def named_stem(settings: OutputSettings, *, seed: str, index: int) -> Path:
 
 
 def trimmed(frames: Iterable[np.ndarray], settings: OutputSettings) -> Iterator[np.ndarray]:
-    """Give the frames without those at the end that `--trim_tail_frames` leaves out, of which as many are held back."""
+    """Yield the frames without the last `--trim_tail_frames`, by buffering that number."""
     held: deque[np.ndarray] = deque()
     for frame in frames:
         held.append(frame)
@@ -82,15 +84,15 @@ def trimmed(frames: Iterable[np.ndarray], settings: OutputSettings) -> Iterator[
 
 
 def check_output(settings: OutputSettings, jobs: Sequence[Job] | None) -> None:
-    """Fail now if the results could not be written, or would overwrite each other; jobs None: nobody knows yet."""
-    check_place(settings, 2 if jobs is None else len(jobs))
+    """Raise InputError if results cannot be written or would overwrite each other; `jobs` is None if not known yet."""
+    check_target(settings, 2 if jobs is None else len(jobs))
     for job in jobs or ():
         check_length(settings, job.request.frames)
         check_names(settings, stem_of(settings, job, several=len(jobs or ()) > 1))
 
 
 def check_names(settings: OutputSettings, stem: Path, *, sampled: bool = True) -> None:
-    """Refuse a stem whose files the file system does not take. What is sampled is kept as latents first."""
+    """Raise InputError for a stem whose files the file system rejects; `sampled` latents are written first."""
     files = [_NAMED_BY[write](stem) for write in _WRITERS[settings.output_type]]
     if sampled and not writes_latents(settings):
         files.append(pending_path(stem))
@@ -98,18 +100,20 @@ def check_names(settings: OutputSettings, stem: Path, *, sampled: bool = True) -
         check_name(file, "give a shorter --save_path")
 
 
-def check_place(settings: OutputSettings, count: int) -> None:
-    """Refuse a `--save_path` that cannot take this many results, whatever is in them."""
+def check_target(settings: OutputSettings, count: int) -> None:
+    """Raise InputError for a `--save_path` that cannot hold `count` results."""
     given, flag, suffix = settings.target, settings.target_flag, Path(settings.target).suffix.lower()
     _check_pattern(settings)
     if settings.codec == "lossless" and settings.video_quality is not None:
-        raise InputError(f"--video_quality {settings.video_quality}: --codec lossless has one quality; leave out one")
+        raise InputError(
+            f"--video_quality {settings.video_quality}: it has no effect with --codec lossless; leave out one of them"
+        )
     if not given:
-        raise InputError("--save_path is missing: say where to write, a .mp4 file or a folder")
+        raise InputError("--save_path is missing: give a .mp4 file or a folder")
     if unknown := [name for name in re.findall(r"\{[^{}]*\}", given) if name not in _NAMES]:
-        raise InputError(f"{flag} {given}: {unknown[0]} is not known, {' and '.join(_NAMES)} are")
+        raise InputError(f"{flag} {given}: unknown placeholder {unknown[0]}; use {' or '.join(_NAMES)}")
     if suffix in _OTHER_SUFFIXES:
-        raise InputError(f"{flag} {given}: {suffix} is not written; name a .mp4 or a .png, or a folder")
+        raise InputError(f"{flag} {given}: {suffix} is not supported; use .mp4, .png or a folder")
     if suffix in _FILE_SUFFIXES:
         if settings.output_type not in _FILE_SUFFIXES[suffix]:
             raise InputError(
@@ -117,72 +121,75 @@ def check_place(settings: OutputSettings, count: int) -> None:
                 f"{' and '.join(_FILE_SUFFIXES[suffix])}"
             )
         if count > 1 and "{index}" not in given:
-            raise InputError(f"{flag} {given} names one file for several videos: put {{index}} in, or give a folder")
+            raise InputError(f"{flag} {given} names one file for several videos: add {{index}} to it, or give a folder")
     path = Path(given)
     check_names(settings, named_stem(settings, seed="0", index=0), sampled=False)
     if is_file(settings) and path.is_dir():
-        raise InputError(f"{flag} {given} is a folder and would be a file: take another name")
-    # Folders that seed or index name are made when these are known.
+        raise InputError(f"{flag} {given} is an existing folder: give another file name")
+    # Folders with {seed} or {index} are created later.
     folders = [*reversed(path.parents), *([] if is_file(settings) else [path])]
     check_writable([folder for folder in folders if "{" not in str(folder)][-1])
 
 
 def _check_pattern(settings: OutputSettings) -> None:
-    """Refuse an `--output_pattern` that is not the name of a file, or that stands beside a `--save_path` of one."""
+    """Raise InputError for an `--output_pattern` that is not a file name, or with a `--save_path` that is one."""
     pattern, folder = settings.output_pattern, settings.save_path
     if pattern is None:
         return
     if Path(pattern).name != pattern or Path(pattern).suffix.lower() not in (*_FILE_SUFFIXES, *_OTHER_SUFFIXES):
         raise InputError(
-            f"--output_pattern {pattern} is not the name of a file: give one that ends in {', '.join(_FILE_SUFFIXES)},"
-            " and its folder as --save_path"
+            f"--output_pattern {pattern} is not a file name: give one that ends in {', '.join(_FILE_SUFFIXES)}, and its"
+            " folder as --save_path"
         )
     if Path(folder).suffix.lower() in _FILE_SUFFIXES:
         raise InputError(
-            f"--output_pattern {pattern} names the files, and so does --save_path {folder}: give a folder there, or"
-            " leave out one"
+            f"--output_pattern {pattern} and --save_path {folder} both name a file: give a folder as --save_path, or"
+            " leave out one of them"
         )
 
 
 def check_length(settings: OutputSettings, frames: int) -> None:
-    """Refuse a number of frames of which nothing is left, or more than the image that `--save_path` names."""
+    """Raise InputError if trimming leaves no frames, or several for a `--save_path` that is an image file."""
     left = frames - settings.trim_tail_frames
     if left < 1:
-        raise InputError(f"--trim_tail_frames {settings.trim_tail_frames} leaves none of {frames} frames: trim less")
+        raise InputError(
+            f"--trim_tail_frames {settings.trim_tail_frames} must be less than the number of frames, {frames}"
+        )
     if Path(settings.target).suffix.lower() == ".png" and left > 1:
         raise InputError(
-            f"{settings.target_flag} {settings.target} names an image for {left} frames: name a .mp4, or a folder"
+            f"{settings.target_flag} {settings.target} is an image file, not one for {left} frames: use .mp4 or a"
+            " folder"
         )
 
 
 def writes_latents(settings: OutputSettings) -> bool:
-    """Whether `--output_type` leaves a latent file."""
+    """Whether `--output_type` includes a latent file."""
     return _write_latent in _WRITERS[settings.output_type]
 
 
 def write_outputs(product: Product) -> list[Path]:
-    """Write what `--output_type` names and return the paths."""
+    """Write the files of `--output_type` and return their paths."""
     return [write(product) for write in _WRITERS[product.settings.output_type]]
 
 
 def latent_path(stem: Path) -> Path:
-    """Where a job's latents go."""
+    """Return the path of a job's latent file."""
     return stem.with_name(f"{stem.name}{_LATENT}.safetensors")
 
 
 def pending_path(stem: Path) -> Path:
-    """Where a job's latents are until its frames are written, if they are not wanted."""
+    """Return the path of temporary latents, which are deleted after the frames are written."""
     return latent_path(stem.with_name(f"{stem.name}_pending"))
 
 
 def save_latents(path: Path, latents: Tensor, comment: str, metadata: Mapping[str, str]) -> Path:
-    """Write latents with their metadata, and none where there is no record of how they were made."""
+    """Write latents with their metadata, or without any if the record is empty."""
     save_tensors(path, {"latent": latents}, {**metadata, KEY: comment} if comment else {})
     return path
 
 
 def latent_metadata(request: SampleRequest) -> dict[str, str]:
-    """What other tools write into latent files, under their names."""
+    """Return the metadata of latent files that other tools also write, under their names."""
     return {
         "seeds": str(request.seed),
         "prompt": request.prompt,
@@ -220,7 +227,7 @@ def _write_latent(product: Product) -> Path:
     return save_latents(latent_path(product.stem), product.latents, product.comment, product.metadata)
 
 
-# The longest name that each writer gives a file.
+# The longest file name of each writer.
 _NAMED_BY: dict[Callable[[Product], Path], Callable[[Path], Path]] = {
     _write_video: lambda stem: stem.with_name(f"{stem.name}.mp4"),
     _write_images: lambda stem: stem / f"{stem.name}_0000.png",
@@ -230,7 +237,7 @@ _WRITERS: dict[str, tuple[Callable[[Product], Path], ...]] = {
     "video": (_write_video,),
     "images": (_write_images,),
     "latent": (_write_latent,),
-    # The latent first: it is what cannot be made again in seconds should the video fail.
+    # The latent first, because it takes longest to generate again if writing the video fails.
     "both": (_write_latent, _write_video),
     "latent_images": (_write_latent, _write_images),
 }

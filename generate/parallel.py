@@ -1,4 +1,4 @@
-"""The generator on several processes: what cannot be shared out, who has which videos, and who writes them."""
+"""The generator on several processes: checks, the division of videos, and which process writes."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,22 +21,22 @@ log = get_logger(__name__)
 
 
 def check_parallel(settings: GenerateSettings) -> None:
-    """Refuse options that do not go with several processes."""
+    """Raise InputError for options that do not work with several processes."""
     parallel = settings.parallel
     if parallel.ring_size > 1 and settings.dit.attn_mode not in ("torch", "sdpa"):
         raise InputError(
-            f"--ring_size {parallel.ring_size} with --attn_mode {settings.dit.attn_mode}: the ring needs the sums of"
-            " each softmax, which torch's own kernels give; use --sdpa, or --ulysses_size"
+            f"--ring_size {parallel.ring_size} with --attn_mode {settings.dit.attn_mode}: ring attention needs the"
+            " log-sum-exp of each softmax, which only torch's kernels return; use --sdpa, or --ulysses_size"
         )
     if parallel.ulysses_size * parallel.ring_size > 1 and settings.compile.compile_fullgraph:
         raise InputError(
-            "--compile_fullgraph compiles a block as one graph, --ulysses_size and --ring_size exchange tokens within"
-            " it: leave out --compile_fullgraph"
+            "--compile_fullgraph compiles each block as one graph, --ulysses_size and --ring_size exchange tokens"
+            " inside it: leave out --compile_fullgraph"
         )
 
 
 def check_heads(settings: GenerateSettings) -> None:
-    """Refuse models whose attention heads do not divide among the processes, by their headers."""
+    """Raise InputError if a model's attention heads are not divisible by `--ulysses_size`; only headers are read."""
     parallel, dits = settings.parallel, {"--dit": settings.dit.dit}
     if VARIANTS[settings.dit.task].experts is not None:
         dits["--dit_high_noise"] = settings.experts.dit_high_noise
@@ -45,19 +45,19 @@ def check_heads(settings: GenerateSettings) -> None:
         if heads % parallel.ulysses_size:
             fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
             raise InputError(
-                f"--ulysses_size {parallel.ulysses_size}: {flag} {path} has {heads} attention heads, which divide by"
-                f" {fitting}; use --ring_size or --cfg_size for the other processes"
+                f"--ulysses_size {parallel.ulysses_size}: {flag} {path} has {heads} attention heads: use one of"
+                f" {fitting}, and --ring_size or --cfg_size for the other processes"
             )
 
 
 def refuse_several(groups: Groups, flag: str, reason: str) -> None:
-    """InputError for an option that only one process can do."""
+    """Raise InputError for an option that needs a single process."""
     if groups.all.size > 1:
         raise InputError(f"{flag} with {groups.all.size} processes: {reason}; start one process")
 
 
 def check_shared_jobs(settings: GenerateSettings, jobs: Sequence[Job]) -> None:
-    """Refuse videos that cannot be shared out as the settings say."""
+    """Raise InputError for videos that cannot be divided among the processes."""
     parallel = settings.parallel
     if parallel.data_parallel > len(jobs):
         raise InputError(
@@ -67,25 +67,25 @@ def check_shared_jobs(settings: GenerateSettings, jobs: Sequence[Job]) -> None:
     merging = [job for job in jobs if job.request.cfg_merge]
     if parallel.cfg_size > 1 and merging:
         raise InputError(
-            "--cfg_merge takes both prompts in one pass, --cfg_size 2 on two halves of the processes: give one of them"
-            f" ({merging[0].shown})"
+            "--cfg_merge runs both prompts in one pass, --cfg_size 2 on different processes: give one of them"
+            f" ({merging[0].label})"
         )
     if parallel.cfg_size > 1 and (alone := [job for job in jobs if job.request.guidance == 1]):
-        log.warning("--cfg_size 2: %s has a guidance scale of 1, so half of the processes wait", alone[0].shown)
+        log.warning("--cfg_size 2: %s has a guidance scale of 1, so half of the processes are idle", alone[0].label)
 
 
 def share_of(jobs: Sequence[Job], groups: Groups) -> list[Job]:
-    """The jobs of this process's group, with their numbers among all."""
+    """Return the jobs of this process's group; their indices do not change."""
     return list(jobs[groups.index :: groups.num_groups])
 
 
 def agree_on(jobs: Sequence[Job], groups: Groups) -> list[Job]:
-    """The jobs as the first process has them, on all: it draws the seeds."""
+    """Return the jobs of the first process, which draws the seeds, on all processes."""
     return list(made_by_first(groups.all, lambda: list(jobs)))
 
 
 def report_failures(reasons: Mapping[int, str], total: int, groups: Groups) -> None:
-    """RunError if any of the jobs of all groups, `total` in this one, has failed."""
+    """Raise RunError if any job of any group has failed; `total` is the number of jobs of this group."""
     everyone = from_all(groups.all, (dict(reasons), total) if groups.is_first else ({}, 0))
     failed = {index: reason for part, _ in everyone for index, reason in part.items()}
     if failed:
@@ -94,8 +94,8 @@ def report_failures(reasons: Mapping[int, str], total: int, groups: Groups) -> N
         raise RunError(f"{len(failed)} of {wanted} videos failed ({listed}); the others are written")
 
 
-class Elsewhere:
-    """Delivery of a process whose group's first process writes: latents are kept only to be decoded together."""
+class NoOutput:
+    """Delivery of a process that writes nothing; it keeps latents only to decode them with the others."""
 
     def __init__(self, *, wants_frames: bool) -> None:
         self.wants_frames = wants_frames
@@ -109,7 +109,7 @@ class Elsewhere:
         return self._latents.pop(job.index) if self.wants_frames else torch.empty(0)
 
     def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
-        deque(frames or (), maxlen=0)  # taken, so that this process's strips are decoded: there are no whole ones
+        deque(frames or (), maxlen=0)  # iterate to decode this process's strips; it receives no frames
 
-    def tell_left(self) -> None:
+    def report_undecoded(self) -> None:
         self._latents.clear()

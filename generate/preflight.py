@@ -1,4 +1,4 @@
-"""Everything about a run of the generator that can be known, and refused, before a model is loaded."""
+"""All checks of the generator that are possible before a model is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,15 +32,14 @@ log = get_logger(__name__)
 
 
 def weighted_loras(settings: LoraSettings, expert: str | None = None) -> list[WeightedLora]:
-    """The LoRA files with their multipliers, 1.0 where fewer multipliers than files are given; for one of two experts
-    its own."""
+    """Return the LoRA files, with two experts those of `expert`, with multipliers; missing ones are 1.0."""
     ending = "_high_noise" if expert == HIGH else ""
     files: tuple[str, ...] = getattr(settings, f"lora_weight{ending}")
     multipliers: tuple[float, ...] = getattr(settings, f"lora_multiplier{ending}")
     if len(multipliers) > len(files):
         raise InputError(
             f"{len(multipliers)} --lora_multiplier{ending} for {len(files)} --lora_weight{ending}: "
-            "give at most one for each file"
+            "give at most one per file"
         )
     pairs = zip_longest(files, multipliers, fillvalue=1.0)
     patterns = settings.include_patterns, settings.exclude_patterns
@@ -48,8 +47,10 @@ def weighted_loras(settings: LoraSettings, expert: str | None = None) -> list[We
 
 
 def check_generation(settings: GenerateSettings, device: torch.device, *, wants_frames: bool) -> Loras:
-    """Refuse models that cannot make videos, by headers and tiny trials alone; the LoRA files that take part, by
-    expert."""
+    """Check all models by their headers and tiny trial runs, and return the LoRA files by expert.
+
+    Raises InputError for models that cannot generate videos.
+    """
     variant = VARIANTS[settings.dit.task]
     check_split_models(settings)
     check_experts(settings, variant)
@@ -72,7 +73,7 @@ def check_generation(settings: GenerateSettings, device: torch.device, *, wants_
 
 
 def check_experts(settings: GenerateSettings, variant: Variant) -> None:
-    """InputError for an expert that is missing, and for options of one where the task has a single model."""
+    """Raise InputError for a missing expert, and for expert options of a task with a single model."""
     if variant.experts is not None:
         for flag, path in (("--dit", settings.dit.dit), ("--dit_high_noise", settings.experts.dit_high_noise)):
             if not path:
@@ -87,11 +88,11 @@ def check_experts(settings: GenerateSettings, variant: Variant) -> None:
         "--lazy_loading": settings.experts.lazy_loading,
     }
     if extra := first_given(given):
-        raise InputError(f"{extra}: --task {variant.name} has one model: take an A14B task, or leave it out")
+        raise InputError(f"{extra}: --task {variant.name} has one model: use an A14B task, or leave it out")
 
 
 def check_given_vae(settings: GenerateSettings, instead: str = "") -> None:
-    """Refuse a VAE that is missing or none; `instead` says what would do without."""
+    """Raise InputError for a missing or invalid VAE; `instead` names an alternative in the message."""
     check_split_frames(settings)
     if not settings.vae.vae:
         raise InputError(f"--vae is missing: give {VARIANTS[settings.dit.task].space.vae_file}{instead}")
@@ -99,11 +100,11 @@ def check_given_vae(settings: GenerateSettings, instead: str = "") -> None:
 
 
 def check_loras(settings: GenerateSettings, expert: str | None = None) -> list[WeightedLora]:
-    """The LoRA files with their multipliers, of one of two experts. InputError for one that is of another model."""
+    """Return the LoRA files with their multipliers. Raises InputError for one that does not match the model."""
     loras = weighted_loras(settings.lora, expert)
     shapes = linear_shapes(model_settings(settings, expert).dit.dit)
     if expert != HIGH and (settings.lora.include_patterns or settings.lora.exclude_patterns) and not loras:
-        raise InputError("--include_patterns and --exclude_patterns choose modules of --lora_weight: give one")
+        raise InputError("--include_patterns and --exclude_patterns require --lora_weight: give at least one LoRA file")
     for lora in loras:
         if expert is not None:
             warn_of_other_expert(lora.path, expert)
@@ -112,8 +113,11 @@ def check_loras(settings: GenerateSettings, expert: str | None = None) -> list[W
 
 
 def fitted_jobs(jobs: Sequence[Job], settings: GenerateSettings) -> list[Job]:
-    """The jobs with as many frames as the videos that they begin with have. InputError for one that does not read, and
-    for what the models lack: blocks to skip, layers for a control, an image encoder."""
+    """Return the jobs, each no longer than its source video.
+
+    Raises InputError for a source video that cannot be read, and for anything that the models lack: blocks to skip,
+    layers for a control, an image encoder.
+    """
     variant, blocks = VARIANTS[settings.dit.task], num_blocks(settings.dit.dit)
     dits = [model_settings(settings, expert).dit for expert in experts_of(variant)]
     for job in jobs:

@@ -1,4 +1,4 @@
-"""What a file says of how it was made, and making it again from that."""
+"""Generation records: the settings in a file's metadata, and generating it again from them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,8 +32,8 @@ FLAG = "--from_metadata"
 KEY = "wan_train"  # of the record in a latent file's metadata
 _LATENT_ENDINGS = ("_pending_latent", "_latent")
 _WEIGHTS = ("dit", "dit_high_noise", "motion_controller", "lora_weight", "lora_weight_high_noise")
-# What says where and in which company a video was made, and not how.
-_ELSEWHERE = (
+# Options of where a video is generated, which do not affect the result.
+_NOT_RECORDED = (
     "from_file",
     "interactive",
     "from_metadata",
@@ -53,13 +53,13 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True)
 class Record:
-    """How a file was made: every option by name, and by option the hash of the file or files that it names."""
+    """The settings of a file: all options by name, and the hashes of the files that options name."""
 
     options: Mapping[str, Any]
     hashes: Mapping[str, Any]
 
     def text(self, count: Count | None = None) -> str:
-        """The record as JSON, with the passes that a step cache computed and reused."""
+        """Return the record as JSON, with the number of passes that a step cache computed and reused."""
         libraries = {name: version(name) for name in ("torch", "diffusers")}
         about = {"wan_train": __version__, "libraries": libraries}
         passes = {} if count is None else {"passes": {"computed": count.computed, "reused": count.reused}}
@@ -67,7 +67,7 @@ class Record:
 
 
 def model_hashes(settings: GenerateSettings) -> dict[str, Any]:
-    """By option, what tells its file from others: of models a fingerprint, of each LoRA the SHA-256."""
+    """Return, by option, the fingerprint of each model and the SHA-256 of each LoRA."""
     models = {"dit": settings.dit.dit, "vae": settings.vae.vae, "t5": settings.text.t5, "clip": settings.image.clip}
     models |= {"dit_high_noise": settings.experts.dit_high_noise, "motion_controller": settings.dit.motion_controller}
     hashes: dict[str, Any] = {name: fingerprint(path) for name, path in models.items() if path}
@@ -78,7 +78,7 @@ def model_hashes(settings: GenerateSettings) -> dict[str, Any]:
 
 
 def weight_hashes(settings: GenerateSettings) -> dict[str, str]:
-    """Return, by option, what identifies the weights that a profile is measured with: of LoRAs with multipliers."""
+    """Return, by option, the identity of the weights that a profile is measured with, and LoRA multipliers."""
     hashes = {name: value for name, value in model_hashes(settings).items() if name in _WEIGHTS}
     for name in ("lora_multiplier", "lora_multiplier_high_noise"):
         if given := getattr(settings.lora, name):
@@ -90,7 +90,7 @@ def weight_hashes(settings: GenerateSettings) -> dict[str, str]:
 
 
 def input_hashes(stated: SamplingSettings | SampleRequest, settings: type = SamplingSettings) -> dict[str, str]:
-    """By option of `settings`, the SHA-256 of the video and the images that a video is made from; folders have none."""
+    """Return, by option of `settings`, the SHA-256 of input videos and images; folders have none."""
     return {
         name: " ".join(map(file_hash, paths))
         for name, paths in named_files(stated, settings).items()
@@ -99,17 +99,17 @@ def input_hashes(stated: SamplingSettings | SampleRequest, settings: type = Samp
 
 
 def make_record(settings: GenerateSettings, request: SampleRequest, hashes: Mapping[str, Any]) -> Record:
-    """The record of one of the videos that the settings have made; `hashes` are those of the models."""
-    # What the command line says of sampling may not hold for this video: a line of a file stands over it.
+    """Return the record of one of the generated videos; `hashes` are those of the models."""
+    # Sampling options come from the request, because a prompt line may override the command line.
     groups = [rows for group, rows in changed_options(settings).items() if group != "sampling"]
-    about = {name: value for rows in groups for name, value in rows.items() if name not in _ELSEWHERE}
+    about = {name: value for rows in groups for name, value in rows.items() if name not in _NOT_RECORDED}
     declared = type(settings.sampling)
     options = about | {"task": settings.dit.task} | request_options(request, declared)
     return Record(options, {**hashes, **input_hashes(request, declared)})
 
 
 def read_record(path: str) -> Record:
-    """The record that a video, an image, a folder of images or a latent file carries. InputError without one."""
+    """Read the record of a video, an image, a folder of images or a latent file. Raises InputError without one."""
     try:
         text = read_header(path).metadata.get(KEY) if path.endswith(".safetensors") else read_comment(path)
     except (OSError, av.FFmpegError) as problem:
@@ -118,13 +118,15 @@ def read_record(path: str) -> Record:
         found = json.loads(text or "")
         return Record(dict(found["options"]), dict(found["hashes"]))
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{FLAG} {path} does not say how it was made: give a file that this generator wrote") from None
+        raise InputError(
+            f"{FLAG} {path} has no generation settings: give a file that wan_generate_video.py wrote"
+        ) from None
 
 
 def with_recorded_options(argv: Sequence[str], alone: Mapping[str, bool]) -> list[str]:
-    """The command line with the options of its `--from_metadata` in front, so that what was given itself wins.
+    """Return the command line with the options of `--from_metadata` prepended, so that given options take precedence.
 
-    Without a `--save_path` it is made beside the old one, as NAME_again.
+    The default `--save_path` is NAME_again next to the old file.
     """
     path = named_file(argv, FLAG)
     if not path:
@@ -136,26 +138,26 @@ def with_recorded_options(argv: Sequence[str], alone: Mapping[str, bool]) -> lis
     kept = [(name, value) for name, value in recorded.items() if name not in replaced]
     words = words_of(kept, alone, f"{FLAG} {path}")
     output_type = named_file(argv, "--output_type") or recorded.get("output_type", "video")
-    place = [] if named_file(argv, "--output_pattern") else [f"--save_path={_again(Path(path), output_type)}"]
-    return [*words, *place, *argv]
+    target = [] if named_file(argv, "--output_pattern") else [f"--save_path={_again(Path(path), output_type)}"]
+    return [*words, *target, *argv]
 
 
 def _again(old: Path, output_type: str) -> Path:
-    """Beside an old file or folder of images, the `--save_path` for another of that output type."""
+    """Return the default `--save_path` for regenerating a file or folder of images."""
     old = old if old.name.strip(".") else old.resolve()
     suffix = ".png" if old.suffix.lower() == ".png" and output_type in ("video", "both") else ".mp4"
     return old.with_name(f"{plain_name(old)}_again{suffix}")
 
 
 def plain_name(path: Path) -> str:
-    """What a result is called, without a suffix and without what says that it is a latent."""
+    """Return the name of a result without its suffix and latent ending."""
     if path.is_dir():
         return path.name
     return next((path.stem.removesuffix(end) for end in _LATENT_ENDINGS if path.stem.endswith(end)), path.stem)
 
 
 def compare_hashes(path: str, now: Mapping[str, Any]) -> None:
-    """Warn of every model that is another one than when the file was made."""
+    """Warn about every model or input that differs from the record."""
     for name, before in read_record(path).hashes.items():
         if now.get(name) != before:
             log.warning("--%s is not the file that %s was generated with: the result will differ", name, path)

@@ -1,4 +1,4 @@
-"""A remote `--save_path`: the local folder that results are written to first, and their uploads."""
+"""Remote `--save_path`: write results to a local folder and upload them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +19,12 @@ log = get_logger(__name__)
 
 
 def with_local_save_path(settings: GenerateSettings, groups: Groups) -> tuple[GenerateSettings, Mirror | None]:
-    """The settings with a local path in the place of a remote `--save_path`, and what uploads the results, which then
-    leave the disk unless `--local_output_dir` is given; None in processes that write nothing, all but the first of
-    each group. InputError for a URL that cannot be used or written to."""
+    """Replace a remote `--save_path` by a local path; return the settings and the mirror that uploads the results.
+
+    Uploaded results are deleted locally unless `--local_output_dir` is given. The mirror is None for a local path, and
+    in processes that write nothing, all but the first of each group. Raises InputError for a URL that is not supported
+    or not writable.
+    """
     output = settings.output
     check_local_folder("--save_path", output.save_path, output.local_output_dir)
     if not is_remote(output.save_path):
@@ -41,9 +44,9 @@ def with_local_save_path(settings: GenerateSettings, groups: Groups) -> tuple[Ge
 
 @contextmanager
 def uploading(mirror: Mirror | None, groups: Groups) -> Iterator[None]:
-    """Wait, at the end, for what is uploaded, by all processes: one that fails ends the others, uploads and all.
+    """Wait for all uploads at the end of the context, on all processes.
 
-    RunError that names the files that could not be.
+    Raises RunError, on all of them, with the names of the files that failed to upload.
     """
     try:
         yield
@@ -59,14 +62,14 @@ def uploading(mirror: Mirror | None, groups: Groups) -> Iterator[None]:
 
 
 def deliver(path: Path, mirror: Mirror | None) -> None:
-    """Say where a result has been written, and upload it if there is a mirror."""
+    """Log the path of a result, and upload it if there is a mirror."""
     log.info("wrote %s", path)
     if mirror is not None:
         mirror.upload(path)
 
 
 def _split(output: OutputSettings) -> tuple[str, str]:
-    """The URL of the folder above all results, and the rest of `--save_path`: a file, or what has {seed} or {index}."""
+    """Split `--save_path` into the URL of the common folder and the rest: a file, or parts with {seed} or {index}."""
     protocol, _, path = output.save_path.rstrip("/").partition("://")
     parts = path.split("/")
     end = len(parts) - 1 if is_file(output) else len(parts)

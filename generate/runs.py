@@ -1,4 +1,4 @@
-"""A run over jobs: prompts to conditions, videos to start from, sampling, then decoding, each with its own model."""
+"""Run jobs stage by stage: encode prompts, encode inputs, sample, decode; each stage loads its own model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from generate.jobs import Job
-from generate.models import Beginning, Models
+from generate.models import Models, VideoInputs
 from generate.output import (
     Product,
     latent_metadata,
@@ -41,33 +41,33 @@ log = get_logger(__name__)
 
 
 class Delivery(Protocol):
-    """Where latents and frames go."""
+    """The destination of latents and frames."""
 
     wants_frames: bool
 
     def put_latents(self, job: Job, latents: Tensor, count: Count | None) -> None:
-        """Keep what has just been sampled, with the count of its passes where a step cache acted."""
+        """Store sampled latents, with the pass count of a step cache."""
 
     def take_latents(self, job: Job) -> Tensor:
-        """What `put_latents` has kept."""
+        """Return the latents that `put_latents` stored."""
 
     def finish(self, job: Job, latents: Tensor, frames: Iterable[np.ndarray] | None) -> None:
-        """Keep the result: frames (H, W, 3) uint8, decoded as they are taken."""
+        """Store the result: frames (H, W, 3) uint8, decoded lazily."""
 
-    def tell_left(self) -> None:
-        """Say what has been put and will not be finished, and think of it no more."""
+    def report_undecoded(self) -> None:
+        """Log stored latents that will not be decoded, and forget them."""
 
 
 def run_jobs(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
-    """Make every job. One that fails is reported, and the others are made; RunError at the end tells of it.
+    """Run all jobs. A failed job is logged and the others continue; RunError at the end reports it.
 
-    A job alone fails as it fails, and so does one that several processes make together: the others wait for the one
-    that fails.
+    The exception of a single job propagates, and so does that of a job that several processes generate together,
+    because the others would wait for the one that fails.
     """
     try:
         _make(jobs, models, delivery)
     finally:
-        delivery.tell_left()
+        delivery.report_undecoded()
 
 
 def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
@@ -75,12 +75,12 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     failures = Failures(alone=groups.num_in_video > 1 or len(jobs) == groups.num_groups == 1)
     profiler = Profiler(models.settings.profile.profile if groups.place.rank == 0 else None, "sampling")
     conditions = models.encode([text for job in jobs for text in (job.request.prompt, job.request.negative_prompt)])
-    beginnings = begin_jobs(jobs, models, failures)
+    inputs = encode_inputs(jobs, models, failures)
     samplings: dict[int, Sampling] = {}
     for job in failures.others(jobs):
         with failures.of(job):
-            samplings[job.index] = models.begin(job.request, conditions, beginnings.pop(job.index, Beginning()))
-    # One model after the other, each for all jobs: no more than one is there at a time, and each is read once.
+            samplings[job.index] = models.start(job.request, conditions, inputs.pop(job.index, VideoInputs()))
+    # One model after the other, each for all jobs: only one is loaded at a time, and each is read once.
     for expert in [e for e in experts_of(jobs[0].request.variant) if any(e in s.experts() for s in samplings.values())]:
         with models.dit(expert) as dit:
             for job in failures.others(jobs):
@@ -104,22 +104,22 @@ def _make(jobs: Sequence[Job], models: Models, delivery: Delivery) -> None:
     report_failures(failures.reasons, len(jobs), groups)
 
 
-def begin_jobs(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, Beginning]:
-    """Return what the jobs begin with, where that is more than noise, on all processes that make them."""
+def encode_inputs(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, VideoInputs]:
+    """Return the encoded inputs of the jobs, on all processes that generate them."""
     if models.settings.parallel.vae_parallel:  # all of them encode together
-        return _begin(jobs, models, failures)
-    return made_by_first(models.groups.whole, lambda: _begin(jobs, models, failures))
+        return _encode_inputs(jobs, models, failures)
+    return made_by_first(models.groups.whole, lambda: _encode_inputs(jobs, models, failures))
 
 
-def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, Beginning]:
-    """What the jobs begin with, encoded with one model after the other."""
+def _encode_inputs(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[int, VideoInputs]:
+    """Encode the inputs of the jobs with one model after the other."""
     seen: dict[int, Tensor] = {}
     if imaged := [job for job in jobs if job.request.clip_paths]:
         with models.image_encoder() as encoder:
             for job in imaged:
                 with failures.of(job):
-                    seen[job.index] = models.see(encoder, job.request)
-    beginnings: dict[int, Beginning] = {}
+                    seen[job.index] = models.encode_clip(encoder, job.request)
+    inputs: dict[int, VideoInputs] = {}
     left = failures.others(jobs)
     encoded = [job for job in left if job.request.video_path or job.request.is_from_pixels]
     with models.vae() if encoded else nullcontext() as vae:
@@ -129,40 +129,40 @@ def _begin(jobs: Sequence[Job], models: Models, failures: "Failures") -> dict[in
                 if vae is not None and job.request.video_path:
                     source = models.encode_video(vae, read_source(job.request, job.request.variant.fps))
                 images = models.encode_images(vae, job.request, seen.get(job.index))
-                beginnings[job.index] = Beginning(source, images)
-    return beginnings
+                inputs[job.index] = VideoInputs(source, images)
+    return inputs
 
 
 def describe(job: Job) -> str:
-    """A job's settings in a line."""
-    return f"{job.shown}: {job.request.shown_settings}"
+    """Return the label and settings of a job in one line."""
+    return f"{job.label}: {job.request.settings_summary}"
 
 
 @dataclass
 class Failures:
-    """Jobs that have failed, with the reason; with `alone` there is one job, and nothing is caught."""
+    """Failed jobs with the reasons; with `alone` exceptions propagate."""
 
     alone: bool
     reasons: dict[int, str] = field(default_factory=dict)
 
     @contextmanager
     def of(self, job: Job) -> Iterator[None]:
-        """Let what goes wrong inside be this job's failure alone."""
+        """Record an exception inside the context as a failure of this job."""
         try:
             yield
         except Exception as problem:
             if self.alone:
                 raise
             self.reasons[job.index] = str(problem).strip().partition("\n")[0] or type(problem).__name__
-            log.warning("%s failed, continuing with the others: %s", job.shown, self.reasons[job.index])
+            log.warning("%s failed, continuing with the others: %s", job.label, self.reasons[job.index])
 
     def others(self, jobs: Sequence[Job]) -> list[Job]:
-        """The jobs that have not failed."""
+        """Return the jobs that have not failed."""
         return [job for job in jobs if job.index not in self.reasons]
 
 
 class OnDisk:
-    """Delivery into files: latents as they come, and what `--output_type` names once there are frames."""
+    """Delivery to files: latents after sampling, and the files of `--output_type` after decoding."""
 
     def __init__(
         self, settings: GenerateSettings, hashes: Mapping[str, object], *, several: bool, mirror: Mirror | None = None
@@ -184,22 +184,22 @@ class OnDisk:
         output = self.settings.output
         fps = output.fps or VARIANTS[self.settings.dit.task].fps
         stem, metadata = self._stems[job.index], latent_metadata(job.request)
-        shown = None if frames is None else trimmed(frames, output)
-        product = Product(latents, shown, fps, stem, self._comment(job), metadata, output)
+        kept = None if frames is None else trimmed(frames, output)
+        product = Product(latents, kept, fps, stem, self._comment(job), metadata, output)
         for path in write_outputs(product):
             deliver(path, self.mirror)
         if not writes_latents(output):
             self._kept(job.index).unlink()
         del self._stems[job.index]
 
-    def tell_left(self) -> None:
+    def report_undecoded(self) -> None:
         left = [path for path in map(self._kept, self._stems) if path.is_file()]
         if left:
             log.warning("sampled but not decoded: %s; decode with --latent_path", ", ".join(map(str, left)))
         self._stems.clear()
 
     def _kept(self, index: int) -> Path:
-        """The latents' own place if they are wanted, else one beside that goes once the frames are written."""
+        """Return the path of the latents: the final one if they are an output, else a temporary one."""
         stem = self._stems[index]
         return latent_path(stem) if writes_latents(self.settings.output) else pending_path(stem)
 
@@ -210,7 +210,7 @@ class OnDisk:
 
 
 class InMemory:
-    """Delivery to a caller: `frames` (F, H, W, 3) uint8 by job, without those that are trimmed."""
+    """Delivery in memory: `frames` (F, H, W, 3) uint8 by job, trimmed."""
 
     wants_frames = True
 
@@ -229,5 +229,5 @@ class InMemory:
         assert frames is not None
         self.frames[job.index] = np.stack(list(trimmed(frames, self._output)))
 
-    def tell_left(self) -> None:
+    def report_undecoded(self) -> None:
         self._latents.clear()

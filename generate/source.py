@@ -1,4 +1,4 @@
-"""The video that a run begins with in place of noise."""
+"""The source video of video-to-video."""
 
 from dataclasses import replace
 
@@ -14,21 +14,23 @@ log = get_logger(__name__)
 
 
 def fit_to_source(request: SampleRequest, fps: int) -> SampleRequest:
-    """The request with no more frames than its `video_path` has at `fps`; an image has one.
+    """Return the request with at most as many frames as its `video_path` has at `fps`; an image has one.
 
-    InputError for a file that is missing or does not read.
+    Raises InputError for a file that is missing or cannot be read.
     """
     if not request.video_path:
         return request
     available = floor_frames(len(frame_indices("--video_path", request.video_path, fps)))
     if available < request.frames:
-        log.info("%s has only %d frames at %d fps: generating that number", request.video_path, available, fps)
+        log.info("%s has only %d frames at %d fps: shortening the video to match", request.video_path, available, fps)
     return replace(request, frames=min(request.frames, available))
 
 
 def read_source(request: SampleRequest, fps: int) -> Tensor:
-    """Pixels (1, 3, F, H, W) in [-1, 1] of the request's `video_path`: its first F frames at `fps`, scaled to cover
-    the request's size and cropped in the middle."""
+    """Return pixels (1, 3, F, H, W) in [-1, 1] of the request's `video_path`.
+
+    They are its first F frames at `fps`, scaled to cover the request's size and centre-cropped.
+    """
     assert request.video_path
     indices = frame_indices("--video_path", request.video_path, fps)[: request.frames]
     return rearrange(read_video(request.video_path, indices, request.size), "C F H W -> 1 C F H W")

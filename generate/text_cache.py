@@ -1,4 +1,4 @@
-"""Embeddings of prompts, kept on disk from one start to the next."""
+"""Cache prompt embeddings on disk."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,23 +20,23 @@ _KEY = "context"
 
 
 class TextCache:
-    """A folder with one file for each text that a text encoder has embedded.
+    """A folder with one file per embedded text.
 
-    Another encoder, another tokenizer or another precision has other files. Without a folder nothing is found or kept.
+    Files are specific to the text encoder, the tokenizer and the precision. Without a folder the cache is disabled.
     """
 
     def __init__(self, folder: str | None, settings: TextEncoderSettings, device: torch.device) -> None:
         self._folder = Path(folder) if folder else None
         dtype = published_dtype(device)
-        ways = (settings.tokenizer, settings.fp8_t5, "stored" if dtype is None else name_of(dtype))
-        self._encoder = f"{fingerprint(settings.t5)} {ways}" if folder else ""
+        configuration = (settings.tokenizer, settings.fp8_t5, "stored" if dtype is None else name_of(dtype))
+        self._encoder = f"{fingerprint(settings.t5)} {configuration}" if folder else ""
 
     def find(self, texts: Sequence[str]) -> dict[str, Conditions]:
-        """The conditions of those of the texts that are there."""
+        """Return the conditions of the texts that are in the cache."""
         return {text: found for text in texts if (found := self._read(text)) is not None}
 
     def keep(self, conditions: dict[str, Conditions]) -> None:
-        """Keep embeddings by text."""
+        """Store the embeddings, by text."""
         for text, condition in conditions.items():
             if self._folder is not None:
                 save_tensors(self._path(self._folder, text), {_KEY: condition.context[0]}, {"prompt": text})
@@ -47,7 +47,7 @@ class TextCache:
         try:
             return Conditions((dict(read_tensors(path))[_KEY].clone(),))
         except (InputError, KeyError):
-            log.warning("%s in --text_cache is damaged: encoding its text again", path)
+            log.warning("%s in --text_cache is damaged: encoding the prompt again", path)
             return None
 
     def _path(self, folder: Path, text: str) -> Path:

@@ -1,4 +1,4 @@
-"""Writing videos and images, with a comment that says how they came about."""
+"""Write videos and images, with a comment that records how they were generated."""
 
 import itertools
 import os
@@ -25,14 +25,14 @@ BT709 = 1  # for matrix, primaries and transfer characteristics alike (ITU-T H.2
 
 
 def to_frames(pixels: Tensor) -> np.ndarray:
-    """Pixels (3, F, H, W) in [-1, 1] to frames (F, H, W, 3) in 0..255, rounded to the nearest."""
+    """Convert pixels (3, F, H, W) in [-1, 1] to frames (F, H, W, 3) uint8, rounded to nearest."""
     scaled = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return rearrange(scaled, "C F H W -> F H W C").cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Codec:
-    """An encoder of ffmpeg's, the pixels that it takes, and its usual and worst rate factor; 0 is the best."""
+    """An FFmpeg encoder, its pixel format, and its default and worst rate factor; 0 is the best."""
 
     encoder: str
     pixel_format: str
@@ -41,9 +41,9 @@ class Codec:
     options: Mapping[str, str] = field(default_factory=dict)
 
 
-# The same frames must always give the same file. Threads that look ahead keep x264 from that, and so do its macroblock
-# trees together with B-frames: in PyAV's build they differ from run to run on processors with AVX-512, whatever the
-# number of threads. libx265 is not here: the build that PyAV brings writes beyond its memory at small sizes.
+# The same frames must always give the same file. x264's lookahead threads prevent that, and so do macroblock trees with
+# B-frames: in PyAV's build they differ from run to run on processors with AVX-512, with any number of threads. libx265
+# is missing because PyAV's build writes out of bounds at small sizes.
 CODECS: dict[str, Codec] = {
     "h264": Codec("libx264", "yuv420p", 16, 51, {"x264-params": "sync-lookahead=0:mbtree=0"}),
     "vp9": Codec("libvpx-vp9", "yuv420p", 24, 63, {"b": "0", "row-mt": "0"}),
@@ -60,10 +60,10 @@ def write_video(
     quality: int | None = None,
     comment: str = "",
 ) -> None:
-    """Write frames, each (H, W, 3) uint8, as mp4, in BT.709 unless the codec takes RGB; H and W must be even then.
+    """Write frames, each (H, W, 3) uint8, as mp4, in BT.709 with even H and W unless the codec uses RGB.
 
-    At least one; each is encoded before the next is taken, so that a video need not be held as a whole.
-    `quality` is the codec's constant rate factor, lower is better; `comment` goes into the file's metadata.
+    There must be at least one frame. Each is encoded before the next is requested, so the video is never in memory as a
+    whole. `quality` is the codec's constant rate factor, lower is better; `comment` is stored in the metadata.
     """
     chosen = choose("codec", codec, CODECS)
     rate_factor = chosen.quality if quality is None else min(quality, chosen.worst)
@@ -86,14 +86,13 @@ def write_video(
 
 
 def _tag(context: av.VideoCodecContext) -> None:
-    """Say in the stream and the container that its pixels are BT.709 in limited range; without that players guess the
-    matrix by the size of the video."""
+    """Tag the stream and the container as BT.709 in limited range; untagged, players guess by the size of the video."""
     context.colorspace = context.color_primaries = context.color_trc = BT709
     context.color_range = ColorRange.MPEG
 
 
 def _to_bt709(frame: av.VideoFrame, pixel_format: str) -> av.VideoFrame:
-    """An RGB frame as YUV by the coefficients of BT.709, limited range."""
+    """Convert an RGB frame to YUV with BT.709 coefficients, limited range."""
     return frame.reformat(format=pixel_format, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
 
 
@@ -107,8 +106,10 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray, *, comment: str
 
 
 def write_images(folder: str | os.PathLike[str], frames: Iterable[np.ndarray], *, comment: str = "") -> None:
-    """Write frames as FOLDER/NAME_000.png and so on, NAME being the folder's own; what a longer video has left behind
-    them goes. Each is written before the next is taken."""
+    """Write frames as FOLDER/NAME_000.png and so on, where NAME is the name of the folder.
+
+    Later frames of an earlier, longer video are deleted. Each frame is written before the next is requested.
+    """
     target = Path(folder)
     num_frames = 0
     for index, image in enumerate(frames):
@@ -122,7 +123,7 @@ def write_images(folder: str | os.PathLike[str], frames: Iterable[np.ndarray], *
 
 
 def read_comment(path: str | os.PathLike[str]) -> str | None:
-    """The comment that a video, a PNG or a folder of them carries, or None. OSError for a file that does not read."""
+    """Return the comment of a video, a PNG or a folder of PNGs, or None. Raises OSError for an unreadable file."""
     target = Path(path)
     if target.is_dir():
         first = min(target.glob("*.png"), default=None)

@@ -21,7 +21,7 @@ import torch
 from examples.nano.judge import Verdict, judge, psnr
 from examples.nano.names import DIT, T5, VAE
 from examples.nano.world import FRAMES, SIZE, Scene, draw, held_out_scenes
-from generate.models import Beginning, Models
+from generate.models import Models, VideoInputs
 from generate.preflight import weighted_loras
 from generate.settings import GenerateSettings
 from wan_train.cli import parse
@@ -59,7 +59,7 @@ def generate_clips(
         for index, caption in enumerate(captions)
     ]
     conditions = models.encode([*captions, ""])
-    runs = [models.begin(request, conditions, Beginning()) for request in requests]
+    runs = [models.start(request, conditions, VideoInputs()) for request in requests]
     with models.dit() as dit:
         for run in runs:
             run.advance(dit.model)

@@ -151,12 +151,12 @@ def test_an_unknown_option_is_named_with_the_nearest(job: str, refused: Callable
         ("generate", {"slg_layers": 2}, "blocks 0 to 1"),
         ("generate", {"slg_layers": 1, "guidance_scale": 1}, "--guidance_scale"),
         ("generate", {"slg_mode": "both"}, "original"),
-        ("generate", {"timesteps": "250,500"}, "falling"),
+        ("generate", {"timesteps": "250,500"}, "must decrease"),
         ("generate", {"denoising_strength": 1.5, "video_path": "absent.mp4"}, "0.001 to 1"),
         ("generate", {"denoising_strength": 0.5}, "--video_path"),
         ("generate", {"video_path": "absent.mp4"}, "absent.mp4"),
         ("generate", {"save_path": None}, "--save_path"),
-        ("generate", {"save_path": "{name}.mp4"}, "{name} is not known, {seed} and {index} are"),
+        ("generate", {"save_path": "{name}.mp4"}, "unknown placeholder {name}; use {seed} or {index}"),
         ("generate", {"save_path": "x.webm"}, ".mp4"),
         ("generate", {"codec": "h265"}, "h264"),
         ("generate", {"video_quality": 64}, "--video_quality"),
@@ -308,7 +308,7 @@ def test_a_line_of_a_prompt_file_that_cannot_be(here: Path, refused: Callable[..
         ("a dog --sample_solver unipcs", "unipc"),
         ("a dog --cfg_apply_ratio 2 --cfg_skip_mode late", "0 to 1"),
         ("a dog --denoising_strength 0.5", "video_path"),
-        ("--w 64", "starts with the prompt"),
+        ("--w 64", "the prompt is empty"),
     ):
         (here / "prompts.txt").write_text(f"a cat\n{line}\n")
         said = refused("generate", prompt=None, from_file=here / "prompts.txt", save_path=here / "out")

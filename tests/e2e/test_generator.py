@@ -137,7 +137,7 @@ def test_the_python_call_refuses_what_it_cannot_do(tiny: Path) -> None:
         ({"dit": "absent.safetensors"}, "absent.safetensors"),
         ({"infer_steps": "many"}, "many"),
         ({"seed": 2**64}, "--seed"),
-        ({"trim_tail_frames": 5}, "leaves none of 5 frames"),
+        ({"trim_tail_frames": 5}, "less than the number of frames, 5"),
     ):
         with pytest.raises(ValueError, match=told):
             wan_train.generate("a cat", **(calling(tiny) | settings))

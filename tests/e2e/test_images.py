@@ -189,7 +189,7 @@ def test_lines_from_the_keyboard_have_images_of_their_own(
     lines = [f"{PROMPT} --d 1 --i {desk.folder / name}" for name in (FIRST, LAST, FIRST)]
     # What fails costs its line only.
     typed = iter([lines[0], PROMPT, *lines[1:]])
-    monkeypatch.setattr(interactive.converse, "__kwdefaults__", {"read": lambda prompt: next(typed, None)})
+    monkeypatch.setattr(interactive.run_interactive, "__kwdefaults__", {"read": lambda prompt: next(typed, None)})
     words = desk.generating("i2v-14B", "x", "--interactive", "--save_path", tmp_path / "{index}.mp4")
     desk.run_tool("wan_generate_video.py", *words)
     first, other, again = (frames_of(tmp_path / f"{index:03d}.mp4") for index in range(3))

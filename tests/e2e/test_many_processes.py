@@ -144,12 +144,12 @@ def test_only_the_first_process_has_to_do_with_a_remote_folder(
         (2, (), "2 processes run, but no option shares the work"),
         (2, ("--ulysses_size", 2, "--cfg_size", 2), "--ulysses_size 2 x --cfg_size 2 = 4, but 2 processes run"),
         (1, ("--ulysses_size", 2), "--ulysses_size 2 = 2, but 1 process runs"),
-        (3, ("--ulysses_size", 3), "has 2 attention heads, which divide by 1, 2"),
-        (2, ("--cfg_size", 2, "--cfg_merge"), "--cfg_merge takes both prompts in one pass, --cfg_size 2"),
+        (3, ("--ulysses_size", 3), "has 2 attention heads: use one of 1, 2"),
+        (2, ("--cfg_size", 2, "--cfg_merge"), "--cfg_merge runs both prompts in one pass, --cfg_size 2"),
         (2, ("--data_parallel", 2), "--data_parallel 2 is more than the number of videos, 1"),
         (2, ("--ulysses_size", 2, "--compile", "--compile_fullgraph"), "leave out --compile_fullgraph"),
         (2, ("--ulysses_size", 2, "--dit", "absent.safetensors"), "absent.safetensors"),
-        (2, ("--cfg_size", 2, "--save_path", "a.webm"), ".webm is not written"),  # what only the first looks at
+        (2, ("--cfg_size", 2, "--save_path", "a.webm"), ".webm is not supported"),  # what only the first looks at
         (2, ("--cfg_size", 2, "--save_path", "nope://x"), "--save_path nope://x cannot be opened"),
     ],
 )

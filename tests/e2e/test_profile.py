@@ -57,4 +57,4 @@ def test_what_takes_no_steps_is_not_profiled(
 ) -> None:
     words = ("--dit", tiny / DIT, "--vae", tiny / VAE, "--latent_path", tmp_path, "--save_path", tmp_path)
     run_here("wan_generate_video.py", *words, "--profile", tmp_path, expect=2)
-    assert "--profile traces the sampling of a video, and --latent_path makes none" in capsys.readouterr().err
+    assert "--profile traces sampling, which --latent_path does not do" in capsys.readouterr().err

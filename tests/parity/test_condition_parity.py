@@ -23,7 +23,7 @@ from wan_train.conditions.conditions import Conditions, ImageConditions
 from wan_train.models.settings import ImageEncoderSettings, VaeSettings
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.decode import open_vae
-from wan_train.sampling.encode import encode_images, see_requests
+from wan_train.sampling.encode import encode_clip_requests, encode_images
 from wan_train.sampling.grammar import parse_line
 from wan_train.sampling.request import preview_defaults
 from wan_train.training.objective.conditioning import conditions_of
@@ -106,14 +106,14 @@ def generated(line: str, task: str, files: list[str]) -> ImageConditions | None:
     assert (request.width, request.height) == BUCKET  # of the image's own proportions
     models = Models(settings, {}, CPU)
     with models.image_encoder() as encoder:
-        tokens = models.see(encoder, request)
+        tokens = models.encode_clip(encoder, request)
     with models.vae() as vae:
         return models.encode_images(vae, request, tokens)
 
 
 def previewed(line: str, task: str, files: list[str]) -> ImageConditions | None:
     request = parse_line(line, preview_defaults(VARIANTS[task]))
-    (tokens,) = see_requests([request], ImageEncoderSettings(clip=files[3]), CPU)
+    (tokens,) = encode_clip_requests([request], ImageEncoderSettings(clip=files[3]), CPU)
     return encode_images(request, open_vae(VaeSettings(vae=files[1], vae_dtype="fp32"), CPU), tokens, CPU)
 
 

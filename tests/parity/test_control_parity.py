@@ -27,7 +27,7 @@ from wan_train.conditions.control import dit_arguments
 from wan_train.models.settings import ImageEncoderSettings, VaeSettings
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.decode import open_vae
-from wan_train.sampling.encode import encode_images, see_requests
+from wan_train.sampling.encode import encode_clip_requests, encode_images
 from wan_train.sampling.grammar import parse_line
 from wan_train.sampling.request import preview_defaults
 
@@ -185,7 +185,7 @@ def generated(line: str, task: str, options: list[str]) -> dict[str, Tensor]:
     tokens = None
     if request.clip_paths:
         with models.image_encoder() as encoder:
-            tokens = models.see(encoder, request)
+            tokens = models.encode_clip(encoder, request)
     with models.vae() as vae:
         built = models.encode_images(vae, request, tokens)
     return {} if built is None else dict(built.extras)
@@ -193,7 +193,7 @@ def generated(line: str, task: str, options: list[str]) -> dict[str, Tensor]:
 
 def previewed(line: str, task: str, options: list[str]) -> dict[str, Tensor]:
     request = parse_line(line, preview_defaults(VARIANTS[task]))
-    (tokens,) = see_requests([request], ImageEncoderSettings(clip=options[5]), CPU)
+    (tokens,) = encode_clip_requests([request], ImageEncoderSettings(clip=options[5]), CPU)
     vae = open_vae(VaeSettings(vae=options[1], vae_dtype="fp32"), CPU)
     built = encode_images(request, vae, tokens, CPU)
     return {} if built is None else dict(built.extras)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 import wan_train
 from generate.jobs import make_jobs
-from generate.models import Beginning, Models
+from generate.models import Models, VideoInputs
 from generate.settings import GenerateSettings
 from tests.parity.golden import TOLERANCE, relative_error
 from tests.tiny import make
@@ -61,7 +61,7 @@ class Tiny:
         settings = from_values(GenerateSettings, self.options(**changes), "the test")
         models, request = Models(settings, {}, CPU), make_jobs(settings)[0].request
         conditions = models.encode([request.prompt, request.negative_prompt])
-        sampling = models.begin(request, conditions, Beginning())
+        sampling = models.start(request, conditions, VideoInputs())
         with models.dit() as dit:
             sampling.advance(dit.model)
         latents = sampling.latents[None]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from wan_train.conditions.conditions import Conditions, ImageConditions
-from wan_train.conditions.images import given_latents, given_mask, one_frame_latents, seen_tokens
+from wan_train.conditions.images import clip_tokens, given_latents, given_mask, one_frame_latents
 from wan_train.models.one_frame import OneFrame
 
 HEIGHT, WIDTH = 16, 32
@@ -70,7 +70,7 @@ def tokens(images: Tensor) -> Tensor:
 
 
 def test_tokens_of_images_follow_one_another() -> None:
-    both = seen_tokens([image(0.5), image(-0.25)], tokens)
+    both = clip_tokens([image(0.5), image(-0.25)], tokens)
     assert both.tolist() == [[0.5, 0.5]] * 3 + [[-0.25, -0.25]] * 3
 
 

@@ -1,4 +1,4 @@
-"""Camera paths, and the Pluecker maps that camera models read of them (VideoX-Fun's Control-Camera).
+"""Camera paths and their Pluecker maps, the input of camera models (VideoX-Fun's Control-Camera).
 
 A camera entry is a line of RealEstate10K (Zhou et al. 2018): a time stamp; fx, fy, cx, cy as fractions of width and
 height; two zeros; the 3x4 matrix from world to camera, row by row.
@@ -19,16 +19,16 @@ from wan_train.errors import InputError
 from wan_train.models.variants import FRAME_STEP
 
 ENTRY_LENGTH = 19
-# Where a path by direction starts, and what it moves by in each frame (VideoX-Fun's and DiffSynth-Studio's defaults).
+# Default first entry and motion per frame of a path by direction (VideoX-Fun's and DiffSynth-Studio's).
 ORIGIN = (0, 0.532139961, 0.946026558, 0.5, 0.5, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
 SPEED = 1 / 54
-# The element of an entry that a direction changes, and the sign; those of Left to Down are of the rotation.
+# The element of an entry that a direction changes, and the sign; Left to Down change the rotation.
 _STEPS = {"Left": (9, 1), "Right": (9, -1), "Up": (13, 1), "Down": (13, -1), "In": (18, -1), "Out": (18, 1)}
 DIRECTIONS = ("Left", "Right", "Up", "Down", "LeftUp", "LeftDown", "RightUp", "RightDown", "In", "Out")
 _DIRECTION = re.compile(f"(?:{'|'.join(_STEPS)})+")
-_POSE_ASPECT = 1280 / 720  # of the videos whose fx and fy the entries are fractions of
+_POSE_ASPECT = 1280 / 720  # of the videos to which fx and fy refer
 _CENTRE_X, _FIRST_OF_MATRIX = 3, 7
-_MIRRORED = (8, 9, 10, 11, 15)  # matrix elements with x on one side: of M [R t] diag(M, 1), M = diag(-1, 1, 1)
+_MIRRORED = (8, 9, 10, 11, 15)  # matrix elements whose sign changes in M [R t] diag(M, 1), M = diag(-1, 1, 1)
 
 
 def plucker_embedding(
@@ -42,7 +42,7 @@ def plucker_embedding(
 ) -> Tensor:
     """Return the Pluecker map (frames, height, width, 6), float32, of a camera that moves in a direction.
 
-    Arguments as of `camera_path`; `height` and `width` in pixels. Raises ValueError as that does.
+    The arguments are those of `camera_path`, `height` and `width` in pixels. Raises ValueError like `camera_path`.
     """
     return plucker(camera_path(direction, frames, speed, origin), height, width)
 
@@ -50,16 +50,16 @@ def plucker_embedding(
 def camera_path(direction: str, frames: int, speed: float = SPEED, origin: Sequence[float] | None = None) -> Tensor:
     """Return the camera entries (frames, 19), float32, of a camera that moves by `speed` in each frame.
 
-    `direction` is one of `DIRECTIONS`, or several words of them as one, such as "LeftUp"; `origin` is the first frame's
-    entry, default: `ORIGIN`. Raises ValueError for other directions, for frames below 1, for a speed that is NaN or
-    Inf, and for an origin that is not 19 numbers.
+    `direction` is one of `DIRECTIONS` or a concatenation, such as "LeftUp"; `origin` is the entry of the first frame,
+    default: `ORIGIN`. Raises ValueError for other directions, fewer than 1 frame, a speed that is NaN or Inf, and an
+    origin that is not 19 numbers.
     """
     if not _DIRECTION.fullmatch(direction):
-        raise ValueError(f"unknown camera direction {direction!r}: known are {', '.join(DIRECTIONS)}")
+        raise ValueError(f"unknown camera direction {direction!r}: choose from {', '.join(DIRECTIONS)}")
     first = ORIGIN if origin is None else tuple(origin)
     if frames < 1 or not math.isfinite(speed) or len(first) != ENTRY_LENGTH:
         raise ValueError(
-            f"a camera path takes 1 frame or more, a finite speed and an origin of {ENTRY_LENGTH} numbers, not"
+            f"a camera path needs at least 1 frame, a finite speed and an origin of {ENTRY_LENGTH} numbers, got"
             f" {frames}, {speed} and {len(first)}"
         )
     entries = torch.tensor(first, dtype=torch.float64).repeat(frames, 1)
@@ -70,10 +70,10 @@ def camera_path(direction: str, frames: int, speed: float = SPEED, origin: Seque
 
 
 def read_camera_file(path: Path) -> Tensor:
-    """Return the camera entries (N, 19), float32, of a file of RealEstate10K's lines, one for each frame of a video.
+    """Return the camera entries (N, 19), float32, of a file in RealEstate10K format, one line per video frame.
 
-    The first line is left out where it is an address or a heading. Raises InputError with file and line for one that is
-    not 19 finite numbers or has no focal length or no invertible matrix, and for a file without entries.
+    A first line that is a URL or a heading is skipped. Raises InputError with file and line for an entry that is not
+    19 finite numbers, or whose focal length is not positive or matrix not invertible, and for a file without entries.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -85,18 +85,18 @@ def read_camera_file(path: Path) -> Tensor:
         if not line.strip() or (number == 1 and entry is None):
             continue
         if entry is None or len(entry) != ENTRY_LENGTH:
-            raise InputError(f"{path}, line {number}: a camera entry is {ENTRY_LENGTH} numbers, as in RealEstate10K")
+            raise InputError(f"{path}, line {number}: expected {ENTRY_LENGTH} numbers, as in RealEstate10K format")
         rotation = rearrange(torch.tensor(entry[_FIRST_OF_MATRIX:]), "(row column) -> row column", column=4)[:, :3]
         if min(entry[1:3]) <= 0 or abs(float(torch.linalg.det(rotation))) < 1e-6:
-            raise InputError(f"{path}, line {number}: its focal length is not positive or its matrix has no inverse")
+            raise InputError(f"{path}, line {number}: the focal length must be positive and the matrix invertible")
         entries.append(entry)
     if not entries:
-        raise InputError(f"{path} has no camera entries: it takes a line of {ENTRY_LENGTH} numbers for each frame")
+        raise InputError(f"{path} has no camera entries: write one line of {ENTRY_LENGTH} numbers per frame")
     return torch.tensor(entries, dtype=torch.float32)
 
 
 def mirrored(entries: Tensor) -> Tensor:
-    """Return the entries (N, 19) of the camera that would have taken the mirrored video, left for right."""
+    """Return the entries (N, 19) of the horizontally mirrored video."""
     turned = entries.clone()
     turned[:, list(_MIRRORED)] *= -1
     turned[:, _CENTRE_X] = 1 - turned[:, _CENTRE_X]
@@ -104,10 +104,10 @@ def mirrored(entries: Tensor) -> Tensor:
 
 
 def plucker(entries: Tensor, height: int, width: int) -> Tensor:
-    """Return the Pluecker map (N, X, Y, 6), float32, of entries (N, 19): of each pixel's ray the moment, then the
-    direction, as seen from the first frame's camera (Sitzmann et al. 2021, Light Field Networks, eq. 2).
+    """Return the Pluecker map (N, X, Y, 6), float32, of entries (N, 19).
 
-    It is computed on the device of the entries; `height` and `width` are in pixels.
+    It has the moment and the direction of each pixel's ray, in the first frame's camera coordinates (Sitzmann et al.
+    2021, Light Field Networks, eq. 2). It is computed on the device of the entries; `height` and `width` are in pixels.
     """
     device, entries = entries.device, entries.to("cpu", torch.float64)
     poses = _poses_from_first(entries).float().to(device)
@@ -122,14 +122,16 @@ def plucker(entries: Tensor, height: int, width: int) -> Tensor:
 
 
 def packed(plucker_map: Tensor) -> Tensor:
-    """Return a Pluecker map (N, X, Y, 6), N = 4k+1, as the DiT takes it: (24, F, X, Y), with the four pixel frames of a
-    latent frame as channels behind one another; the first latent frame holds its only one four times."""
+    """Pack a Pluecker map (N, X, Y, 6), N = 4k+1, into the DiT's input (24, F, X, Y).
+
+    The four pixel frames of a latent frame become channels; the first latent frame repeats its only pixel frame.
+    """
     repeated = torch.cat([plucker_map[:1].expand(FRAME_STEP, -1, -1, -1), plucker_map[1:]])
     return rearrange(repeated, "(F k) X Y c -> (c k) F X Y", k=FRAME_STEP)
 
 
 def _poses_from_first(entries: Tensor) -> Tensor:
-    """Matrices (N, 4, 4) from each camera to the first one."""
+    """Return the matrices (N, 4, 4) from each camera to the first one."""
     matrices = rearrange(entries[:, _FIRST_OF_MATRIX:], "N (row column) -> N row column", column=4)
     below = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=entries.dtype).expand(len(entries), 1, 4)
     to_camera = torch.cat([matrices, below], dim=1)
@@ -139,7 +141,7 @@ def _poses_from_first(entries: Tensor) -> Tensor:
 
 
 def _intrinsics(entries: Tensor, height: int, width: int) -> Tensor:
-    """fx, fy, cx, cy (N, 4) in pixels of a video whose aspect is not the poses', which is covered by it."""
+    """Return fx, fy, cx, cy (N, 4) in pixels, corrected for a video whose aspect ratio is not that of the poses."""
     fx, fy, cx, cy = entries[:, 1:5].unbind(1)
     if width / height < _POSE_ASPECT:
         fx = fx * (height * _POSE_ASPECT / width)
@@ -149,7 +151,7 @@ def _intrinsics(entries: Tensor, height: int, width: int) -> Tensor:
 
 
 def _numbers(line: str) -> list[float] | None:
-    """The finite numbers of a line; None where something else is in it."""
+    """Return the finite numbers of a line; None if it contains anything else."""
     try:
         found = [float(word) for word in line.split()]
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the DiT reads beside the noisy latents: of one sample's images, and of a batch.
+"""The conditions of the DiT: those of a sample's images, and those of a batch.
 
 Legend: B batch, C channels of latents, F latent frames, H W latent size.
 """
@@ -14,8 +14,10 @@ from wan_train.conditions.kinds import KINDS
 
 @dataclass(frozen=True)
 class ImageConditions:
-    """What a model reads of the images that a video is made from: `extras` by name of `KINDS`, without a batch's axis.
-    A model that reads the first frame fused has `first` (C, 1, H, W) alone, its latents."""
+    """The conditions of a video's images: `extras` by name of `KINDS`, without the batch dimension.
+
+    For a model that fuses the first frame into the latents, only `first` (C, 1, H, W), the latents of that frame.
+    """
 
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     first: Tensor | None = None
@@ -23,11 +25,11 @@ class ImageConditions:
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditioning of a batch: `context`, a text embedding (L_i, text_dim) for each sample, and `extras` by name of
-    `KINDS`, each with the batch's axis in front unless it is shared.
+    """The conditions of a batch: `context`, a text embedding (L_i, text_dim) per sample, and `extras` by name of
+    `KINDS`, with the batch dimension unless shared.
 
-    `first_frame` (B, C, 1, H, W) is what takes the place of the noisy first frame, in the samples for which `has_first`
-    (B,) says so; see `fuse`.
+    `first_frame` (B, C, 1, H, W) replaces the noisy first frame of the samples where `has_first` (B,) is true; see
+    `fuse`.
     """
 
     context: tuple[Tensor, ...]
@@ -36,13 +38,13 @@ class Conditions:
     has_first: Tensor | None = None
 
     def to(self, device: torch.device) -> "Conditions":
-        """The same on another device, but for what is shared."""
+        """Return the conditions on a device; shared ones stay where they are."""
         extras = {name: value if KINDS[name].is_shared else value.to(device) for name, value in self.extras.items()}
         first, has_first = (None if value is None else value.to(device) for value in (self.first_frame, self.has_first))
         return Conditions(tuple(rows.to(device) for rows in self.context), extras, first, has_first)
 
     def joined(self, other: "Conditions") -> "Conditions":
-        """A batch of these and the other's samples."""
+        """Return the batch of these samples followed by the other's."""
         assert self.extras.keys() == other.extras.keys(), "samples of a batch have the same conditions"
         extras = {
             name: value if KINDS[name].is_shared else torch.cat([value, other.extras[name]])
@@ -52,7 +54,7 @@ class Conditions:
         return Conditions((*self.context, *other.context), extras, *first)
 
     def with_images(self, images: ImageConditions | None) -> "Conditions":
-        """A single text with the images of its video."""
+        """Return the conditions of a single text with those of its images."""
         if images is None:
             return self
         if images.first is not None:
@@ -61,16 +63,18 @@ class Conditions:
         return replace(self, extras=extras)
 
     def with_context(self, context: Sequence[Tensor]) -> "Conditions":
-        """Other texts beside the same images."""
+        """Return the conditions with other texts."""
         return replace(self, context=tuple(context))
 
     def inputs(self) -> dict[str, list[Tensor] | Tensor]:
-        """Keyword arguments for the DiT."""
+        """Return the keyword arguments for the DiT."""
         return {"context": list(self.context), **self.extras}
 
     def fuse(self, noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents (B, C, F, H, W) with the first frames that are given, and timesteps (B, F) with 0 for these;
-        latents and timesteps (B,) as they are where none is given (official Wan2.2 TI2V)."""
+        """Return the noisy latents (B, C, F, H, W) with given first frames, and timesteps (B, F) with 0 for these.
+
+        Without a first frame the latents and timesteps (B,) are unchanged (official Wan2.2 TI2V).
+        """
         if self.first_frame is None:
             return noisy, timestep
         assert self.has_first is not None
@@ -82,5 +86,5 @@ class Conditions:
 
 
 def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    assert (one is None) == (other is None), "samples of a batch have images, or none has"
+    assert (one is None) == (other is None), "either all samples of a batch have images or none"
     return None if one is None or other is None else torch.cat([one, other])

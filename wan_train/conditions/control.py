@@ -1,7 +1,7 @@
-"""What control models read: latents of a control video, a start image and a reference image (VideoX-Fun), and from
-all kinds of conditions to the arguments of `Dit.forward`.
+"""Inputs of control models: latents of a control video, a start image and a reference image (VideoX-Fun), and the
+conversion of conditions to the arguments of `Dit.forward`.
 
-What is encoded is contiguous, as elsewhere in this room: convolutions of other layouts differ in the last bits.
+Pixels are made contiguous before encoding, because convolutions in other memory layouts differ in the last bits.
 
 Legend: B batch, C channels of latents, F latent frames, H W latent size, N pixel frames, X Y pixel height and width.
 """
@@ -18,7 +18,7 @@ from wan_train.models.variants import FRAME_STEP, Variant
 
 
 def start_latents(image: Tensor, encode: Encode) -> Tensor:
-    """Return `start_latents` (C, 1, H, W), on the CPU, of a video's first frame (3, X, Y) in [-1, 1], by itself."""
+    """Return `start_latents` (C, 1, H, W), on the CPU, of a video's first frame (3, X, Y) in [-1, 1]."""
     return encode(image[None, :, None].contiguous())[0].cpu()
 
 
@@ -35,12 +35,12 @@ def control_latents(pixels: Tensor, encode: Encode) -> Tensor:
 def dit_arguments(
     extras: Mapping[str, Tensor], variant: Variant, shape: tuple[int, int, int, int, int]
 ) -> dict[str, Tensor]:
-    """Return the keyword arguments of `Dit.forward` that kinds of conditions, by name and with a batch's axis, make.
+    """Convert conditions, by name and with a batch dimension, to keyword arguments of `Dit.forward`.
 
-    `shape` (B, C, F, H, W) is that of the video's latents. What a control model reads behind the noisy latents becomes
-    one tensor, zeros for what is absent (VideoX-Fun): the latents of the control video, then those of the start image
-    in its frame and zeros behind it, or in Wan2.2 what image-to-video models read. Camera entries become a packed
-    Pluecker map.
+    `shape` (B, C, F, H, W) is that of the video's latents. The channels that a control model concatenates to the noisy
+    latents become one tensor, zeros for absent parts (VideoX-Fun): the latents of the control video, then those of the
+    start image, zero after its frame, or in Wan2.2 the channels of image-to-video models. Camera entries become a
+    packed Pluecker map.
     """
     control = variant.control
     if control is None or control.vace:
@@ -59,7 +59,7 @@ def dit_arguments(
 
 
 def _start_part(extras: Mapping[str, Tensor], variant: Variant, shape: tuple[int, int, int, int, int]) -> Tensor:
-    """What a start image gives behind the noisy latents: (B, C, F, H, W), with I2V's mask (B, 4+C, F, H, W)."""
+    """Return the start image's channels (B, C, F, H, W), or (B, 4+C, F, H, W) with I2V's mask."""
     batch, channels, frames, height, width = shape
     assert variant.images is not None
     if not variant.images.alone:

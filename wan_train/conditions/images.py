@@ -1,4 +1,4 @@
-"""What the DiT reads of the images that a video is made from; built here alone, for cache, preview and generator.
+"""Conditions of first-frame, last-frame and control images, for caching, previews and the generator.
 
 Legend: B batch, C channels of latents, F latent frames, H W latent size, N pixel frames, X Y pixel height and width,
 I image tokens.
@@ -13,14 +13,14 @@ from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VAE_STRIDE
 
 Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, N, X, Y) -> latents (1, C, F, H, W)
-See = Callable[[Tensor], Tensor]  # pixels (K, 3, X, Y) -> CLIP tokens (K, tokens, width)
+EncodeClip = Callable[[Tensor], Tensor]  # pixels (K, 3, X, Y) -> CLIP tokens (K, tokens, width)
 
 
 def given_latents(images: Sequence[Tensor], num_frames: int, encode: Encode) -> Tensor:
-    """`image_latents` of a video of `num_frames` that begins with the first of the images (3, X, Y) in
-    [-1, 1] and, if there is a second, ends with it.
+    """Return `image_latents` (4+C, F, H, W) of a video whose first frame and, if given, last frame are these images.
 
-    What is not given is mid grey, and all of it is encoded as one video (official Wan2.1 image2video).
+    The images are (3, X, Y) in [-1, 1]. The other frames are mid grey, and all are encoded as one video (official
+    Wan2.1 image2video).
     """
     height, width = images[0].shape[1:]
     video = torch.zeros(3, num_frames, height, width)
@@ -32,9 +32,9 @@ def given_latents(images: Sequence[Tensor], num_frames: int, encode: Encode) -> 
 
 
 def one_frame_latents(images: Sequence[Tensor], one_frame: OneFrame, encode: Encode) -> Tensor:
-    """`image_latents` of an image that is made as one frame of several, the others given (3, X, Y).
+    """Return `image_latents` for one-frame inference with these control images (3, X, Y).
 
-    Each latent frame is an image of its own: a given one, or mid grey in the place of the one that is made.
+    Each latent frame is encoded as a separate image: a control image, or mid grey for the target.
     """
     given = dict(zip(one_frame.controls, images, strict=True))
     frames = []
@@ -46,16 +46,16 @@ def one_frame_latents(images: Sequence[Tensor], one_frame: OneFrame, encode: Enc
     return torch.cat(frames, dim=1)
 
 
-def seen_tokens(images: Sequence[Tensor], see: See) -> Tensor:
-    """`clip_features` of images (3, X, Y) that are scaled and cropped to the video's size."""
-    # One at a time: equal, bit for bit, whatever is beside it.
-    return torch.cat([see(image[None])[0].cpu() for image in images])
+def clip_tokens(images: Sequence[Tensor], encode: EncodeClip) -> Tensor:
+    """Return `clip_features` of images (3, X, Y), already scaled and cropped to the video's size."""
+    # One at a time, so that each is bit-exact in any batch.
+    return torch.cat([encode(image[None])[0].cpu() for image in images])
 
 
 def given_mask(given: Sequence[int], num_frames: int, height: int, width: int) -> Tensor:
-    """The mask (4, F, H, W) of a video in which the pixel frames `given` are given: 1 there, else 0.
+    """Return the mask (4, F, H, W) of a video: 1 for the pixel frames `given`, else 0.
 
-    The first latent frame holds its only pixel frame four times, each further one four pixel frames.
+    The first latent frame repeats its only pixel frame four times, each later one has four pixel frames.
     """
     frames = torch.zeros(num_frames)
     frames[list(given)] = 1

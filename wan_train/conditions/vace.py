@@ -1,4 +1,4 @@
-"""The VACE context: what is kept and what is made anew of a video, the mask between them, and reference images
+"""The VACE context: inactive (kept) and reactive (generated) latents of a video, their mask, and reference images
 (official Wan2.1 VACE; Jiang et al. 2025, section 3.2).
 
 Legend: B batch, C channels of latents, F latent frames, H W latent size, N pixel frames, X Y pixel height and width,
@@ -17,7 +17,7 @@ from wan_train.models.variants import FRAME_STEP, LATENT_CHANNELS, VAE_STRIDE
 
 MASK_CHANNELS = VAE_STRIDE**2
 CONTEXT_CHANNELS = 2 * LATENT_CHANNELS + MASK_CHANNELS
-_THRESHOLD = 0.5  # of a mask in [0, 1]: what is above is made anew
+_THRESHOLD = 0.5  # of a mask in [0, 1]: above it is generated
 _WHITE = 1.0
 
 
@@ -31,14 +31,13 @@ def vace_context(
 ) -> Tensor:
     """Return `vace_context` (96, R+F, H, W) of a video of `shape` (N, X, Y), on the CPU.
 
-    `video` (3, N, X, Y) in [-1, 1]; `mask` (N, X, Y) in [0, 1], above 0.5 what is made anew, default: all of it.
-    Without a video it is grey, and all of it is made anew whatever the mask. `references` (3, x, y) in [-1, 1], of any
-    size, are fitted onto white. Channels: latents of what is kept, latents of what is made anew, the packed mask; the
-    references stand in front, as what is kept.
+    `video` is (3, N, X, Y) in [-1, 1], grey if None; `mask` is (N, X, Y) in [0, 1], generated above 0.5, and everything
+    if None or without a video. `references` (3, x, y) in [-1, 1], of any size, are letterboxed on white. The channels
+    are the inactive latents, the reactive latents and the packed mask; references come first, as inactive frames.
     """
     if video is None:
         video, mask = torch.zeros(3, *shape), None
-    video = video.contiguous()  # convolutions of other layouts differ in the last bits
+    video = video.contiguous()  # convolutions in other memory layouts differ in the last bits
     made = torch.ones(shape) if mask is None else (mask > _THRESHOLD).float()
     made = made.to(video.device)
     kept_latents, made_latents = (encode((video * part)[None])[0].cpu() for part in (1 - made, made))
@@ -49,15 +48,17 @@ def vace_context(
 
 
 def packed_mask(mask: Tensor) -> Tensor:
-    """Return a mask (N, X, Y) as channels (64, F, H, W): each is a pixel of the cells, row by row, and each latent
-    frame the pixel frame that nearest-exact interpolation of time takes."""
+    """Pack a mask (N, X, Y) into channels (64, F, H, W), the 8 x 8 pixels of each latent cell, row by row.
+
+    Frames are selected by nearest-exact interpolation over time.
+    """
     cells = rearrange(mask, "N (H a) (W b) -> (a b) N H W", a=VAE_STRIDE, b=VAE_STRIDE)
     num_frames = (mask.shape[0] + FRAME_STEP - 1) // FRAME_STEP
     return F.interpolate(cells[None], size=(num_frames, *cells.shape[2:]), mode="nearest-exact")[0]
 
 
 def letterboxed(image: Tensor, height: int, width: int) -> Tensor:
-    """Return an image (3, x, y) scaled to fit into (3, height, width), bilinear, in the middle of white."""
+    """Scale an image (3, x, y) bilinearly to fit into (3, height, width), centred on white."""
     rows, columns = image.shape[1:]
     if (rows, columns) == (height, width):
         return image
@@ -76,7 +77,9 @@ def num_references(context: Tensor, latents: Tensor) -> int:
 
 
 def with_references(latents: Tensor, context: Tensor) -> Tensor:
-    """Return latents (B, C, R+F, H, W): those of the references that the VACE context carries in front of a video's
-    (B, C, F, H, W), which is what a VACE model is trained to make."""
+    """Return the reference latents of a VACE context, followed by a video's latents: (B, C, R+F, H, W).
+
+    A VACE model is trained to generate both.
+    """
     references = context[:, : latents.shape[1], : num_references(context, latents)]
     return torch.cat([references.to(latents), latents], dim=2)

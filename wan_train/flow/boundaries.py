@@ -1,4 +1,4 @@
-"""The boundary between two experts in the units of other trainers; here it is a t in [0, 1], and 1 is noise."""
+"""Convert the boundary between two experts, a t in [0, 1] where 1 is noise, to the units of other trainers."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,12 @@ DIFFSYNTH_SHIFT = 5.0  # of its training schedule, whatever the model
 
 
 def index_fraction(boundary: float, shift: float) -> float:
-    """How far down a list of shifted noise levels, from the noisiest, a boundary lies: 1 - b / (s - (s-1) b)."""
+    """Return the position of a boundary in a list of shifted noise levels, noisiest first: 1 - b / (s - (s-1) b)."""
     return 1 - boundary / (shift - (shift - 1) * boundary)
 
 
 def from_index_fraction(fraction: float, shift: float) -> float:
-    """The inverse of `index_fraction`."""
+    """Return the boundary at a position in the list: the inverse of `index_fraction`."""
     before = 1 - fraction
     return shift * before / (1 + (shift - 1) * before)
 
@@ -33,6 +33,6 @@ UNITS: dict[str, Callable[[float], str]] = {
 
 
 def describe_boundary(boundary: float) -> str:
-    """A line for each tool."""
+    """Return the boundary in the notation of each tool, one per line."""
     width = max(map(len, UNITS))
     return "\n".join(f"{tool:<{width}}  {write(boundary)}" for tool, write in UNITS.items())

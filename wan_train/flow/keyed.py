@@ -1,4 +1,4 @@
-"""Randomness by key: the same on every rank, in every batch and after a restart, without a state to save."""
+"""Keyed random numbers: the same on every rank, in every batch and after a restart, without stored state."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def generator_of(key: str, *, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator that `key` alone decides, seeded by `seed_of` it."""
+    """Return a generator seeded with `seed_of(key)`."""
     return torch.Generator(device).manual_seed(seed_of(key))
 
 

@@ -4,11 +4,11 @@ from torch import Tensor
 
 
 def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1-t) data + t noise. `t` (B,) in [0, 1], 1 is pure noise; the tensors (B, ...) share a shape."""
+    """Return x_t = (1-t) data + t noise. `t` (B,) is in [0, 1], 1 is pure noise; the tensors (B, ...) share a shape."""
     t = t.view(-1, *[1] * (data.ndim - 1))
     return (1 - t) * data + t * noise
 
 
 def velocity(data: Tensor, noise: Tensor) -> Tensor:
-    """What the model learns to predict, dx_t/dt = noise - data."""
+    """Return the prediction target, dx_t/dt = noise - data."""
     return noise - data

@@ -1,8 +1,8 @@
 """Solvers of the sampling ODE: diffusers' steps on the official sigma grids.
 
-The step formulas are diffusers' (UniPC, Zhao et al. 2023; DPM-Solver++, Lu et al. 2022; Euler). Which noise levels they
-visit is decided here, as the official Wan sampler decides it. `lcm` is for models distilled to few steps: it goes to
-the data at every step and adds new noise for the next level (latent consistency models, Luo et al. 2023, algorithm 3).
+The step formulas are diffusers' (UniPC, Zhao et al. 2023; DPM-Solver++, Lu et al. 2022; Euler); the noise levels are
+those of the official Wan sampler. `lcm` is for models distilled to few steps: it predicts the data at every step and
+adds new noise for the next level (latent consistency models, Luo et al. 2023, algorithm 3).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ WITHOUT_DIFFUSERS = "use --sample_solver lcm with a model distilled for it"
 
 
 class Solver(Protocol):
-    """One run from noise to data over a fixed grid, taken in order."""
+    """A run from noise to data over a fixed grid of noise levels, step by step."""
 
     @property
     def sigmas(self) -> Tensor:
@@ -31,14 +31,14 @@ class Solver(Protocol):
 
     @property
     def timesteps(self) -> Tensor:
-        """What the DiT is told at each step (N,), 0..1000."""
+        """The timestep of each step for the DiT (N,), 0..1000."""
 
     def step(self, velocity: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
-        """x at the next noise level, from the model's velocity at this one."""
+        """Return x at the next noise level, given the model's velocity at this one."""
 
 
 class _Diffusers:
-    """A scheduler of diffusers on a grid of ours."""
+    """A scheduler of diffusers on our grid of noise levels."""
 
     def __init__(self, scheduler: Any, sigmas: np.ndarray, timesteps: np.ndarray) -> None:
         self._scheduler = scheduler
@@ -46,7 +46,7 @@ class _Diffusers:
         scheduler.sigmas = torch.from_numpy(sigmas.astype(np.float32))
         scheduler.timesteps = torch.from_numpy(timesteps)
         scheduler.num_inference_steps = len(timesteps)
-        # Truncated timesteps can repeat; a search for the first of them would start at its twin.
+        # Truncated timesteps can repeat, so a search for the first one could find its duplicate.
         scheduler.set_begin_index(0)
 
     @property
@@ -62,7 +62,7 @@ class _Diffusers:
 
 
 class _Renoising:
-    """x0 = x - sigma v at every step, then noise again to the next level."""
+    """Predict x0 = x - sigma v at every step, then add noise for the next level."""
 
     def __init__(self, sigmas: np.ndarray, generator: torch.Generator) -> None:
         self.sigmas = torch.from_numpy(sigmas.astype(np.float32))
@@ -80,7 +80,7 @@ class _Renoising:
 
 
 def _scheduler(name: str) -> Any:
-    """A class of diffusers, which takes seconds to import."""
+    """Return a class of diffusers, which takes seconds to import."""
     return load("diffusers", name, "--sample_solver", instead=WITHOUT_DIFFUSERS)
 
 
@@ -126,19 +126,19 @@ def make_solver(
     timesteps: Sequence[float] = (),
     generator: torch.Generator | None = None,
 ) -> Solver:
-    """The solver `name` (unipc, dpm++, lcm, or euler, also called vanilla) over a shifted grid of noise levels.
+    """Return the solver `name` (unipc, dpm++, lcm, or euler, also called vanilla) on a shifted grid of noise levels.
 
-    The grid has `steps` even steps from `strength`, in (0, 1], down; or the levels of `timesteps`, 0..1000 and falling.
-    Either is shifted as t' = shift t / (1 + (shift-1) t). `generator`, of the CPU, draws the noise that lcm adds;
-    the one that drew the first noise, since one of the same seed would draw that again.
+    The grid has `steps` evenly spaced levels from `strength`, in (0, 1], down; or the levels of `timesteps`, 0..1000
+    and decreasing. It is shifted as t' = shift t / (1 + (shift-1) t). The CPU `generator` draws the noise of lcm; use
+    the one that drew the initial noise, because another one with the same seed would draw that noise again.
 
-    Raises InputError for an unknown name, `steps` below 1, levels that do not fall, and numbers out of range.
+    Raises InputError for an unknown name, `steps` below 1, levels that do not decrease, and values out of range.
     """
     build = choose("solver", name, SOLVERS)
     if not shift > 0:
         raise InputError(f"the flow shift must be above 0, not {shift}")
     if not 0 < strength <= 1:
-        raise InputError(f"a run starts above 0 and at 1 at most, not at {strength}")
+        raise InputError(f"the denoising strength must be above 0 and at most 1, not {strength}")
     highest = SIGMA_MAX_UNIPC if name == "unipc" else 1.0
     if len(timesteps):
         levels = np.minimum(explicit_levels(timesteps), highest)
@@ -149,16 +149,18 @@ def make_solver(
 
 
 def even_levels(steps: int, strength: float = 1.0) -> np.ndarray:
-    """Noise levels (steps,) from `strength` down in even steps, the one at 0 left out; InputError below one step."""
+    """Return evenly spaced noise levels (steps,) from `strength` down to 0, exclusive. InputError below 1 step."""
     if steps < 1:
-        raise InputError(f"a solver takes at least 1 step, not {steps}")
+        raise InputError(f"the number of sampling steps must be at least 1, not {steps}")
     return np.linspace(strength, 0, steps + 1)[:-1]
 
 
 def explicit_levels(timesteps: Sequence[float]) -> np.ndarray:
-    """Noise levels in (0, 1] of timesteps 0..1000; InputError unless they fall."""
+    """Return the noise levels in (0, 1] of timesteps 0..1000. Raises InputError unless they decrease."""
     levels = np.array(timesteps, dtype=np.float64) / NUM_TIMESTEPS
     if not (levels > 0).all() or not (levels <= 1).all() or not (np.diff(levels) < 0).all():
         given = ",".join(f"{value:g}" for value in timesteps)
-        raise InputError(f"timesteps {given}: give falling numbers above 0 and up to {NUM_TIMESTEPS}, 1000,750,500,250")
+        raise InputError(
+            f"timesteps {given} must decrease from at most {NUM_TIMESTEPS} and stay above 0, such as 1000,750,500,250"
+        )
     return levels

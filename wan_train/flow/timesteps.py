@@ -1,8 +1,7 @@
-"""Where on the path a training sample lies: `--timestep_sampling`, and the shift that resolution calls for.
+"""Timestep sampling for training (`--timestep_sampling`), and the resolution-dependent shift.
 
-Each sampling is a distribution of t over (0, 1) that turns uniform numbers into levels by the inverse of its
-cumulative distribution: what is even in the one is even in the other, so strata of the unit interval are strata of t,
-and a part of a distribution is drawn exactly, without throwing any number away.
+Each sampling is a distribution of t over (0, 1) that maps uniform samples to levels by its inverse CDF. Strata of the
+unit interval are therefore strata of t, and a part of a distribution is sampled exactly, without rejection.
 """
 
 import math
@@ -14,30 +13,30 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-NUM_TIMESTEPS = 1000  # the DiT reads t as a number in 0..1000
-SMALLEST = 2.0**-25  # half a step of what torch.rand draws: its 0 would be a level without noise
-BISECTIONS = 32  # to 1e-8 of a logit, which is finer than float32
+NUM_TIMESTEPS = 1000  # the DiT reads t scaled to 0..1000
+SMALLEST = 2.0**-25  # half the resolution of torch.rand, whose 0 would be a level without noise
+BISECTIONS = 32  # to 1e-8 of a logit, finer than float32
 
 Number = TypeVar("Number", float, Tensor)
 
 
 def shift(t: Number, factor: float) -> Number:
-    """Move t in [0, 1] towards noise: s t / (1 + (s-1) t) (Esser et al. 2024, eq. 23). Factor 1 changes nothing."""
+    """Shift t in [0, 1] towards noise: s t / (1 + (s-1) t) (Esser et al. 2024, eq. 23). Factor 1 is the identity."""
     return factor * t / (1 + (factor - 1) * t)
 
 
 class Distribution(Protocol):
-    """A distribution of t over [0, 1]; both functions rise, and undo each other.
+    """A distribution of t over [0, 1]; both functions are increasing and inverse to each other.
 
-    They take one number, and not many, so that a sample's level is the same to the bit in every batch.
+    They take a single number, so that the level of a sample is bit-exact in any batch.
     """
 
     def quantile(self, u: float) -> float:
-        """The t below which a share u lies; u in (0, 1)."""
+        """Return the t below which the share u lies, u in (0, 1)."""
         ...
 
     def cdf(self, t: float) -> float:
-        """The share that lies below t."""
+        """Return the share below t."""
         ...
 
     def __hash__(self) -> int: ...
@@ -45,9 +44,9 @@ class Distribution(Protocol):
 
 @dataclass(frozen=True)
 class LogitNormals:
-    """t whose logit is normal (Esser et al. 2024, section 3.1), or one of several normals, each with its share.
+    """Logit-normal t (Esser et al. 2024, section 3.1), or a mixture of several, with their shares.
 
-    To shift t by a factor is to add the factor's logarithm to the logit.
+    Shifting t by a factor adds the logarithm of the factor to the logit.
     """
 
     means: tuple[float, ...]
@@ -55,8 +54,8 @@ class LogitNormals:
     shares: tuple[float, ...] = (1.0,)
 
     def quantile(self, u: float) -> float:
-        place = NormalDist().inv_cdf(u)
-        each = [mean + width * place for mean, width in zip(self.means, self.widths, strict=True)]
+        z = NormalDist().inv_cdf(u)
+        each = [mean + width * z for mean, width in zip(self.means, self.widths, strict=True)]
         # A mixture's quantile lies between those of its parts.
         return _sigmoid(each[0] if len(each) == 1 else _solve(self._share_below, u, min(each), max(each)))
 
@@ -70,10 +69,10 @@ class LogitNormals:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Uniform t, drawn towards the middle by `mode_scale` (Esser et al. 2024, eq. 20), then shifted."""
+    """Uniform t, concentrated in the middle by `mode_scale` (Esser et al. 2024, eq. 20), then shifted."""
 
     shift: float = 1.0
-    mode_scale: float = 0.0  # rises over the whole range from -1 to 2 / (pi - 2)
+    mode_scale: float = 0.0  # increasing for values from -1 to 2 / (pi - 2)
 
     def quantile(self, u: float) -> float:
         return shift(self._bend(u), self.shift)
@@ -92,7 +91,7 @@ def _sigmoid(logit: float) -> float:
 
 
 def _solve(rising: Callable[[float], float], value: float, low: float, high: float) -> float:
-    """Where between `low` and `high` a rising function takes a value, by bisection."""
+    """Return where an increasing function has a value between `low` and `high`, by bisection."""
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) < value else (low, middle)
@@ -101,7 +100,7 @@ def _solve(rising: Callable[[float], float], value: float, low: float, high: flo
 
 @dataclass(frozen=True)
 class Parameters:
-    """What samplings can be told; each takes what concerns it. `size` is the latents' (height, width)."""
+    """Parameters of all samplings; each uses its own. `size` is (height, width) of the latents."""
 
     size: tuple[int, int] = (128, 128)
     shift: float = 1.0
@@ -113,16 +112,16 @@ class Parameters:
 
 
 def resolution_mean(size: tuple[int, int]) -> float:
-    """The logarithm of the shift that FLUX.1 gives a latent size: a line through 256 tokens, 0.5 and 4096, 1.15.
+    """Return the logarithm of FLUX.1's shift for a latent size: linear from 0.5 at 256 tokens to 1.15 at 4096.
 
-    Tokens are the 2x2 patches of one frame; the number of frames does not count.
+    Tokens are the 2x2 patches of one frame; the number of frames has no effect.
     """
     tokens = (size[0] // 2) * (size[1] // 2)
     return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
 
 
 def _sigma(p: Parameters) -> Distribution:
-    """A level 1 - d of the schedule, d drawn with the `density` of `--weighting_scheme`, then shifted.
+    """Return the distribution of 1 - d, d drawn with the `density` of `--weighting_scheme`, then shifted.
 
     The levels are not rounded to a table of 1000.
     """
@@ -132,7 +131,7 @@ def _sigma(p: Parameters) -> Distribution:
 
 
 def _qinglong(p: Parameters) -> Distribution:
-    """79% flux_shift, 11% logsnr, 10% logsnr of mean 5.36 and deviation 1, which are levels near the data."""
+    """Mix 79% flux_shift, 11% logsnr, and 10% logsnr of mean 5.36 and standard deviation 1, which is near the data."""
     means = (resolution_mean(p.size), -p.logit_mean / 2, -5.36 / 2)
     return LogitNormals(means, (p.sigmoid_scale, p.logit_std / 2, 1 / 2), (0.79, 0.11, 0.10))
 
@@ -151,8 +150,7 @@ SAMPLERS: dict[str, Callable[[Parameters], Distribution]] = {
 
 @dataclass(frozen=True)
 class Span:
-    """The part of [0, 1] that t is drawn from: the whole distribution squeezed into it, or, with `keep_shape`, what
-    of the distribution lies there."""
+    """The range of t within [0, 1]: the distribution is rescaled to it, or with `keep_shape` truncated to it."""
 
     low: float = 0.0
     high: float = 1.0
@@ -160,7 +158,7 @@ class Span:
 
 
 def level(u: float, distribution: Distribution, span: Span) -> float:
-    """t within the span, of a uniform number u in [0, 1); it rises with u."""
+    """Return the t within the span for a uniform u in [0, 1); it increases with u."""
     u = max(u, SMALLEST)
     if not span.keep_shape:
         return span.low + distribution.quantile(u) * (span.high - span.low)
@@ -170,5 +168,5 @@ def level(u: float, distribution: Distribution, span: Span) -> float:
 
 @lru_cache
 def shares_below(distribution: Distribution, span: Span) -> tuple[float, float]:
-    """The shares of a distribution that lie below the ends of the span."""
+    """Return the shares of a distribution below the lower and the upper end of the span."""
     return distribution.cdf(span.low), distribution.cdf(span.high)

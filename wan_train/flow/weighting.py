@@ -1,4 +1,4 @@
-"""How much a sample's loss counts by its noise level: `--weighting_scheme` (Esser et al. 2024, section 3.1)."""
+"""Loss weights by noise level: `--weighting_scheme` (Esser et al. 2024, section 3.1)."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from wan_train.flow.timesteps import NUM_TIMESTEPS
 
 
 def _sigma_sqrt(t: Tensor) -> Tensor:
-    # Below the first of the levels that the DiT tells apart the weight would grow without end, its mean too.
+    # Clamped to the first timestep of the DiT: below it the weight, and its mean, would be unbounded.
     return t.clamp(1 / NUM_TIMESTEPS) ** -2
 
 
@@ -21,6 +21,6 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {"sigma_sqrt": _sigma_sqrt, 
 
 
 def importance(scheme: str, t: Tensor) -> Tensor | None:
-    """The weight of each t: sigma_sqrt is t^-2, cosmap 2 / (pi (1 - 2t + 2t^2)). None: all count alike."""
+    """Return the weight of each t: t^-2 for sigma_sqrt, 2 / (pi (1 - 2t + 2t^2)) for cosmap; None: equal weights."""
     weigh = WEIGHTINGS.get(scheme)
     return None if weigh is None else weigh(t)

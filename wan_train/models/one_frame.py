@@ -16,7 +16,9 @@ class OneFrame:
     def __post_init__(self) -> None:
         places = (*self.controls, self.target)
         if not 1 <= len(self.controls) <= MOST_CONTROLS or len(set(places)) < len(places) or min(places) < 0:
-            raise ValueError("takes one or two indices of given images and another one for the target, all from 0")
+            raise ValueError(
+                "must be one or two indices of control images and a different one of the target, all from 0"
+            )
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -36,5 +38,5 @@ def read_one_frame(text: str) -> OneFrame:
     """`control_index=0;2,target_index=1`, as prompts and commands have it; ValueError for anything else."""
     found = re.fullmatch(r"control_index=(\d+(?:;\d+)*),target_index=(\d+)", text.replace(" ", ""))
     if not found:
-        raise ValueError("takes control_index=0,target_index=1, or control_index=0;2,target_index=1")
+        raise ValueError("must be written as control_index=0,target_index=1 or control_index=0;2,target_index=1")
     return OneFrame(tuple(map(int, found[1].split(";"))), int(found[2]))

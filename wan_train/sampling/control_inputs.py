@@ -1,4 +1,4 @@
-"""From what a request's control options name to kinds of conditions, by the builders that caching uses too.
+"""Encode the control options of a request into conditions, with the same builders that caching uses.
 
 Legend: C channels of latents, F latent frames, H W latent size, N pixel frames, X Y pixel height and width.
 """
@@ -26,7 +26,7 @@ from wan_train.sampling.videos import Size, frame_indices, is_still, read_video
 
 
 def encode_controls(request: SampleRequest, encode: Encode) -> dict[str, Tensor]:
-    """Return the kinds of conditions, by name and without a batch's axis, of a request's control options."""
+    """Return the conditions of a request's control options, by name of `KINDS` and without the batch dimension."""
     found: dict[str, Tensor] = {}
     if request.control_path:
         pixels = _video("--control_path", request.control_path, request, request.size)
@@ -47,8 +47,10 @@ def encode_controls(request: SampleRequest, encode: Encode) -> dict[str, Tensor]
 
 
 def _vace_context(request: SampleRequest, encode: Encode) -> Tensor:
-    """The context (96, R+F, H, W): behind the end of a video that its mask outlasts, and on the rim of `vace_pad`, the
-    video is grey and made anew."""
+    """Return the VACE context (96, R+F, H, W).
+
+    The video is grey and generated after its end if the mask is longer, and in the border that `vace_pad` adds.
+    """
     shape = request.frames, request.height, request.width
     references = [to_image(read_image(Path(path))) for path in request.vace_reference]
     if not request.vace_video:
@@ -69,13 +71,15 @@ def _vace_context(request: SampleRequest, encode: Encode) -> Tensor:
 
 
 def _video(flag: str, path: str, request: SampleRequest, size: Size) -> Tensor:
-    """Pixels (3, N, X, Y) of at most as many frames as the request has."""
+    """Return pixels (3, N, X, Y) of a video, at most as many frames as the request has."""
     return read_video(path, frame_indices(flag, path, request.variant.fps)[: request.frames], size)
 
 
 def _mask(request: SampleRequest, num_frames: int, size: Size) -> Tensor:
-    """The mask (N, X, Y) in [0, 1] of the first N frames of `vace_video`: stretched over it, then cropped like it, and
-    black where it is transparent, as when clips are cached."""
+    """Return the mask (N, X, Y) in [0, 1] of the first N frames of `vace_video`.
+
+    It is resized to the video and then cropped like it; transparent areas are black, as in caching.
+    """
     assert request.vace_mask and request.vace_video
     path, info = Path(request.vace_mask), probe(Path(request.vace_video))
 

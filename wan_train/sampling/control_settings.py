@@ -1,6 +1,6 @@
-"""Settings of sampling for control models: what a video is made from beside its prompt and the images of its frames.
+"""Sampling options for control models: control videos, references, VACE and cameras.
 
-Declared as those of `wan_train.sampling.settings` are.
+They are declared like those of `wan_train.sampling.settings`.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from wan_train.sampling.values import read_camera, read_pad
 
 CAMERA_SPEED = 1 / 54  # of DiffSynth-Studio's presets
 NUM_MOTION_BUCKETS = 100
-# The options that each takes the place of where they are given earlier, in a record or for all lines.
+# An option -> the options that it replaces, if a record or the command line has set them before.
 REPLACED = {
     "camera_direction": ("camera_path",),
     "camera_path": ("camera_direction", "camera_speed", "camera_origin"),
@@ -20,7 +20,7 @@ REPLACED = {
 
 @dataclass(frozen=True, kw_only=True)
 class ControlOptions:
-    """Control videos, references, VACE, camera paths and speed, as requests and the command line have them alike."""
+    """Control videos, references, VACE, cameras and motion; the same fields in a request and on the command line."""
 
     control_path: str | None = option(
         None,
@@ -31,7 +31,9 @@ class ControlOptions:
     control_start: float = option(
         0.0, "Ratio of steps at which the control video, or VACE, starts to apply.", minimum=0, maximum=1
     )
-    control_end: float = option(1.0, "Ratio of steps at which it stops.", minimum=0, maximum=1)
+    control_end: float = option(
+        1.0, "Ratio of steps at which the control video, or VACE, stops applying.", minimum=0, maximum=1
+    )
     control_strength: float = option(
         1.0,
         "Scale of the control video's latents; 0 disables the control. VACE has --vace_scale.",

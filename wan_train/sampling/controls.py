@@ -1,4 +1,4 @@
-"""What control models are given beside a prompt: whether a task reads it, and how long and large it makes the video."""
+"""Check the control options of a request, and fit the length of the video to them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """An option that some tasks read: by which of their inputs, what it is, and what such a task is called."""
+class _ControlInput:
+    """An option of control models: whether a task reads it, and the nouns for messages."""
 
     option: str
     reads: Callable[[ControlInputs], bool]
@@ -29,32 +29,33 @@ class _Taken:
     tasks: str
 
 
-_TAKEN = (
-    _Taken("control_path (--cn)", lambda control: control.video, "a control video", "a fun-control task"),
-    _Taken("reference_image", lambda control: control.reference, "a reference image", "a fun-control task"),
+_CONTROL_INPUTS = (
+    _ControlInput("control_path (--cn)", lambda control: control.video, "a control video", "a fun-control task"),
+    _ControlInput("reference_image", lambda control: control.reference, "a reference image", "a fun-control task"),
     *(
-        _Taken(name, lambda control: control.vace, "a VACE context", "a vace task")
+        _ControlInput(name, lambda control: control.vace, "a VACE context", "a vace task")
         for name in ("vace_video", "vace_mask", "vace_reference", "vace_pad")
     ),
     *(
-        _Taken(name, lambda control: control.camera, "a camera path", "a fun-camera task")
+        _ControlInput(name, lambda control: control.camera, "a camera path", "a fun-camera task")
         for name in ("camera_path", "camera_direction", "camera_origin")
     ),
 )
 
 
 def check_options(given: ControlOptions) -> None:
-    """InputError for control options that do not agree with each other, whatever the task."""
+    """Raise InputError for control options that conflict, regardless of the task."""
     if given.control_start >= given.control_end:
         raise InputError(
-            f"--control_start {given.control_start:g} leaves nothing before --control_end {given.control_end:g}: give"
-            " less than it"
+            f"--control_start {given.control_start:g} must be less than --control_end {given.control_end:g}"
         )
     if given.control_strength != 1 and not given.control_path:
-        raise InputError("--control_strength requires --control_path (--cn): give both, or leave it out")
+        raise InputError(
+            "--control_strength requires --control_path (--cn): give both, or leave out --control_strength"
+        )
     for name in ("vace_mask", "vace_pad"):
         if getattr(given, name) and not given.vace_video:
-            raise InputError(f"--{name} says what of --vace_video is made anew: give that too, or leave out --{name}")
+            raise InputError(f"--{name} requires --vace_video: give both, or leave out --{name}")
     _check_camera(given)
 
 
@@ -63,7 +64,7 @@ def _check_camera(given: ControlOptions) -> None:
     if given.camera_path and (flag := first_given({"--camera_direction": given.camera_direction, **beside})):
         raise InputError(f"{flag} and --camera_path both set the camera motion: give one of them")
     if not (given.camera_path or given.camera_direction) and (flag := first_given(beside)):
-        raise InputError(f"{flag} is for --camera_direction: give that too, or leave it out")
+        raise InputError(f"{flag} requires --camera_direction: give both, or leave out {flag}")
     if given.camera_direction:
         try:
             camera_path(given.camera_direction, 1, given.camera_speed, given.camera_origin or None)  # type: ignore[arg-type]
@@ -72,29 +73,28 @@ def _check_camera(given: ControlOptions) -> None:
 
 
 def check_inputs(given: ControlOptions, variant: Variant) -> None:
-    """InputError for a control that the task does not read, for one that it needs and does not get, and for an image
-    that does not read."""
+    """Raise InputError for a control that the task does not take, for a missing one, and for an unreadable image."""
     control = variant.control or ControlInputs()
-    for taken in _TAKEN:
+    for taken in _CONTROL_INPUTS:
         if getattr(given, taken.option.partition(" ")[0]) and not taken.reads(control):
             raise InputError(
-                f"--{taken.option}: --task {variant.name} does not read {taken.noun}: take {taken.tasks}, or leave it"
+                f"--{taken.option}: --task {variant.name} does not take {taken.noun}: use {taken.tasks}, or leave it"
                 " out"
             )
     if given.vace_scale != 1 and not control.vace:
-        raise InputError(f"--vace_scale: --task {variant.name} is not a vace task: take one, or leave it out")
+        raise InputError(f"--vace_scale: --task {variant.name} is not a vace task: use one, or leave it out")
     if (given.control_start, given.control_end) != (0, 1) and not (control.video or control.vace):
         raise InputError(
-            f"--control_start and --control_end: --task {variant.name} does not read a control video: take a"
+            f"--control_start and --control_end: --task {variant.name} does not take a control video: use a"
             " fun-control or vace task, or leave them out"
         )
     if given.motion_bucket_id is not None and (variant.control or variant.images or variant.experts):
         raise InputError(
-            f"--motion_bucket_id: --task {variant.name} has no motion controller: take a t2v task of Wan2.1, or leave"
+            f"--motion_bucket_id: --task {variant.name} has no motion controller: use a Wan2.1 t2v task, or leave"
             " it out"
         )
     if control.camera and not (given.camera_direction or given.camera_path):
-        raise InputError(f"--task {variant.name} follows a camera: give --camera_direction or --camera_path")
+        raise InputError(f"--task {variant.name} requires a camera path: give --camera_direction or --camera_path")
     if control.video and not given.control_path:
         log.warning("--task %s without --control_path (--cn): the video is not controlled", variant.name)
     for flag, paths in (("--reference_image", [given.reference_image]), ("--vace_reference", given.vace_reference)):
@@ -103,17 +103,17 @@ def check_inputs(given: ControlOptions, variant: Variant) -> None:
 
 
 def fit_frames(given: ControlOptions, variant: Variant, *, size: Size, frames: int) -> int:
-    """Return the number of pixel frames, 4k+1, that controls leave of a video of `frames` and `size` (width, height).
+    """Return the number of frames, 4k+1: `frames`, or fewer if a control is shorter. `size` is (width, height).
 
-    The log says in a line what is shortened, scaled or cropped. InputError for a video or camera file that does not
-    read, and for a `vace_pad` that leaves nothing of the size.
+    Logs what is shortened, scaled or cropped. Raises InputError for an unreadable video or camera file, and for a
+    `vace_pad` that covers the whole video.
     """
     if given.control_path:
         length = _length("--control_path", given.control_path, variant, size)
         frames = _shortened(frames, given.control_path, length)
     if given.vace_video:
         length, longest = _length("--vace_video", given.vace_video, variant, inner_size(given, size)), given.vace_video
-        if given.vace_mask and not is_still(given.vace_mask):  # it may continue behind the video, which it extends
+        if given.vace_mask and not is_still(given.vace_mask):  # a longer mask extends the video
             length, longest = len(frame_indices("--vace_mask", given.vace_mask, variant.fps)), given.vace_mask
         elif given.vace_mask:
             check_image("--vace_mask", given.vace_mask)
@@ -124,13 +124,13 @@ def fit_frames(given: ControlOptions, variant: Variant, *, size: Size, frames: i
 
 
 def inner_size(given: ControlOptions, size: Size) -> Size:
-    """Return the size (width, height) that `vace_pad` leaves of a video's. InputError where that is nothing."""
+    """Return the (width, height) inside `vace_pad`. Raises InputError if nothing is left."""
     left, top, right, bottom = sides_of(given)
     width, height = size[0] - left - right, size[1] - top - bottom
     if min(width, height) < 1:
         raise InputError(
-            f"--vace_pad {left},{top},{right},{bottom} leaves nothing of a video {size[0]} wide, {size[1]} high: give"
-            " less, or a larger --video_size"
+            f"--vace_pad {left},{top},{right},{bottom} covers the whole {size[0]}x{size[1]} video: use smaller values,"
+            " or a larger --video_size"
         )
     return width, height
 
@@ -143,7 +143,7 @@ def sides_of(given: ControlOptions) -> tuple[int, int, int, int]:
 
 
 def read_camera(path: str) -> Tensor:
-    """Return the entries (N, 19) of a camera file. InputError that names the option for one that does not read."""
+    """Return the entries (N, 19) of a camera file. Raises InputError, naming the option, if it cannot be read."""
     if not Path(path).is_file():
         raise InputError(f"--camera_path {path}: no such file")
     try:
@@ -153,7 +153,7 @@ def read_camera(path: str) -> Tensor:
 
 
 def _length(flag: str, path: str, variant: Variant, size: Size) -> int:
-    """The frames of a control at the rate of the task's videos, with a line in the log if its size is another."""
+    """Return the number of frames of a control at the task's frame rate; log it if the size differs."""
     indices = frame_indices(flag, path, variant.fps)
     info = probe(Path(path))
     if (info.width, info.height) != size:

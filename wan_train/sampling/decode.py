@@ -1,4 +1,4 @@
-"""From latents to pixels."""
+"""Decode latents to frames."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -17,28 +17,28 @@ from wan_train.precision import compute_dtype, dtype_of
 
 log = get_logger(__name__)
 
-# After the first frame and two times four the layers remember all that they ever will, so memory stays what it is.
+# After three chunks (1 + 4 + 4 frames) the frame caches of all layers are full, so memory use stays constant.
 _STEADY = 3
 
 
 def open_vae(settings: VaeSettings, device: torch.device) -> WanVAE:
-    """The VAE as the settings want it."""
+    """Load the VAE and apply the settings."""
     vae = load_vae(settings.vae, device=device, dtype=compute_dtype(device, dtype_of(settings.vae_dtype)))
     return set_up(vae, settings)
 
 
 def set_up(vae: WanVAE, settings: VaeSettings) -> WanVAE:
-    """A loaded VAE, told where to keep its frame cache and whether to work in tiles."""
+    """Apply the settings of frame cache and tiling to a loaded VAE, and return it."""
     vae.cache_on_cpu = settings.vae_cache_cpu
     vae.tiling = Tiling(settings.vae_tile_size, settings.vae_tile_overlap) if settings.vae_tiling else None
     return vae
 
 
 def decode_frames(vae: WanVAE, latents: Tensor, device: torch.device) -> Iterator[np.ndarray]:
-    """Decode normalised latents (C, F', H', W') to frames (H, W, 3) uint8, one by one, as they are asked for.
+    """Yield frames (H, W, 3) uint8 of normalised latents (C, F', H', W'), decoded lazily.
 
-    Where the device's memory does not do for whole frames, tiles of them are decoded: a warning tells of it, since the
-    result differs a little. With strips of several processes there are frames in the first one only, and no tiles.
+    If the device runs out of memory, the VAE decodes in tiles instead, with a warning because the result differs
+    slightly. If several processes decode strips, only the first yields frames, and there are no tiles.
     """
     batch = latents.unsqueeze(0).to(device)
     chunks = vae.decode_chunks(batch)
@@ -67,6 +67,6 @@ def decode_frames(vae: WanVAE, latents: Tensor, device: torch.device) -> Iterato
 
 
 def _frames(chunks: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    """The frames (H, W, 3) uint8 of chunks of pixels (1, 3, f, H, W)."""
+    """Yield frames (H, W, 3) uint8 of chunks of pixels (1, 3, f, H, W)."""
     for chunk in chunks:
         yield from to_frames(chunk[0])

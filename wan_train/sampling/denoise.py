@@ -1,4 +1,4 @@
-"""From noise to latents: the one sampling loop, shared by previews and the generator."""
+"""The sampling loop from noise to latents, shared by previews and the generator."""
 
 import itertools
 import math
@@ -28,8 +28,8 @@ from wan_train.sampling.step_cache.measure import Measurement, Recorder
 from wan_train.sampling.step_cache.residuals import NoCache, StepCache
 from wan_train.sampling.step_cache.schedule import Count, Phase
 from wan_train.sampling.step_cache.settings import OFF
-from wan_train.sampling.text_memory import remembering_texts
-from wan_train.sampling.windows import lowering_frequency, sliding_windows, tell_length
+from wan_train.sampling.text_kv_cache import caching_text_kv
+from wan_train.sampling.windows import log_length, sliding_windows, with_riflex
 
 CPU = torch.device("cpu")
 
@@ -37,20 +37,20 @@ log = get_logger(__name__)
 
 
 def initial_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Noise (1, *shape) float32, on the CPU; a generator of the CPU draws the same on every machine."""
+    """Return noise (1, *shape) float32 on the CPU; a CPU generator draws the same noise on every machine."""
     return torch.randn(1, *shape, generator=generator, device=generator.device).cpu()
 
 
 def seeded(seed: int, device: torch.device = CPU) -> torch.Generator:
-    """A generator on a device."""
+    """Return a seeded generator on a device."""
     return torch.Generator(device).manual_seed(seed)
 
 
 class Sampling:
-    """A run from noise to latents, which may be led by one model after the other.
+    """A sampling run from noise to latents, in which one expert may follow another.
 
-    The solver's arithmetic stays on the CPU in float32. Latent frames of VACE's references stand before the video's
-    until the end.
+    The solver works on the CPU in float32. The latent frames of VACE references precede those of the video until the
+    end.
     """
 
     def __init__(
@@ -64,11 +64,12 @@ class Sampling:
         measurement: Measurement | None = None,
         device: torch.device,
     ) -> None:
-        """Begin a request whose seed is set, at noise, or with `source`, latents (C, F, H, W), at
-        x = (1-t) source + t noise, with t the request's denoising strength after the shift.
+        """Start from noise or, with `source` latents (C, F, H, W), from x = (1-t) source + t noise.
 
-        With `measurement` all steps are computed, and what reuse would have cost is added to it."""
-        assert request.seed is not None, "a request's seed is drawn before sampling"
+        t is the denoising strength after the shift. The request must have a seed. With `measurement` all steps are
+        computed, and the errors that reuse would cause are added to it.
+        """
+        assert request.seed is not None, "the request has no seed"
         generator = seeded(request.seed)
         first = generator if request.rand_device == "cpu" or device.type == "cpu" else seeded(request.seed, device)
         context = positive.extras.get(VACE_CONTEXT)
@@ -79,8 +80,8 @@ class Sampling:
             source = with_references(source.cpu()[None], context)[0]
         self.request, self.positive, self.negative, self.device = request, positive, negative, device
         self._sharing, self._measurement = sharing, measurement
-        self.count: Count | None = None  # of passes, where a step cache acts
-        tell_length(request, num_frames, request.variant.trained_frames, num_before=self._num_before)
+        self.count: Count | None = None  # of passes, with a step cache
+        log_length(request, num_frames, request.variant.trained_frames, num_before=self._num_before)
         self.solver = make_solver(
             request.solver,
             steps=request.steps,
@@ -94,7 +95,7 @@ class Sampling:
         self._done = 0
 
     def experts(self) -> list[str | None]:
-        """The experts that the steps still to be taken ask for, in their order; None is the only model of a task."""
+        """Return the experts of the remaining steps, in order; None stands for the only model of a task."""
         return list(dict.fromkeys(self._expert(timestep) for timestep in self.solver.timesteps[self._done :]))
 
     @torch.no_grad()
@@ -106,12 +107,12 @@ class Sampling:
         quiet: bool = False,
         on_step: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take the next steps, as far as they are this expert's, the model being it; `on_step` is called after each."""
+        """Run the next steps up to the first that needs another expert; `on_step` is called after each."""
         request = self.request
         guidance = request.guided(expert)
         positive = self._with_arguments()
         negative = replace(self.negative, extras=positive.extras)
-        plans = plan_steps(request.steps, guidance, request.acting)
+        plans = plan_steps(request.steps, guidance, request.control_schedule)
         steps = list(itertools.takewhile(lambda step: self._expert(step[0]) == expert, self._coming(plans)))
         cache = self._cache(model, Phase([plan for _, plan in steps], guidance, request.steps))
         predict = guide(
@@ -119,33 +120,33 @@ class Sampling:
             positive,
             negative,
             guidance,
-            acting=request.acting,
+            controls=request.control_schedule,
             wraps=(cache.wrap, *self._wraps()),
             sharing=self._sharing,
             device=self.device,
         )
         num_tokens = math.prod(request.latent_shape[1:]) // 4  # patches are 2 x 2
-        with remembering_texts(model, num_tokens), cache.around(model), self._sharing.around(model):
+        with caching_text_kv(model, num_tokens), cache.around(model), self._sharing.around(model):
             for timestep, plan in tqdm(steps, desc=_words(expert), disable=quiet, leave=False):
                 velocity = predict(self._x, timestep, plan).float().cpu()
                 self._x = self._with_first(self.solver.step(velocity, timestep, self._x))
                 self._done += 1
                 on_step()
         if steps and self.count is not None and not self.experts():
-            told = request.step_cache, self.count.computed, self.count.reused
-            log.info("step cache %s: %d passes computed, %d reused", *told)
+            counts = request.step_cache, self.count.computed, self.count.reused
+            log.info("step cache %s: %d passes computed, %d reused", *counts)
 
     @property
     def latents(self) -> Tensor:
-        """What the run has come to: normalised latents (C, F, H, W) float32; of one frame of several that alone."""
-        assert not self.experts(), "steps are left"
+        """The result, normalised latents (C, F, H, W) float32; in one-frame inference the target frame only."""
+        assert not self.experts(), "steps remain"
         if self.request.one_frame is None:
             return self._x[0][:, self._num_before :]
-        place = self.request.one_frame.target_place
-        return self._x[0][:, place : place + 1].clone()
+        target = self.request.one_frame.target_place
+        return self._x[0][:, target : target + 1].clone()
 
     def _cache(self, model: nn.Module, phase: Phase) -> StepCache:
-        """What the request's step cache does in the steps of a model: its schedule is made here, and logged."""
+        """Make the step cache of the request for the steps of one model, and log its schedule."""
         request = self.request
         if self._measurement is not None:
             return Recorder(self._measurement, phase, self.solver.sigmas)
@@ -154,29 +155,31 @@ class Sampling:
         assert isinstance(model, Dit)
         schedule = make_schedule(request, model, phase, self.solver.timesteps)
         self.count = (self.count or Count()) + schedule.count(phase)
-        told = schedule.num_computed_steps(phase), len(phase.plans)
-        log.info("step cache %s: %d of %d steps computed", request.step_cache, *told)
+        counts = schedule.num_computed_steps(phase), len(phase.plans)
+        log.info("step cache %s: %d of %d steps computed", request.step_cache, *counts)
         return make_cache(request, schedule, self.solver.sigmas)
 
     def _wraps(self) -> list[Wrap]:
-        """What acts around each pass, the last outermost."""
+        """Return the wraps around each pass, the last outermost."""
         request = self.request
         wraps: list[Wrap] = []
         if request.riflex:
-            wraps.append(lowering_frequency(Riflex(request.riflex_freq_index, request.variant.trained_frames)))
+            wraps.append(with_riflex(Riflex(request.riflex_freq_index, request.variant.trained_frames)))
         if request.sliding_window_size is not None:
             size, stride = request.sliding_window_size, request.window_stride
             wraps.append(sliding_windows(size, stride, num_before=self._num_before))
         return wraps
 
     def _with_first(self, x: Tensor) -> Tensor:
-        """x with the first frame that is given, where one is: no step of the solver changes it."""
+        """Return x with the given first frame, if any, which the solver must not change."""
         first = self.positive.first_frame
         return x if first is None else torch.cat([first.cpu().to(x), x[:, :, 1:]], dim=2)
 
     def _with_arguments(self) -> Conditions:
-        """The positive conditions as the DiT takes them, on the device: made for as long as the steps take, since a
-        camera's map is large. The negative ones differ in their text alone."""
+        """Return the positive conditions as arguments of the DiT, on the device; the negative ones differ in the text.
+
+        They are made for the duration of the steps only, because a camera's map is large.
+        """
         extras = {
             name: value if KINDS[name].is_shared else value.to(self.device)
             for name, value in self.positive.extras.items()
@@ -203,7 +206,7 @@ def sample_latents(
     source: Tensor | None = None,
     quiet: bool = False,
 ) -> Tensor:
-    """`Sampling` from its beginning to its end, with one model, or one whose `of` gives either expert's."""
+    """Run `Sampling` to the end and return its latents; with two experts `model.of(expert)` must return each."""
     sampling = Sampling(request, positive, negative, source=source, device=device)
     for expert in sampling.experts():
         sampling.advance(model if expert is None else model.of(expert), expert, quiet=quiet)

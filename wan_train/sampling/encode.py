@@ -1,4 +1,4 @@
-"""From prompts, images and controls to conditions: each encoder is there for as long as this takes and no longer."""
+"""Encode prompts, images and controls into conditions."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wan_train.conditions.conditions import Conditions, ImageConditions
 from wan_train.conditions.control import start_latents
-from wan_train.conditions.images import Encode, See, given_latents, one_frame_latents, seen_tokens
+from wan_train.conditions.images import Encode, EncodeClip, clip_tokens, given_latents, one_frame_latents
 from wan_train.conditions.kinds import CLIP_FEATURES, FRAME_POSITIONS, IMAGE_LATENTS, START_LATENTS
 from wan_train.errors import InputError
 from wan_train.log import get_logger
@@ -28,7 +28,7 @@ log = get_logger(__name__)
 
 
 def encode_texts(given: Sequence[str], settings: TextEncoderSettings, device: torch.device) -> dict[str, Conditions]:
-    """Conditions of texts, by text; each is encoded once."""
+    """Return the conditions of texts, by text; each is encoded once."""
     texts = list(dict.fromkeys(given))
     log.info("encoding %d prompts with %s", len(texts), settings.t5)
     return encode_with(open_text_encoder(settings, device), texts)
@@ -37,7 +37,7 @@ def encode_texts(given: Sequence[str], settings: TextEncoderSettings, device: to
 def open_text_encoder(
     settings: TextEncoderSettings, device: torch.device, *, sharding: Sharding | None = None
 ) -> TextEncoder:
-    """The text encoder as the settings want it, its blocks split over the processes of `sharding`."""
+    """Load the text encoder, its blocks sharded over the processes of `sharding`."""
     return load_text_encoder(
         settings.t5,
         tokenizer=settings.tokenizer or "auto",
@@ -50,37 +50,37 @@ def open_text_encoder(
 
 @torch.no_grad()
 def encode_with(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Conditions]:
-    """Conditions of texts, by text, on the CPU. One at a time: equal, bit for bit, whatever prompts are beside it."""
+    """Return the conditions of texts, by text, on the CPU; one at a time, so that each is bit-exact in any batch."""
     return {text: Conditions((encoder([text])[0].cpu(),)) for text in texts}
 
 
 def open_image_encoder(settings: ImageEncoderSettings, device: torch.device) -> ImageEncoder:
-    """The image encoder as the settings want it: in float16 on an accelerator, as the official code runs it."""
+    """Load the image encoder: in float16 on an accelerator, as in the official code."""
     log.info("loading %s", settings.clip)
     return load_image_encoder(settings.clip, device=device, dtype=None if device.type == "cpu" else torch.float16)
 
 
-def see_requests(
+def encode_clip_requests(
     requests: Sequence[SampleRequest], settings: ImageEncoderSettings, device: torch.device
 ) -> list[Tensor | None]:
-    """CLIP's tokens (I, width) of each request's images, in host memory, where its model reads them."""
+    """Return the CLIP tokens (I, width) of each request, in host memory; None if its model does not read them."""
     if not any(request.clip_paths for request in requests):
         return [None] * len(requests)
     encoder = open_image_encoder(settings, device)
-    return [see_images(request, encoder) if request.clip_paths else None for request in requests]
+    return [encode_clip(request, encoder) if request.clip_paths else None for request in requests]
 
 
-def see_images(request: SampleRequest, encoder: See) -> Tensor:
-    """CLIP's tokens (I, width), in host memory, of a request's images."""
-    return seen_tokens(load_images(request.clip_paths, request.size), encoder)
+def encode_clip(request: SampleRequest, encoder: EncodeClip) -> Tensor:
+    """Return the CLIP tokens (I, width) of a request's images, in host memory."""
+    return clip_tokens(load_images(request.clip_paths, request.size), encoder)
 
 
 def encode_images(
     request: SampleRequest, vae: WanVAE | None, tokens: Tensor | None, device: torch.device
 ) -> ImageConditions | None:
-    """What the DiT reads of a request's images and controls, in host memory; None where it has none.
+    """Return the conditions of a request's images and controls, in host memory; None without any.
 
-    The VAE is there for requests that are `is_from_pixels`.
+    `vae` is required if `request.is_from_pixels`.
     """
 
     def encode(pixels: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def encode_images(
 
 
 def _encode_images(request: SampleRequest, encode: Encode) -> dict[str, Tensor]:
-    """The kinds of conditions that the images of the video's frames make, by name."""
+    """Return the conditions of the first-frame, last-frame or control images, by name of `KINDS`."""
     if not request.image_paths:
         return {}
     assert request.variant.images is not None
@@ -117,12 +117,13 @@ def _images(request: SampleRequest) -> list[Tensor]:
 def check_given_clip(
     settings: ImageEncoderSettings, variant: Variant, dit: DitSettings, init: InitSettings = NO_INIT
 ) -> None:
-    """InputError for an image encoder that a task needs and has not, that is none, or that is of another width than
-    the DiT reads; only headers are read. Tasks that do without images need it for those of a request alone, which
-    `check_encodable` says."""
+    """Raise InputError if the image encoder is missing, is not one, or does not have the width that the DiT expects.
+
+    Only headers are read. Tasks with optional images need it only for requests with images: see `check_encodable`.
+    """
     if not variant.reads_clip:
         if settings.clip:
-            log.info("--clip is not used: --task %s reads no CLIP tokens", variant.name)
+            log.info("--clip is not used by --task %s", variant.name)
         return
     assert variant.images is not None
     if not settings.clip:
@@ -133,16 +134,18 @@ def check_given_clip(
     found, read = check_image_encoder(settings.clip), image_width(shapes)
     if found != read:
         raise InputError(
-            f"--clip {settings.clip} gives tokens {found} wide, and --dit {dit.dit} reads {read}: give the encoder that"
-            " belongs to it"
+            f"--clip {settings.clip} has width {found}, but --dit {dit.dit} expects {read}: give the image encoder that"
+            " the DiT was trained with"
         )
 
 
 def check_encodable(
     request: SampleRequest, clip: ImageEncoderSettings, dits: Sequence[DitSettings], init: InitSettings = NO_INIT
 ) -> None:
-    """InputError for a request with images that its model reads through an image encoder which is not given, or with
-    what one of the models has no layers for, from their headers alone."""
+    """Raise InputError if a request needs an image encoder that is not given, or layers that one of the models lacks.
+
+    Only headers are read.
+    """
     if request.clip_paths and not clip.clip:
         raise _clip_missing(request.variant)
     if request.reference_image is None and request.motion_bucket_id is None:
@@ -151,8 +154,8 @@ def check_encodable(
         names = official_shapes(extended_header(dit, init).shapes)
         if request.reference_image and "ref_conv.weight" not in names:
             raise InputError(
-                f"--reference_image: {dit.dit} has no layers for one (ref_conv): give a Fun-Control model of V1.1, or"
-                " leave it out"
+                f"--reference_image: {dit.dit} has no layers for it (ref_conv): use a Fun-Control V1.1 model, or leave"
+                " it out"
             )
         if request.motion_bucket_id is not None and "motion_controller.linear.0.weight" not in names:
             raise InputError(f"--motion_bucket_id: {dit.dit} has no motion controller: give --motion_controller")
@@ -160,6 +163,6 @@ def check_encodable(
 
 def _clip_missing(variant: Variant) -> InputError:
     return InputError(
-        f"--clip is missing: --task {variant.name} reads its images through CLIP too; give"
+        f"--clip is missing: --task {variant.name} also encodes its images with CLIP; give"
         " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
     )

@@ -1,7 +1,7 @@
-"""Guidance: which passes of the model make up a step, and how their velocities are put together.
+"""Guidance: the passes of a step, and how their velocities are combined.
 
-Classifier-free guidance (Ho and Salimans 2022) leads away from the negative prompt; skip-layer guidance, as users know
-it from Stable Diffusion 3.5, away from what the model makes of that prompt with some of its blocks left out.
+Classifier-free guidance (Ho and Salimans 2022) guides away from the negative prompt; skip-layer guidance, known from
+Stable Diffusion 3.5, away from the output for the negative prompt with some blocks skipped.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -23,11 +23,11 @@ from wan_train.sampling.passes import ALONE, BOTH, NEGATIVE, POSITIVE, Pass, Pas
 
 @dataclass(frozen=True)
 class Guidance:
-    """How steps are guided: v = v_n + scale (v_p - v_n), on the steps that `skip_mode` with `ratio` leaves.
+    """Guidance settings: v = v_n + scale (v_p - v_n), on the steps that `skip_mode` and `ratio` select.
 
-    `merge` takes both prompts in one batch. Of N steps, int(slg_start N) up to int(slg_end N) are guided by layers too,
-    with v_s that of the negative prompt without the blocks `slg_layers`: `slg_mode` is original, which adds
-    slg_scale (v_p - v_s), or uncond, which takes v_s for v_n.
+    `merge` runs both prompts as one batch. Of N steps, int(slg_start N) up to int(slg_end N) use skip-layer guidance,
+    where v_s is the velocity of the negative prompt without the blocks `slg_layers`: `slg_mode` original adds
+    slg_scale (v_p - v_s), uncond uses v_s in place of v_n.
     """
 
     scale: float = 5.0
@@ -42,12 +42,12 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class Acting:
-    """On which steps controls act, and how much.
+class ControlSchedule:
+    """The steps at which controls apply, and the scale of VACE.
 
-    Of N steps these are int(start N) up to int(end N). On the others the first `num_channels` of `image_latents`, a
-    control video's, are zeros, what VideoX-Fun's models take for no control, and VACE, elsewhere scaled by
-    `vace_scale`, adds nothing.
+    Of N steps these are int(start N) up to int(end N). At the others the first `num_channels` channels of
+    `image_latents`, those of the control video, are zeros, which VideoX-Fun's models read as no control, and VACE has
+    scale 0 instead of `vace_scale`.
     """
 
     start: float = 0.0
@@ -56,12 +56,12 @@ class Acting:
     vace_scale: float = 1.0
 
 
-ALWAYS = Acting()
+ALWAYS = ControlSchedule()
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step consists of: guided at all, with layers skipped, and with controls acting; its `index` of all."""
+    """Whether a step is guided, uses skip-layer guidance and applies controls; `index` counts all steps from 0."""
 
     guided: bool
     skipping: bool = False
@@ -72,14 +72,14 @@ class StepPlan:
 Predict = Callable[[Tensor, Tensor, StepPlan], Tensor]
 
 
-def plan_steps(steps: int, guidance: Guidance, acting: Acting = ALWAYS) -> list[StepPlan]:
-    """The plan of each of `steps` steps."""
+def plan_steps(steps: int, guidance: Guidance, controls: ControlSchedule = ALWAYS) -> list[StepPlan]:
+    """Return the plan of each step."""
     guided = [guide and guidance.scale != 1 for guide in guided_steps(steps, guidance.skip_mode, guidance.ratio)]
     window = range(int(guidance.slg_start * steps), int(guidance.slg_end * steps))
     skips = bool(guidance.slg_layers)
-    acted = range(int(acting.start * steps), int(acting.end * steps))
+    controlled = range(int(controls.start * steps), int(controls.end * steps))
     return [
-        StepPlan(guide, skips and guide and index in window, index in acted, index)
+        StepPlan(guide, skips and guide and index in window, index in controlled, index)
         for index, guide in enumerate(guided)
     ]
 
@@ -90,18 +90,19 @@ def guide(
     negative: Conditions,
     guidance: Guidance,
     *,
-    acting: Acting = ALWAYS,
+    controls: ControlSchedule = ALWAYS,
     wraps: Sequence[Wrap] = (),
     sharing: Sharing = ALONE,
     device: torch.device,
 ) -> Predict:
-    """The velocity (1, C, F, H, W) of a step of x, which is anywhere; one pass of the model for a step not guided.
+    """Return a function from x, on any device, to the guided velocity (1, C, F, H, W) of a step.
 
-    `wraps` act around each pass, the last outermost; `sharing` says which process runs which.
+    A step without guidance is one pass. `wraps` are applied to each pass, the last outermost; `sharing` divides the
+    passes among processes.
     """
     conditions = cache(partial(_conditions, positive.to(device), negative.to(device)))
     inputs = cache(lambda prompts: _step_inputs(model, conditions(prompts), device))
-    acted = cache(lambda prompts, controlled: _acted(inputs(prompts), acting, controlled=controlled))
+    inputs_at = cache(lambda prompts, controlled: _with_controls(inputs(prompts), controls, controlled=controlled))
     call = run_model(model)
     for wrap in wraps:
         call = wrap(call)
@@ -111,7 +112,7 @@ def guide(
         latents, time = x.to(device).expand(size, *x.shape[1:]), timestep.to(device).expand(size)
         latents, time = conditions(prompts).fuse(latents, time.float())
         with without_blocks(cast(Dit, model), guidance.slg_layers) if name.skips else nullcontext():
-            return call(Pass(name, plan.index, latents, time, acted(prompts, plan.controlled)))
+            return call(Pass(name, plan.index, latents, time, inputs_at(prompts, plan.controlled)))
 
     def predict(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
         runs = [partial(run, x, timestep, plan, name) for name in pass_names(plan, guidance)]
@@ -121,7 +122,7 @@ def guide(
 
 
 def pass_names(plan: StepPlan, guidance: Guidance) -> list[PassName]:
-    """Return the passes that a step consists of, in the order in which they run."""
+    """Return the names of a step's passes, in execution order."""
     if not plan.guided:
         return [PassName(POSITIVE)]
     skipped = PassName(NEGATIVE, skips=True)
@@ -132,7 +133,7 @@ def pass_names(plan: StepPlan, guidance: Guidance) -> list[PassName]:
 
 
 def combine(outs: Sequence[Tensor], plan: StepPlan, guidance: Guidance) -> Tensor:
-    """Return the guided velocity (1, C, F, H, W) of a step's passes, in the order of `pass_names`; it is linear."""
+    """Return the guided velocity (1, C, F, H, W), a linear combination of the passes in the order of `pass_names`."""
     if not plan.guided:
         return outs[0]
     conditioned, unconditioned, *led_from = (part for out in outs for part in out.split(1))
@@ -147,28 +148,28 @@ def _conditions(positive: Conditions, negative: Conditions, prompts: Prompts) ->
 
 
 def _step_inputs(model: nn.Module, conditions: Conditions, device: torch.device) -> dict[str, Any]:
-    """What the model is called with at every step. The texts are embedded here, once: for an image that is a tenth of
-    a pass."""
+    """Return the model's inputs that are the same at every step. Texts are embedded here, once: for an image that is
+    a tenth of a pass."""
     inputs: dict[str, Any] = dict(conditions.inputs())
     if isinstance(model, Dit):
         inputs["context"] = model.embed_context(inputs["context"], inputs.pop("clip_features", None), device=device)
     return inputs
 
 
-def _acted(inputs: dict[str, Any], acting: Acting, *, controlled: bool) -> dict[str, Any]:
-    """The inputs of a step on which controls act, or do not."""
+def _with_controls(inputs: dict[str, Any], controls: ControlSchedule, *, controlled: bool) -> dict[str, Any]:
+    """Return the inputs of a step at which controls apply, or do not."""
     if VACE_CONTEXT in inputs:
-        inputs = inputs | {"vace_scale": acting.vace_scale if controlled else 0.0}
-    if acting.num_channels and not controlled:
+        inputs = inputs | {"vace_scale": controls.vace_scale if controlled else 0.0}
+    if controls.num_channels and not controlled:
         without = inputs[IMAGE_LATENTS].clone()
-        without[:, : acting.num_channels] = 0
+        without[:, : controls.num_channels] = 0
         inputs = inputs | {IMAGE_LATENTS: without}
     return inputs
 
 
 @contextmanager
 def without_blocks(model: Dit, layers: Collection[int]) -> Iterator[None]:
-    """While it lasts, let passes of the model leave out these of its `blocks`. InputError for one that it lacks."""
+    """Skip these blocks of the model inside the context. Raises InputError for an index that it does not have."""
     num_blocks = len(model.blocks)
     if beyond := [layer for layer in layers if layer >= num_blocks]:
         raise InputError(f"--slg_layers {beyond[0]} does not exist: the model has blocks 0 to {num_blocks - 1}")
@@ -194,7 +195,7 @@ def _centre(steps: int, inside: int, *, value: bool) -> list[bool]:
 
 
 def _alternate(steps: int, ratio: float) -> list[bool]:
-    # Plain float sums: users' recipes were tuned with their rounding, so the pattern keeps it.
+    # Plain float sums: existing recipes rely on their rounding.
     weight, spent, pattern = 0.0, 0, []
     for _ in range(steps):
         weight += ratio
@@ -214,11 +215,11 @@ _PATTERNS: dict[str, Callable[[int, int, float], list[bool]]] = {
 
 
 def guided_steps(steps: int, mode: str = "none", ratio: float | None = None) -> list[bool]:
-    """For each of `steps` steps, whether it is guided.
+    """Return, for each step, whether it is guided.
 
-    The mode names what is skipped: `early` skips the first steps, `late` the last, `middle` the middle, `early_late`
-    both ends; `alternate` spreads the skips. `ratio` in [0, 1] is the share of steps that are guided. Without a ratio,
-    or with mode `none`, all are.
+    `mode` names the steps to skip: `early` the first, `late` the last, `middle` the middle, `early_late` both ends;
+    `alternate` spreads them evenly. `ratio` in [0, 1] is the share of guided steps. Without a ratio, or with mode
+    `none`, all steps are guided.
     """
     pattern = choose("CFG skip mode", mode, _PATTERNS)
     if mode == "none" or ratio is None:

@@ -1,6 +1,6 @@
-"""Settings of sampling for videos longer than a model was trained with.
+"""Sampling options for videos longer than the model was trained for.
 
-Declared as those of `wan_train.sampling.settings` are.
+They are declared like those of `wan_train.sampling.settings`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ NUM_FREQUENCIES = 22  # of the temporal axis of every published Wan model: heads
 
 @dataclass(frozen=True, kw_only=True)
 class LengthOptions:
-    """Windows over time and rotary frequencies for long videos, as requests and the command line have them alike."""
+    """Sliding windows and RIFLEx; the same fields in a request and on the command line."""
 
     sliding_window_size: int | None = option(
         None,
@@ -44,24 +44,24 @@ class LengthOptions:
 
     @property
     def window_stride(self) -> int:
-        """The stride of the windows in latent frames, its default filled in. They must be asked for."""
+        """The window stride in latent frames, or its default; `sliding_window_size` must be set."""
         assert self.sliding_window_size is not None
         return self.sliding_window_stride or max(1, self.sliding_window_size // 2)
 
 
 def check_length_options(given: LengthOptions) -> None:
-    """InputError for options of long videos that do not agree with each other."""
+    """Raise InputError for options of long videos that conflict."""
     size, stride = given.sliding_window_size, given.sliding_window_stride
     if size is None and stride is not None:
         raise InputError(
-            f"--sliding_window_stride {stride} moves windows of --sliding_window_size: give that too, or leave it out"
+            f"--sliding_window_stride {stride} requires --sliding_window_size: give both, or leave out"
+            " --sliding_window_stride"
         )
     if size is not None and stride is not None and stride > size:
         raise InputError(
-            f"--sliding_window_stride {stride} leaves frames out between windows of --sliding_window_size {size}: give"
-            f" at most {size}"
+            f"--sliding_window_stride {stride} must be at most --sliding_window_size {size}: a larger one skips frames"
         )
     if given.riflex_freq_index != RIFLEX_INDEX and not given.riflex:
         raise InputError(
-            f"--riflex_freq_index {given.riflex_freq_index} is for --riflex: give that too, or leave it out"
+            f"--riflex_freq_index {given.riflex_freq_index} requires --riflex: give both, or leave the index out"
         )

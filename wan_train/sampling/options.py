@@ -1,6 +1,6 @@
-"""What is made of the one declaration of a sampling option: its names, its reader, its place in requests and records.
+"""What the declaration of a sampling option defines: its names, its reader, its field in requests and records.
 
-Nothing here imports torch: the declarations are the command line's.
+Nothing here imports torch, because the command line imports the declarations.
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from wan_train.sampling.values import Read, make_reader
 
 @dataclass(frozen=True)
 class Sampled:
-    """What prompts, requests and records need to know of an option of a video: the `traits` of its `cli.option`.
+    """What prompts, requests and records need to know about a sampling option: the `traits` of its `cli.option`.
 
     `letter` is its name in prompt lines, `table` in tables, `field` in requests; default: the option's name.
-    `maximum` bounds it in prompts where the command line does not. `read` makes the request's value of a text such as
-    `example`; default: by type, range and choices. `task` names the attribute of `Variant` that is its default.
-    `not_in_previews` is the reason why previews refuse it. Of an option that `is_file` records keep the hashes.
+    `maximum` is its upper bound in prompts if the command line has none. `read` parses a text such as `example`;
+    default: by type, range and choices. `task` names the attribute of `Variant` that is its default. `not_in_previews`
+    is the reason why previews refuse it. `is_file`: records store the hashes of the files.
 
-    Records state an option where its value is not the request's default; with `always` in any case; with `beside`
-    where they state that other option. They take the attribute `recorded` of the request; default: `field`.
+    Records contain an option if its value is not the request's default; with `always` in any case; with `beside` if
+    they contain that other option. The recorded value is the request's attribute `recorded`; default: `field`.
     """
 
     letter: str = ""
@@ -43,7 +43,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class SamplingOption:
-    """A sampling option as it is declared: its name on the command line, its annotation, description and traits."""
+    """A declared sampling option: its name on the command line, its annotation, description and traits."""
 
     name: str
     hint: Any
@@ -67,16 +67,16 @@ class SamplingOption:
 
     @property
     def is_repeated(self) -> bool:
-        """Whether a prompt line may have it several times."""
+        """Whether a prompt line may repeat it."""
         return value_type(self.hint) == (str, "*")
 
     @property
     def reader(self) -> Read:
-        """From the text in a prompt to the request's value."""
+        """The function that parses its text in a prompt into the request's value."""
         return self.traits.read or make_reader(self.hint, self.described, maximum=self.traits.maximum)
 
 
-# The order in which records have had these; the others follow as they are declared.
+# Records list these first, in this order; the others follow in order of declaration.
 _RECORDED_FIRST = (
     *("prompt", "negative_prompt", "video_size", "video_length", "infer_steps", "guidance_scale", "flow_shift", "seed"),
     *("sample_solver", "rand_device", "guidance_scale_high_noise", "timesteps", "video_path", "denoising_strength"),
@@ -86,7 +86,7 @@ _RECORDED_FIRST = (
 
 @cache
 def sampling_options(settings: type) -> tuple[SamplingOption, ...]:
-    """List the options that a dataclass of sampling settings declares, in their order."""
+    """Return the options that a dataclass of sampling settings declares, in order."""
     return tuple(
         SamplingOption(field.name, hint, described, field.metadata["traits"] or Sampled())
         for field, described, hint in options(settings)
@@ -94,9 +94,9 @@ def sampling_options(settings: type) -> tuple[SamplingOption, ...]:
 
 
 def requested_values(settings: Any, variant: Variant) -> dict[str, Any]:
-    """Return what settings state, by field of a request, with the task's defaults; fields that stay None are left out.
+    """Return the values of settings by field of a request, with the task's defaults; fields that are None are omitted.
 
-    InputError for a text that cannot be read.
+    Raises InputError for a text that cannot be parsed.
     """
     declaring: type = type(settings)
     values = {}
@@ -112,7 +112,7 @@ def requested_values(settings: Any, variant: Variant) -> dict[str, Any]:
 
 
 def recorded_values(request: Any, settings: type) -> dict[str, Any]:
-    """Return, by option, what states a request whatever the defaults are: the inverse of `requested_values`."""
+    """Return the options that fully specify a request, whatever the defaults: the inverse of `requested_values`."""
     declared = {option.name: option for option in sampling_options(settings)}
     defaults = {field.name: field.default for field in fields(request)}
 
@@ -126,7 +126,7 @@ def recorded_values(request: Any, settings: type) -> dict[str, Any]:
 
 
 def named_files(stated: Any, settings: type) -> dict[str, tuple[str, ...]]:
-    """Return, by option of `settings`, the files that a request or an instance of that class names."""
+    """Return the files that a request or an instance of `settings` names, by option."""
     named = {}
     for option in _in_records(settings):
         if option.traits.is_file:
@@ -136,7 +136,7 @@ def named_files(stated: Any, settings: type) -> dict[str, tuple[str, ...]]:
 
 
 def first_of(names: Sequence[str], found: Sequence[str]) -> list[str]:
-    """Sort those of `found` that are in `names` to the front, in the order of `names`; the others keep theirs."""
+    """Return `found` with the items of `names` first, in the order of `names`; the others keep their order."""
     return sorted(found, key=lambda name: names.index(name) if name in names else len(names))
 
 
@@ -150,7 +150,7 @@ def _recorded(request: Any, option: SamplingOption) -> Any:
 
 
 def _written(request: Any, option: SamplingOption) -> Any:
-    """The value as the command line, or JSON, has it."""
+    """Return the value in the form of the command line or JSON."""
     value = _recorded(request, option)
     if isinstance(value, tuple):
         return ",".join(map(str, value)) if is_single(option.hint) else list(value)
@@ -162,7 +162,7 @@ def _read(option: SamplingOption, read: Read, text: str) -> Any:
         value = read(text)
     except ValueError as problem:
         if not option.traits.example:
-            raise InputError(f"--{option.name} {text!r}: it {problem}") from None
+            raise InputError(f"--{option.name} {text!r}: {problem}") from None
         value = None
     if not value and option.traits.example:
         raise InputError(f"--{option.name} {text!r} is not a list of numbers: write {option.traits.example}")

@@ -1,4 +1,4 @@
-"""The passes of the model that make up a step, as what caches, cuts or shares them out sees them."""
+"""The model passes of a step, and the wraps that cache them, cut them into windows or divide them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,10 +15,10 @@ BOTH = POSITIVE + NEGATIVE
 
 @dataclass(frozen=True)
 class PassName:
-    """Which pass of a step it is: the same name at every step, so that states can be kept by it.
+    """The identity of a pass within its step; it is the same at every step, so it can be a key for state.
 
-    `prompts` are those of its batch, `skips` says that blocks are left out (skip-layer guidance), `window` counts the
-    windows of a long video.
+    `prompts` are those of its batch, `skips` is true if blocks are skipped (skip-layer guidance), `window` is the index
+    of the sliding window.
     """
 
     prompts: Prompts
@@ -28,8 +28,8 @@ class PassName:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass: `latents` (B, C, F, H, W), `timestep` (B,) or (B, F), further arguments of `Dit.forward`, and the
-    index of its step among all of the request, from 0."""
+    """One pass: `latents` (B, C, F, H, W), `timestep` (B,) or (B, F), the other arguments of `Dit.forward`, and the
+    index of its step in the request, from 0."""
 
     name: PassName
     step: int
@@ -43,26 +43,26 @@ Wrap = Callable[[Run], Run]
 
 
 class Sharing(Protocol):
-    """How several processes make one video together."""
+    """How several processes generate one video together."""
 
     def around(self, model: nn.Module) -> AbstractContextManager[None]:
-        """While this is entered, let the model share the work of each pass out."""
+        """Divide the work of each pass among the processes inside the context."""
         ...
 
     def together(self, passes: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """Return the velocities of a step's passes, in their order, on every process."""
+        """Return the velocities of a step's passes, in order, on every process."""
         ...
 
 
 class Alone:
-    """One process: one pass after the other."""
+    """A single process, which runs the passes one after the other."""
 
     def around(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Leave the model as it is."""
+        """Do nothing."""
         return nullcontext()
 
     def together(self, passes: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """Return the velocities of the passes, in their order."""
+        """Return the velocities of the passes, in order."""
         return [run() for run in passes]
 
 
@@ -70,5 +70,5 @@ ALONE = Alone()
 
 
 def run_model(model: nn.Module) -> Run:
-    """Return the plain pass of a model: velocity (B, C, F, H, W) float32."""
+    """Return the function that runs a pass of the model: velocity (B, C, F, H, W) float32."""
     return lambda one: model(one.latents, one.timestep, **one.inputs)

@@ -1,10 +1,10 @@
-"""A prompt line taken apart: its words, its options, and what only looks like one."""
+"""Split a prompt line into its words and options, and find text that only looks like an option."""
 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-# Typesetting programs, chats and phones make one of these of a hyphen or two.
+# Characters that word processors, chats and phones substitute for one or two hyphens.
 _DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
 _OPTION = re.compile(r"(?:^|\s)--([A-Za-z]\w*)(?:(?=\s|$)|=)")
 _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u201e": "\u201c", "\u201d": "\u201d", "\u2018": "\u2019"} | {
@@ -15,7 +15,7 @@ _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u201e": "\u201c", "\u201d":
 
 @dataclass(frozen=True)
 class Given:
-    """A value as somebody wrote it, and what they called it."""
+    """An option as the user wrote it: its name and the text of its value."""
 
     name: str
     text: str
@@ -23,14 +23,14 @@ class Given:
 
 @dataclass(frozen=True)
 class Line:
-    """What a prompt line says: its words, and its options in their order, each `--name value` or `--name=value`."""
+    """The words of a prompt line and its options in order, each `--name value` or `--name=value`."""
 
     words: str
     options: tuple[Given, ...]
 
 
 def split_line(line: str) -> Line:
-    """The words and options of a line, without quotes that enclose the whole of it, of the words or of a value."""
+    """Split a line, removing quotes that enclose the whole line, the words or a value."""
     line = unquoted(line)
     marks = list(_OPTION.finditer(line))
     starts = [mark.start() for mark in marks] + [len(line)]
@@ -41,7 +41,7 @@ def split_line(line: str) -> Line:
 
 
 def unquoted(text: str) -> str:
-    """The text without blanks around it, nor quotes if one pair of them encloses all of it."""
+    """Return the text without surrounding blanks, and without quotes if one pair encloses all of it."""
     text = text.strip()
     closing = _QUOTES.get(text[:1], "")
     inside = text[1:-1]
@@ -50,15 +50,18 @@ def unquoted(text: str) -> str:
     return inside.strip()
 
 
-def strays(text: str, known: Iterable[str], *, is_line: bool) -> Iterator[str]:
-    """Parts of a text that look like an option of a known name and are not read as one: another dash, one hyphen, none
-    of the blank before it. In a line `--name` is an option, in any other text it is such a part too."""
+def lookalikes(text: str, known: Iterable[str], *, is_line: bool) -> Iterator[str]:
+    """Yield parts of a text that look like a known option but are not parsed as one.
+
+    They have another dash, a single hyphen, or no space before them. `--name` is an option in a prompt line
+    (`is_line`), and a lookalike in any other text.
+    """
     names = "|".join(map(re.escape, known))
     pattern = re.compile(rf"(?<![{_DASHES}])([{_DASHES}]+)({names})(?=[\s=:]|$)(?:[\s=:]+(\S+))?", re.IGNORECASE)
     read = {mark.end(1) for mark in _OPTION.finditer(text)} if is_line else set()
     for match in pattern.finditer(text):
         glued = text[: match.start()][-1:].isalnum()
         number = (match[3] or "")[:1].isdigit()
-        # semi-d and A-D are words; with two hyphens or a number behind them they are not.
+        # semi-d and A-D are words, unless they have two hyphens or a number follows.
         if match.end(2) not in read and not (glued and len(match[1]) == 1 and (match[1] == "-" or not number)):
             yield match[0].strip()

@@ -1,4 +1,4 @@
-"""A wish for one video: everything that decides it but the weights."""
+"""A request for one video: everything that determines it except the weights."""
 
 from dataclasses import KW_ONLY, dataclass, replace
 
@@ -10,7 +10,7 @@ from wan_train.models.one_frame import OneFrame
 from wan_train.models.variants import FRAME_STEP, VARIANTS, Variant
 from wan_train.sampling.control_settings import ControlOptions
 from wan_train.sampling.controls import check_inputs, check_options, fit_frames
-from wan_train.sampling.guidance import Acting, Guidance, plan_steps
+from wan_train.sampling.guidance import ControlSchedule, Guidance, plan_steps
 from wan_train.sampling.images import check_controls, check_images, size_like
 from wan_train.sampling.length_settings import LengthOptions, check_length_options
 from wan_train.sampling.settings import SampleOptions, StartOptions
@@ -18,21 +18,21 @@ from wan_train.sampling.step_cache.settings import CacheOptions, check_cache_opt
 
 log = get_logger(__name__)
 
-STRENGTH = 0.7  # of video to video where nobody says
+STRENGTH = 0.7  # default of video-to-video
 
 
 @dataclass(frozen=True)
 class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, StartOptions):
-    """Everything that decides a video but the weights. Sizes in pixels, `frames` 4n+1, `seed` None draws one.
+    """Everything that determines a video except the weights.
 
-    `shift` None is the variant's for the size. `timesteps`, 0..1000 before the shift, take the place of `steps` even
-    ones. `video_path` is what the run begins with, at `denoising_strength`; default: pure noise. The video
-    itself begins with `image_path` and ends with `end_image_path`; it takes the first's proportions at the area that
-    width and height say, unless `exact_size`. With `one_frame` an image is made in place of a video, as a frame beside
-    `control_images`. Of two experts `guidance` is the low-noise one's; `guidance_high_noise` and `boundary`, a t in
-    [0, 1], are the variant's where they are None. What control models read beside that is said by the fields of
-    `ControlOptions`, how a long video is made by those of `LengthOptions`, step caches by `CacheOptions`; `vace_pad`
-    is (left, top, right, bottom), `camera_origin` an entry of 19 numbers, or empty.
+    Sizes are in pixels, `frames` is 4n+1, a `seed` of None is drawn at random. `shift` None: the variant's for the
+    size. `timesteps`, 0..1000 before the shift, replace `steps` evenly spaced ones. `video_path` is the source of
+    video-to-video, with `denoising_strength`; default: pure noise. `image_path` is the first frame and
+    `end_image_path` the last; the video has the aspect ratio of the first at the area of width and height, unless
+    `exact_size`. With `one_frame` the result is an image, a latent frame next to `control_images`. With two experts
+    `guidance` is that of the low-noise expert; `guidance_high_noise` and `boundary`, a t in [0, 1], default to the
+    variant's. `ControlOptions` has the inputs of control models, `LengthOptions` the options for long videos,
+    `CacheOptions` those of step caches; `vace_pad` is (left, top, right, bottom), `camera_origin` 19 numbers or empty.
     """
 
     prompt: str
@@ -51,7 +51,7 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
     control_images: tuple[str, ...] = ()
     guidance_high_noise: float | None = None
     boundary: float | None = None
-    # Of these the command line leaves a default open, or has them as text.
+    # On the command line these have no default, or are text.
     denoising_strength: float = STRENGTH
     slg_layers: tuple[int, ...] = ()
     slg_mode: str = "original"
@@ -72,17 +72,17 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
 
     @property
     def noise_shift(self) -> float:
-        """The shift of its noise levels."""
+        """The shift of the sigma schedule."""
         return self.variant.shift_at(self.width, self.height) if self.shift is None else self.shift
 
     @property
     def image_paths(self) -> tuple[str, ...]:
-        """The images that it is made from, the first frame's first."""
+        """The control images, or the first-frame and last-frame images."""
         return self.control_images or tuple(path for path in (self.image_path, self.end_image_path) if path)
 
     @property
     def clip_paths(self) -> tuple[str, ...]:
-        """The images that its model reads through CLIP: VideoX-Fun's reads a reference image in place of the first."""
+        """The images that CLIP encodes; VideoX-Fun's models use a reference image in place of the first frame."""
         images = self.variant.images
         if images is None or not images.clip:
             return ()
@@ -92,48 +92,48 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
 
     @property
     def reads_vace(self) -> bool:
-        """Whether VACE takes part: without inputs too, which are grey then, but not scaled by 0."""
+        """Whether VACE is used: also without inputs, which are grey then, but not with scale 0."""
         return self.variant.control is not None and self.variant.control.vace and self.vace_scale != 0
 
     @property
     def is_from_pixels(self) -> bool:
-        """Whether the VAE encodes something that it is made from, beside `video_path`."""
+        """Whether the VAE encodes any of its inputs, apart from `video_path`."""
         return bool(self.image_paths or self.control_path or self.reference_image or self.reads_vace)
 
     @property
     def is_fitted(self) -> bool:
-        """Whether its size is final, as it is once images have given it their proportions."""
+        """Whether the size is final because it has been fitted to the aspect ratio of an image."""
         return bool(self.image_paths)
 
     @property
     def expert_boundary(self) -> float:
-        """The t in [0, 1] from which on the expert for high noise is asked."""
+        """The t in [0, 1] from which the high-noise expert is used."""
         return read_boundary(self.boundary, self.variant)
 
     @property
-    def shown_words(self) -> str:
-        """The first words of the prompt, for a message."""
+    def short_prompt(self) -> str:
+        """The prompt, cut to 40 characters, for messages."""
         return self.prompt if len(self.prompt) <= 40 else self.prompt[:39] + "…"
 
     @property
-    def shown_settings(self) -> str:
-        """What it is sampled with, for a message: size, length, steps, solver, shift and guidance."""
+    def settings_summary(self) -> str:
+        """Size, length, steps, solver, shift and guidance scale, for messages."""
         guidance = " and then ".join(f"{self.guided(expert).scale:g}" for expert in experts_of(self.variant))
-        levels = f" at {','.join(f'{value:g}' for value in self.timesteps)}" if self.timesteps else ""
+        levels = f" at timesteps {','.join(f'{value:g}' for value in self.timesteps)}" if self.timesteps else ""
         return (
-            f"{self.width} wide, {self.height} high, {self.frames} frames, {self.steps} steps{levels} of {self.solver},"
-            f" shift {self.noise_shift:g}, guidance {guidance}"
+            f"{self.width}x{self.height}, {self.frames} frames, {self.steps} steps{levels}, solver {self.solver},"
+            f" shift {self.noise_shift:g}, guidance scale {guidance}"
         )
 
     @property
-    def acting(self) -> Acting:
-        """On which steps its controls act, and how much."""
+    def control_schedule(self) -> ControlSchedule:
+        """The steps at which controls apply, and the scale of VACE."""
         control = self.variant.control
         channels = self.variant.space.channels if control is not None and control.video else 0
-        return Acting(self.control_start, self.control_end, channels, self.vace_scale)
+        return ControlSchedule(self.control_start, self.control_end, channels, self.vace_scale)
 
     def guided(self, expert: str | None = None) -> Guidance:
-        """How its steps are guided, those of one of two experts if there are two."""
+        """Return the guidance settings, with two experts those of `expert`."""
         scale = self.guidance
         if expert == HIGH and self.variant.experts is not None:
             scale = self.variant.experts.guidance if self.guidance_high_noise is None else self.guidance_high_noise
@@ -151,28 +151,32 @@ class SampleRequest(CacheOptions, LengthOptions, ControlOptions, SampleOptions, 
 
 
 def checked(request: SampleRequest) -> SampleRequest:
-    """The request, if its values agree with each other; InputError names the two that do not."""
+    """Return the request, its options checked; raises InputError for two that conflict."""
     check_solver(request.solver)
     check_options(request)
     check_length_options(request)
     if (request.cfg_skip_mode == "none") != (request.cfg_apply_ratio is None):
-        raise InputError("--cfg_skip_mode and --cfg_apply_ratio go together: give both or neither")
+        raise InputError("--cfg_skip_mode and --cfg_apply_ratio require each other: give both or neither")
     if request.slg_layers and request.slg_start >= request.slg_end:
-        raise InputError(
-            f"--slg_start {request.slg_start:g} leaves nothing before --slg_end {request.slg_end:g}: give less than it"
-        )
+        raise InputError(f"--slg_start {request.slg_start:g} must be less than --slg_end {request.slg_end:g}")
     experts = experts_of(request.variant)
     if request.variant.experts is None and request.guidance_high_noise is not None:
         raise InputError(f"--guidance_scale_high_noise: --task {request.variant.name} has one model: leave it out")
     if request.slg_layers and all(request.guided(expert).scale == 1 for expert in experts):
-        raise InputError("--slg_layers acts on guided steps, and --guidance_scale 1 has none: give more, or no layers")
+        raise InputError(
+            "--slg_layers has no effect with --guidance_scale 1, which disables guidance: leave out one of them"
+        )
     if request.timesteps:
         explicit_levels(request.timesteps)
         if request.video_path:
-            raise InputError("--timesteps says where a run begins, and so does --video_path: give one of them")
+            raise InputError("--timesteps and --video_path both set the initial noise level: give one of them")
         request = replace(request, steps=len(request.timesteps))
     check_cache_options(request, request.steps)
-    plans = [plan for expert in experts for plan in plan_steps(request.steps, request.guided(expert), request.acting)]
+    plans = [
+        plan
+        for expert in experts
+        for plan in plan_steps(request.steps, request.guided(expert), request.control_schedule)
+    ]
     if (request.control_path or request.vace_video) and not any(plan.controlled for plan in plans):
         log.warning(
             "--control_start and --control_end include none of %d steps: widen the range, or increase --infer_steps",
@@ -184,32 +188,36 @@ def checked(request: SampleRequest) -> SampleRequest:
 
 
 def fitted(request: SampleRequest) -> SampleRequest:
-    """The request at a size and length that the model can make, with a warning where that is another.
+    """Return the request with a size and length that the model supports; warns if they change.
 
-    InputError for images that are missing, do not read, or that its task does not take.
+    Raises InputError for images that are missing, cannot be read, or are not taken by the task.
     """
     check_inputs(request, request.variant)
     if request.one_frame is None:
         if request.control_images:
             raise InputError(
-                "--control_image_path (--ci) is for images made as one frame: give --one_frame_inference (--of) too"
+                "--control_image_path (--ci) requires --one_frame_inference (--of): give both, or leave it out"
             )
         check_images(request.variant, request.image_path, request.end_image_path)
         if request.variant.is_fused and request.image_path and request.frames < 1 + FRAME_STEP:
             raise InputError(
-                f"--image_path (--i): a single frame of --task {request.variant.name} is the image itself: ask for"
-                f" {1 + FRAME_STEP} or more (--video_length, --f)"
+                f"--image_path (--i): a single frame of --task {request.variant.name} would be the image itself: use at"
+                f" least {1 + FRAME_STEP} frames (--video_length, --f)"
             )
     else:
         if request.control_images and (request.image_path or request.end_image_path):
             raise InputError(
-                "--image_path and --control_image_path are both images of one frame: give the latter alone"
+                "--image_path and --control_image_path both give images of --one_frame_inference: give the latter only"
             )
         check_controls(request.variant, request.one_frame, request.image_paths)
         if given := first_given({"--sliding_window_size": request.sliding_window_size, "--riflex": request.riflex}):
-            raise InputError(f"--one_frame_inference makes an image, {given} is for long videos: leave out one")
+            raise InputError(
+                f"--one_frame_inference generates an image, {given} is for long videos: leave out one of them"
+            )
         if request.video_path:
-            raise InputError("--one_frame_inference makes an image, --video_path begins with a video: leave out one")
+            raise InputError(
+                "--one_frame_inference generates an image, --video_path starts from a video: leave out one of them"
+            )
         request = replace(request, frames=1)
     if request.image_paths and not request.exact_size:
         width, height = size_like(request.image_paths[0], (request.width, request.height), request.variant)
@@ -218,16 +226,16 @@ def fitted(request: SampleRequest) -> SampleRequest:
     width, height = (max(step, side // step * step) for side in (request.width, request.height))
     frames = max(1, (request.frames - 1) // FRAME_STEP * FRAME_STEP + 1)
     if (width, height) != (request.width, request.height):
-        asked = f"{request.width} wide, {request.height} high"
-        log.warning("width and height must be multiples of %d: %s becomes %d wide, %d high", step, asked, width, height)
+        given = f"{request.width}x{request.height}"
+        log.warning("width and height must be multiples of %d: using %dx%d, not %s", step, width, height, given)
     if frames != request.frames:
-        log.warning("the number of frames must be 4n+1: %d becomes %d", request.frames, frames)
+        log.warning("the number of frames must be 4n+1: using %d, not %d", frames, request.frames)
     frames = fit_frames(request, request.variant, size=(width, height), frames=frames)
     return replace(request, width=width, height=height, frames=frames)
 
 
 def preview_defaults(variant: Variant) -> SampleRequest:
-    """What a line of a prompt file means where it says nothing: small and short, but the task's shift and guidance."""
+    """Return the defaults of previews: a small image, with the task's shift and guidance scale."""
     return SampleRequest(
         prompt="",
         negative_prompt=variant.negative_prompt,

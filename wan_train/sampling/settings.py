@@ -1,8 +1,8 @@
-"""Settings of sampling that the generator takes from its command line.
+"""Sampling options of the generator.
 
-Each is declared once: command line, prompt line, table, request and record take it from its field. `StartOptions`,
-`SampleOptions`, `ControlOptions`, `LengthOptions` and `CacheOptions` are fields of a request too, as they are here; the
-others have another name or type there, which their `Sampled` states.
+Each is declared once, as a field here, for the command line, prompt lines, tables, requests and records. The fields of
+`StartOptions`, `SampleOptions`, `ControlOptions`, `LengthOptions` and `CacheOptions` are the same in a request; the
+others have another name or type there, given by their `Sampled`.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What a task has defaults for: the prompts, the size and the steps."""
+    """Options with a default per task: prompts, size and steps."""
 
     prompt: str = option("", "Text prompt.", traits=Sampled(always=True))
     negative_prompt: str | None = option(
@@ -104,7 +104,7 @@ class TaskSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions:
-    """What a video starts from: noise and images."""
+    """Noise and first-frame or last-frame images."""
 
     seed: int | None = option(
         None,
@@ -154,7 +154,7 @@ class OneFrameSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Options that a request has as the command line has them; a further one is declared at the end of these."""
+    """Options that are the same in a request and on the command line; add new ones at the end."""
 
     exact_size: bool = option(
         False,
@@ -165,7 +165,7 @@ class SampleOptions:
     video_path: str | None = option(
         None,
         "Video-to-video: a video, image or folder of images to start from instead of pure noise.",
-        traits=Sampled(is_file=True, not_in_previews="previews begin with noise: leave it to the generator"),
+        traits=Sampled(is_file=True, not_in_previews="not supported in previews: use wan_generate_video.py"),
     )
     denoising_strength: float | None = option(
         None,

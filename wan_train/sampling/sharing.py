@@ -1,4 +1,4 @@
-"""One video on several processes: its tokens and the passes of its steps, shared out.
+"""Divide one video among several processes: its tokens, and the passes of a step.
 
 Legend: B batch, L tokens, S tokens of a share, N heads, D head width.
 """
@@ -20,20 +20,20 @@ from wan_train.models.stacks import all_blocks
 
 
 class Shared:
-    """`Sharing` among the processes of `groups`: tokens by Ulysses and ring, a step's passes by the halves of guidance.
+    """`Sharing` among the processes of `groups`: Ulysses and ring divide the tokens, CFG parallelism the passes.
 
-    Every process is given the same latents and inputs and gets the same velocities.
+    Every process has the same latents and inputs, and receives the same velocities.
     """
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
-        self._shape: list[int] | None = None  # of a velocity, as both halves know it once they have met
-        self._real: list[Tensor | None] = []  # of the pass that runs, see `_real_of_ring`
+        self._shape: list[int] | None = None  # of a velocity, known on both halves after the first exchange
+        self._real: list[Tensor | None] = []  # of the current pass, see `_real_of_ring`
         self._attends: dict[Attend, Attend] = {}
 
     @contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
-        """While this is entered, let each process run the model's blocks on its share of the tokens."""
+        """Run the model's blocks on this process's share of the tokens inside the context."""
         self._shape = None
         if self._groups.tokens.size == 1 or not isinstance(model, Dit):
             yield
@@ -42,10 +42,10 @@ class Shared:
             yield
 
     def together(self, passes: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """Return the velocities of a step's passes, in their order, on every process.
+        """Return the velocities of a step's passes, in order, on every process.
 
-        A pass runs on the half that its place in the order says, at every step: what is kept of it from step to step
-        is there. The other half waits where there is one pass only.
+        The index of a pass determines its half, at every step, so state kept between steps is there. If there is only
+        one pass, the other half waits.
         """
         cfg = self._groups.cfg
         if cfg.size == 1:
@@ -60,7 +60,7 @@ class Shared:
         return out
 
     def _agreed_shape(self, own: dict[int, Tensor]) -> tuple[torch.device, list[int]]:
-        """Where velocities are, and their shape: the second half may have had no pass yet."""
+        """Return the device and the shape of velocities, which the second half may not have seen yet."""
         if self._shape is None:
             box: list[Any] = [list(own[0].shape) if 0 in own else None]
             dist.broadcast_object_list(box, group=self._groups.cfg.group, group_src=0)
@@ -86,11 +86,11 @@ class Shared:
 
     @contextmanager
     def _attending(self, model: Dit) -> Iterator[None]:
-        """While this is entered, let self-attention see the tokens of all processes."""
+        """Let self-attention attend to the tokens of all processes inside the context."""
         attentions: list[Any] = [block.self_attn for block in all_blocks(model)]
         before = [attention.attend for attention in attentions]
         for attention, attend in zip(attentions, before, strict=True):
-            if attend not in self._attends:  # one for good: a compiled block would be compiled anew for another
+            if attend not in self._attends:  # kept, because a new function would recompile a compiled block
                 self._attends[attend] = self._shared(attend)
             attention.attend = self._attends[attend]
         try:
@@ -100,7 +100,7 @@ class Shared:
                 attention.attend = attend
 
     def _shared(self, attend: Attend) -> Attend:
-        """`attend` of this process's share (B, S, N, D), by way of all tokens with a share of the heads."""
+        """Return `attend` for this process's share (B, S, N, D), computed on all tokens with a share of the heads."""
         ulysses, ring = self._groups.ulysses, self._groups.ring
 
         def attend_shared(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ class Shared:
         return torch.compiler.disable(attend_shared)
 
     def _real_of_ring(self, layout: Layout, device: torch.device) -> list[Tensor | None]:
-        """For each process of the ring, which tokens of its Ulysses group are not padding; None for all of them."""
+        """Return, for each rank of the ring, the tokens of its Ulysses group that are not padding; None means all."""
         ulysses, ring = self._groups.ulysses.size, self._groups.ring.size
         if not layout.is_padded:
             return [None] * ring
-        return [layout.real(range(place * ulysses, (place + 1) * ulysses)).to(device) for place in range(ring)]
+        return [layout.real(range(rank * ulysses, (rank + 1) * ulysses)).to(device) for rank in range(ring)]

@@ -1,4 +1,4 @@
-"""The videos that a video is made from, as pixels of its size and rate.
+"""Read input videos at the size and frame rate of the result.
 
 Legend: N pixel frames, X Y pixel height and width.
 """
@@ -21,9 +21,9 @@ Size = tuple[int, int]
 
 
 def frame_indices(flag: str, path: str, fps: int) -> tuple[int, ...]:
-    """Return the frames of a video at `fps` by their index in the file; an image has one.
+    """Return the indices, in the file, of a video's frames at `fps`; an image has one.
 
-    InputError that names the option for a file that is missing or does not read.
+    Raises InputError, naming the option, for a file that is missing or cannot be read.
     """
     if not Path(path).exists():
         raise InputError(f"{flag} {path}: no such file")
@@ -37,8 +37,10 @@ def frame_indices(flag: str, path: str, fps: int) -> tuple[int, ...]:
 
 
 def read_video(path: str, indices: Sequence[int], size: Size) -> Tensor:
-    """Return pixels (3, N, X, Y) in [-1, 1] of these frames of a video, or of an image, scaled to cover a size (width,
-    height) and cropped in the middle, as clips are when they are cached."""
+    """Return pixels (3, N, X, Y) in [-1, 1] of these frames of a video, or of an image.
+
+    They are scaled to cover `size` (width, height) and centre-cropped, as clips are in caching.
+    """
     if is_still(path):
         frames = resize_to_bucket(read_image(Path(path)), size)[None]
     else:
@@ -48,5 +50,5 @@ def read_video(path: str, indices: Sequence[int], size: Size) -> Tensor:
 
 
 def is_still(path: str) -> bool:
-    """Whether it is one image; whatever is not is left to the decoder of videos, by any name."""
+    """Whether the file is a single image; anything else is left to the video decoder."""
     return Path(path).is_file() and Path(path).suffix.lower() in IMAGE_SUFFIXES and not is_video(Path(path))

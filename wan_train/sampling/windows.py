@@ -1,4 +1,4 @@
-"""What acts around the passes of a long video: windows over time, sampled by themselves at every step, and RIFLEx.
+"""Wraps for long videos: temporal sliding windows, denoised separately at every step, and RIFLEx.
 
 B batch, C channels, F latent frames, H W latent size.
 """
@@ -20,21 +20,21 @@ from wan_train.sampling.passes import Pass, Run, Wrap
 
 log = get_logger(__name__)
 
-# The axis of latent frames of what a pass reads frame by frame; everything else is for the whole video.
+# Inputs with an axis of latent frames, which windows cut; all others apply to the whole video.
 _FRAME_AXES = {IMAGE_LATENTS: 2, CAMERA: 2, VACE_CONTEXT: 2, FRAME_POSITIONS: 0}
 
 
 def window_starts(frames: int, size: int, stride: int) -> list[int]:
-    """Return where windows of `size` frames begin, `stride` apart; the last is cut off at the end of the video."""
+    """Return the first frames of windows of `size` frames with this stride; the last is cut at the end of the video."""
     starts = itertools.takewhile(lambda start: start == 0 or start - stride + size < frames, itertools.count(0, stride))
     return list(starts)
 
 
 def window_weights(length: int, border: int, *, is_first: bool, is_last: bool) -> Tensor:
-    """Return the weights (length,) float32 of a window's frames, before those of all windows are made to add up to 1.
+    """Return the blending weights (length,) float32 of a window's frames, not normalised over the windows.
 
-    On each side where another window overlaps it they rise over `border` frames as (k + 0.5) / border, k from 0
-    (DiffSynth-Studio's temporal tiles); where both ramps meet in a frame the lower counts.
+    On each side that overlaps another window they rise over `border` frames as (k + 0.5) / border, k from 0
+    (DiffSynth-Studio's temporal tiles); where both ramps overlap, the lower value is used.
     """
     weights, positions = torch.ones(length), torch.arange(length)
     if border and not is_first:
@@ -45,15 +45,15 @@ def window_weights(length: int, border: int, *, is_first: bool, is_last: bool) -
 
 
 def sliding_windows(size: int, stride: int, *, num_before: int = 0) -> Wrap:
-    """Make the wrap that runs a pass window by window and blends the velocities.
+    """Return the wrap that runs a pass window by window and blends the velocities.
 
-    A window has `size` of the video's latent frames, at positions from 0 in time, as DiffSynth-Studio does it. What
-    the model reads frame by frame is cut with them: the latents, timesteps (B, F), latents of given images and of
-    control videos, camera maps and VACE's context. The `num_before` latent frames in front of the video, of VACE's
-    references, are in every window, and so is all that has no frames; their velocity is the mean of the windows'. A
-    video that fits into one window is one pass, as without windows.
+    A window has `size` latent frames, at temporal positions from 0, as in DiffSynth-Studio. Inputs with latent frames
+    are cut to the window: latents, timesteps (B, F), latents of images and control videos, camera maps and the VACE
+    context. Every window contains the `num_before` latent frames of VACE references, which precede the video and
+    whose velocity is averaged over the windows, and all inputs without frames. A video that fits into one window is
+    a single pass, as without windows.
     """
-    assert 1 <= stride <= size, "windows leave no frame out"
+    assert 1 <= stride <= size, "a larger stride skips frames"
 
     def wrap(run: Run) -> Run:
         def run_windows(one: Pass) -> Tensor:
@@ -81,14 +81,16 @@ def sliding_windows(size: int, stride: int, *, num_before: int = 0) -> Wrap:
     return wrap
 
 
-def lowering_frequency(riflex: Riflex) -> Wrap:
-    """Make the wrap that lets every pass of more latent frames than trained lower a temporal frequency."""
+def with_riflex(riflex: Riflex) -> Wrap:
+    """Return the wrap that applies RIFLEx to every pass with more latent frames than trained."""
     return lambda run: lambda one: run(replace(one, inputs={**one.inputs, "riflex": riflex}))
 
 
-def tell_length(given: LengthOptions, num_frames: int, num_trained: int, *, num_before: int = 0) -> None:
-    """Say in the log what `given` does to a video of `num_frames` latent frames, where `num_trained` were trained;
-    `num_before` frames of references stand before the video's, or before a window's."""
+def log_length(given: LengthOptions, num_frames: int, num_trained: int, *, num_before: int = 0) -> None:
+    """Log the effect of `given` on a video of `num_frames` latent frames, for a model trained with `num_trained`.
+
+    `num_before` frames of references precede the video, or each window.
+    """
     size = given.sliding_window_size
     if size is not None:
         count = len(window_starts(num_frames, size, given.window_stride))
@@ -122,7 +124,7 @@ def tell_length(given: LengthOptions, num_frames: int, num_trained: int, *, num_
 
 
 def _cut(one: Pass, chosen: Tensor, index: int) -> Pass:
-    """The pass of the window `index`, of these latent frames."""
+    """Return the pass of window `index`, with these latent frames."""
     timestep = one.timestep if one.timestep.ndim == 1 else _take(one.timestep, 1, chosen)
     name = replace(one.name, window=index)
     return replace(

@@ -21,7 +21,7 @@ from wan_train.placement.lanes import lane_from_host
 from wan_train.profiling.profiler import Profiler
 from wan_train.remote.mirror import Mirror
 from wan_train.sampling.decode import open_vae
-from wan_train.sampling.encode import encode_images, encode_texts, see_requests
+from wan_train.sampling.encode import encode_clip_requests, encode_images, encode_texts
 from wan_train.training.accelerator import from_first, prepare_model
 from wan_train.training.carried import Length, RunningMean, Skipped, Stateful
 from wan_train.training.evaluating.validation import Data, Validator
@@ -242,7 +242,7 @@ def make_previewer(
     if not requests:
         return None
     device = accelerator.device
-    seen = see_requests(list(requests.values()), settings.image, device)
+    seen = encode_clip_requests(list(requests.values()), settings.image, device)
     vae = open_vae(settings.vae, device)
     images = {
         index: encode_images(request, vae, tokens, device)

@@ -353,7 +353,7 @@ def test_a_camera_file_that_is_wrong_or_short_is_named_with_its_line(folder):
     with pytest.raises(InputError, match=r"cameras/b\.txt has 4 camera entries, and the clips of clips/b\.mp4 take 5"):
         plan_of(keys, "fun-camera-1.3B")
     (folder / "cameras/b.txt").write_text(ENTRY * 4 + ENTRY.replace(" 0.5", "", 1))
-    with pytest.raises(InputError, match=r"cameras/b\.txt, line 5: a camera entry is 19 numbers"):
+    with pytest.raises(InputError, match=r"cameras/b\.txt, line 5: expected 19 numbers"):
         plan_of(keys, "fun-camera-1.3B")
 
 

@@ -109,11 +109,14 @@ def _lowered(entry: Entry) -> Entry:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--calibrate_steps", 8], "--calibrate_steps 8 measures for --step_cache auto"),
+        (["--calibrate_steps", 8], "--calibrate_steps 8 requires --step_cache auto"),
         (["--step_cache", "auto", "--cache_profile", "p.json", "--calibrate_steps", 8, "--infer_steps", 4], "differ"),
-        (["--step_cache", "auto", "--cache_profile", "p.json", "--calibrate_steps", 8, "--interactive"], "each say"),
+        (
+            ["--step_cache", "auto", "--cache_profile", "p.json", "--calibrate_steps", 8, "--interactive"],
+            "exclude each other",
+        ),
         (["--step_cache", "auto", "--cache_profile", "none/p.json"], "cannot be read"),
-        (["--step_cache", "attention", "--compile", "--compile_backend", "eager"], "--compile makes"),
+        (["--step_cache", "attention", "--compile", "--compile_backend", "eager"], "does not work with --compile"),
     ],
 )
 def test_what_cannot_be_calibrated_or_cached_is_refused(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import wan_train
-from generate.output import check_place
+from generate.output import check_target
 from generate.settings import TOOL, GenerateSettings
 from tests.unit.generate.conftest import Given
 from wan_train.cli import parse, run
@@ -76,11 +76,11 @@ def test_the_names_of_images_mean_the_same(models: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--output_pattern", "{seed}"), "--output_pattern {seed} is not the name of a file"),
-        (("--output_pattern", "a/{seed}.mp4"), "is not the name of a file"),
-        (("--output_pattern", "{name}.mp4"), "{name} is not known"),
-        (("--output_pattern", "a.mp4", "--save_path", "b.mp4"), "names the files, and so does --save_path b.mp4"),
-        (("--output_pattern", "a.webm"), ".webm is not written"),
+        (("--output_pattern", "{seed}"), "--output_pattern {seed} is not a file name"),
+        (("--output_pattern", "a/{seed}.mp4"), "is not a file name"),
+        (("--output_pattern", "{name}.mp4"), "unknown placeholder {name}"),
+        (("--output_pattern", "a.mp4", "--save_path", "b.mp4"), "and --save_path b.mp4 both name a file"),
+        (("--output_pattern", "a.webm"), ".webm is not supported"),
         (("--size", "64*x"), "--size"),
         (("--size", "8*8"), "16 or more"),
     ],
@@ -95,4 +95,4 @@ def test_what_cannot_be_is_refused(
 
 def test_several_videos_need_an_index_in_the_pattern(models: Path, tmp_path: Path, given: Given) -> None:
     with pytest.raises(InputError, match=r"--output_pattern .*a.mp4 names one file for several videos"):
-        check_place(given("--output_pattern", "a.mp4", "--save_path", tmp_path).output, 2)
+        check_target(given("--output_pattern", "a.mp4", "--save_path", tmp_path).output, 2)

@@ -25,7 +25,7 @@ from wan_train.models.loading import load_dit
 from wan_train.models.variants import VARIANTS
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import sample_latents
-from wan_train.sampling.encode import encode_images, encode_texts, see_requests
+from wan_train.sampling.encode import encode_clip_requests, encode_images, encode_texts
 from wan_train.sampling.grammar import parse_line
 from wan_train.sampling.request import preview_defaults
 
@@ -273,7 +273,7 @@ def test_a_preview_is_the_generators_video(task: str, make: Make) -> None:
     settings = parse(GenerateSettings, ["--task", task, "--vae", VAE, "--t5", T5, "--clip", CLIP])
     cpu = torch.device("cpu")
     texts = encode_texts([request.prompt, request.negative_prompt], settings.text, cpu)
-    (tokens,) = see_requests([request], settings.image, cpu)
+    (tokens,) = encode_clip_requests([request], settings.image, cpu)
     vae = open_vae(settings.vae, cpu)
     images = encode_images(request, vae, tokens, cpu)
     model = load_dit(f"{TASKS[task]}.safetensors")

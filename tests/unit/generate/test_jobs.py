@@ -52,11 +52,11 @@ def test_lines_of_a_file_stand_over_the_command_line(given: Given, tmp_path: Pat
         ((), "--prompt is missing"),
         (("--prompt", " "), "--prompt is missing"),
         (("--prompt", "a", "--denoising_strength", 0.5), "--video_path"),
-        (("--prompt", "a", "--slg_mode", "uncond"), "needs --slg_layers"),
+        (("--prompt", "a", "--slg_mode", "uncond"), "requires --slg_layers"),
         (("--prompt", "a", "--slg_layers", "one"), "write 9 or 9,10"),
         (("--prompt", "a", "--timesteps", "x"), "write 1000,750,500,250"),
-        (("--prompt", "a", "--timesteps", "900,500,100"), "lists 3 steps and --infer_steps says 2"),
-        (("--prompt", "a", "--cfg_apply_ratio", 0.5), "go together"),
+        (("--prompt", "a", "--timesteps", "900,500,100"), "lists 3 steps, --infer_steps is 2"),
+        (("--prompt", "a", "--cfg_apply_ratio", 0.5), "require each other"),
     ],
 )
 def test_what_does_not_agree_is_refused(words: tuple[object, ...], told: str, given: Given) -> None:

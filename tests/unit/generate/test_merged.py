@@ -69,7 +69,7 @@ def test_patterns_choose_what_is_merged(given: Given, lora: Path, models: Path, 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((), "give one"),
+        ((), "requires --lora_weight"),
         (("--lora_weight", "absent.safetensors"), "absent"),
         (("--dit", ""), "--dit is missing"),
     ],
@@ -77,14 +77,14 @@ def test_patterns_choose_what_is_merged(given: Given, lora: Path, models: Path, 
 def test_what_cannot_be_merged_is_refused(words: tuple[object, ...], told: str, given: Given, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=told):
         check_merged(given(*words), str(tmp_path / "m.safetensors"))
-    with pytest.raises(InputError, match=r"name a \.safetensors file"):
+    with pytest.raises(InputError, match=r"must end in \.safetensors"):
         check_merged(given(*words), str(tmp_path / "m.pth"))
 
 
 def test_what_is_read_is_not_written_over(given: Given, lora: Path, models: Path, tmp_path: Path) -> None:
     (tmp_path / "link.safetensors").symlink_to(models / DIT)
     for path in (models / DIT, lora, tmp_path / "link.safetensors"):
-        with pytest.raises(InputError, match="take the place"):
+        with pytest.raises(InputError, match="overwrite an input file"):
             check_merged(given("--lora_weight", lora), str(path))
     (tmp_path / "m.safetensors").mkdir()
     with pytest.raises(InputError, match="is a folder"):

@@ -59,10 +59,10 @@ def test_its_range_and_its_names_hold_everywhere(settings: Any) -> None:
         parse(settings, [*BASE, "--warmth", "2"])
     held = parse(settings, BASE)
     for line, told in (
-        ("a dog --wm 2", "--wm 2 in a prompt: it takes 0 to 1"),
-        ("a dog --wm x", "--wm x in a prompt: it takes a number"),
+        ("a dog --wm 2", "--wm 2 in a prompt: must be from 0 to 1"),
+        ("a dog --wm x", "--wm x in a prompt: must be a number"),
         ("a dog --wrm 1", "did you mean --wm"),
-        ("a dog --wm 1 --warmth 1", "--wm comes twice"),
+        ("a dog --wm 1 --warmth 1", "--wm is given twice"),
     ):
         with pytest.raises(InputError, match=told):
             parse_job(line, held, 0)
@@ -90,7 +90,7 @@ def test_files_are_hashed_and_several_values_read(settings: Any, tmp_path: Path)
     assert (record.options["toys"], record.options["spins"]) == (list(toys), [1, 2]) and set(record.hashes) == {"toys"}
     (without,) = make_jobs(parse(settings, [*BASE, "--spins", "1"]))
     assert "spins" not in make_record(held, without.request, {}).options
-    with pytest.raises(InputError, match="--spins -1 in a prompt: it takes 0 or more"):
+    with pytest.raises(InputError, match="--spins -1 in a prompt: must be 0 or more"):
         parse_job("a dog --spins -1", held, 0)
     with pytest.raises(InputError, match="--toys: no toys"):
         parse_line("a dog --toys a", job.request, Grammar(is_preview=True, settings=type(held.sampling)))

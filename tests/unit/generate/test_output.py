@@ -104,16 +104,16 @@ def test_seed_and_index_are_filled_in(given: Given, tmp_path: Path) -> None:
     ("words", "told"),
     [
         ((), "--save_path is missing"),
-        (("--save_path", "{name}.mp4"), "{name} is not known"),
-        (("--save_path", "{seed:04d}.mp4"), "{seed:04d} is not known"),
-        (("--save_path", "x.webm"), r"\.webm is not written"),
-        (("--save_path", "x.JPG"), r"\.jpg is not written"),
+        (("--save_path", "{name}.mp4"), "unknown placeholder {name}"),
+        (("--save_path", "{seed:04d}.mp4"), "unknown placeholder {seed:04d}"),
+        (("--save_path", "x.webm"), r"\.webm is not supported"),
+        (("--save_path", "x.JPG"), r"\.jpg is not supported"),
         (("--save_path", "x.safetensors"), "is for latent"),
         (("--save_path", "x.png", "--output_type", "latent"), "is for video and both"),
-        (("--save_path", "x.png"), "an image for 5 frames"),
-        (("--save_path", "x", "--trim_tail_frames", 5), "none of 5 frames"),
+        (("--save_path", "x.png"), "an image file, not one for 5 frames"),
+        (("--save_path", "x", "--trim_tail_frames", 5), "less than the number of frames, 5"),
         (("--save_path", "README.md/x"), "cannot write"),
-        (("--save_path", "x", "--codec", "lossless", "--video_quality", 20), "lossless has one quality"),
+        (("--save_path", "x", "--codec", "lossless", "--video_quality", 20), "no effect with --codec lossless"),
     ],
 )
 def test_bad_places_are_refused(words: tuple[object, ...], told: str, given: Given) -> None:
@@ -126,7 +126,7 @@ def test_one_name_for_several_videos_is_refused(given: Given, tmp_path: Path) ->
     settings = given("--prompt", "a", "--save_path", tmp_path / "x.mp4")
     job = one_job(settings)
     for jobs in ([job, job], None):
-        with pytest.raises(InputError, match=r"put \{index\} in"):
+        with pytest.raises(InputError, match=r"add \{index\} to it"):
             check_output(settings.output, jobs)
     check_output(given("--save_path", tmp_path / "new" / "{index}" / "x.mp4").output, None)
     assert (tmp_path / "new").is_dir()
@@ -142,7 +142,7 @@ def test_folders_that_are_named_by_seed_are_not_made_beforehand(given: Given, tm
 def test_a_folder_of_the_files_name_is_refused(given: Given, tmp_path: Path) -> None:
     (tmp_path / "x.mp4").mkdir()
     settings = given("--prompt", "a", "--save_path", tmp_path / "x.mp4")
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="is an existing folder"):
         check_output(settings.output, make_jobs(settings))
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate.models
-from generate.interactive import converse
+from generate.interactive import run_interactive
 from generate.jobs import Job, make_jobs
 from generate.latents import check_latents, decode_latents
 from generate.models import Models
@@ -143,7 +143,7 @@ def test_lines_from_the_keyboard_share_the_models(
             raise EOFError from None
 
     models = Models(settings, {}, CPU, keep=True)
-    assert converse(models, OnDisk(settings, {}, several=True), read=read) == 3
+    assert run_interactive(models, OnDisk(settings, {}, several=True), read=read) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"000.mp4", "001.mp4", "002.mp4"}
     assert loaded == ["open_text_encoder", "assemble_dit", "open_vae"]
     said = capsys.readouterr().err
@@ -164,8 +164,8 @@ def test_a_line_that_breaks_costs_itself_only(
             raise EOFError
         return line
 
-    assert converse(models, OnDisk(settings, {}, several=True), read=read) == 0
-    assert capsys.readouterr().err.count("this line failed: division by zero") == 2
+    assert run_interactive(models, OnDisk(settings, {}, several=True), read=read) == 0
+    assert capsys.readouterr().err.count("generation failed: division by zero") == 2
 
 
 def test_the_text_cache_does_without_the_text_encoder(
@@ -198,8 +198,8 @@ def test_a_cache_of_texts_gives_back_what_it_was_given(given: Given, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--output_type", "both"), "the latents are there"),
-        (("--trim_tail_frames", 5), "none of 5 frames"),
+        (("--output_type", "both"), "which decodes"),
+        (("--trim_tail_frames", 5), "less than the number of frames, 5"),
         (("--save_path", ""), "--save_path is missing"),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_name_that_is_too_long_is_refused_before_decoding_and_before_a_line_is
             raise EOFError
         return line
 
-    assert converse(Models(settings, {}, CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
+    assert run_interactive(Models(settings, {}, CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
     assert "too long" in capsys.readouterr().err and loaded == []
 
 
@@ -249,7 +249,7 @@ def test_latents_of_other_tools_have_a_batch_axis_and_a_name_of_their_own(given:
 
 def test_a_job_is_shown_in_a_few_words(given: Given) -> None:
     (job,) = make_jobs(given("--prompt", "x" * 60, "--seed", 1))
-    assert job.shown == f'video 0 ("{"x" * 39}…", seed 1)'
+    assert job.label == f'video 0 ("{"x" * 39}…", seed 1)'
     assert isinstance(job, Job)
 
 
@@ -266,9 +266,9 @@ def test_a_line_of_too_few_frames_is_refused_and_what_one_leaves_is_told_and_kep
         return line
 
     monkeypatch.setattr(Models, "decode", lambda *given: 1 / 0)
-    assert converse(Models(settings, {}, CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
+    assert run_interactive(Models(settings, {}, CPU, keep=True), OnDisk(settings, {}, several=True), read=read) == 0
     said = capsys.readouterr().err
-    assert "leaves none of 1 frames" in said
+    assert "less than the number of frames, 1" in said
     left = [f"{index:03d}_pending_latent.safetensors" for index in (0, 1)]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert all(f"sampled but not decoded: {tmp_path / name}; decode with --latent_path" in said for name in left)
@@ -308,7 +308,8 @@ def test_places_for_decoded_latents(given: Given, tmp_path: Path) -> None:
     def check(place: str, paths: list[str]) -> None:
         check_latents(paths, given("--save_path", tmp_path / place).output)
 
-    for place, told in (("out", "two latents are called a"), ("{name}", "not known"), ("x.png", "for 5 frames")):
+    refused = {"out": "two files are named a", "{name}": "unknown placeholder", "x.png": "not one for 5 frames"}
+    for place, told in refused.items():
         with pytest.raises(InputError, match=told):
             check(place, both if place == "out" else both[:1])
     check("{index}/sub", both)

@@ -32,5 +32,5 @@ def test_reading(text: str, controls: tuple[int, ...], target: int, positions: t
     ],
 )
 def test_what_is_none(text: str) -> None:
-    with pytest.raises(ValueError, match="takes"):
+    with pytest.raises(ValueError, match="must be"):
         read_one_frame(text)

@@ -56,7 +56,7 @@ def test_layers_that_init_control_adds_read_the_image_encoder(tmp_path: Path, mo
     task, clip = "fun-control-1.3B", ImageEncoderSettings(clip="clip.safetensors")
     dit = DitSettings(task=task, dit=str(tmp_path / "t2v.safetensors"))
     check_given_clip(clip, VARIANTS[task], dit, InitSettings(init_control="auto"))
-    with pytest.raises(InputError, match="reads 0: give the encoder that belongs to it"):
+    with pytest.raises(InputError, match="expects 0: give the image encoder"):
         check_given_clip(clip, VARIANTS[task], dit)
 
 

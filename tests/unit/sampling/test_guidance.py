@@ -15,7 +15,7 @@ from wan_train.models.dit.dit import Dit, DitConfig, Embedded, RunBlocks, wrap_r
 from wan_train.models.settings import DitSettings
 from wan_train.placement.lanes import HostLane
 from wan_train.placement.settings import CompileSettings, RecomputeSettings, StreamSettings
-from wan_train.sampling import text_memory
+from wan_train.sampling import text_kv_cache
 from wan_train.sampling.denoise import sample_latents
 from wan_train.sampling.guidance import Guidance, StepPlan, guide, plan_steps, without_blocks
 from wan_train.sampling.request import SampleRequest
@@ -221,7 +221,7 @@ def test_texts_are_read_once_for_all_steps(
     made = sample(dit, steps=5, **changes)
     assert sum(texts) == 2 * len(parts)
     with monkeypatch.context() as patch:
-        patch.setattr(text_memory, "MOST_TOKENS", 0)
+        patch.setattr(text_kv_cache, "MOST_TOKENS", 0)
         assert torch.equal(sample(dit, steps=5, **changes), made)
     assert sum(texts) > 4 * len(parts)
     assert all("read" not in vars(block.cross_attn) for block in dit.blocks)

@@ -69,20 +69,20 @@ def test_sizes_and_lengths_are_made_to_fit() -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("a cat --q 3", "known are --w"),
+        ("a cat --q 3", "known options: --w"),
         ("a cat --w wide", "--w wide"),
         ("a cat --s 0", "1 to 1000"),
         ("a cat --l", "nothing"),
         ("a cat --i cat.png", "image"),
-        ("--w 832", "starts with the prompt"),
-        ("a cat --w 832 --W 640", "--w comes twice"),
+        ("--w 832", "the prompt is empty"),
+        ("a cat --w 832 --W 640", "--w is given twice"),
         ("a cat --l nan", "0 to 1000"),
         ("a cat --ei cat.png", r"--end_image_path \(--ei\): .*text alone"),
         ("a cat --i cat.png", r"--image_path \(--i\): .*text alone"),
-        ("a cat --cn dir", r"--control_path \(--cn\): --task t2v-1.3B does not read a control video"),
-        ("a cat --ci cat.png", r"--control_image_path \(--ci\) is for images made as one frame"),
-        ("a cat --of x=1", "--of x=1 .* takes control_index=0"),
-        ("a cat --of control_index=0,target_index=1 --ci cat.png", "not for t2v-1.3B"),
+        ("a cat --cn dir", r"--control_path \(--cn\): --task t2v-1.3B does not take a control video"),
+        ("a cat --ci cat.png", r"--control_image_path \(--ci\) requires --one_frame_inference"),
+        ("a cat --of x=1", "--of x=1 .* must be written as control_index=0"),
+        ("a cat --of control_index=0,target_index=1 --ci cat.png", "--task t2v-1.3B does not support it"),
     ],
 )
 def test_bad_lines_are_refused(line: str, told: str) -> None:

@@ -19,7 +19,7 @@ from wan_train.sampling.grammar import parse_line
 from wan_train.sampling.length_settings import LengthOptions
 from wan_train.sampling.passes import POSITIVE, Pass, PassName
 from wan_train.sampling.request import SampleRequest, preview_defaults
-from wan_train.sampling.windows import sliding_windows, tell_length, window_starts, window_weights
+from wan_train.sampling.windows import log_length, sliding_windows, window_starts, window_weights
 
 CPU = torch.device("cpu")
 
@@ -134,24 +134,24 @@ def test_riflex_changes_videos_longer_than_trained_and_the_log_says_so(
 
 def test_the_log_counts_the_frames_of_references(capsys: pytest.CaptureFixture[str]) -> None:
     """The model has them on its temporal axis: the first video that RIFLEx changes is shorter by as many."""
-    tell_length(LengthOptions(riflex=True, riflex_freq_index=1), 21, 21, num_before=1)
+    log_length(LengthOptions(riflex=True, riflex_freq_index=1), 21, 21, num_before=1)
     assert "period of temporal RoPE frequency 1 set to 24.4 latent frames" in capsys.readouterr().err
 
 
 def test_a_window_with_the_whole_video_is_told_to_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
-    tell_length(LengthOptions(sliding_window_size=5), 6, 21)
+    log_length(LengthOptions(sliding_window_size=5), 6, 21)
     assert "sliding windows: 2 of at most 5 latent frames, stride 2" in capsys.readouterr().err
-    tell_length(LengthOptions(sliding_window_size=6), 6, 21)
+    log_length(LengthOptions(sliding_window_size=6), 6, 21)
     assert "--sliding_window_size 6 has no effect: the video has 6 latent frames" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("--sliding_window_size 4 --sliding_window_stride 5", "leaves frames out"),
+        ("--sliding_window_size 4 --sliding_window_stride 5", "must be at most --sliding_window_size 4"),
         ("--sliding_window_stride 5", "--sliding_window_size"),
         ("--sliding_window_size 0", "1"),
-        ("--riflex_freq_index 4", "is for --riflex"),
+        ("--riflex_freq_index 4", "requires --riflex"),
         ("--riflex --riflex_freq_index 23", "22"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Step caches: steps of a video that reuse what an earlier step computed."""
+"""Step caches, which reuse results of earlier sampling steps."""

@@ -1,4 +1,4 @@
-"""From a request to the cache that acts on the steps of one model."""
+"""Make the step cache of a request for the steps of one model."""
 
 from collections.abc import Callable, Mapping
 
@@ -33,22 +33,22 @@ from wan_train.sampling.step_cache.settings import (
 
 
 def make_schedule(request: SampleRequest, model: Dit, phase: Phase, timesteps: Tensor) -> Schedule:
-    """Return what a request's cache reuses of a phase; `timesteps` (N,) are those of all of its steps.
+    """Return the reuse schedule of a request's cache in a phase; `timesteps` (N,) are those of the whole request.
 
-    The work is done before the first step. InputError for a profile that does not fit.
+    It is computed before the first step. Raises InputError for a profile that does not match.
     """
     return _SCHEDULES[request.step_cache](request, model, phase, timesteps)
 
 
 def make_cache(request: SampleRequest, schedule: Schedule, sigmas: Tensor) -> StepCache:
-    """Return what carries a schedule out; `sigmas` (N+1,) are the noise levels of the request."""
+    """Return the cache that applies a schedule; `sigmas` (N+1,) are the noise levels of the request."""
     return AttentionOutputs(schedule) if request.step_cache == ATTENTION else Residuals(schedule, sigmas)
 
 
 def _teacache(request: SampleRequest, model: Dit, phase: Phase, timesteps: Tensor) -> Schedule:
     name = request.tea_cache_model_id or teacache_model(request.variant, *request.size)
     device = model.head.modulation.device
-    # Frames that are given have timestep 0 throughout; what changes is the modulation of the noisy ones.
+    # Given frames always have timestep 0; only the modulation of noisy frames changes.
     modulation = model.embed_time(timesteps[phase.steps].to(device).float())[1]
     changes = relative_changes(phase.steps, modulation)
     coefficients, threshold = TEACACHE_COEFFICIENTS[name], request.tea_cache_l1_thresh
@@ -84,7 +84,7 @@ def _auto(request: SampleRequest, model: Dit, phase: Phase, timesteps: Tensor) -
 
 
 def first_steps(request: SampleRequest, timesteps: Tensor) -> list[int]:
-    """Return the indices of the steps at which a model begins."""
+    """Return the indices of the steps at which a model takes over."""
     if request.variant.experts is None:
         return [0]
     experts = [expert_at(float(timestep), request.expert_boundary) for timestep in timesteps]

@@ -1,4 +1,4 @@
-"""Measuring, on a run in full, what reusing residuals would have cost."""
+"""Measure, during a run without a cache, the errors that reusing residuals would cause."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,15 +26,15 @@ def written_name(name: PassName) -> str:
 
 @dataclass
 class Measurement:
-    """What the steps of one video have shown so far: errors in the norm of its latents, squared and summed over
-    windows; ratios of residual norms; passes by step."""
+    """Measurements of one video so far: squared L2 errors of its latents, summed over windows; ratios of residual
+    norms; number of passes by step."""
 
     squared: dict[tuple[int, int, int], float] = field(default_factory=lambda: defaultdict(float))
     ratios: dict[str, dict[int, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
     num_passes: dict[int, int] = field(default_factory=dict)
 
     def entry(self, settings: Mapping[str, str], models: Mapping[str, str], latents: Tensor) -> Entry:
-        """Return the entry of a run that has come to `latents`."""
+        """Return the entry of a run with these final latents."""
         norm = float(latents.norm())
         rows = [ReuseError(*key, square**0.5 / norm) for key, square in sorted(self.squared.items())]
         ratios = {name: {s: sum(r) / len(r) for s, r in steps.items()} for name, steps in self.ratios.items()}
@@ -42,7 +42,7 @@ class Measurement:
 
 
 def joined(entries: Sequence[Entry]) -> Entry:
-    """Return one entry of several videos of the same run: the largest errors, the mean ratios."""
+    """Combine entries of several videos with the same settings: the largest errors, the mean ratios."""
     errors: dict[tuple[int, int, int], float] = {}
     for row in (row for entry in entries for row in entry.errors):
         key = (row.step, row.age, row.gap)
@@ -57,11 +57,11 @@ def joined(entries: Sequence[Entry]) -> Entry:
 
 
 class Recorder(PassAware):
-    """Runs every pass in full and adds to a measurement; it acts on the steps that one model takes.
+    """Computes every pass and adds to a measurement, for the steps of one model.
 
-    For each step it takes the velocities that earlier residuals would have given, by the head alone, and guides their
-    differences from the true ones as the step is guided. Earlier residuals wait in CPU RAM: 2 LONGEST + 1 for each
-    pass.
+    For each step it computes the velocities that earlier residuals would give, with the head alone, and combines their
+    differences from the true velocities by the step's guidance. Earlier residuals are kept in CPU RAM: 2 LONGEST + 1
+    per pass.
     """
 
     def __init__(self, into: Measurement, phase: Phase, sigmas: Tensor) -> None:
@@ -73,7 +73,7 @@ class Recorder(PassAware):
 
     @contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
-        """While this is entered, measure every pass of the model."""
+        """Measure every pass of the model inside the context."""
         self._model = cast(Dit, model)
         with wrap_run_blocks(self._model, self._measuring):
             yield
@@ -116,7 +116,7 @@ class Recorder(PassAware):
                 yield from ((age, gap) for gap in range(1, WIDEST + 1) if step - age - gap in steps)
 
     def _close(self) -> None:
-        """Guide the differences of the step that is over, where all of its passes have them."""
+        """Combine the differences of the finished step, as far as all of its passes have them."""
         if not self._open:
             return
         step, plan = self._step, self._plans[self._step]

@@ -1,7 +1,7 @@
-"""auto: the steps to reuse that save most passes within an error budget, by measured errors.
+"""`--step_cache auto`: choose the steps to reuse that save the most passes within an error budget.
 
-The error of the final latents is at most the sum of the errors that the steps bring in, as far as the model carries
-them on as they are; the profile's scale corrects for what it does not. So the choice is a shortest path.
+The error of the final latents is at most the sum of the errors of the reused steps, if later steps do not amplify
+them; the profile's scale corrects for amplification. The choice is thus a shortest-path problem.
 """
 
 from collections.abc import Collection
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from wan_train.sampling.step_cache.profile import Entry
 from wan_train.sampling.step_cache.schedule import CONSTANT, LINEAR
 
-LONGEST = 4  # reused steps in a row that are measured
-WIDEST = LONGEST + 1  # steps between two that are computed
+LONGEST = 4  # most consecutive reused steps that are measured
+WIDEST = LONGEST + 1  # largest distance between two computed steps
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps that reuse, with the order of the extrapolation; the predicted relative error; the passes saved."""
+    """The reused steps with their orders of extrapolation, the predicted relative error and the passes saved."""
 
     reused: dict[int, int]
     error: float
@@ -25,7 +25,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Path:
-    """A way up to a step: its error, and what it reused, the newest first."""
+    """A path up to a step: its error, and the steps it reuses, newest first."""
 
     error: float = 0.0
     reused: tuple[tuple[int, int], "_Path"] | None = None
@@ -36,8 +36,10 @@ _Ways = dict[tuple[int, int], dict[int, _Path]]
 
 
 def cheapest(entry: Entry, budget: float, firsts: Collection[int]) -> Plan:
-    """Return the plan that saves most passes with a predicted error of at most `budget`, of those the one of the least
-    error; `firsts` are the steps at which a model begins. With a budget of 0 all steps are computed."""
+    """Return the plan that saves the most passes with a predicted error of at most `budget`, and then the least error.
+
+    `firsts` are the steps at which a model takes over. With a budget of 0 all steps are computed.
+    """
     if budget <= 0:
         return Plan({}, 0.0, 0)
     errors = {(row.step, row.age, row.gap): row.error * entry.scale for row in entry.errors}
@@ -63,7 +65,7 @@ def cheapest(entry: Entry, budget: float, firsts: Collection[int]) -> Plan:
 
 
 def _orders(errors: dict[tuple[int, int, int], float], step: int, age: int, gap: int) -> dict[int, float]:
-    """The better order of extrapolation with its error, if any was measured."""
+    """Return the order of extrapolation with the smaller measured error, and that error, if there is one."""
     both = {CONSTANT: errors.get((step, age, 0)), LINEAR: errors.get((step, age, gap)) if gap else None}
     known = {order: error for order, error in both.items() if error is not None}
     return dict([min(known.items(), key=lambda item: item[1])]) if known else {}

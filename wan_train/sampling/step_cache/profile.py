@@ -1,4 +1,4 @@
-"""The profile: measured errors of reusing residuals, a small JSON file with an entry for each kind of run."""
+"""Cache profiles: measured errors of reusing residuals, in a JSON file with an entry per run configuration."""
 
 import json
 import math
@@ -18,14 +18,14 @@ from wan_train.storage import replacing
 log = get_logger(__name__)
 
 FORMAT, VERSION = "wan-train step cache profile", 1
-PATCH = 4  # latent cells of a token
+PATCH = 4  # latent cells per token
 
 
 @dataclass(frozen=True)
 class ReuseError:
-    """The error of reusing at `step` what was computed `age` steps before, relative to the final latents.
+    """The error of reusing, at `step`, the residual of `age` steps before, relative to the final latents.
 
-    With `gap` 0 the residual stays constant; else it is extrapolated from that step and the one `gap` before it.
+    With `gap` 0 the residual is constant; otherwise it is extrapolated from that step and the one `gap` before it.
     """
 
     step: int
@@ -36,10 +36,11 @@ class ReuseError:
 
 @dataclass(frozen=True)
 class Entry:
-    """What was measured of a kind of run.
+    """The measurements of a run configuration.
 
-    `settings` say which, `models` identify the files; `num_passes` by step; `errors`; `ratios` of residual norms by
-    pass and step, MagCache's; `scale` is the factor by which real errors exceed the sum of these.
+    `settings` and `models` identify the configuration and the weight files; `num_passes` is by step; `ratios` are
+    MagCache's ratios of residual norms, by pass and step; `scale` is the factor by which real errors exceed the sum of
+    `errors`.
     """
 
     settings: Mapping[str, str]
@@ -51,10 +52,10 @@ class Entry:
     num_videos: int = 1
 
     def differences(self, request: SampleRequest) -> dict[str, str]:
-        """Return, by setting, what this entry and a request have where they differ: "euler there and unipc here"."""
+        """Return how the settings of this entry and a request differ: "euler in the profile, unipc in this run"."""
         wanted = run_settings(request)
         return {
-            name: f"{self.settings.get(name, 'nothing')} there and {wanted.get(name, 'nothing')} here"
+            name: f"{self.settings.get(name, 'not set')} in the profile, {wanted.get(name, 'not set')} in this run"
             for name in {**wanted, **self.settings}
             if self.settings.get(name) != wanted.get(name)
         }
@@ -67,20 +68,20 @@ class Profile:
     entries: Sequence[Entry] = field(default_factory=tuple)
 
     def with_entry(self, entry: Entry) -> "Profile":
-        """Return the profile with an entry in place of one for the same settings."""
+        """Return the profile with an entry added, or replaced if there is one for the same settings."""
         return Profile((*(old for old in self.entries if old.settings != entry.settings), entry))
 
     def nearest(self, request: SampleRequest) -> Entry | None:
-        """Return the entry with the fewest differences from a request, of equal ones the newest."""
+        """Return the entry with the fewest differences from a request; the newest of equal ones."""
         return min(reversed(self.entries), key=lambda entry: len(entry.differences(request)), default=None)
 
 
 def run_settings(request: SampleRequest) -> dict[str, str]:
-    """Return what errors depend on, by the option's name: the steps, the guidance of each model, when and how much
-    controls act, the number of tokens to a power of two."""
+    """Return the settings that errors depend on, by option: steps, guidance of each model, controls, and the number of
+    tokens rounded to a power of two."""
     tokens = max(1, math.prod(request.latent_shape[1:]) // PATCH)
     guidances = [request.guided(expert) for expert in experts_of(request.variant)]
-    told = {
+    settings = {
         "task": request.variant.name,
         "sample_solver": request.solver,
         "infer_steps": str(request.steps),
@@ -92,23 +93,23 @@ def run_settings(request: SampleRequest) -> dict[str, str]:
     }
     guidance = guidances[0]
     if guidance.skip_mode != "none":
-        told["cfg_skip_mode"] = f"{guidance.skip_mode} {guidance.ratio:g}"
+        settings["cfg_skip_mode"] = f"{guidance.skip_mode} {guidance.ratio:g}"
     if guidance.slg_layers:
         layers = ",".join(map(str, guidance.slg_layers))
-        told["slg_layers"] = (
+        settings["slg_layers"] = (
             f"{layers} {guidance.slg_mode} {guidance.slg_scale:g} {guidance.slg_start:g} {guidance.slg_end:g}"
         )
     if (request.control_start, request.control_end) != (0, 1):  # residuals change where a control begins or ends
-        told["control_start and control_end"] = f"{request.control_start:g} to {request.control_end:g}"
+        settings["control_start and control_end"] = f"{request.control_start:g} to {request.control_end:g}"
     if request.vace_scale != 1:
-        told["vace_scale"] = f"{request.vace_scale:g}"
+        settings["vace_scale"] = f"{request.vace_scale:g}"
     if request.sliding_window_size is not None:
-        told["sliding_window_size"] = f"{request.sliding_window_size} every {request.window_stride}"
+        settings["sliding_window_size"] = f"{request.sliding_window_size} every {request.window_stride}"
     if request.riflex:
-        told["riflex_freq_index"] = str(request.riflex_freq_index)
+        settings["riflex_freq_index"] = str(request.riflex_freq_index)
     if request.variant.experts is not None:
-        told["timestep_boundary"] = f"{request.expert_boundary:g}"
-    return told | ({"cfg_merge": "on"} if guidance.merge else {})
+        settings["timestep_boundary"] = f"{request.expert_boundary:g}"
+    return settings | ({"cfg_merge": "on"} if guidance.merge else {})
 
 
 def round_log2(number: int) -> int:
@@ -117,9 +118,9 @@ def round_log2(number: int) -> int:
 
 
 def check_cache(request: SampleRequest, *, is_compiled: bool = False, models: Mapping[str, str] | None = None) -> None:
-    """InputError for a request's step cache that cannot act: its profile does not fit, or blocks are compiled.
+    """Raise InputError for a step cache whose profile does not match, or that does not work with compiled blocks.
 
-    `models` identify the weights' files by option: others than the profile's are a warning.
+    `models` identify the weight files by option: a mismatch with the profile is a warning.
     """
     if request.step_cache == ATTENTION and is_compiled:
         raise InputError(COMPILED)
@@ -136,33 +137,38 @@ def check_cache(request: SampleRequest, *, is_compiled: bool = False, models: Ma
 
 
 def entry_for(path: str, request: SampleRequest) -> Entry:
-    """Return the entry of a file that `--step_cache auto` needs for a request.
+    """Return the entry that `--step_cache auto` needs for a request.
 
-    InputError for a file that is missing, damaged, of a newer version, or without an entry for these settings; it names
-    the difference from the nearest one.
+    Raises InputError for a file that is missing, damaged, of a newer version, or without an entry for these settings;
+    the message names the difference from the nearest entry.
     """
     entry = _nearest(path, request)
     if different := entry.differences(request):
         name, values = next(iter(different.items()))
         raise InputError(
-            f"--cache_profile {path} was not measured for this run: --{name} is {values}: {CALIBRATE} for it, or take"
-            " another --step_cache"
+            f"--cache_profile {path} was measured with another --{name} ({values}): {CALIBRATE} for it, or use another"
+            " --step_cache"
         )
     return entry
 
 
 def ratios_for(path: str, request: SampleRequest) -> dict[str, dict[int, float]]:
-    """Return MagCache's ratios by pass and step of a request; those of another number of steps by the nearest step, as
-    MagCache does. InputError as for `entry_for`, but settings other than the task may differ, with a warning."""
+    """Return MagCache's ratios for a request, by pass and step.
+
+    Ratios for another number of steps are mapped to the nearest step, as in MagCache. Raises InputError like
+    `entry_for`, but settings other than the task may differ, with a warning.
+    """
     entry = _nearest(path, request)
     different = entry.differences(request)
     if "task" in different:
         raise InputError(
-            f"--cache_profile {path} was not measured for this run: --task is {different['task']}: {CALIBRATE} for it"
+            f"--cache_profile {path} was measured with another --task ({different['task']}): {CALIBRATE} for it"
         )
     for name, values in different.items():
         if name != "infer_steps":
-            log.warning("--cache_profile %s: --%s is %s; the ratios may not fit", path, name, values)
+            log.warning(
+                "--cache_profile %s was measured with another --%s (%s): the ratios may not fit", path, name, values
+            )
             break
     measured, wanted = len(entry.num_passes), request.steps
     nearest = {step: round(step * (measured - 1) / max(1, wanted - 1)) for step in range(wanted)}
@@ -173,9 +179,9 @@ def ratios_for(path: str, request: SampleRequest) -> dict[str, dict[int, float]]
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
-    """Read a profile. InputError for a file that is missing, is not a profile, or has a newer version."""
-    if Path(path).exists() and not Path(path).is_file():  # a device may never end
-        raise InputError(f"--cache_profile {path} is not a file: {CALIBRATE}")
+    """Read a profile. Raises InputError for a file that is missing, is not a profile, or has a newer version."""
+    if Path(path).exists() and not Path(path).is_file():  # reading a device may never end
+        raise InputError(f"--cache_profile {path} is not a regular file: {CALIBRATE}")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
@@ -190,14 +196,14 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
         raise InputError(f"--cache_profile {path} is not a profile ({problem}): {CALIBRATE}") from None
     if version > VERSION:
         raise InputError(
-            f"--cache_profile {path} has version {version}, and this program reads up to {VERSION}: update it, or"
-            f" calibrate again; {CALIBRATE}"
+            f"--cache_profile {path} has format version {version}, the newest supported is {VERSION}: update wan-train,"
+            f" or calibrate again; {CALIBRATE}"
         )
     return Profile(entries)
 
 
 def write_profile(path: str | os.PathLike[str], profile: Profile) -> None:
-    """Write a profile, whole or not at all."""
+    """Write a profile atomically."""
     content = {"format": FORMAT, "version": VERSION, "entries": [_written(entry) for entry in profile.entries]}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -231,5 +237,5 @@ def _measured(value: Any) -> float:
     """A norm, or a ratio of norms: with others a plan would keep no budget."""
     number = float(value)
     if not 0 <= number < math.inf:
-        raise ValueError(f"{number} is not a number from 0")
+        raise ValueError(f"{number} is not a finite number of at least 0")
     return number

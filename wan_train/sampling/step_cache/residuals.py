@@ -1,4 +1,4 @@
-"""What stands in for the blocks at a step that reuses: the residual of their stack, or outputs of self-attention."""
+"""What replaces computation at a reused step: the residual of the block stack, or self-attention outputs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -17,37 +17,39 @@ from wan_train.sampling.step_cache.settings import COMPILED
 
 
 class StepCache(Protocol):
-    """Acts on the steps that one model takes of one video: `wrap` around each pass, `around` on the model's blocks."""
+    """A step cache for the steps of one model: `wrap` wraps each pass, `around` replaces the model's blocks."""
 
     def wrap(self, run: Run) -> Run:
-        """Return the pass with note taken of which it is."""
+        """Return the pass, which is stored as the current one when it runs."""
         ...
 
     def around(self, model: nn.Module) -> AbstractContextManager[None]:
-        """While this is entered, stand in for blocks where the schedule says so. It is entered before all else that
-        wraps `run_blocks`: it has this process's share of the tokens."""
+        """Replace blocks at reused steps inside the context.
+
+        Enter it before anything else that wraps `run_blocks`, so that it sees this process's share of the tokens.
+        """
         ...
 
 
 class NoCache:
-    """Every pass is computed."""
+    """Computes every pass."""
 
     def wrap(self, run: Run) -> Run:
-        """Return the pass as it is."""
+        """Return the pass unchanged."""
         return run
 
     def around(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Leave the model as it is."""
+        """Do nothing."""
         return nullcontext()
 
 
 class PassAware:
-    """Takes note of the pass that runs."""
+    """Stores the current pass."""
 
     current: Pass
 
     def wrap(self, run: Run) -> Run:
-        """Return the pass with note taken of which it is."""
+        """Return the pass, which is stored as the current one when it runs."""
 
         def noted(one: Pass) -> Tensor:
             self.current = one
@@ -57,11 +59,10 @@ class PassAware:
 
 
 class Residuals(PassAware):
-    """Adds the residual of an earlier step, tokens behind the blocks minus tokens before them, to the tokens.
+    """Adds the residual of an earlier step (tokens after the blocks minus tokens before them) to the tokens.
 
-    It is kept in float32, as the tokens are, one for each pass or two for linear extrapolation over the noise level;
-    `sigmas` (N+1,) are those of the request's steps. A reused step touches no block: none is streamed, and VACE
-    computes no hints.
+    Residuals are float32, like the tokens: one per pass, or two for linear extrapolation over the noise level. `sigmas`
+    (N+1,) are those of the request's steps. A reused step runs no block: none is streamed, and VACE computes no hints.
     """
 
     def __init__(self, schedule: Schedule, sigmas: Tensor) -> None:
@@ -70,7 +71,7 @@ class Residuals(PassAware):
 
     @contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
-        """While this is entered, let the schedule decide at every pass of the model."""
+        """Apply the schedule to every pass of the model inside the context."""
         assert isinstance(model, Dit)
         try:
             with wrap_run_blocks(model, self._reusing):
@@ -101,9 +102,9 @@ class Residuals(PassAware):
 
 
 def extrapolated(known: Sequence[tuple[int, Tensor]], step: int, order: int, sigmas: Sequence[float]) -> Tensor:
-    """Return the residual at a step from those of earlier ones, (step, residual) with the newest last.
+    """Return the residual at a step, extrapolated from earlier (step, residual) pairs, newest last.
 
-    Constant, or on the line through the newest two over sigma.
+    It is the newest one, or for order LINEAR on the line through the newest two over sigma.
     """
     newest, residual = known[-1]
     if order != LINEAR:
@@ -116,7 +117,7 @@ def extrapolated(known: Sequence[tuple[int, Tensor]], step: int, order: int, sig
 class AttentionOutputs(PassAware):
     """Reuses the output of every block's self-attention; the rest of the block is computed.
 
-    Outputs are kept in the dtype of the products, one for each block and pass.
+    Outputs are kept in the compute dtype, one per block and pass.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -125,7 +126,7 @@ class AttentionOutputs(PassAware):
 
     @contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
-        """While this is entered, let the schedule decide at every self-attention. InputError for compiled blocks."""
+        """Apply the schedule to every self-attention inside the context. Raises InputError for compiled blocks."""
         assert isinstance(model, Dit)
         blocks: list[Any] = list(all_blocks(model))
         if any(map(is_compiled, blocks)):

@@ -1,8 +1,8 @@
-"""Which steps of which passes reuse what an earlier one computed.
+"""Reuse schedules: which steps of which passes reuse an earlier result.
 
-All of it is known before the first step: TeaCache decides by the time embedding, MagCache by ratios measured
-beforehand, the attention cache by the step's number, auto by a profile. So no step waits for the device, every process
-of a video decides alike, and the log can say beforehand how much is computed.
+They are known before the first step: TeaCache decides by the time embedding, MagCache by previously measured ratios,
+the attention cache by the step index, auto by a profile. So no step synchronises with the device, all processes of a
+video decide alike, and the number of computed steps is logged in advance.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ from torch import Tensor
 from wan_train.sampling.guidance import Guidance, StepPlan, pass_names
 from wan_train.sampling.passes import PassName
 
-CONSTANT, LINEAR = 0, 1  # orders of the extrapolation from what was computed
+CONSTANT, LINEAR = 0, 1  # orders of extrapolation
 
-# Published with TeaCache (Liu et al. 2024) for the modulation as its input; the highest power first.
+# Published with TeaCache (Liu et al. 2024), for the modulation as input; highest power first.
 TEACACHE_COEFFICIENTS = {
     "Wan2.1-T2V-1.3B": (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
     "Wan2.1-T2V-14B": (-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01),
@@ -28,8 +28,7 @@ TEACACHE_COEFFICIENTS = {
 
 @dataclass(frozen=True)
 class Phase:
-    """The steps of a request that one model takes: their plans, how they are guided, and the request's number of
-    steps."""
+    """The steps of a request that use one model: their plans, their guidance, and the request's number of steps."""
 
     plans: Sequence[StepPlan]
     guidance: Guidance
@@ -37,7 +36,7 @@ class Phase:
 
     @property
     def steps(self) -> list[int]:
-        """Indices of the steps among all of the request."""
+        """Indices of the steps in the request."""
         return [plan.index for plan in self.plans]
 
     @property
@@ -50,13 +49,13 @@ class Phase:
         return found
 
     def always_computed(self, step: int) -> bool:
-        """Whether a step is one that no cache may leave out: the phase's first and the request's last."""
+        """Whether no cache may skip a step: the first of the phase and the last of the request."""
         return step in (self.steps[0], self.total - 1)
 
 
 @dataclass(frozen=True)
 class Count:
-    """Passes that were computed and reused; those of a window of a long video count once for all windows."""
+    """The number of computed and reused passes; the windows of a long video count as one pass."""
 
     computed: int = 0
     reused: int = 0
@@ -67,29 +66,29 @@ class Count:
 
 @dataclass(frozen=True)
 class Schedule:
-    """For each pass, the steps that reuse, with the order of the extrapolation; the others are computed."""
+    """For each pass the reused steps, with the order of extrapolation; all other steps are computed."""
 
     reused: Mapping[PassName, Mapping[int, int]]
 
     def order(self, name: PassName, step: int) -> int | None:
-        """Return the order with which a pass is extrapolated at a step, None where it is computed."""
+        """Return the order of extrapolation of a pass at a step; None if it is computed."""
         return self._of(name).get(step)
 
     def is_awaited(self, name: PassName, step: int) -> bool:
-        """Whether a later step reuses anything of this pass."""
+        """Whether a later step reuses this pass."""
         return any(later > step for later in self._of(name))
 
     def is_linear(self, name: PassName) -> bool:
-        """Whether any step of a pass is extrapolated from two others."""
+        """Whether any step of a pass is linearly extrapolated."""
         return LINEAR in self._of(name).values()
 
     def count(self, phase: Phase) -> Count:
-        """Return the passes of a phase that are computed and reused."""
+        """Return the number of computed and reused passes of a phase."""
         reused = sum(len(self._of(name)) for name in phase.passes)
         return Count(sum(map(len, phase.passes.values())) - reused, reused)
 
     def num_computed_steps(self, phase: Phase) -> int:
-        """Return the number of steps of a phase of which at least one pass is computed."""
+        """Return the number of steps of a phase with at least one computed pass."""
         return len({s for name, steps in phase.passes.items() for s in steps if self.order(name, s) is None})
 
     def _of(self, name: PassName) -> Mapping[int, int]:
@@ -97,22 +96,22 @@ class Schedule:
 
 
 class Rule(Protocol):
-    """A cache's decision for one pass, from step to step."""
+    """The reuse decision of a cache for one pass, step by step."""
 
     def pass_step(self, step: int, *, runs: bool) -> None:
-        """Take note of a step, at which the pass may not run."""
+        """Advance to a step; `runs` tells whether the pass runs there."""
 
     def may_reuse(self, step: int) -> bool:
-        """Whether the error so far allows it."""
+        """Whether the accumulated error allows reuse."""
 
     def reset(self, step: int) -> None:
-        """Take note that the pass is computed."""
+        """Reset the state, because the pass is computed."""
 
 
 def follow(phase: Phase, make_rule: Callable[[PassName], Rule]) -> Schedule:
-    """Return the schedule of a rule: each pass has its own state, which continues over steps at which it does not run.
+    """Return the schedule of a rule; each pass has its own state, which also advances at steps where it does not run.
 
-    What it reuses there is the residual of the last step at which it ran and was computed.
+    A reused step takes the residual of the last step at which the pass was computed.
     """
     return Schedule({name: _follow(phase, steps, make_rule(name)) for name, steps in phase.passes.items()})
 
@@ -132,9 +131,9 @@ def _follow(phase: Phase, runs: Sequence[int], rule: Rule) -> dict[int, int]:
 
 
 class TeaCache:
-    """Reuse while the polynomial of the modulation's relative changes, summed up, is below a threshold.
+    """Reuse while the accumulated polynomial of the modulation's relative change is below a threshold.
 
-    acc += p(mean|m_s - m_(s-1)| / mean|m_(s-1)|), set to 0 where the pass is computed (Liu et al. 2024).
+    acc += p(mean|m_s - m_(s-1)| / mean|m_(s-1)|), reset to 0 when the pass is computed (Liu et al. 2024).
     """
 
     def __init__(self, changes: Mapping[int, float], coefficients: Sequence[float], threshold: float) -> None:
@@ -146,7 +145,7 @@ class TeaCache:
             self._sum += float(self._polynomial(self._changes[step]))
 
     def may_reuse(self, step: int) -> bool:
-        # The polynomials are below 0 for small changes, and a threshold of 0 has to leave the video as it is.
+        # The polynomials are negative for small changes, and a threshold of 0 must not reuse anything.
         return self._threshold > 0 and self._sum < self._threshold
 
     def reset(self, step: int) -> None:
@@ -154,17 +153,17 @@ class TeaCache:
 
 
 def relative_changes(steps: Sequence[int], modulation: Tensor) -> dict[int, float]:
-    """Return mean|m_s - m_(s-1)| / mean|m_(s-1)| by step, but for the first, of modulations (S, ...)."""
+    """Return mean|m_s - m_(s-1)| / mean|m_(s-1)| of modulations (S, ...), by step except the first."""
     rows = modulation.float().flatten(1)
     changes = (rows[1:] - rows[:-1]).abs().mean(1) / rows[:-1].abs().mean(1)
     return dict(zip(steps[1:], changes.tolist(), strict=True))
 
 
 class MagCache:
-    """Reuse while the summed error of the residual's magnitude is below a threshold, at most `longest` steps in a row.
+    """Reuse while the accumulated magnitude error is below a threshold, for at most `longest` consecutive steps.
 
-    R *= r_s, err += |1 - R|, R set to 1 and err to 0 where the pass is computed (Ma et al. 2025). `ratios` are r_s, the
-    mean ratio of the residual's norms at a step and at the one before, by step; a step without one is computed.
+    R *= r_s, err += |1 - R|; R is reset to 1 and err to 0 when the pass is computed (Ma et al. 2025). `ratios` are r_s
+    by step, the mean ratio of residual norms at a step and the previous one; a step without a ratio is computed.
     """
 
     def __init__(self, ratios: Mapping[int, float], retained: Sequence[int], threshold: float, longest: int) -> None:
@@ -186,19 +185,19 @@ class MagCache:
 
 
 class AttentionCache:
-    """Reuse in [start, end) but for every `interval`-th step from `start` on, where outputs are kept anew."""
+    """Reuse in [start, end), except at every `interval`-th step from `start`, which is computed and cached."""
 
     def __init__(self, start: int, end: int, interval: int) -> None:
         self._range, self._interval = range(start, end), interval
         self._computed = -1
 
     def pass_step(self, step: int, *, runs: bool) -> None:
-        """Nothing: the number of the step alone decides."""
+        """Do nothing: only the step index matters."""
 
     def may_reuse(self, step: int) -> bool:
         if step not in self._range:
             return False
-        # A pass that did not run where outputs are kept anew has none of this interval.
+        # A pass that did not run at the computed step of this interval has no output to reuse.
         return self._computed >= step - (step - self._range.start) % self._interval and self._computed < step
 
     def reset(self, step: int) -> None:

@@ -1,6 +1,6 @@
-"""Settings of the step caches, and what of them agrees with each other. Nothing here imports torch.
+"""Options of the step caches and their checks. Nothing here imports torch.
 
-Declared as those of `wan_train.sampling.settings` are.
+They are declared like those of `wan_train.sampling.settings`.
 """
 
 from dataclasses import dataclass, fields
@@ -15,10 +15,10 @@ STEP_CACHES = (OFF, TEACACHE, MAGCACHE, ATTENTION, AUTO)
 PROFILED = (MAGCACHE, AUTO)  # those that read --cache_profile
 TEACACHE_MODELS = ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P")
 SHORTCUT = "--use_attentioncache"  # MindIE's name of --step_cache attention
-CALIBRATE = "--calibrate_steps N --cache_profile FILE makes one"
+CALIBRATE = "--calibrate_steps N --cache_profile FILE creates one"
 COMPILED = (
-    "--step_cache attention keeps outputs from inside of blocks, which --compile makes one graph each: leave out"
-    " --compile, or take --step_cache teacache, magcache or auto"
+    "--step_cache attention does not work with --compile, which compiles each block as one graph: leave out --compile,"
+    " or use --step_cache teacache, magcache or auto"
 )
 
 _SMALL_DIM = 1536  # width of the 1.3B models
@@ -26,7 +26,7 @@ _SMALL_DIM = 1536  # width of the 1.3B models
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """Step caches, as requests and the command line have them alike."""
+    """Step caches; the same fields in a request and on the command line."""
 
     step_cache: str = option(
         OFF,
@@ -107,35 +107,37 @@ def replaced_by(step_cache: str) -> frozenset[str]:
 
 
 def check_cache_options(given: CacheOptions, steps: int) -> None:
-    """InputError for options that do not agree with each other in a request of `steps` steps."""
+    """Raise InputError for options that conflict in a request with `steps` steps."""
     for field in fields(CacheOptions):
         owners = _READ_BY.get(field.name, (given.step_cache,))
         if given.step_cache not in owners and getattr(given, field.name) != field.default:
             raise InputError(
-                f"--{field.name} is an option of --step_cache {' and '.join(owners)}, and --step_cache is"
+                f"--{field.name} applies to --step_cache {' and '.join(owners)} only, and --step_cache is"
                 f" {given.step_cache}: choose that cache, or leave out --{field.name}"
             )
     if given.step_cache in PROFILED and not given.cache_profile:
-        raise InputError(f"--step_cache {given.step_cache} needs --cache_profile, measured errors: {CALIBRATE}")
+        raise InputError(
+            f"--step_cache {given.step_cache} requires --cache_profile, a file of measured errors: {CALIBRATE}"
+        )
     if given.step_cache == ATTENTION:
         start, end = attention_range(given, steps)
         if end > steps or (start >= end and (given.start_step is not None or given.end_step is not None)):
             raise InputError(
-                f"--start_step {start} and --end_step {end} are not a range of {steps} steps: give a start below the"
-                f" end, and an end of at most {steps}"
+                f"--start_step {start} and --end_step {end} are not a range of {steps} steps: --start_step must be less"
+                f" than --end_step, and --end_step at most {steps}"
             )
 
 
 def attention_range(given: CacheOptions, steps: int) -> tuple[int, int]:
-    """Return the range of the attention cache, its end exclusive; 12 to 37 of 50 steps, MindIE's own example."""
+    """Return the range of the attention cache, end exclusive; by default 12 to 37 of 50 steps, as in MindIE."""
     start = steps // 4 if given.start_step is None else given.start_step
     return start, (3 * steps // 4 if given.end_step is None else given.end_step)
 
 
 def teacache_model(variant: Variant, width: int, height: int) -> str:
-    """Return whose TeaCache coefficients a task uses at a size in pixels, as VideoX-Fun reuses them.
+    """Return the model whose TeaCache coefficients a task uses at a size in pixels, as in VideoX-Fun.
 
-    Those of I2V-14B-720P stand for all of Wan2.2 and for 14B control models: nobody published others.
+    Wan2.2 and 14B control models use those of I2V-14B-720P, because no others are published.
     """
     if variant.dim == _SMALL_DIM:
         return "Wan2.1-T2V-1.3B"

@@ -57,7 +57,7 @@ def check_previews(settings: TrainSettings, variant: Variant) -> list[SampleRequ
         check_name(
             preview_path(settings.save, "e000000", index, last, ".mp4"), "give a shorter --output_name or --output_dir"
         )
-        log.info('preview %d ("%s", %s): %s', index, request.shown_words, seed, request.shown_settings)
+        log.info('preview %d ("%s", %s): %s', index, request.short_prompt, seed, request.settings_summary)
     return requests
 
 

@@ -228,16 +228,16 @@ def test_a_profile_reads_as_it_was_written(profile: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"steps": 10}, "--infer_steps is 12 there and 10 here"),
-        ({"solver": "unipc"}, "--sample_solver is euler there and unipc here"),
-        ({"shift": 5.0}, "--flow_shift is 3 there and 5 here"),
-        ({"guidance": 6.0}, "--guidance_scale is 3 there and 6 here"),
-        ({"width": 128, "height": 64}, "about 4 tokens there and about 64 tokens here"),
-        ({"variant": VARIANTS["t2v-1.3B"]}, "--task is t2v-14B there and t2v-1.3B here"),
-        ({"slg_layers": (1,)}, "--slg_layers is nothing there"),
+        ({"steps": 10}, r"another --infer_steps \(12 in the profile, 10 in this run"),
+        ({"solver": "unipc"}, r"another --sample_solver \(euler in the profile, unipc in this run"),
+        ({"shift": 5.0}, r"another --flow_shift \(3 in the profile, 5 in this run"),
+        ({"guidance": 6.0}, r"another --guidance_scale \(3 in the profile, 6 in this run"),
+        ({"width": 128, "height": 64}, "about 4 tokens in the profile, about 64 tokens in this run"),
+        ({"variant": VARIANTS["t2v-1.3B"]}, r"another --task \(t2v-14B in the profile, t2v-1.3B in this run"),
+        ({"slg_layers": (1,)}, r"another --slg_layers \(not set in the profile"),
         (
             {"sliding_window_size": 4, "sliding_window_stride": 2},
-            "--sliding_window_size is nothing there and 4 every 2",
+            r"another --sliding_window_size \(not set in the profile, 4 every 2",
         ),
     ],
 )
@@ -262,7 +262,7 @@ def _newer(text: str) -> str:
         (lambda text: "[1, 2]", "is not a profile"),
         (lambda text: text.replace('"errors"', '"error"'), "is not a profile"),
         (lambda text: text.replace("step cache profile", "something else"), "is not a profile"),
-        (_newer, "has version 2, and this program reads up to 1"),
+        (_newer, "has format version 2, the newest supported is 1"),
     ],
 )
 def test_a_damaged_or_newer_profile_is_an_error_in_one_line(

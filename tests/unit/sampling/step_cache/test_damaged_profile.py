@@ -14,10 +14,10 @@ from wan_train.sampling.step_cache.profile import Entry, Profile, ReuseError, re
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"errors": [[3, 1, 0, -0.01]]}, "-0.01 is not a number from 0"),
-        ({"errors": [[3, 1, 0, float("nan")]]}, "nan is not a number from 0"),
-        ({"ratios": {"positive": {"1": float("inf")}}}, "inf is not a number from 0"),
-        ({"scale": -1.0}, "-1.0 is not a number from 0"),
+        ({"errors": [[3, 1, 0, -0.01]]}, "-0.01 is not a finite number of at least 0"),
+        ({"errors": [[3, 1, 0, float("nan")]]}, "nan is not a finite number of at least 0"),
+        ({"ratios": {"positive": {"1": float("inf")}}}, "inf is not a finite number of at least 0"),
+        ({"scale": -1.0}, "-1.0 is not a finite number of at least 0"),
         ({"num_passes": [2, -2]}, r"num_passes \[2, -2\] are not at least 1"),
         ({"num_passes": []}, r"num_passes \[\] are not at least 1"),
         ({"models": None}, "'models' is missing"),
@@ -41,5 +41,5 @@ def test_values_that_cannot_have_been_measured(change: dict[str, Any], told: str
 
 def test_a_device_or_a_folder_is_not_read_as_a_profile(tmp_path: Path) -> None:
     for path in (os.devnull, tmp_path):
-        with pytest.raises(InputError, match="is not a file"):
+        with pytest.raises(InputError, match="is not a regular file"):
             read_profile(path)

@@ -191,10 +191,10 @@ def test_the_log_says_what_each_preview_is_made_with(
     prompts.write_text("a cat\na dog --w 64 --h 32 --f 5 --s 4 --l 1 --fs 3 --d 7\n")
     check_previews(settings("--sample_prompts", str(prompts), "--vae", "v", "--t5", "t"), VARIANTS["t2v-A14B"])
     told = capsys.readouterr().err
-    bare = "256 wide, 256 high, 1 frames, 20 steps of unipc, shift 12, guidance 4 and then 3"
+    bare = "256x256, 1 frames, 20 steps, solver unipc, shift 12, guidance scale 4 and then 3"
     assert f'preview 0 ("a cat", the run\'s seed + 0): {bare}' in told
     assert (
-        'preview 1 ("a dog", seed 7): 64 wide, 32 high, 5 frames, 4 steps of unipc, shift 3, guidance 4 and then 1'
+        'preview 1 ("a dog", seed 7): 64x32, 5 frames, 4 steps, solver unipc, shift 3, guidance scale 4 and then 1'
         in told
     )
 
