@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wan_train.models.loading import load_dit as load_dit
     from wan_train.models.vae.vae import load_vae as load_vae
 
-_DOORS = {
+_EXPORTS = {
     "generate": "generate.call",
     "load_dit": "wan_train.models.loading",
     "load_image_encoder": "wan_train.models.encoders.image",
@@ -39,6 +39,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _DOORS:
-        return getattr(import_module(_DOORS[name]), name)
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'wan_train' has no attribute {name!r}")

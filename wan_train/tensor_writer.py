@@ -93,9 +93,9 @@ def _fill(
 
 
 def _index(rows: Mapping[str, Row], groups: Mapping[str, list[str]]) -> str:
-    places = {name: shard for shard, group in groups.items() for name in group}
+    weight_map = {name: shard for shard, group in groups.items() for name in group}
     total = sum(row.num_bytes for row in rows.values())
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
 
 
 def _lay_out(rows: Mapping[str, Row], metadata: Mapping[str, str]) -> tuple[dict[str, int], bytes]:

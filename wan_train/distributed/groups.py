@@ -22,7 +22,7 @@ from wan_train.packages import first_line
 # Longer than any wait in good order: the first process of a group may decode for as long as it takes, and others wait
 # for it. A process that has ended is noticed by `wan_train.distributed.watch`.
 TIMEOUT = timedelta(hours=12)
-MEETING = timedelta(minutes=10)  # within which all processes have started
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # within which all processes have started
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def launched_device(device: torch.device) -> torch.device:
 def join_store(place: Place) -> Store:
     """The store by which all processes meet. RunError if they do not."""
     try:
-        store, _, _ = next(rendezvous("env://", place.rank, place.num_ranks, timeout=MEETING))
+        store, _, _ = next(rendezvous("env://", place.rank, place.num_ranks, timeout=RENDEZVOUS_TIMEOUT))
     except (dist.DistError, ValueError) as problem:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(

@@ -23,12 +23,12 @@ from wan_train.distributed.ranks import find_place
 from wan_train.distributed.settings import ParallelSettings
 from wan_train.errors import InputError, RunError, Stopped
 
-BEAT = 2.0  # seconds between two signs of life
-SILENCE = 40.0  # seconds without one after which a process is taken for gone; the others end within a minute
-LAST_WORDS = 20  # seconds that a process may take to end, once it has to
+HEARTBEAT = 2.0  # seconds between two signs of life
+HEARTBEAT_TIMEOUT = 40.0  # seconds without one after which a process is taken for gone; the others end within a minute
+EXIT_TIMEOUT = 20  # seconds that a process may take to end, once it has to
 GRACE = 1.0  # seconds by which processes that say nothing end after the one that does: launchers then kill the rest
 
-_DONE, _LEFT, _FAILED, _BEAT = "watch/done", "watch/left", "watch/failed", "watch/beat"
+_DONE, _LEFT, _FAILED, _HEARTBEAT = "watch/done", "watch/left", "watch/failed", "watch/beat"
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Watch:
         """Give no more of them, and look for none."""
         self._over.set()
         if self._thread is not None:
-            self._thread.join(LAST_WORDS)
+            self._thread.join(EXIT_TIMEOUT)
 
     def claim(self, code: int) -> bool:
         """Whether this process is the first that says why all of them end, with this exit code."""
@@ -80,7 +80,7 @@ class Watch:
         """Need the store no more. The first process, whose it is, waits for the others to say so, as long as a process
         takes that looks at it every now and then."""
         with suppress(Exception):
-            left, deadline = store.add(_LEFT, 1), time.monotonic() + 3 * BEAT
+            left, deadline = store.add(_LEFT, 1), time.monotonic() + 3 * HEARTBEAT
             while self.rank == 0 and left < self.num_ranks and time.monotonic() < deadline:
                 time.sleep(0.05)
                 left = store.add(_LEFT, 0)
@@ -89,19 +89,19 @@ class Watch:
         """The processes that give no sign of life for three times as long as one should take; the first if that has
         taken the store with it."""
         try:
-            before = _beats(self.store, self.num_ranks)
-            time.sleep(3 * BEAT)
-            after = _beats(self.store, self.num_ranks)
+            before = _heartbeats(self.store, self.num_ranks)
+            time.sleep(3 * HEARTBEAT)
+            after = _heartbeats(self.store, self.num_ranks)
         except Exception:
             return [0]
         return [rank for rank in range(self.num_ranks) if before[rank] == after[rank] and rank != self.rank]
 
     def _look(self, store: Store) -> None:
         seen, since, last = [0] * self.num_ranks, [time.monotonic()] * self.num_ranks, time.monotonic()
-        while not self._over.wait(BEAT):
+        while not self._over.wait(HEARTBEAT):
             try:
-                store.add(f"{_BEAT}/{self.rank}", 1)
-                beats, code = _beats(store, self.num_ranks), _failure(store)
+                store.add(f"{_HEARTBEAT}/{self.rank}", 1)
+                heartbeats, code = _heartbeats(store, self.num_ranks), _failure(store)
             except Exception:
                 self._end(store, "process 0", 1, speaks=self.rank == 1)
                 return
@@ -109,12 +109,12 @@ class Watch:
                 self._end(store, "", code, speaks=False)
                 return
             now = time.monotonic()
-            if now - last > 5 * BEAT:  # this process itself stood still: what it has not seen says nothing
+            if now - last > 5 * HEARTBEAT:  # this process itself stood still: what it has not seen says nothing
                 since = [now] * self.num_ranks
             last = now
-            since = [now if beats[rank] != seen[rank] else since[rank] for rank in range(self.num_ranks)]
-            seen = beats
-            if silent := [rank for rank in range(self.num_ranks) if now - since[rank] > SILENCE]:
+            since = [now if heartbeats[rank] != seen[rank] else since[rank] for rank in range(self.num_ranks)]
+            seen = heartbeats
+            if silent := [rank for rank in range(self.num_ranks) if now - since[rank] > HEARTBEAT_TIMEOUT]:
                 self._end(store, _named(silent), 1, speaks=self.claim(1))
                 return
 
@@ -123,7 +123,7 @@ class Watch:
         if self._over.wait(0 if speaks else GRACE):
             return
         if speaks:
-            tqdm.write(f"error: {gone(who)}", file=sys.stderr)  # above a bar that is on screen
+            tqdm.write(f"error: {loss_message(who)}", file=sys.stderr)  # above a bar that is on screen
         self.part(store)
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
@@ -131,7 +131,7 @@ class Watch:
         os._exit(code)
 
 
-def gone(who: str) -> str:
+def loss_message(who: str) -> str:
     """What is said of processes that have ended without a word."""
     return (
         f"{who} of this run has ended without a message (killed, or out of memory?): all others end too; videos that"
@@ -163,7 +163,7 @@ def working_together(settings: ParallelSettings, find_device: Callable[[], torch
         watch.finish()
     except BaseException as problem:
         # Whatever still waits inside of an exchange keeps no process longer than this.
-        faulthandler.dump_traceback_later(LAST_WORDS + 6 * BEAT, exit=True)
+        faulthandler.dump_traceback_later(EXIT_TIMEOUT + 6 * HEARTBEAT, exit=True)
         _leave(watch, problem)
         raise
     dist.destroy_process_group()
@@ -182,7 +182,7 @@ def _leave(watch: Watch, problem: BaseException) -> None:
     if not speaks:
         _leave_silently(code or 1)
     if lost:
-        raise RunError(gone(_named(missing) if missing else "a process")) from None
+        raise RunError(loss_message(_named(missing) if missing else "a process")) from None
 
 
 def _leave_silently(code: int) -> None:
@@ -212,8 +212,8 @@ def _named(ranks: list[int]) -> str:
     return f"process {ranks[0]}" if len(ranks) == 1 else f"one of the processes {', '.join(map(str, ranks))}"
 
 
-def _beats(store: Store, num_ranks: int) -> list[int]:
-    return [store.add(f"{_BEAT}/{rank}", 0) for rank in range(num_ranks)]
+def _heartbeats(store: Store, num_ranks: int) -> list[int]:
+    return [store.add(f"{_HEARTBEAT}/{rank}", 0) for rank in range(num_ranks)]
 
 
 def _failure(store: Store) -> int | None:

@@ -111,10 +111,10 @@ def _tell_missing(where: str, missing: Sequence[str], task: str, content: _Folde
 
 def _read_folder(folder: Path) -> _Folder:
     content = _Folder(folder)
-    for place in _folders(folder, _DEPTH):
-        if any((place / name).is_file() for name in _TOKENIZERS):
-            content.tokenizers.append(place)
-        for path in _checkpoints(place):
+    for subfolder in _folders(folder, _DEPTH):
+        if any((subfolder / name).is_file() for name in _TOKENIZERS):
+            content.tokenizers.append(subfolder)
+        for path in _checkpoints(subfolder):
             try:
                 content.headers[path] = read_header(path)
             except InputError as problem:

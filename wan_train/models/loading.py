@@ -25,7 +25,7 @@ from wan_train.quantization.stored import (
     StoragePlan,
     dtypes_kept,
     install_plan,
-    is_beside,
+    is_auxiliary,
     read_scales,
     storage_dtype,
     unscaled,
@@ -191,7 +191,7 @@ def describe(source: TensorSource) -> str:
 def official_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """The shapes of a DiT checkpoint's weights under official names."""
     rename = dit_rename(shapes)
-    return {rename(name): tuple(shape) for name, shape in shapes.items() if not is_beside(name)}
+    return {rename(name): tuple(shape) for name, shape in shapes.items() if not is_auxiliary(name)}
 
 
 def _empty(

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-MOST_CONTROLS = 2
+MAX_CONTROLS = 2
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class OneFrame:
 
     def __post_init__(self) -> None:
         places = (*self.controls, self.target)
-        if not 1 <= len(self.controls) <= MOST_CONTROLS or len(set(places)) < len(places) or min(places) < 0:
+        if not 1 <= len(self.controls) <= MAX_CONTROLS or len(set(places)) < len(places) or min(places) < 0:
             raise ValueError("takes one or two indices of given images and another one for the target, all from 0")
 
     @property

@@ -34,12 +34,12 @@ def apply_chunks(blocks: Iterable[nn.Module], count: int) -> None:
 def _chunked(forward: Forward, count: int) -> Forward:
     @wraps(forward)
     def chunked(x: Tensor) -> Tensor:
-        return torch.cat([_again_in_backward(forward, part) for part in x.chunk(count, dim=1)], dim=1)
+        return torch.cat([_checkpointed(forward, part) for part in x.chunk(count, dim=1)], dim=1)
 
     return chunked
 
 
-def _again_in_backward(forward: Forward, x: Tensor) -> Tensor:
+def _checkpointed(forward: Forward, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x)
     return cast(Tensor, checkpoint(forward, x, use_reentrant=False))

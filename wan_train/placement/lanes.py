@@ -38,7 +38,7 @@ class Lane(Protocol):
         """The point that the computing queue has been filled up to."""
         ...
 
-    def upload(self, slot: Tensor, master: Tensor, after: Mark) -> Mark:
+    def upload(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
         """Queue a copy of all of `master` to the start of `slot` behind `after`; gives the point where it is done.
 
         Copies are made in the order of the calls. The way back is the same with `slot` in CPU RAM.
@@ -69,8 +69,8 @@ class HostLane:
     def mark(self) -> Mark:
         return None
 
-    def upload(self, slot: Tensor, master: Tensor, after: Mark) -> Mark:
-        slot[: len(master)].copy_(master)
+    def upload(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
+        target[: len(source)].copy_(source)
 
     def wait(self, mark: Mark) -> None:
         pass
@@ -86,15 +86,15 @@ class AcceleratorLane:
         self.device = device
         self._runtime: Any = torch.get_device_module(device)
         self._copies = self._runtime.Stream(device=device)
-        self._told = False
+        self._warned = False
 
     def host(self, num_bytes: int) -> Tensor:
         memory = _pinned(num_bytes, self.device)
         if memory is not None:
             return memory
-        if not self._told:  # once: there may be a buffer for each of a thousand tensors
+        if not self._warned:  # once: there may be a buffer for each of a thousand tensors
             log.warning("cannot pin more memory: further buffers are pageable, so that transfers are slower")
-            self._told = True
+            self._warned = True
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def slot(self, num_bytes: int) -> Tensor:
@@ -107,10 +107,10 @@ class AcceleratorLane:
     def mark(self) -> Mark:
         return self._runtime.current_stream(self.device).record_event()
 
-    def upload(self, slot: Tensor, master: Tensor, after: Mark) -> Mark:
+    def upload(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
         self._copies.wait_event(after)
         with self._runtime.stream(self._copies):
-            slot[: len(master)].copy_(master, non_blocking=True)
+            target[: len(source)].copy_(source, non_blocking=True)
         return self._copies.record_event()
 
     def wait(self, mark: Mark) -> None:

@@ -61,10 +61,10 @@ class Kept:
         self._store, self._lane = store, store.lane
         self._near: Tensor | None = near
         self._far = store.take(len(flat))
-        self._master = self._far[: len(flat)]
-        self._done = self._lane.upload(self._master, flat, self._lane.mark())
+        self._pinned = self._far[: len(flat)]
+        self._done = self._lane.upload(self._pinned, flat, self._lane.mark())
         # In CPU RAM, whole once its copy is done; what it lies in is used again when this is gone.
-        self.far = self._master.view(self._dtype).as_strided(self._shape, self._stride)
+        self.far = self._pinned.view(self._dtype).as_strided(self._shape, self._stride)
 
     def leave(self) -> None:
         """Give up the device's memory. Whoever gets it next comes behind the copy that uses it still."""
@@ -77,7 +77,7 @@ class Kept:
         if self._near is None:
             # Of the computing queue's memory, so that it is given up there as well, and no queue has to tell another.
             self._near = torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=self._lane.device)
-            self._done = self._lane.upload(as_bytes(self._near), self._master, self._lane.mark())
+            self._done = self._lane.upload(as_bytes(self._near), self._pinned, self._lane.mark())
 
     def take(self) -> Tensor:
         """The tensor on the device, where it is not kept any longer."""

@@ -18,7 +18,7 @@ from wan_train.placement.lanes import Lane
 from wan_train.placement.offload import Kept
 
 
-class _Home:
+class _HostBuffer:
     """The host buffer of one state. It is made anew only when the state has another size."""
 
     def __init__(self, lane: Lane) -> None:
@@ -44,7 +44,7 @@ class HostStates:
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
-        self._homes: dict[Hashable, dict[str, _Home]] = {}
+        self._buffers: dict[Hashable, dict[str, _HostBuffer]] = {}
         self._kept: dict[Hashable, dict[str, Kept]] = {}
         self._next: dict[Hashable, Hashable] = {}
         self._last: Hashable = None
@@ -68,10 +68,10 @@ class HostStates:
             coming.fetch()
         yield
         self._leave()
-        homes = self._homes.get(owner, {})
+        buffers = self._buffers.get(owner, {})
         large = {name: value for name, value in state.items() if _is_large(value)}
-        homes = self._homes[owner] = {name: homes.get(name) or _Home(self._lane) for name in large}
-        leaving = {name: Kept(homes[name], value) for name, value in large.items()}
+        buffers = self._buffers[owner] = {name: buffers.get(name) or _HostBuffer(self._lane) for name in large}
+        leaving = {name: Kept(buffers[name], value) for name, value in large.items()}
         for name, one in leaving.items():
             state[name] = one.far
         self._kept[owner], self._leaving = leaving, list(leaving.values())

@@ -1,8 +1,8 @@
 """Block swap: the matrices of some blocks stay in CPU RAM and come to the device for their block's turn.
 
-Each such block has a master, one flat piece of CPU RAM, and its tensors are views: of the master, or, from the
+Each such block has a pinned, one flat piece of CPU RAM, and its tensors are views: of the pinned, or, from the
 block's turn until its slot is needed, of one of a few slots on the device. A slot is filled by one copy, while blocks
-before it compute. A master is only ever read, unless its matrices are trained: then the optimizer steps them in the
+before it compute. A pinned is only ever read, unless its matrices are trained: then the optimizer steps them in the
 slot, while the block is `held`, and the slot is copied back.
 
 Which block comes next follows from the order of use. Forward, the next ones are fetched; in the backward pass, where
@@ -13,7 +13,7 @@ one begins: a training step copies 2(S-R) blocks, a pass without gradients S, or
 Why no copy lands on what is still needed. `bring` is called when a block begins, forward or once more in the backward
 pass, and all that it overwrites belongs to other blocks. By then every use of these has been put into the computing
 queue. Copies in both directions are made in the order in which they are asked for, so that a slot is stored before it
-is filled again, and a master is whole before it is read. Forward that is plain. In the backward pass autograd runs
+is filled again, and a pinned is whole before it is read. Forward that is plain. In the backward pass autograd runs
 what is ready in the reverse order in which it was recorded, and a block is recomputed when the first of its own
 steps runs: by then all steps of later blocks have run, for each was recorded later, and none of them waits for a step
 of this block. So a copy that waits for the mark taken in `bring` comes behind them all. Without checkpointing autograd
@@ -56,15 +56,15 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Cargo:
-    """What streams of one block, and its master."""
+    """What streams of one block, and its pinned."""
 
     tensors: list[Tensor]
     layout: tuple[_Span, ...]
-    master: Tensor
-    views: list[Tensor]  # of the master
+    pinned: Tensor
+    views: list[Tensor]  # of the pinned
 
     def rest(self) -> None:
-        """Let the tensors be views of the master."""
+        """Let the tensors be views of the pinned."""
         self.bind(self.views)
 
     def bind(self, views: list[Tensor]) -> None:
@@ -90,14 +90,14 @@ class Stream:
         self._owners = {id(tensor): number for number, cargo in enumerate(cargos) for tensor in cargo.tensors}
 
     def _make_slot(self) -> _Slot:
-        memory = self._lane.slot(max(len(cargo.master) for cargo in self._cargos))
+        memory = self._lane.slot(max(len(cargo.pinned) for cargo in self._cargos))
         layouts = {cargo.layout for cargo in self._cargos}
         return _Slot(memory, {layout: _views(layout, memory) for layout in layouts})
 
     @property
     def host_bytes(self) -> int:
         """CPU RAM for the pinned host copies."""
-        return sum(len(cargo.master) for cargo in self._cargos)
+        return sum(len(cargo.pinned) for cargo in self._cargos)
 
     @property
     def device_bytes(self) -> int:
@@ -114,7 +114,7 @@ class Stream:
         return {name for name, tensor in _named_tensors(model) if id(tensor) in self._owners}
 
     def settle(self) -> None:
-        """Let all tensors be views of their masters, which are whole, until their blocks are called again."""
+        """Let all tensors be views of their pinned copies, which are whole, until their blocks are called again."""
         for cargo in self._cargos:
             cargo.rest()
         self._lane.finish()
@@ -139,9 +139,9 @@ class Stream:
 
     def _store(self, block: int) -> None:
         slot = next(slot for slot in self._slots if slot.holds == block)
-        master = self._cargos[block].master
+        pinned = self._cargos[block].pinned
         # Whoever uses the slot next waits for the copy: it may write there.
-        slot.ready = self._lane.upload(master, slot.memory[: len(master)], self._lane.mark())
+        slot.ready = self._lane.upload(pinned, slot.memory[: len(pinned)], self._lane.mark())
 
     def bring(self, block: int) -> None:
         """Have a block's tensors on the device for all that is launched until the next call, and fetch ahead."""
@@ -177,7 +177,7 @@ class Stream:
         free = [slot for slot in self._slots if slot.holds not in wanted]
         slot = max(free, key=lambda s: math.inf if s.holds is None else abs(s.holds - wanted[0]))
         self._evict(slot)
-        slot.ready = self._lane.upload(slot.memory, self._cargos[block].master, after)
+        slot.ready = self._lane.upload(slot.memory, self._cargos[block].pinned, after)
         slot.holds = block
         return slot
 
@@ -196,7 +196,7 @@ def apply_stream(blocks: Iterable[nn.Module], settings: StreamSettings, lane: La
 
     Parameters and buffers of the Linears with two axes and more go into CPU RAM, block by block, and may be there
     before; those that are trained are stepped while their block is `held`. Put it inside of checkpointing: without that
-    these blocks have no backward pass. A `state_dict` holds the masters.
+    these blocks have no backward pass. A `state_dict` holds the pinned copies.
     """
     every = list(blocks)
     indexes = streamed_blocks(len(every), settings.blocks_to_swap)
@@ -225,14 +225,14 @@ def _brought(forward: Callable[..., Any], stream: Stream, number: int) -> Callab
 
 
 def _pack(block: nn.Module, lane: Lane) -> _Cargo:
-    """Move what streams of a block into its master; what held it before is free then."""
+    """Move what streams of a block into its pinned; what held it before is free then."""
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     own = [t for m in linears for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
     tensors = [tensor for tensor in own if tensor.ndim >= 2]
     assert tensors, "a block without matrices cannot stream"
     layout = _lay_out(tensors)
-    master = lane.host(layout[-1].end)
-    cargo = _Cargo(tensors, layout, master, _views(layout, master))
+    pinned = lane.host(layout[-1].end)
+    cargo = _Cargo(tensors, layout, pinned, _views(layout, pinned))
     for tensor, view in zip(tensors, cargo.views, strict=True):
         view.copy_(tensor.data)
     cargo.rest()
@@ -240,7 +240,7 @@ def _pack(block: nn.Module, lane: Lane) -> _Cargo:
 
 
 def _views(layout: tuple[_Span, ...], memory: Tensor) -> list[Tensor]:
-    return [place.view(memory) for place in layout]
+    return [span.view(memory) for span in layout]
 
 
 def _lay_out(tensors: list[Tensor]) -> tuple[_Span, ...]:

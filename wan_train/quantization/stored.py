@@ -20,7 +20,7 @@ from wan_train.storage import Header, TensorSource, read_tensors
 Shapes = Mapping[str, tuple[int, ...]]
 
 _SCALES = (".scale_weight", ".weight_scale")
-_BESIDE = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
+_AUXILIARY = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
 _MARKER = "scaled_fp8"
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -57,9 +57,9 @@ def install_plan(model: nn.Module, plan: StoragePlan, shapes: Shapes) -> None:
     install(model, linears, {module: shape for module, shape in scales.items() if shape is not None})
 
 
-def is_beside(name: str) -> bool:
+def is_auxiliary(name: str) -> bool:
     """Whether a tensor of a scaled file describes weights and is none itself."""
-    return name.endswith(_BESIDE) or name.rpartition(".")[2] == _MARKER
+    return name.endswith(_AUXILIARY) or name.rpartition(".")[2] == _MARKER
 
 
 def storage_dtype(header: Header) -> torch.dtype:
@@ -199,7 +199,7 @@ def unscaled(
     """A pipe from a scaled file's tensors to weights: each code times its scale, float32, but `kept` ones as stored
     with their scale behind them; what is not a weight is left out."""
     for name, tensor in tensors:
-        if is_beside(name):
+        if is_auxiliary(name):
             continue
         module = name.removesuffix(".weight")
         scale = scales.get(module) if name != module else None

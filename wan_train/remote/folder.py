@@ -114,9 +114,9 @@ class RemoteFolder:
         files.makedirs(parent, exist_ok=True)
         try:
             for file, inside in _files_of(path):
-                place = f"{temporary}{inside}"
-                files.makedirs(place.rpartition("/")[0], exist_ok=True)
-                files.put_file(str(file), place)
+                destination = f"{temporary}{inside}"
+                files.makedirs(destination.rpartition("/")[0], exist_ok=True)
+                files.put_file(str(file), destination)
             if path.is_dir() and files.exists(target):
                 files.rm(target, recursive=True)  # no folder is renamed to the name of another
             files.mv(temporary, target)

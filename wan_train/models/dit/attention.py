@@ -13,7 +13,7 @@ from torch import Tensor
 from wan_train.cli import choose
 from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.dit.kernels import USUAL, leave_out_faulty, prefer_cudnn, probe
+from wan_train.models.dit.kernels import USUAL, disable_faulty, prefer_cudnn, probe
 from wan_train.models.dit.kernels import Attend as Attend
 from wan_train.models.dit.kernels import attend_torch as attend_torch
 from wan_train.packages import first_line, load
@@ -23,11 +23,11 @@ HALF = (torch.float16, torch.bfloat16)
 log = get_logger(__name__)
 
 
-def _as_it_is(operator: Callable[..., Any]) -> Attend:
+def _unchanged(operator: Callable[..., Any]) -> Attend:
     return operator
 
 
-def _first(operator: Callable[..., Any]) -> Attend:
+def _output_only(operator: Callable[..., Any]) -> Attend:
     """FlashAttention 3 returns the output alone or, in older builds, with the logarithm of its sums."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def _first(operator: Callable[..., Any]) -> Attend:
     return attend
 
 
-def _among_equals(operator: Callable[..., Any]) -> Attend:
+def _equal_lengths_only(operator: Callable[..., Any]) -> Attend:
     """Sage where queries and keys are equally many: elsewhere builds of it err or give NaN (its issues 19 and 26).
 
     What is left to torch, attention to some hundred keys, is a hundredth of the time.
@@ -59,7 +59,7 @@ class Backend:
     function: str = ""
     package: str = ""  # as pip knows it
     install: str = ""  # where pip does not know it
-    adapt: Callable[[Callable[..., Any]], Attend] = _as_it_is
+    adapt: Callable[[Callable[..., Any]], Attend] = _unchanged
     trains: bool = True
 
 
@@ -75,9 +75,9 @@ BACKENDS: dict[str, Backend] = {
         "flash_attn_func",
         "FlashAttention-3",
         "build it from the folder hopper of flash-attention",
-        _first,
+        _output_only,
     ),
-    "sageattn": Backend("sageattention", "sageattn", "sageattention", adapt=_among_equals, trains=False),
+    "sageattn": Backend("sageattention", "sageattn", "sageattention", adapt=_equal_lengths_only, trains=False),
 }
 
 
@@ -98,8 +98,8 @@ def attention(
     if BACKENDS[name].module and dtype not in HALF:
         log.info("--attn_mode %s has no kernels for %s: using bfloat16 for attention", name, dtype)
     prefer_cudnn(torch.device(device))
-    leave_out_faulty(torch.device(device), dtype, head_width, training=training)
-    return _one_by_one(attend) if split else attend
+    disable_faulty(torch.device(device), dtype, head_width, training=training)
+    return _per_sample(attend) if split else attend
 
 
 def check_attention(
@@ -151,7 +151,7 @@ def _in_half(attend: Attend) -> Attend:
     return cast
 
 
-def _one_by_one(attend: Attend) -> Attend:
+def _per_sample(attend: Attend) -> Attend:
     """`attend` for one sample after the other: kernels that need memory beside their result need a sample's only."""
 
     def split(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wan_train.models.dit.block import Block, Head
 from wan_train.models.dit.control import CameraAdapter, MotionController, embed_reference
 from wan_train.models.dit.embedding import embed_patches, pad_context, sinusoid
-from wan_train.models.dit.inputs import NOTHING_BESIDE, Inputs, check_inputs
+from wan_train.models.dit.inputs import NO_INPUTS, Inputs, check_inputs
 from wan_train.models.dit.layers import GELU, ImageEmbedding
 from wan_train.models.dit.layers import DitConfig as DitConfig
 from wan_train.models.dit.rope import Riflex, rope_table
@@ -139,7 +139,7 @@ class Dit(nn.Module):
         latents: Tensor,
         timestep: Tensor,
         context: list[Tensor] | Tensor | EmbeddedContext,
-        inputs: Inputs = NOTHING_BESIDE,
+        inputs: Inputs = NO_INPUTS,
     ) -> Embedded:
         """Embed the inputs of `forward`, which has checked them."""
         if not isinstance(context, EmbeddedContext):
@@ -189,7 +189,7 @@ class Dit(nn.Module):
         ValueError where the model needs `clip_features` and has none, or the other way round.
         """
         text: Tensor = self.text_embedding(pad_context(context, self.config, device).to(self.compute_dtype))
-        if clip_features is None and self.config.does_without_clip:
+        if clip_features is None and self.config.allows_missing_clip:
             clip_features = text.new_zeros(len(text), NUM_CLIP_TOKENS, self.config.image_dim)
         if (clip_features is not None) != bool(self.config.image_dim):
             raise ValueError(

@@ -23,7 +23,7 @@ class Inputs:
     riflex: Riflex | None = None
 
 
-NOTHING_BESIDE = Inputs()
+NO_INPUTS = Inputs()
 
 
 def check_inputs(inputs: Inputs, config: DitConfig, num_channels: int) -> None:

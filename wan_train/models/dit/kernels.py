@@ -111,7 +111,7 @@ def prefer_cudnn(device: torch.device) -> None:
 
 
 @lru_cache
-def leave_out_faulty(device: torch.device, dtype: torch.dtype, head_width: int, *, training: bool) -> None:
+def disable_faulty(device: torch.device, dtype: torch.dtype, head_width: int, *, training: bool) -> None:
     """Switch off each of torch's kernels that fails on such tensors, in training backwards too, and say so."""
     for kernel in KERNELS.get(device.type, ()):
         fault = fault_of(kernel, device, dtype, head_width, training=training) if kernel.is_on() else None

@@ -50,7 +50,7 @@ class DitConfig:
         return self.in_dim - self.out_dim
 
     @property
-    def does_without_clip(self) -> bool:
+    def allows_missing_clip(self) -> bool:
         """Whether zeros stand for CLIP's tokens of an absent image: control models were trained so, as their
         channels behind the noisy latents, a multiple of those without a mask, tell."""
         return bool(self.image_dim) and self.num_extra_channels % self.out_dim == 0

@@ -35,11 +35,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, num_heads: int, rope: Tensor | None = None) -> Tensor:
         """x (B, L, N*D) -> (B, L, N, D), each token rotated by `rope` (2, L, 1, D) if given."""
-        heads: Tensor = _NormTurn.apply(x, self.weight, rope, self.eps, num_heads)  # type: ignore[no-untyped-call]
+        heads: Tensor = _NormRope.apply(x, self.weight, rope, self.eps, num_heads)  # type: ignore[no-untyped-call]
         return heads
 
 
-class _NormTurn(torch.autograd.Function):
+class _NormRope(torch.autograd.Function):
     """RMS norm over the width, then the rotation of heads; the norm's factor is folded into the rotation's."""
 
     @staticmethod

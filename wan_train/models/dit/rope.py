@@ -16,8 +16,8 @@ from wan_train.errors import InputError
 THETA = 10000.0
 MAX_TABLES = 2  # that are kept: the largest take 80 MB each (75,600 tokens, head width 128)
 
-_Places = tuple[tuple[float, ...], ...]
-_Key = tuple[_Places, int, torch.device, "Rate | None"]
+_Positions = tuple[tuple[float, ...], ...]
+_Key = tuple[_Positions, int, torch.device, "Rate | None"]
 _tables: "OrderedDict[_Key, Tensor]" = OrderedDict()
 
 
@@ -79,33 +79,33 @@ def rope_table(
     its sine with the signs that a rotation gives the pair.
     A table is made once for its positions, width, device and frequencies; the last `MAX_TABLES` are kept.
     """
-    places = tuple(tuple(map(float, range(count))) for count in grid)
+    positions = tuple(tuple(map(float, range(count))) for count in grid)
     if frames is not None:
-        places = (tuple(map(float, frames.tolist())), *places[1:])
+        positions = (tuple(map(float, frames.tolist())), *positions[1:])
     rate = None if riflex is None else riflex.rate(grid[0], axis_widths(head_dim)[0])
     # What watches or replaces operators (a ledger, fake tensors) must see its own table; a tracer has no use for ours.
     if device.type == "meta" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return _make_table(places, head_dim, device, rate)
-    key = (places, head_dim, device, rate)
+        return _make_table(positions, head_dim, device, rate)
+    key = (positions, head_dim, device, rate)
     # Made in inference mode a table could not serve a later backward pass.
     with torch.inference_mode(False), torch.no_grad():
         table = _tables.pop(key, None)
-        _tables[key] = table = _make_table(places, head_dim, device, rate) if table is None else table
+        _tables[key] = table = _make_table(positions, head_dim, device, rate) if table is None else table
         if len(_tables) > MAX_TABLES:
             _tables.popitem(last=False)
         return table.detach()  # a tensor of its own: what compilers note on it is not for the next caller
 
 
-def _make_table(places: _Places, head_dim: int, device: torch.device, rate: Rate | None) -> Tensor:
+def _make_table(positions: _Positions, head_dim: int, device: torch.device, rate: Rate | None) -> Tensor:
     """Angles of each axis by themselves, on the CPU in float64 (at position 1000 float32 would already be off by 1e-4,
     and some devices have no float64); their cosines and sines are repeated for every token on the device."""
-    grid = [len(place) for place in places]
+    grid = [len(axis_positions) for axis_positions in positions]
     parts = []
-    for axis, (place, width) in enumerate(zip(places, axis_widths(head_dim), strict=True)):
+    for axis, (axis_positions, width) in enumerate(zip(positions, axis_widths(head_dim), strict=True)):
         rates = THETA ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
         if axis == 0 and rate is not None:
             rates[rate.index - 1] = rate.radians
-        angles = torch.outer(torch.tensor(place, dtype=torch.float64, device="cpu"), rates)
+        angles = torch.outer(torch.tensor(axis_positions, dtype=torch.float64, device="cpu"), rates)
         cosines = angles.cos().repeat_interleave(2, dim=-1)
         sines = torch.stack([-angles.sin(), angles.sin()], dim=-1).flatten(-2)
         part = torch.stack([cosines, sines]).float().to(device)

@@ -16,7 +16,7 @@ from wan_train.errors import InputError
 from wan_train.models.weights import Rename, Shapes, check_names, fill, renamed, require_kind
 from wan_train.precision import name_of
 from wan_train.quantization.schemes import SCALE, SCHEMES, quantised, scale_shape
-from wan_train.quantization.stored import StoragePlan, dtypes_kept, is_beside, read_scales, unscaled
+from wan_train.quantization.stored import StoragePlan, dtypes_kept, is_auxiliary, read_scales, unscaled
 from wan_train.storage import Header, TensorSource, read_header, read_tensors
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def _check_numbers(header: Header, label: str) -> None:
     for name, dtype in {**weights, **scales}.items():
         if not dtype.is_floating_point:
             raise InputError(f"{label} stores {name} as {name_of(dtype)}: give a bf16, fp16, fp32 or fp8 file")
-    empty = {name: torch.empty(shape, device="meta") for name, shape in header.shapes.items() if is_beside(name)}
+    empty = {name: torch.empty(shape, device="meta") for name, shape in header.shapes.items() if is_auxiliary(name)}
     _scales(empty, header)
 
 
@@ -139,7 +139,7 @@ def _transformers_name(name: str) -> str:
 
 def _dropped(shapes: Shapes) -> set[str]:
     """The names that are not weights of their own."""
-    names = {EMBEDDED_TOKENIZER, *filter(is_beside, shapes)}
+    names = {EMBEDDED_TOKENIZER, *filter(is_auxiliary, shapes)}
     if shapes.get(_TIED) == shapes.get(_TABLE):
         names.add(_TIED)
     return names

@@ -44,7 +44,7 @@ class Tokenizer:
         backend.enable_truncation(TEXT_LENGTH)
         self._backend = backend
         self.num_tokens = backend.get_vocab_size()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text; a warning names each text that is too long and loses its end, once."""
@@ -52,8 +52,8 @@ class Tokenizer:
         for text in texts:
             ids, is_cut = self._encode(text)
             found.append(ids)
-            if is_cut and text not in self._told:
-                self._told.add(text)
+            if is_cut and text not in self._warned:
+                self._warned.add(text)
                 start = f"{' '.join(text.split())[:_SHOWN]} ..."
                 logger.warning('the text "%s" is longer than %d tokens and is truncated', start, TEXT_LENGTH)
         return found
@@ -61,7 +61,7 @@ class Tokenizer:
     def find_cut(self, texts: Iterable[str]) -> set[str]:
         """Those of the texts that are too long and lose their end; there will be no warning of these any more."""
         cut = {text for text in texts if self._encode(text)[1]}
-        self._told |= cut
+        self._warned |= cut
         return cut
 
     def _encode(self, text: str) -> tuple[list[int], bool]:
