@@ -1,6 +1,6 @@
 """wan-train: training and generation for the Wan2.1 and Wan2.2 video models.
 
-The public Python door. Names are imported when they are first used, so that `import wan_train` is immediate.
+The public Python API. Names are imported on first use, so that `import wan_train` is fast.
 """
 
 from importlib import import_module

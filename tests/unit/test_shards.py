@@ -94,7 +94,7 @@ def test_an_index_that_is_none_and_files_that_are_not_there(tmp_path: Path) -> N
         expand(index)
     save(tmp_path / "name.safetensors", 1, 1000)
     (tmp_path / "name-00002-of-00003.safetensors").unlink()
-    with pytest.raises(InputError, match="1 files of its index are missing"):
+    with pytest.raises(InputError, match="1 files listed in it are missing"):
         expand(index)
     with pytest.raises(InputError, match="1 of 3 shards are missing"):
         expand(tmp_path / "name-00001-of-00003.safetensors")

@@ -86,7 +86,7 @@ def test_a_folder_of_two_experts(official: Path) -> None:
     assert Path(names["--dit"]).parts[0] == "low_noise_model"
     assert Path(names["--dit_high_noise"]).parts[0] == "high_noise_model"
     with pytest.raises(
-        InputError, match=r"2 files that could be --dit of --task t2v-14B .*high_noise.*choose with --dit"
+        InputError, match=r"2 candidates for --dit of --task t2v-14B .*high_noise.*choose one with --dit"
     ):
         found(official, "t2v-14B")
 
@@ -160,6 +160,6 @@ def test_what_is_missing_is_one_error_with_what_is_there(official: Path) -> None
     told = str(caught.value)
     assert "nothing for --dit and --vae and --clip of --task i2v-14B" in told
     assert "diffusion_pytorch_model.safetensors is Wan DiT" in told and f"{VAE22} is Wan2.2 VAE" in told
-    assert "broken.safetensors does not read" in told
+    assert "broken.safetensors cannot be read" in told
     with pytest.raises(InputError, match="--model_base /nowhere is not a folder"):
         with_found_files(["--model_base", "/nowhere"], dict.fromkeys(FLAGS, False))

@@ -156,8 +156,8 @@ def test_the_whole_model_is_of_its_task_and_known_before_it_is_loaded(task: str,
 @pytest.mark.parametrize(
     ("shapes", "task", "kind", "told"),
     [
-        (dit_shapes(), "t2v-1.3B", "auto", "has all that --task t2v-1.3B reads"),
-        (dit_shapes(), "vace-1.3B", "reference", "reads no reference image: give auto"),
+        (dit_shapes(), "t2v-1.3B", "auto", "has all layers of --task t2v-1.3B"),
+        (dit_shapes(), "vace-1.3B", "reference", "takes no reference image: use auto"),
         (dit_shapes(in_dim=36), "vace-1.3B", "auto", "reads 36 channels"),
         (dit_shapes(in_dim=48), "fun-control-A14B", "auto", "reads 48 channels"),
         (image_dit_shapes(), "fun-control-A14B", "auto", "reads an image through CLIP"),
@@ -188,7 +188,7 @@ def test_a_wrong_controller_is_refused(tmp_path: Path) -> None:
     own = settings(base(tmp_path, dit_shapes()), "t2v-1.3B", None)
     file = tmp_path / "controller.safetensors"
     wrong: dict[str, Shapes] = {
-        "is for a model that is 128 wide": controller_shapes(128),
+        "is for a model of width 128": controller_shapes(128),
         "not a whole motion controller": {"linear.0.weight": (DIM, 256)},
         "is not a motion controller": {"proj.weight": (1, 1)},
     }
@@ -204,7 +204,11 @@ def test_a_wrong_controller_is_refused(tmp_path: Path) -> None:
         ("vace-1.3B", None, "--motion_controller: --task vace-1.3B reads no motion bucket: take a t2v task"),
         ("i2v-14B", None, "--motion_controller: --task i2v-14B reads no motion bucket"),
         ("t2v-A14B", None, "--motion_controller: --task t2v-A14B reads no motion bucket"),
-        ("t2v-1.3B", "motion", "--init_control motion makes a motion controller beside that of --motion_controller"),
+        (
+            "t2v-1.3B",
+            "motion",
+            "--init_control motion creates a motion controller, but one is given with --motion_controller",
+        ),
     ],
 )
 def test_a_controller_without_use_is_refused(task: str, kind: str | None, told: str, tmp_path: Path) -> None:

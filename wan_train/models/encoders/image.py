@@ -158,7 +158,7 @@ def _read_config(shapes: Shapes, config: Mapping[str, Any], label: str) -> CLIPV
 
 
 def _tower(tensors: Pairs, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the file's tensors with transformers' names, without those after the output; `names` are all in the file."""
+    """Yield the file's tensors with transformers' names, without those after the output; `names` are the file's."""
     numbers = [int(number) for name in names if (number := _block_number(_bare(name))) is not None]
     last = max(numbers, default=-1)
     for name, tensor in tensors:

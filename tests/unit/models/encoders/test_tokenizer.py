@@ -109,7 +109,7 @@ def test_the_order_of_search(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no tokenizer \(tokenizer.json or spiece.model\): download"):
+    with pytest.raises(InputError, match=r"has no tokenizer \(tokenizer.json or spiece.model\): download"):
         find_tokenizer(tmp_path, {}, embedded=True)
     with pytest.raises(InputError, match="absent"):
         find_tokenizer(tmp_path / "absent", {}, embedded=True)
@@ -128,7 +128,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 @pytest.mark.parametrize("broken", [b"", b"\xff" * 40, POINTER, WHOLE[:1000], WHOLE[:1001], WHOLE[:-1]])
 def test_a_broken_model_is_refused(broken: bytes) -> None:
-    with pytest.raises(InputError, match="holds no SentencePiece unigram model"):
+    with pytest.raises(InputError, match="is not a valid SentencePiece unigram model"):
         tokenizer_of_sentencepiece(broken, "t5.safetensors")
 
 
