@@ -81,7 +81,7 @@ def test_saved_again_nothing_of_the_earlier_one_is_left(tmp_path: Path, first: i
 def test_several_sets_of_a_folder_have_to_be_named(tmp_path: Path) -> None:
     save(tmp_path / "one.safetensors", 1, 1000)
     save(tmp_path / "two.safetensors", 2, 1000)
-    with pytest.raises(InputError, match="holds 2 checkpoints"):
+    with pytest.raises(InputError, match="has 2 checkpoints"):
         expand(tmp_path)
     assert values(tmp_path / "two.safetensors.index.json") == {2}
     assert values(tmp_path / "one-00002-of-00003.safetensors") == {1}

@@ -45,7 +45,7 @@ def require_kind(shapes: Shapes, wanted: str, label: str) -> None:
     """Raise InputError unless the kind of the checkpoint `label` contains `wanted` ('VAE', 'DiT', 'T5')."""
     found = identify(shapes)
     if wanted not in found:
-        shown = "is not a known model" if found == "unknown" else f"is a {found}"
+        shown = "is of an unknown kind" if found == "unknown" else f"is a {found}"
         raise InputError(f"{label} {shown}, not a {wanted} checkpoint: give the right file")
 
 

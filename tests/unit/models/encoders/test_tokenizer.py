@@ -142,7 +142,7 @@ class Hub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self.cached)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
-        monkeypatch.setattr(module, "_answers", lambda url: self.asked.append(url) or answers)
+        monkeypatch.setattr(module, "_is_reachable", lambda url: self.asked.append(url) or answers)
         self.cache: dict[str, str] = {}
         self.failure: Exception | None = None
 
@@ -179,4 +179,4 @@ def test_offline_fails_at_once_and_says_what_to_do(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_host_that_is_not_there_does_not_answer() -> None:
-    assert not module._answers("http://localhost:9/google/umt5-xxl")
+    assert not module._is_reachable("http://localhost:9/google/umt5-xxl")

@@ -89,7 +89,7 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path) -> None:
     files = {
         "dit": ({"head.modulation": torch.zeros(1, 2, 8)}, "is a Wan DiT, not a VAE"),
         "vae32": (other_vae, "another VAE with 32 latent channels, but the model has 16: give Wan2.1_VAE.pth"),
-        "other": ({"x": torch.zeros(1)}, "none of the known models"),
+        "other": ({"x": torch.zeros(1)}, "is of an unknown kind"),
     }
     for name, (state, complaint) in files.items():
         path = tmp_path / f"{name}.safetensors"
