@@ -1,6 +1,6 @@
 """wan-train: training and generation for the Wan2.1 and Wan2.2 video models.
 
-The public Python door. Names are imported when they are first used, so that `import wan_train` is immediate.
+The public Python API. Names are imported on first use, so that `import wan_train` is fast.
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wan_train.models.loading import load_dit as load_dit
     from wan_train.models.vae.vae import load_vae as load_vae
 
-_DOORS = {
+_EXPORTS = {
     "generate": "generate.call",
     "load_dit": "wan_train.models.loading",
     "load_image_encoder": "wan_train.models.encoders.image",
@@ -39,6 +39,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _DOORS:
-        return getattr(import_module(_DOORS[name]), name)
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'wan_train' has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""The door between the command line and the settings dataclasses.
+"""Command line parsing into settings dataclasses.
 
-A setting is one dataclass field made by `option`; a group of settings is a dataclass; a tool is a dataclass of groups.
-`run` is the only code that ever sees argparse. Nothing here imports torch, so `--help` answers at once.
+A setting is a dataclass field made by `option`; a group of settings is a dataclass; a tool is a dataclass of groups.
+`run` is the only function that uses argparse. Nothing here imports torch, so that `--help` is fast.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 from wan_train.errors import InputError, RunError, Stopped
 
 Settings = TypeVar("Settings")
-_ARTICLES = {int: "a whole number", float: "a number"}
+_ARTICLES = {int: "an integer", float: "a number"}
 
 
 @dataclass(frozen=True)
 class Option:
-    """How a field appears on the command line; see `option`."""
+    """The command line properties of a field; see `option`."""
 
     help: str
     choices: tuple[str, ...] = ()
@@ -56,10 +56,10 @@ def option(
     """Declare a setting as a dataclass field.
 
     The field's name is the flag (`--name`) and its annotation the type: `bool` is a switch, `tuple[int, int]` takes two
-    values, `tuple[str, ...]` any number. `flags` are further spellings; `shortcuts` are switches that set this field to
-    a fixed value (`{"--sdpa": "torch"}`); `minimum` and `maximum` are inclusive. `expands` is "module:function" where
-    the value is a file that holds options: the function gets the command line and gives it back with them in front.
-    `traits` is what others than the command line read from the field's metadata.
+    values, `tuple[str, ...]` any number. `flags` are aliases; `shortcuts` are switches that set this field to a fixed
+    value (`{"--sdpa": "torch"}`); `minimum` and `maximum` are inclusive. `expands` is "module:function" for a value
+    that names a file of options: the function takes the command line and returns it with these prepended. `traits` is
+    metadata for other readers of the field.
     """
     lists = tuple(choices), tuple(flags), dict(shortcuts or {})
     described = Option(help, *lists, minimum, maximum, required, metavar, expands)
@@ -67,28 +67,28 @@ def option(
 
 
 def positional(help: str) -> Any:
-    """Declare a setting that is one text or more without a flag, a field of type `tuple[str, ...]`."""
+    """Declare one or more positional arguments, a field of type `tuple[str, ...]`."""
     return dataclasses.field(default=(), metadata={"option": Option(help, required=True, positional=True)})
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A command: what it is called, its dataclass of settings groups and the function that gets them."""
+    """A command: its name, its dataclass of settings groups, and its main function."""
 
     program: str
     description: str
     settings: type
-    main: str  # "module:function", imported only once the command line is known to be good
+    main: str  # "module:function", imported after the command line has been validated
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the closest of the known names, or nothing."""
+    """Return '; did you mean X?' for the closest known name, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {match[0]}?" if match else ""
 
 
 def choose(choice_name: str, name: str, table: Mapping[str, Any]) -> Any:
-    """The entry `name` of a table of choices; an unknown name is an error that lists the known ones."""
+    """Return the entry `name` of a table of choices. Raises InputError that lists the choices for an unknown name."""
     if name not in table:
         raise InputError(f"unknown {choice_name} {name!r}: known are {', '.join(map(str, table))}")
     return table[name]
@@ -97,7 +97,7 @@ def choose(choice_name: str, name: str, table: Mapping[str, Any]) -> Any:
 def parse(
     settings: type[Settings], argv: Sequence[str] | None = None, *, program: str = "", about: str = ""
 ) -> Settings:
-    """Read the command line into an instance of `settings`, a dataclass whose fields are groups of options."""
+    """Parse the command line into an instance of `settings`, a dataclass whose fields are groups of options."""
     parser = _parser(settings, program, about)
     words = _with_pairs_split(settings, sys.argv[1:] if argv is None else argv)
     _require_one_shortcut(settings, words)
@@ -108,12 +108,15 @@ def parse(
     values, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].split("=")[0]
-        raise InputError(f"unknown option {name}{nearest(name, actions)} (--help lists them all)")
+        raise InputError(f"unknown option {name}{nearest(name, actions)} (--help lists all options)")
     return settings(**{group: _build(kind, vars(values)) for group, kind in groups(settings).items()})
 
 
 def run(tool: Tool, argv: Sequence[str] | None = None) -> int:
-    """Parse, call the tool, and turn bad input into one line on stderr and exit code 2, a failed run into 1."""
+    """Parse the command line and run the tool; return the exit code.
+
+    Invalid input is reported as one line on stderr with exit code 2, a failed run with 1.
+    """
     try:
         settings: Any = parse(tool.settings, argv, program=tool.program, about=tool.description)
         _imported(tool.main)(settings)
@@ -132,39 +135,39 @@ def run(tool: Tool, argv: Sequence[str] | None = None) -> int:
 
 
 def groups(settings: type) -> dict[str, type]:
-    """The groups of a tool's settings: field name to dataclass."""
+    """Return the groups of a tool's settings: field name to dataclass."""
     hints: dict[str, type] = get_type_hints(settings)
     return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
 
 
 def options(group: type) -> list[tuple[dataclasses.Field[Any], Option, Any]]:
-    """The fields of a group that are options, each with its description and annotated type."""
+    """Return the options of a group: field, description and annotated type of each."""
     hints = get_type_hints(group)
     return [(f, f.metadata["option"], hints[f.name]) for f in dataclasses.fields(group) if "option" in f.metadata]
 
 
 def _declared(settings: type) -> list[tuple[dataclasses.Field[Any], Option, Any]]:
-    """The options of all groups of a tool's settings."""
+    """Return the options of all groups of a tool's settings."""
     return [entry for group in groups(settings).values() for entry in options(group)]
 
 
 def spellings(field: dataclasses.Field[Any], described: Option) -> tuple[str, ...]:
-    """How an option is written, further spellings last."""
+    """Return the spellings of an option, aliases last."""
     return (field.name if described.positional else f"--{field.name}", *described.flags)
 
 
 def switches(settings: type) -> dict[str, bool]:
-    """Every flag of a tool's settings, and whether it stands alone."""
+    """Return every flag of a tool's settings, and whether it takes no value."""
     return {flag: action.nargs == 0 for flag, action in _parser(settings, "", "")._option_string_actions.items()}
 
 
 def is_single(hint: Any) -> bool:
-    """Whether an option of this type takes one value and not several."""
+    """Return whether an option of this type takes a single value."""
     return value_type(hint)[1] is None
 
 
 def _with_pairs_split(settings: type, words: Sequence[str]) -> list[str]:
-    """The words with a 1280*720 or 1280x720 that follows an option of two whole numbers as two words."""
+    """Split 1280*720 or 1280x720 into two words after an option that takes two integers."""
     flags = {f for entry in _declared(settings) if value_type(entry[2]) == (int, 2) for f in spellings(*entry[:2])}
     split: list[str] = []
     for word in words:
@@ -175,15 +178,15 @@ def _with_pairs_split(settings: type, words: Sequence[str]) -> list[str]:
 
 
 def _require_one_shortcut(settings: type, words: Sequence[str]) -> None:
-    """InputError for two switches that set one field, of which the first would be lost."""
+    """Raise InputError for two switches that set the same field."""
     for field, described, _ in _declared(settings):
         given = [flag for flag in described.shortcuts if flag in words]
         if len(given) > 1:
-            raise InputError(f"{given[0]} and {given[1]} both choose --{field.name}: give one of them")
+            raise InputError(f"{given[0]} and {given[1]} both set --{field.name}: give one of them")
 
 
 def _imported(name: str) -> Any:
-    """What "module:function" names."""
+    """Import the function named by "module:function"."""
     module, function = name.split(":")
     return getattr(importlib.import_module(module), function)
 
@@ -215,7 +218,7 @@ def _add(section: Any, field: dataclasses.Field[Any], described: Option, hint: A
     if described.positional:
         section.add_argument(*flags, nargs="+", help=about)
         return
-    # Without a metavar of its own argparse would print every choice twice.
+    # Without a metavar argparse would print all choices twice.
     metavar = described.metavar or kind.__name__.upper()
     section.add_argument(
         *flags,
@@ -232,12 +235,12 @@ def _add(section: Any, field: dataclasses.Field[Any], described: Option, hint: A
             action="store_const",
             const=value,
             default=argparse.SUPPRESS,
-            help=f"the same as --{field.name} {value}",
+            help=f"same as --{field.name} {value}",
         )
 
 
 def value_type(hint: Any) -> tuple[type, int | str | None]:
-    """The scalar type of an annotation and argparse's nargs."""
+    """Return the scalar type of an annotation and argparse's nargs."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is tuple:
@@ -251,14 +254,14 @@ def _converter(value_kind: type, described: Option) -> Any:
         try:
             value = value_kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"takes {_ARTICLES.get(value_kind, 'text')}, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"expected {_ARTICLES.get(value_kind, 'text')}, got {text!r}") from None
         if described.choices and value not in described.choices:
             known = ", ".join(described.choices)
             raise argparse.ArgumentTypeError(
                 f"unknown value {text!r}{nearest(text, described.choices)}; known are {known}"
             )
         if not isinstance(value, str) and not _in_range(value, described):
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it takes {bounds(described) or 'a number'}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range: expected {bounds(described) or 'a number'}")
         return value
 
     return convert
@@ -267,11 +270,11 @@ def _converter(value_kind: type, described: Option) -> Any:
 def _in_range(value: float, described: Option) -> bool:
     low = -math.inf if described.minimum is None else described.minimum
     high = math.inf if described.maximum is None else described.maximum
-    return low <= value <= high  # false for NaN, whatever the bounds
+    return low <= value <= high  # false for NaN
 
 
 def bounds(described: Option) -> str:
-    """The range of a number in words, or nothing."""
+    """Return the range of a number in words, or an empty string."""
     if described.minimum is not None and described.maximum is not None:
         return f"{described.minimum:g} to {described.maximum:g}"
     if described.minimum is not None:
@@ -289,12 +292,12 @@ def _build(group: type, values: Mapping[str, Any]) -> Any:
 
 
 def title(group: type) -> str:
-    """What a group of settings is called."""
+    """Return the title of a group of settings."""
     return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
 
 
 def shown(default: Any) -> str:
-    """A default as a page shows it; nothing where it says nothing."""
+    """Return a default as shown in the help; empty if it carries no information."""
     if default is None or default is False or default in ("", ()):
         return ""
     return f"`{' '.join(map(str, default)) if isinstance(default, tuple) else default}`"

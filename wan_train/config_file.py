@@ -1,7 +1,7 @@
-"""Settings in a TOML file, in place of a long command line; what is on the command line wins.
+"""Read settings from a TOML file; options on the command line take precedence.
 
-A file has options by their names without dashes, in sections of any name or in none: `learning_rate = 2e-4`,
-`sdpa = true`, `optimizer_args = ["weight_decay=0.01"]`.
+A file has options by their names without dashes, in sections of any name or in none: `learning_rate = 2e-4`, `sdpa =
+true`, `optimizer_args = ["weight_decay=0.01"]`.
 """
 
 import tomllib
@@ -17,7 +17,7 @@ from wan_train.errors import InputError
 Settings = TypeVar("Settings")
 
 FLAG = "--config_file"
-# What a saved configuration leaves out: secrets, and what belongs to one start of the run.
+# Options not saved in a configuration: secrets, and options of a single start of a run.
 UNSAVED = (
     "wandb_api_key",
     "huggingface_token",
@@ -31,10 +31,10 @@ UNSAVED = (
 
 
 def with_config_file(argv: Sequence[str], alone: Mapping[str, bool]) -> list[str]:
-    """The command line with what its `--config_file` holds in front of it, so that what was given itself wins.
+    """Return the command line with the options of its `--config_file` prepended, so that explicit options win.
 
-    `alone` has every known flag, and whether it stands alone. InputError for a file that cannot be read, and for a
-    key or a kind of value that no option takes.
+    `alone` maps every known flag to whether it takes no value. Raises InputError for an unreadable file, and for an
+    unknown key or a value of the wrong type.
     """
     path = named_file(argv, FLAG)
     if path is None:
@@ -49,7 +49,7 @@ def with_config_file(argv: Sequence[str], alone: Mapping[str, bool]) -> list[str
 
 
 def words_of(values: Iterable[tuple[str, Any]], alone: Mapping[str, bool], where: str) -> list[str]:
-    """Options by name as words of a command line; InputError, naming `where`, for one that no option takes."""
+    """Convert options by name to command line words. Raises InputError, naming `where`, for an unknown option."""
     words: list[str] = []
     seen: set[str] = set()
     for key, value in values:
@@ -58,16 +58,17 @@ def words_of(values: Iterable[tuple[str, Any]], alone: Mapping[str, bool], where
             known = [name.removeprefix("--") for name in alone]
             raise InputError(f"{where}: unknown option {key}{nearest(key, known)}")
         if key in seen:
-            raise InputError(f"{where}: {key} is there twice")
+            raise InputError(f"{where}: {key} is given twice")
         seen.add(key)
         words += _words(flag, value, where, alone=alone[flag])
     return words
 
 
 def from_values(settings: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
-    """Settings from options by name, None for what is not given; InputError as of a command line, naming `where`.
+    """Make settings from options by name; None means not given. Raises InputError, naming `where`, as on a command
+    line.
 
-    A list for an option of one value is written with commas, as `--timesteps 1000,500` is.
+    A list for an option with a single value is joined with commas, as in `--timesteps 1000,500`.
     """
     single = {field.name for group in groups(settings).values() for field, _, hint in options(group) if is_single(hint)}
     given = {name: _plain(value, single=name in single) for name, value in values.items() if value is not None}
@@ -81,7 +82,7 @@ def _plain(value: Any, *, single: bool) -> Any:
 
 
 def named_file(argv: Sequence[str], flag: str) -> str | None:
-    """What follows a flag on the command line, the last time that it is there."""
+    """Return the value of a flag on the command line, the last one if repeated; None if it is not given."""
     found = None
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word == flag:
@@ -102,7 +103,7 @@ def _flattened(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _words(flag: str, value: Any, where: str, *, alone: bool) -> list[str]:
     if alone != isinstance(value, bool):
         wanted = "true or false" if alone else "a value"
-        raise InputError(f"{where}: {flag.removeprefix('--')} takes {wanted}, not {value!r}")
+        raise InputError(f"{where}: {flag.removeprefix('--')} must be {wanted}, not {value!r}")
     if alone:
         return [flag] if value else []
     if isinstance(value, list | tuple):
@@ -111,12 +112,12 @@ def _words(flag: str, value: Any, where: str, *, alone: bool) -> list[str]:
 
 
 def configuration_text(settings: Any, **changes: Any) -> str:
-    """A configuration file that gives these settings again, some changed: each option that is not at its default."""
+    """Return a configuration file with the non-default options of these settings, with some changes."""
     return toml.dumps(changed_options(settings, **changes))
 
 
 def changed_options(settings: Any, **changes: Any) -> dict[str, dict[str, Any]]:
-    """By group, each option that is not at its default, some changed first; what is `UNSAVED` is left out."""
+    """Return by group the options that are not at their default, with some changes, excluding `UNSAVED`."""
     sections: dict[str, dict[str, Any]] = {}
     for name, group in groups(type(settings)).items():
         values = getattr(settings, name)

@@ -1,18 +1,18 @@
-"""How a tool ends before its end: the user's mistake, a run that cannot continue, a stop in good order."""
+"""Exceptions that end a tool: invalid input, a failed run, and an orderly stop."""
 
 from collections.abc import Mapping
 
 
 class InputError(ValueError):
-    """What the user gave cannot work; the message is one line that names the thing and the way out."""
+    """Invalid input; the message is one line that names the problem and how to fix it."""
 
 
 class RunError(RuntimeError):
-    """A run that had begun cannot continue; the message is one line that says where it stopped and what is kept."""
+    """A run failed after it had started; the message is one line that says where it stopped and what is kept."""
 
 
 class Stopped(RuntimeError):
-    """A run ends in good order before its end, or has nothing to do; the message says how to resume."""
+    """A run stopped in good order, or has nothing to do; the message says how to resume."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -20,5 +20,5 @@ class Stopped(RuntimeError):
 
 
 def first_given(options: Mapping[str, object]) -> str | None:
-    """Return the first of these options, by name, that has a value; None if all are empty or off."""
+    """Return the name of the first option with a value; None if all are empty or off."""
     return next((name for name, value in options.items() if value), None)

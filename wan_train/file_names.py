@@ -1,4 +1,4 @@
-"""Names of files while they are written, and whether a file system takes them."""
+"""Names of temporary files, and checks whether a file system accepts a name."""
 
 import errno
 import os
@@ -8,25 +8,26 @@ from pathlib import Path
 
 from wan_train.errors import InputError
 
-# Stands in the names of temporary files, so that those of dead processes can be told from those of living ones.
+# Part of the names of temporary files, to distinguish those of ended processes.
 HOST = re.sub(r"[^\w-]", "", platform.node())[:40] or "host"
 _NUM_RANDOM = 8  # characters that tempfile adds
-# What `hidden_prefix` and tempfile make, and how a file begins that only tries whether a folder can be written to.
+# Names made by `hidden_prefix` and tempfile, and the prefix of files that test whether a folder is writable.
 TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)~(?P<process>\d+)~\w+")
 PROBE = ".probe"
 
 
 def hidden_prefix(target: Path) -> str:
-    """How the hidden folder begins in which a file is written: .STEM.HOST~PROCESS~."""
-    # File systems limit a name's bytes, and letters take up to four.
+    """Return the prefix of the hidden folder in which a file is written: .STEM.HOST~PROCESS~."""
+    # File systems limit names in bytes, and a character takes up to four.
     stem = os.fsencode(target.stem)[:100].decode(errors="ignore")
     return f".{stem}.{HOST}~{os.getpid()}~"
 
 
 def check_name(path: str | os.PathLike[str], way_out: str) -> None:
-    """InputError that ends in the way out if the file system takes no such name, or no such path while it is written.
+    """Raise InputError, ending in `way_out`, if the file system rejects the name or the temporary path used to write
+    it.
 
-    Nothing is made; the folders need not be there.
+    Nothing is created; the folders need not exist.
     """
     target = Path(path)
     hidden = hidden_prefix(target) + "x" * _NUM_RANDOM
@@ -51,5 +52,5 @@ def _is_too_long(path: Path) -> bool:
 
 
 def shortened(text: str) -> str:
-    """The text without its middle if it is long, for a message."""
+    """Return the text for a message, without its middle if it is long."""
     return text if len(text) <= 100 else f"{text[:60]}…{text[-30:]}"

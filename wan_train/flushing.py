@@ -1,15 +1,15 @@
-"""Having the disk write down what was written, on each system as far as it can."""
+"""Flush files to disk, as far as each system supports it."""
 
 import os
 from pathlib import Path
 
 
 def flush(path: Path) -> None:
-    """Have the disk write down a file, or a folder's names where the system can do that."""
+    """Flush a file to disk, or a folder's entries if the system supports that."""
     is_folder, on_windows = path.is_dir(), os.name == "nt"
-    if is_folder and on_windows:  # it opens no folders
+    if is_folder and on_windows:  # folders cannot be opened there
         return
-    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)  # Windows flushes what may be written to
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)  # Windows needs write access to flush
     try:
         os.fsync(descriptor)
     except OSError:

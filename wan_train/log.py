@@ -1,4 +1,4 @@
-"""Log lines that do not tear progress bars."""
+"""Logging that does not break progress bars."""
 
 import logging
 import os
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class _BarHandler(logging.Handler):
-    """Writes above whatever bar is on screen, to stderr."""
+    """Writes log lines to stderr above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         import sys
@@ -16,12 +16,12 @@ class _BarHandler(logging.Handler):
 
 
 def set_level(level: int) -> None:
-    """Log what is of this level and above."""
+    """Set the log level of this project."""
     logging.getLogger("wan_train_log").setLevel(level)
 
 
 def get_logger(name: str) -> logging.Logger:
-    """A logger of this project: information and above on the first process, warnings and above on the others."""
+    """Return a logger of this project; it logs from INFO on in the first process, from WARNING on in others."""
     root = logging.getLogger("wan_train_log")
     if not root.handlers:
         handler = _BarHandler()

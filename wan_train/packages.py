@@ -1,4 +1,4 @@
-"""Packages that one option needs: whether they are installed, and the one message that says that they are not."""
+"""Optional packages: check whether they are installed, and the error message if not."""
 
 import importlib
 import re
@@ -13,7 +13,7 @@ LISTS = ("requirements-base.txt", "requirements.txt")
 
 
 def is_installed(module: str) -> bool:
-    """Whether the package of a module can be found; nothing is imported."""
+    """Return whether the package of a module is installed, without importing it."""
     return find_spec(module.partition(".")[0]) is not None
 
 
@@ -26,7 +26,8 @@ def require(module: str, needed_by: str, *, package: str = "", instead: str = ""
 def load(
     module: str, attribute: str, needed_by: str, *, package: str = "", install: str = "", instead: str = ""
 ) -> Any:
-    """Return `attribute` of `module`, of `package` as pip knows it. Raise InputError if it is missing or does not load.
+    """Return `attribute` of `module`, from the pip package `package`. Raises InputError if it is missing or fails to
+    load.
 
     `needed_by` is the option, as the user wrote it; `install` replaces the pip command in the message; `instead` is an
     alternative, such as "use --sdpa".
@@ -42,12 +43,12 @@ def load(
         if not is_installed(module):
             raise InputError(missing(needed_by, package, install=install, instead=instead)) from None
         raise InputError(_broken(needed_by, package, problem, instead)) from None
-    except Exception as problem:  # a build for another torch or CUDA fails in every way there is
+    except Exception as problem:  # a build for a different torch or CUDA may raise anything
         raise InputError(_broken(needed_by, package, problem, instead)) from None
 
 
 def missing(needed_by: str, package: str, *, install: str = "", instead: str = "") -> str:
-    """The message for a package that is not installed: who needs it, how to install it, and where it is listed."""
+    """Return the message for a missing package: what needs it, how to install it, and where it is listed."""
     if not install:
         listed = listed_in(package)
         install = f"pip install {package}" + (f" (listed in {listed})" if listed else "")
@@ -55,7 +56,7 @@ def missing(needed_by: str, package: str, *, install: str = "", instead: str = "
 
 
 def listed_in(package: str) -> str | None:
-    """The requirements file that lists a package; None for a package that is in none, or without the files."""
+    """Return the requirements file that lists a package; None if there is none."""
     for name in LISTS:
         path = ROOT / name
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -65,10 +66,12 @@ def listed_in(package: str) -> str | None:
 
 
 def first_line(problem: Exception) -> str:
-    """The first line of an error, short enough to stand in a sentence."""
+    """Return the first line of an error, shortened for use in a sentence."""
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
     return lines[0].strip().rstrip(":.")[:160]
 
 
 def _broken(needed_by: str, package: str, problem: Exception, instead: str) -> str:
-    return f"{needed_by}: the package {package} does not load ({first_line(problem)}): {instead or 'install it again'}"
+    return (
+        f"{needed_by}: the package {package} cannot be loaded ({first_line(problem)}): {instead or 'install it again'}"
+    )

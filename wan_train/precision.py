@@ -1,7 +1,7 @@
-"""Names of dtypes, and which dtype to compute in.
+"""Names of dtypes, and layers that compute in a different dtype than their weights.
 
-Weights may be stored in fewer bits than they compute in: on a CPU bf16 and fp16 weights stay as they are in memory and
-every product is taken in float32, since half-precision matrix products are slow and coarse there.
+Weights may be stored in fewer bits than they are computed with: on a CPU bf16 and fp16 weights keep their dtype, but
+all products are computed in float32, because half-precision matrix products are slow and inaccurate there.
 """
 
 from typing import Any, cast
@@ -26,36 +26,36 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
 }
 
-WITHOUT_FLOAT64 = ("mps",)  # kinds of devices on which a tensor of float64 is a TypeError
+WITHOUT_FLOAT64 = ("mps",)  # device types without float64 tensors
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype behind a name that users write (`bf16`, `bfloat16`, `fp16`, `fp32`, `float`, ...)."""
+    """Return the dtype for a name that users write (`bf16`, `bfloat16`, `fp16`, `fp32`, `float`, ...)."""
     return choose("precision", name, DTYPES)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """torch's own name of a dtype, `bfloat16` for torch.bfloat16, as cache keys carry it."""
+    """Return torch's name of a dtype, `bfloat16` for torch.bfloat16, as used in cache keys."""
     return str(dtype).removeprefix("torch.")
 
 
 def compute_dtype(device: torch.device | str, stored: torch.dtype) -> torch.dtype:
-    """The dtype for products with weights stored as `stored` on `device`: float32 on a CPU, else the stored one."""
+    """Return the dtype of products with weights of dtype `stored` on `device`: float32 on a CPU, else `stored`."""
     return torch.float32 if torch.device(device).type == "cpu" else stored
 
 
 def published_dtype(device: torch.device) -> torch.dtype | None:
-    """What the official code runs frozen models in on an accelerator, bfloat16; None, the file's own, on a CPU."""
+    """Return the dtype of frozen models in the official code, bfloat16; None (the file's dtype) on a CPU."""
     return None if device.type == "cpu" else torch.bfloat16
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where to do float64 arithmetic for tensors on `device`: there, or on the CPU if the device has no float64."""
+    """Return where to compute in float64 for tensors on `device`: there, or on the CPU if it has no float64."""
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def default_device(name: str | None = None) -> torch.device:
-    """The named device, or the first accelerator there is, or the CPU. InputError for one that is not there."""
+    """Return the named device, or the first accelerator, or the CPU. Raises InputError if it is not available."""
     if not name:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found or torch.device("cpu")
@@ -63,14 +63,14 @@ def default_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name} is not available: leave it out, or give cpu or cuda") from None
+        raise InputError(f"--device {name} is not available: omit it, or use cpu or cuda") from None
     return device
 
 
 class Linear(nn.Linear):
-    """A Linear that computes in its input's dtype, whatever its weights are stored in.
+    """A Linear that computes in its input's dtype, regardless of the storage dtype of its weights.
 
-    `scale_weight`, where something has set it, is what one step of the stored numbers counts; see `widened`.
+    `scale_weight`, if set, is the scale of a quantised weight; see `widened`.
     """
 
     scale_weight: Tensor | None
@@ -89,19 +89,21 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """A Conv2d that computes in its input's dtype, whatever its weights are stored in."""
+    """A Conv2d that computes in its input's dtype, regardless of the storage dtype of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self._conv_forward(x, self.weight.to(x.dtype), bias)
 
 
-_CHUNK = 2**22  # numbers that are widened at once in float32: 16 MB
+_CHUNK = 2**22  # elements that are widened at once in float32: 16 MB
 
 
 def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A stored matrix (out, in) in `dtype`: its numbers times `scale` (out or 1, groups, 1) float32, each group of
-    in/groups inputs with its own; the product is taken in float32 and rounded once. `scale` None: as stored."""
+    """Return a stored matrix (out, in) in `dtype`, multiplied by `scale` (out or 1, groups, 1) float32 if given.
+
+    There is one scale per group of in/groups inputs; the product is computed in float32 and rounded once.
+    """
     if scale is None:
         return _looked_up(weight).to(dtype)
     if dtype is torch.float32 or weight.numel() <= _CHUNK or torch.compiler.is_compiling():
@@ -120,7 +122,7 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _looked_up(codes: Tensor) -> Tensor:
-    """Floats of 8 bits in float32 by a table of all 256, five times faster than a cast on a CPU; others as are."""
+    """Convert 8-bit floats to float32 with a lookup table, on CPUs 5 times faster than a cast; others are unchanged."""
     narrow = codes.is_floating_point() and codes.itemsize == 1
     if not narrow or codes.device.type != "cpu" or torch.compiler.is_compiling():
         return codes
@@ -129,8 +131,10 @@ def _looked_up(codes: Tensor) -> Tensor:
 
 
 class InputGradient(torch.autograd.Function):
-    """The gradient of x W^T + b with respect to x, exact for the stored W, which `forward` saves with its scale: a
-    rounding of x counts as none. W is widened again here: autograd would keep the wide copy until then."""
+    """The gradient of x W^T + b with respect to x, exact for the stored W, which `forward` saves with its scale.
+
+    Rounding of x is ignored (straight-through). W is widened again here, because autograd would keep the wide copy.
+    """
 
     @staticmethod
     @once_differentiable
@@ -148,18 +152,20 @@ class FrozenProduct(InputGradient):
         return F.linear(x, widened(weight, scale, x.dtype), bias)
 
 
-_FEW_ROWS = 256  # of an input: a product with so few costs little more than reading its matrix
+_FEW_ROWS = 256  # input rows up to which a product costs little more than reading its matrix
 
 
 def _is_large_for(weight: Tensor, x: Tensor) -> bool:
-    """Whether a matrix, made float32 as x is, would be much beside a product with so few rows: that of the DiT's
-    `time_projection` is 630 MB in the 14B model, for one row or one for each latent frame."""
+    """Return whether the float32 copy of a matrix would be large compared to a product with few rows.
+
+    That of the DiT's `time_projection` is 630 MB in the 14B model, for one row, or one per latent frame.
+    """
     few = x.dtype is torch.float32 and x.ndim > 1 and x.numel() <= _FEW_ROWS * x.shape[-1]
     return few and weight.itemsize < x.itemsize and weight.numel() > _CHUNK and not torch.compiler.is_compiling()
 
 
 class NarrowProduct(torch.autograd.Function):
-    """x W^T + b, x (..., in) and W (out, in), with a few rows of W in x's dtype at a time, forward and backward."""
+    """x W^T + b, x (..., in) and W (out, in), widening a few rows of W at a time, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -189,13 +195,13 @@ def _some_rows(weight: Tensor) -> list[slice]:
 
 
 class _BlockLinear(nn.Linear):
-    """A Linear that widens its matrix when it multiplies, by `scale_weight` where something has set that.
+    """A Linear that widens its matrix when it multiplies, with `scale_weight` if set.
 
-    On a CPU it takes a few rows at a time, so that each wide block is still in the processor's cache when it is
-    multiplied: as fast as if the matrix had been stored in the input's dtype.
+    On a CPU it widens a few rows at a time, so that each block is still in the processor's cache when it is multiplied:
+    as fast as a matrix stored in the input's dtype.
     """
 
-    block_size = 2**21  # numbers: 8 MB in float32
+    block_size = 2**21  # elements: 8 MB in float32
     scale_weight: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,7 +216,7 @@ class _BlockLinear(nn.Linear):
 
 
 class _RowEmbedding(nn.Embedding):
-    """An Embedding that casts the rows that were asked for, and brings them to where the ids are, never the table."""
+    """An Embedding that casts and moves only the looked-up rows, never the table."""
 
     compute_dtype: torch.dtype
 
@@ -219,7 +225,7 @@ class _RowEmbedding(nn.Embedding):
 
 
 def take_rows(table: nn.Embedding, dtype: torch.dtype) -> None:
-    """Let a foreign Embedding give rows in `dtype` on the ids' device, wherever and in whatever dtype it is stored."""
+    """Make a foreign Embedding return rows in `dtype` on the ids' device, regardless of its own dtype and device."""
     table.__class__ = _RowEmbedding
     cast(_RowEmbedding, table).compute_dtype = dtype
 
@@ -234,10 +240,10 @@ class _Upcast(nn.Module):
 
 
 def upcast_on_use(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let a foreign module, given inputs in `dtype`, compute in it without storing its matrices in it.
+    """Make a foreign module compute in `dtype`, the dtype of its inputs, without storing its matrices in it.
 
-    Linears and Embeddings change their class, other matrices are cast whenever they are read, and all keep their dtype
-    and name in memory. The rest (norms, biases) is small and is cast here for good.
+    The class of Linears and Embeddings is replaced, other matrices are cast on each use; all keep their storage dtype
+    and name. Other parameters (norms, biases) are small and are cast permanently.
     """
     for part in list(module.modules()):
         for name, parameter in list(part.named_parameters(recurse=False)):

@@ -1,7 +1,7 @@
-"""Reading and writing tensors on disk: lazy, safe, atomic.
+"""Read and write tensors on disk: lazily, safely and atomically.
 
-Reading never unpickles code and never holds a file's tensors twice; writing goes to a hidden neighbour first and is
-renamed into place, so that a reader sees the old file or the whole new one.
+Reading never unpickles code and never holds a file's tensors twice; files are written to a hidden folder next to the
+target and renamed, so that a reader sees the old file or the complete new one.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from wan_train.shards import expand
 
 TensorSource = str | os.PathLike[str] | Mapping[str, Tensor]
 
-NEW, OLD = "replacing", "replaced"  # in the hidden folder of `replacing_folder`: what comes, and what gives way to it
+NEW, OLD = "replacing", "replaced"  # subfolders of the hidden folder of `replacing_folder`: the new and the old folder
 
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
-_WRAPPERS = ("state_dict", "module", "model_state")  # single-key dictionaries around a state dict
+_WRAPPERS = ("state_dict", "module", "model_state")  # keys of single-key dictionaries around a state dict
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says of itself before any tensor is read."""
+    """Names, shapes, dtypes and metadata of a checkpoint, known before any tensor is read."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
@@ -44,9 +44,9 @@ class Header:
 
 
 def read_header(source: TensorSource) -> Header:
-    """Names, shapes, dtypes and metadata of a checkpoint (a file, one shard of a set, a folder or a state dict).
+    """Return names, shapes, dtypes and metadata of a checkpoint (a file, a shard, a folder or a state dict).
 
-    Raises InputError for a file that is missing, truncated, corrupt or holds more than tensors.
+    Raises InputError for a file that is missing, truncated, corrupt or contains anything but tensors.
     """
     if isinstance(source, Mapping):
         return Header({k: tuple(v.shape) for k, v in source.items()}, {k: v.dtype for k, v in source.items()})
@@ -73,7 +73,7 @@ def read_header(source: TensorSource) -> Header:
 
 
 def read_tensors(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of a checkpoint, one at a time; the tensors are views of the mapped file where possible."""
+    """Yield (name, tensor) of a checkpoint one at a time; tensors are views of the memory-mapped file if possible."""
     if isinstance(source, Mapping):
         yield from source.items()
         return
@@ -92,7 +92,7 @@ def read_tensors(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        # "r" maps the file: a tensor that is only read costs no memory of its own.
+        # The file is memory-mapped: reading a tensor needs no extra memory.
         handle = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as problem:
         raise InputError(f"{path} is not a complete safetensors file ({problem}): copy or download it again") from None
@@ -110,7 +110,7 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         refused = re.search(r"GLOBAL (\S+)", str(problem))
         if refused:
             raise InputError(
-                f"{path} contains code ({refused[1]}) besides tensors and is refused: use a safetensors file"
+                f"{path} contains code ({refused[1]}), which is not loaded for safety: use a safetensors file"
             ) from None
         raise InputError(f"{path} is not a readable checkpoint: copy or download it again") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as problem:
@@ -122,7 +122,7 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         or not state
         or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
     ):
-        raise InputError(f"{path} is not a state dict of tensors")
+        raise InputError(f"{path} is not a state dict of tensors: give another file")
     return dict(state)
 
 
@@ -132,19 +132,19 @@ def _load_pickle(path: Path) -> Any:
     except RuntimeError as problem:
         if "mmap can only be used" not in str(problem):
             raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # the format before zip cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True)  # the legacy format cannot be memory-mapped
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to in a hidden folder beside `path`; flushed and renamed over `path` at the end.
+    """Yield a temporary path in a hidden folder next to `path`; it is flushed and renamed to `path` at the end.
 
-    The folder goes in any case; what a killed process leaves of it tells machine and process by its name,
-    `.STEM.HOST~PROCESS~RANDOM`. It is a folder because writers make temporaries of their own beside what they write.
+    The folder is removed in any case; one left by a killed process has the host and process in its name,
+    `.STEM.HOST~PROCESS~RANDOM`. It is a folder because some writers create temporary files next to their output.
     """
     target = Path(path)
     with _beside(target) as folder:
-        temporary = folder / f"new{target.suffix}"  # the suffix stays: some writers choose their format by it
+        temporary = folder / f"new{target.suffix}"  # keep the suffix: some writers choose the format by it
         yield temporary
         flush(temporary)
         os.replace(temporary, target)
@@ -153,14 +153,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty folder to fill beside `path`; its files are flushed and it is renamed to `path` at the end.
+    """Yield an empty folder to fill next to `path`; its files are flushed and it is renamed to `path` at the end.
 
-    A folder that is already there gives way last, to `OLD` in the hidden folder, and is lost only once the new one is
-    in its place. A process that is killed in between leaves both: `caching.remains.put_back` puts the new one there.
+    An existing folder is moved to `OLD` in the hidden folder and removed only after the new one is in place. If the
+    process is killed in between both remain, and `caching.remains.put_back` restores the new one.
     """
     target = Path(path)
     with _beside(target) as folder:
-        temporary = folder / NEW / target.name  # under the target's own name, so that whoever finds it knows its place
+        temporary = folder / NEW / target.name  # has the target's name, so that it can be restored
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
@@ -174,7 +174,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _change_places(target: Path, new: Path, *, aside: Path) -> None:
-    """Move a folder aside and another one to its place; where that fails it is moved back."""
+    """Move a folder aside and a new one to its place; undo the first move if the second fails."""
     aside.parent.mkdir()
     try:
         os.replace(target, aside)
@@ -187,8 +187,10 @@ def _change_places(target: Path, new: Path, *, aside: Path) -> None:
 
 @contextlib.contextmanager
 def replacing_set(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty folder to fill beside `path`; at the end its files are flushed and put beside `path` one by one, in the
-    order of their names but those in JSON, which tell of the others, last. Those that they replace go first."""
+    """Yield an empty folder next to `path`; at the end its files are flushed and moved next to `path` one by one.
+
+    They are moved in name order, JSON files, which describe the others, last; existing JSON files are removed first.
+    """
     target = Path(path)
     with _beside(target) as folder:
         yield folder
@@ -205,7 +207,7 @@ def replacing_set(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target` for as long as it is written; what fails there is an InputError."""
+    """Create a hidden folder next to `target` for the duration of writing; OSError is raised as InputError."""
     folder: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +216,7 @@ def _beside(target: Path) -> Iterator[Path]:
     except OSError as problem:
         raise InputError(f"cannot write {target}: {problem.strerror or problem}") from None
     finally:
-        # What was moved away and could be neither replaced nor moved back stays: `caching.remains.put_back` ends it.
+        # A folder that was moved away but not replaced is kept: `caching.remains.put_back` restores it.
         if folder is not None and (target.exists() or not (folder / OLD).exists()):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -231,11 +233,11 @@ def save_tensors(
             save_file(whole, temporary, metadata=dict(metadata or {}))
         except SafetensorError as problem:
             raise InputError(f"cannot write {path}: {problem}") from None
-        temporary.chmod(usual)  # safetensors leaves files that nobody else can read
+        temporary.chmod(usual)  # safetensors makes files readable by the owner only
 
 
 def read_parts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `save_parts` wrote, on the CPU. InputError for a file that holds more than plain values."""
+    """Return what `save_parts` wrote, on the CPU. Raises InputError for a file with anything but plain values."""
     try:
         parts: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as problem:
@@ -244,21 +246,21 @@ def read_parts(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def save_parts(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
-    """Write nested dicts and lists of tensors, numbers and text. OSError for a full disk.
+    """Write nested dicts and lists of tensors, numbers and text. Raises OSError for a full disk.
 
-    Of a tensor that is a view its own elements are written: torch's writer takes all that it is a view of.
+    Only the elements of a view are written; torch's writer would write its whole storage.
     """
     try:
         with open(path, "wb") as file:
             torch.save(_without_views(dict(parts)), file)
     except RuntimeError as problem:
-        # torch's writer tells of positions in its file; what the disk said stands behind that.
+        # torch's writer reports positions in its file; the disk's error is its context.
         behind = problem.__context__
         raise behind if isinstance(behind, OSError) else OSError(str(problem).splitlines()[0]) from None
 
 
 def _without_views(value: Any) -> Any:
-    """Nested dicts and lists with a copy in place of each tensor whose storage is larger than itself."""
+    """Copy each tensor in nested dicts and lists whose storage is larger than itself."""
     if isinstance(value, Tensor):
         is_view = value.untyped_storage().nbytes() > value.numel() * value.element_size()
         return value.detach().clone() if is_view else value
@@ -270,7 +272,7 @@ def _without_views(value: Any) -> Any:
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Fail now, with the folder's name, if a file cannot be written there later."""
+    """Raise InputError now, naming the folder, if it is not writable."""
     path = Path(folder)
     check_local(path)
     try:

@@ -1,7 +1,7 @@
-"""Safetensors files written tensor by tensor, for models that do not fit into memory a second time.
+"""Write safetensors files tensor by tensor, for models that do not fit into memory twice.
 
-The format: eight bytes with the length of a JSON header, the header, then the tensors' bytes one after the other
-(the specification of safetensors). The header stands first, so that shapes and dtypes have to be known beforehand.
+The format: eight bytes with the length of a JSON header, the header, then the bytes of the tensors (the specification
+of safetensors). The header comes first, so shapes and dtypes must be known in advance.
 """
 
 import json
@@ -17,12 +17,12 @@ from torch import Tensor
 from wan_train.shards import INDEX, MARK, divide, files_of, shard_names
 from wan_train.storage import DTYPE_NAMES, replacing, replacing_set
 
-_ALIGNMENT = 8  # bytes, that of the first tensor
+_ALIGNMENT = 8  # bytes, of the first tensor
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the header says of a tensor."""
+    """Shape and dtype of a tensor in the header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -35,10 +35,10 @@ class Row:
 def write_tensors(
     path: str | Path, rows: Mapping[str, Row], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> None:
-    """Write the named tensors, each cast to its row's dtype, as they come; in any order, each once.
+    """Write the named tensors, each cast to its row's dtype, as they are yielded: in any order, each once.
 
-    The file is written beside and renamed. InputError for a full disk; ValueError for a tensor that has no row or
-    another shape, and if one is missing.
+    The file is written atomically. Raises InputError for a full disk, and ValueError for a tensor without a row or with
+    a different shape, and for a missing one.
     """
     with replacing(path) as temporary:
         _fill(temporary, rows, tensors, metadata)
@@ -47,10 +47,11 @@ def write_tensors(
 def write_set(
     path: Path, rows: Mapping[str, Row], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], limit: int | None
 ) -> list[Path]:
-    """Write a checkpoint in files of at most `limit` bytes of tensors, or in one: those files, an index last.
+    """Write a checkpoint in shards of at most `limit` bytes of tensors, or in a single file; return the files, index
+    last.
 
-    All are written beside, then put in their places one by one, the index last. What an earlier checkpoint of that name
-    had besides goes after that. InputError for a full disk.
+    Shards are written to a hidden folder, then moved into place one by one, the index last. Other files of an earlier
+    checkpoint of that name are removed after that. Raises InputError for a full disk.
     """
     groups = divide({name: row.num_bytes for name, row in rows.items()}, limit)
     names = shard_names(path, len(groups))
@@ -67,7 +68,7 @@ def write_set(
             index = path.name + INDEX
             (folder / index).write_text(_index(rows, dict(zip(names, groups, strict=True))), encoding="utf-8")
         written = [path.with_name(name) for name in (*names, index)]
-    for file in sorted(earlier, key=lambda file: file.suffix != ".json"):  # first what tells of the others
+    for file in sorted(earlier, key=lambda file: file.suffix != ".json"):  # the index first
         if file not in written:
             file.unlink(missing_ok=True)
     return written
@@ -76,14 +77,14 @@ def write_set(
 def _fill(
     path: Path, rows: Mapping[str, Row], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> None:
-    """Write a file where it is; OSError for a full disk."""
+    """Write a file in place. Raises OSError for a full disk."""
     starts, header = _lay_out(rows, metadata)
     waiting = set(rows)
     with path.open("wb") as file:
         file.write(header)
         for name, tensor in tensors:
             if name not in waiting or tuple(tensor.shape) != rows[name].shape:
-                raise ValueError(f"{name} {tuple(tensor.shape)} is not what the header announces")
+                raise ValueError(f"{name} {tuple(tensor.shape)} does not match the header")
             waiting.remove(name)
             file.seek(len(header) + starts[name])
             data = tensor.detach().to("cpu", rows[name].dtype).contiguous()
@@ -93,16 +94,16 @@ def _fill(
 
 
 def _index(rows: Mapping[str, Row], groups: Mapping[str, list[str]]) -> str:
-    places = {name: shard for shard, group in groups.items() for name in group}
+    weight_map = {name: shard for shard, group in groups.items() for name in group}
     total = sum(row.num_bytes for row in rows.values())
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
 
 
 def _lay_out(rows: Mapping[str, Row], metadata: Mapping[str, str]) -> tuple[dict[str, int], bytes]:
-    """Where each tensor begins behind the header, and the header's bytes."""
+    """Return the offset of each tensor after the header, and the header's bytes."""
     described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     starts, end = {}, 0
-    # Widest dtypes first, so that every tensor lies at a multiple of its own width.
+    # Widest dtypes first, so that every tensor is aligned to its item size.
     for name, row in sorted(rows.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         starts[name] = end
         end += row.num_bytes

@@ -157,7 +157,7 @@ def test_compiled_training_and_generation(bench: Bench) -> None:
         (("--blocks_to_swap", 2), "--blocks_to_swap 2 needs .* add --gradient_checkpointing"),
         (("--fp8_scaled",), "--fp8_scaled .*--fp8_base"),
         (("--fp8_base", "--int8_base"), "--int8_base and --fp8_base"),
-        (("--sage_attn",), "--attn_mode sageattn cannot train"),
+        (("--sage_attn",), "--attn_mode sageattn does not support training"),
         (("--flash3",), "--attn_mode flash3 needs .*--sdpa"),
         (("--gradient_checkpointing_cpu_offload",), "--gradient_checkpointing_cpu_offload .* --gradient_checkpointing"),
         (("--compile", "--compile_backend", "none_such"), "unknown --compile_backend 'none_such'"),

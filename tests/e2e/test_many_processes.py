@@ -141,9 +141,9 @@ def test_only_the_first_process_has_to_do_with_a_remote_folder(
 @pytest.mark.parametrize(
     ("ranks", "more", "reason"),
     [
-        (2, (), "2 processes run, but no option shares the work"),
-        (2, ("--ulysses_size", 2, "--cfg_size", 2), "--ulysses_size 2 x --cfg_size 2 = 4, but 2 processes run"),
-        (1, ("--ulysses_size", 2), "--ulysses_size 2 = 2, but 1 process runs"),
+        (2, (), "2 processes are running, but no option splits the work"),
+        (2, ("--ulysses_size", 2, "--cfg_size", 2), "--ulysses_size 2 x --cfg_size 2 = 4, but 2 processes are running"),
+        (1, ("--ulysses_size", 2), "--ulysses_size 2 = 2, but 1 process is running"),
         (3, ("--ulysses_size", 3), "has 2 attention heads: use one of 1, 2"),
         (2, ("--cfg_size", 2, "--cfg_merge"), "--cfg_merge runs both prompts in one pass, --cfg_size 2"),
         (2, ("--data_parallel", 2), "--data_parallel 2 is more than the number of videos, 1"),

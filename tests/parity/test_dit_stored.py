@@ -191,7 +191,7 @@ def test_scale_that_does_not_fit(tmp_path: Path) -> None:
     tensors["blocks.1.ffn.0.scale_weight"] = torch.ones(7)
     path = file_of(case, tmp_path, tensors)
     for refuse in (build, lambda path, **weights: check_model(settings_of(path, **weights), VARIANTS["t2v-1.3B"], CPU)):
-        with pytest.raises(InputError, match=r"blocks\.1\.ffn\.0 has the shape \[7\], its matrix \["):
+        with pytest.raises(InputError, match=r"blocks\.1\.ffn\.0 has shape \[7\], which does not fit its matrix \["):
             refuse(path, **FP8)
 
 

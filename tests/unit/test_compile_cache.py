@@ -41,19 +41,19 @@ def test_inductor_keeps_its_files_there_and_the_trial_does_not_count(tmp_path: P
     assert Path(cache_dir()) == folder and folder.is_dir()
     counters["inductor"].update(fxgraph_cache_hit=1, fxgraph_cache_miss=1)
     forget_counts()
-    assert describe_use("x") == "compile cache x: 0 of 0 graphs were in it"
+    assert describe_use("x") == "compile cache x: 0 of 0 graphs loaded"
     counters["inductor"].update(fxgraph_cache_hit=3, fxgraph_cache_miss=2)
-    assert describe_use("x") == "compile cache x: 3 of 5 graphs were in it, 2 were compiled and added"
+    assert describe_use("x") == "compile cache x: 3 of 5 graphs loaded, 2 compiled and added"
 
 
 @pytest.mark.slow  # a new folder has a new precompiled header of torch's
 def test_a_second_run_finds_the_graphs_of_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = CompileSettings(compile=True, compile_cache=str(tmp_path / "cache"))
     first, told = compute(settings)
-    assert told == f"compile cache {tmp_path / 'cache'}: 0 of 1 graphs were in it, 1 were compiled and added"
+    assert told == f"compile cache {tmp_path / 'cache'}: 0 of 1 graphs loaded, 1 compiled and added"
     assert (tmp_path / "cache" / "fxgraph").is_dir()
     second, told = compute(settings)
-    assert told == f"compile cache {tmp_path / 'cache'}: 1 of 1 graphs were in it"
+    assert told == f"compile cache {tmp_path / 'cache'}: 1 of 1 graphs loaded"
     assert torch.equal(first, second)
     log_cache_use(settings)
     assert [each for each in caplog.messages if each.startswith("compile cache")] == [told]

@@ -53,12 +53,12 @@ def test_what_is_written_gives_the_same_settings(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("learning_rat = 1.0", "unknown option learning_rat; did you mean learning_rate"),
-        ("sdpa = 1", "sdpa takes true or false, not 1"),
-        ("learning_rate = true", "learning_rate takes a value, not True"),
-        ("[a]\nseed = 1\n[b]\nseed = 2", "seed is there twice"),
+        ("sdpa = 1", "sdpa must be true or false, not 1"),
+        ("learning_rate = true", "learning_rate must be a value, not True"),
+        ("[a]\nseed = 1\n[b]\nseed = 2", "seed is given twice"),
         ("= 3", "is not TOML"),
         ("config_file = 'x'", "unknown option config_file"),
-        ("learning_rate = 'much'", "takes a number, not 'much'"),
+        ("learning_rate = 'much'", "expected a number, got 'much'"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:

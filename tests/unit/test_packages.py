@@ -104,7 +104,7 @@ def test_a_package_that_another_one_lacks_is_told_from_the_one_that_is_asked_for
     with pytest.raises(InputError, match=r"^--network_module plugin needs the package nobody_has_this: install it$"):
         check_module(NetworkSettings(network_module="plugin"))
     for module in ("whole", "whole.part"):
-        with pytest.raises(InputError, match=r"^--x: the package whole does not load \(.*\): use y$"):
+        with pytest.raises(InputError, match=r"^--x: the package whole cannot be loaded \(.*\): use y$"):
             packages.load(module, "thing", "--x", instead="use y")
 
 

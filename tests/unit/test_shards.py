@@ -81,7 +81,7 @@ def test_saved_again_nothing_of_the_earlier_one_is_left(tmp_path: Path, first: i
 def test_several_sets_of_a_folder_have_to_be_named(tmp_path: Path) -> None:
     save(tmp_path / "one.safetensors", 1, 1000)
     save(tmp_path / "two.safetensors", 2, 1000)
-    with pytest.raises(InputError, match="holds 2 checkpoints"):
+    with pytest.raises(InputError, match="has 2 checkpoints"):
         expand(tmp_path)
     assert values(tmp_path / "two.safetensors.index.json") == {2}
     assert values(tmp_path / "one-00002-of-00003.safetensors") == {1}
@@ -94,7 +94,7 @@ def test_an_index_that_is_none_and_files_that_are_not_there(tmp_path: Path) -> N
         expand(index)
     save(tmp_path / "name.safetensors", 1, 1000)
     (tmp_path / "name-00002-of-00003.safetensors").unlink()
-    with pytest.raises(InputError, match="1 files of its index are missing"):
+    with pytest.raises(InputError, match="1 files listed in it are missing"):
         expand(index)
     with pytest.raises(InputError, match="1 of 3 shards are missing"):
         expand(tmp_path / "name-00001-of-00003.safetensors")

@@ -58,7 +58,7 @@ def test_any_shard_names_its_whole_set(tmp_path: Path) -> None:
 def test_a_folder_of_unrelated_files_is_ambiguous(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_file({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(InputError, match="name the one"):
+    with pytest.raises(InputError, match="give the file to load"):
         expand(tmp_path)
 
 

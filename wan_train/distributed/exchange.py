@@ -1,4 +1,4 @@
-"""What one process has made, for all of a group."""
+"""Exchange Python objects within a group of processes."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 
 def made_by_first(split: Split, make: Callable[[], Value]) -> Value:
-    """What `make` returns on the first process of `split`, on all of them: they have a copy each, in host memory."""
+    """Return the result of `make` on the first process of `split`, broadcast to all of them, in host memory."""
     if split.size == 1:
         return make()
     box = [make() if split.rank == 0 else None]
@@ -21,7 +21,7 @@ def made_by_first(split: Split, make: Callable[[], Value]) -> Value:
 
 
 def from_all(split: Split, value: Value) -> list[Value]:
-    """The values of all processes of `split`, in the order of their ranks."""
+    """Gather the values of all processes of `split`, in rank order."""
     if split.size == 1:
         return [value]
     values: list[Value] = [value] * split.size

@@ -1,7 +1,7 @@
-"""Which processes make a video together, and how they split its passes.
+"""Process groups that generate a video together, and how they split its passes.
 
-Ranks are numbered with Ulysses innermost, then ring, then the halves of guidance, then data parallelism: neighbours,
-most often on one machine, exchange the most.
+Ranks are ordered with Ulysses innermost, then ring, CFG and data parallelism, so that neighbours, which are usually on
+one machine, exchange the most.
 """
 
 import os
@@ -19,15 +19,15 @@ from wan_train.distributed.settings import ParallelSettings
 from wan_train.errors import InputError, RunError
 from wan_train.packages import first_line
 
-# Longer than any wait in good order: the first process of a group may decode for as long as it takes, and others wait
-# for it. A process that has ended is noticed by `wan_train.distributed.watch`.
+# Longer than any legitimate wait: others wait while the first process of a group decodes. A process that has ended is
+# detected by `wan_train.distributed.watch`.
 TIMEOUT = timedelta(hours=12)
-MEETING = timedelta(minutes=10)  # within which all processes have started
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # for all processes to start
 
 
 @dataclass(frozen=True)
 class Split:
-    """This process's place among those that share one thing out; `group` is None alone."""
+    """This process's rank in a group that splits one kind of work; `group` is None for a single process."""
 
     size: int = 1
     rank: int = 0
@@ -39,11 +39,11 @@ ALONE = Split()
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups that this process is in.
+    """The groups of this process.
 
-    `all` are the processes of the run, `whole` those that make one video together, of which the `index`-th group of
-    `num_groups` is this one; they are split into `cfg` halves of guidance, and each half splits tokens among `tokens`
-    processes: `ulysses` inside of `ring`. `store` is what they told each other their addresses by, None alone.
+    `all` has all processes of the run, `whole` those that generate one video together, which are group `index` of
+    `num_groups`; they are split into `cfg` halves, and each half splits tokens over `tokens` processes: `ulysses`
+    inside of `ring`. `store` is the rendezvous store, None for a single process.
     """
 
     place: Place = field(default_factory=Place)
@@ -60,17 +60,17 @@ class Groups:
 
     @property
     def num_in_video(self) -> int:
-        """Number of processes that make one video together."""
+        """Return the number of processes that generate one video together."""
         return self.whole.size
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes, decodes and reports for its group."""
+        """Return whether this process decodes, writes and reports for its group."""
         return self.whole.rank == 0
 
 
 def check_product(settings: ParallelSettings, num_processes: int) -> None:
-    """InputError if the sizes do not multiply to the number of processes that run."""
+    """Raise InputError if the product of the sizes is not the number of processes."""
     sizes = {
         "--ulysses_size": settings.ulysses_size,
         "--ring_size": settings.ring_size,
@@ -82,12 +82,12 @@ def check_product(settings: ParallelSettings, num_processes: int) -> None:
         asked *= size
     if asked == 1 < num_processes:
         raise InputError(
-            f"{num_processes} processes run, but no option shares the work: give --ulysses_size {num_processes} or"
-            f" --data_parallel {num_processes}, or start one process"
+            f"{num_processes} processes are running, but no option splits the work: give --ulysses_size {num_processes}"
+            f" or --data_parallel {num_processes}, or start one process"
         )
     if asked != num_processes:
         shown = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
-        run = "1 process runs" if num_processes == 1 else f"{num_processes} processes run"
+        run = "1 process is running" if num_processes == 1 else f"{num_processes} processes are running"
         raise InputError(
             f"{shown} = {asked}, but {run}: start {asked} with torchrun --nproc_per_node {asked}, or give sizes whose"
             f" product is {num_processes}"
@@ -95,43 +95,43 @@ def check_product(settings: ParallelSettings, num_processes: int) -> None:
 
 
 def launched_device(device: torch.device) -> torch.device:
-    """The device of this process: that of its rank on its machine, where several processes run on accelerators.
+    """Return the device of this process: on accelerators, with several processes, that of its local rank.
 
-    InputError if the machine has fewer accelerators than processes.
+    Raises InputError if the machine has fewer accelerators than processes.
     """
     place = find_place()
     if place.num_ranks == 1 or device.type == "cpu":
         return device
     if device.index is not None:
         raise InputError(
-            f"--device {device} with {place.num_ranks} processes: each takes the device of its rank, leave --device out"
+            f"--device {device} with {place.num_ranks} processes: each uses the device of its local rank, omit --device"
         )
     found = torch.accelerator.device_count()
     if place.local_rank >= found:
         raise InputError(
-            f"process {place.local_rank} of this machine has no device, it has {found}: start at most that"
+            f"no device for local rank {place.local_rank}, this machine has {found}: start at most {found} processes"
         )
     return torch.device(device.type, place.local_rank)
 
 
 def join_store(place: Place) -> Store:
-    """The store by which all processes meet. RunError if they do not."""
+    """Join the rendezvous store of all processes. Raises RunError if that fails."""
     try:
-        store, _, _ = next(rendezvous("env://", place.rank, place.num_ranks, timeout=MEETING))
+        store, _, _ = next(rendezvous("env://", place.rank, place.num_ranks, timeout=RENDEZVOUS_TIMEOUT))
     except (dist.DistError, ValueError) as problem:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(
-            f"process {place.rank} of {place.num_ranks} does not meet the others at {address}: {first_line(problem)}"
+            f"process {place.rank} of {place.num_ranks} cannot join the others at {address}: {first_line(problem)}"
         ) from None
     store.set_timeout(TIMEOUT)
     return store
 
 
 def make_groups(settings: ParallelSettings, device: torch.device, store: Store | None = None) -> Groups:
-    """Start torch.distributed where several processes run, NCCL on GPUs and gloo on CPUs, and return this one's groups.
+    """Initialise torch.distributed if several processes run (NCCL on GPUs, gloo on CPUs), and return the groups.
 
-    `device` is that of `launched_device`, `store` that of `join_store` where it has been called. InputError, before
-    anything is started, from `check_product`.
+    `device` comes from `launched_device`, `store` from `join_store` if it has been called. Raises InputError from
+    `check_product` before anything is initialised.
     """
     place = find_place()
     check_product(settings, place.num_ranks)
@@ -139,7 +139,7 @@ def make_groups(settings: ParallelSettings, device: torch.device, store: Store |
         return Groups(device=device)
     store = store or join_store(place)
     backend, named = "gloo", None
-    if device.type != "cpu":  # what is in host memory is exchanged too
+    if device.type != "cpu":  # tensors in host memory are exchanged too
         backend, named = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}", device
         torch.accelerator.set_device_index(device)
     prefixed = PrefixStore("groups", store)
@@ -153,10 +153,11 @@ def _arranged(settings: ParallelSettings, place: Place, device: torch.device, st
     sizes = (settings.data_parallel, settings.cfg_size, settings.ring_size, settings.ulysses_size)
     data = place.rank // (place.num_ranks // settings.data_parallel)
     ranks = torch.arange(place.num_ranks).view(sizes)
-    made = {tuple(range(place.num_ranks)): dist.group.WORLD}  # each communicator takes memory of the device
+    made = {tuple(range(place.num_ranks)): dist.group.WORLD}  # reuse groups: each communicator takes device memory
 
     def split(rows: torch.Tensor) -> Split:
-        """This process's group of `rows` (groups, processes); every process makes all of them, in the same order."""
+        """Return this process's group of `rows` (groups, processes); every process creates all of them in the same
+        order."""
         found = ALONE
         for row in map(tuple, rows.tolist()):
             if len(row) > 1 and row not in made:

@@ -1,7 +1,7 @@
-"""Attention over keys and values that go around a ring of processes (Liu et al. 2023, arXiv 2310.01889).
+"""Ring attention: keys and values circulate among processes (Liu et al. 2023, arXiv 2310.01889).
 
-Each process has its own queries; what it has seen of the keys so far is put together with what comes by the logarithms
-of both softmaxes' sums, so the result is that of all keys at once.
+Each process keeps its queries; partial results are merged by their log-sum-exp, so the result equals attention to all
+keys at once.
 
 Legend: B batch, L queries, S keys, N heads, D head width.
 """
@@ -18,10 +18,10 @@ aten = torch.ops.aten
 
 
 def attend_with_sums(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) v (B, L, N, D) and the logarithm (B, L, N, 1) float32 of the softmax's sums.
+    """Return softmax(q k^T / sqrt(D)) v (B, L, N, D) and the log-sum-exp (B, L, N, 1) float32 of the scores.
 
-    query (B, L, N, D), key and value (B, S, N, D). By torch's own kernels: flash attention on CPUs and for half
-    precision on GPUs, the memory-efficient one for float32 there, plain products elsewhere.
+    query (B, L, N, D), key and value (B, S, N, D). Uses torch's kernels: flash attention on CPUs and in half precision
+    on GPUs, memory-efficient attention in float32 on GPUs, plain matrix products elsewhere.
     """
     parts = [part.transpose(1, 2) for part in (query, key, value)]
     kind = query.device.type if query.device.type in _KERNELS else ""
@@ -53,16 +53,16 @@ _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] =
 
 
 def joined(out: Tensor, sums: Tensor, more: Tensor, more_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to two sets of keys, from that to each of them: results (B, L, N, D) and sums (B, L, N, 1), float32."""
+    """Merge attention to two sets of keys: outputs (B, L, N, D) and log-sum-exp (B, L, N, 1), float32."""
     both = torch.logaddexp(sums, more_sums)
     return out * (sums - both).exp() + more * (more_sums - both).exp(), both
 
 
 def attend_in_ring(query: Tensor, key: Tensor, value: Tensor, split: Split, real: Sequence[Tensor | None]) -> Tensor:
-    """Attention (B, L, N, D) of this process's queries to the keys (B, S, N, D) of all processes of `split`.
+    """Return attention (B, L, N, D) of this process's queries to the keys (B, S, N, D) of all processes of `split`.
 
-    `real` says for each process which of its keys are not padding, None for all. The next keys and values are under way
-    while those that have come are attended to.
+    `real` has for each process the indices of its keys that are not padding, None for all. The transfer of the next
+    keys and values overlaps with attention to the current ones.
     """
     out: Tensor | None = None
     sums = query.new_empty(0)
@@ -79,12 +79,12 @@ def attend_in_ring(query: Tensor, key: Tensor, value: Tensor, split: Split, real
         for transfer in transfers:
             transfer.wait()
         here = coming
-    assert out is not None, "a sequence has tokens"
+    assert out is not None, "the sequence is empty"
     return out.to(query.dtype)
 
 
 def _pass_on(sent: Tensor, split: Split) -> tuple[Tensor, list[dist.Work]]:
-    """Begin to send keys and values to the next process and to receive those of the one before."""
+    """Start sending keys and values to the next process and receiving those of the previous one."""
     received = torch.empty_like(sent)
     after, before = (split.rank + 1) % split.size, (split.rank - 1) % split.size
     operations = [

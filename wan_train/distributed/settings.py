@@ -1,4 +1,4 @@
-"""How several processes share the work of the generator."""
+"""Options for generation with several processes."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
-"""Several processes end together: all when all have done their work, or soon after one of them has failed.
+"""End all processes of a run together: when all have finished, or soon after one of them has failed.
 
-A process that waits for another in an exchange may not notice that the other has gone, so each says every few seconds
-that it is alive, in the store by which they have met, and looks whether the others do.
+A process that waits in a collective may not notice that another has ended, so each process sends heartbeats through the
+rendezvous store and checks those of the others.
 """
 
 import faulthandler
@@ -23,17 +23,17 @@ from wan_train.distributed.ranks import find_place
 from wan_train.distributed.settings import ParallelSettings
 from wan_train.errors import InputError, RunError, Stopped
 
-BEAT = 2.0  # seconds between two signs of life
-SILENCE = 40.0  # seconds without one after which a process is taken for gone; the others end within a minute
-LAST_WORDS = 20  # seconds that a process may take to end, once it has to
-GRACE = 1.0  # seconds by which processes that say nothing end after the one that does: launchers then kill the rest
+HEARTBEAT = 2.0  # seconds between heartbeats
+HEARTBEAT_TIMEOUT = 40.0  # seconds without a heartbeat before a process counts as lost; the rest end within 1 minute
+EXIT_TIMEOUT = 20  # seconds that a process may take to exit
+GRACE = 1.0  # seconds that silent processes wait for the one that reports: launchers kill the rest when one exits
 
-_DONE, _LEFT, _FAILED, _BEAT = "watch/done", "watch/left", "watch/failed", "watch/beat"
+_DONE, _LEFT, _FAILED, _HEARTBEAT = "watch/done", "watch/left", "watch/failed", "watch/beat"
 
 
 @dataclass
 class Watch:
-    """Signs of life of this process and of the others; a thread of its own while it is `started`."""
+    """Heartbeats of this process and of the others, in a thread of its own between `start` and `stop`."""
 
     store: Store
     rank: int
@@ -42,34 +42,34 @@ class Watch:
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to give and to look for signs of life."""
-        own: Store = self.store.clone()  # type: ignore[attr-defined]  # a connection that no exchange holds up
+        """Start to send and check heartbeats."""
+        own: Store = self.store.clone()  # type: ignore[attr-defined]  # a connection that no collective blocks
         self._thread = threading.Thread(target=self._look, args=(own,), name="watch", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Give no more of them, and look for none."""
+        """Stop sending and checking heartbeats."""
         self._over.set()
         if self._thread is not None:
-            self._thread.join(LAST_WORDS)
+            self._thread.join(EXIT_TIMEOUT)
 
     def claim(self, code: int) -> bool:
-        """Whether this process is the first that says why all of them end, with this exit code."""
+        """Return whether this process is the first to report why all processes end, with this exit code."""
         mine = f"{self.rank} {code}"
         try:
             return self.store.compare_set(_FAILED, "", mine).decode() == mine
-        except Exception:  # the store has gone with the first process: the next one speaks for all
+        except Exception:  # the store ended with process 0: process 1 reports
             return self.rank <= 1
 
     def failure(self) -> int | None:
-        """The exit code with which a process has failed; None as long as none has."""
+        """Return the exit code of a failed process; None if none has failed."""
         try:
             return _failure(self.store)
         except Exception:
             return None
 
     def finish(self) -> None:
-        """Wait until all processes have come here, then `stop` and `part`."""
+        """Wait until all processes have called this, then `stop` and `part`."""
         self.store.add(_DONE, 1)
         while self.store.add(_DONE, 0) < self.num_ranks:
             time.sleep(0.05)
@@ -77,31 +77,32 @@ class Watch:
         self.part(self.store)
 
     def part(self, store: Store) -> None:
-        """Need the store no more. The first process, whose it is, waits for the others to say so, as long as a process
-        takes that looks at it every now and then."""
+        """Release the store.
+
+        Process 0, which hosts the store, waits until the others have released it, for a few heartbeats at most.
+        """
         with suppress(Exception):
-            left, deadline = store.add(_LEFT, 1), time.monotonic() + 3 * BEAT
+            left, deadline = store.add(_LEFT, 1), time.monotonic() + 3 * HEARTBEAT
             while self.rank == 0 and left < self.num_ranks and time.monotonic() < deadline:
                 time.sleep(0.05)
                 left = store.add(_LEFT, 0)
 
     def find_missing(self) -> list[int]:
-        """The processes that give no sign of life for three times as long as one should take; the first if that has
-        taken the store with it."""
+        """Return the processes without a heartbeat in three intervals; [0] if the store is unreachable."""
         try:
-            before = _beats(self.store, self.num_ranks)
-            time.sleep(3 * BEAT)
-            after = _beats(self.store, self.num_ranks)
+            before = _heartbeats(self.store, self.num_ranks)
+            time.sleep(3 * HEARTBEAT)
+            after = _heartbeats(self.store, self.num_ranks)
         except Exception:
             return [0]
         return [rank for rank in range(self.num_ranks) if before[rank] == after[rank] and rank != self.rank]
 
     def _look(self, store: Store) -> None:
         seen, since, last = [0] * self.num_ranks, [time.monotonic()] * self.num_ranks, time.monotonic()
-        while not self._over.wait(BEAT):
+        while not self._over.wait(HEARTBEAT):
             try:
-                store.add(f"{_BEAT}/{self.rank}", 1)
-                beats, code = _beats(store, self.num_ranks), _failure(store)
+                store.add(f"{_HEARTBEAT}/{self.rank}", 1)
+                heartbeats, code = _heartbeats(store, self.num_ranks), _failure(store)
             except Exception:
                 self._end(store, "process 0", 1, speaks=self.rank == 1)
                 return
@@ -109,21 +110,21 @@ class Watch:
                 self._end(store, "", code, speaks=False)
                 return
             now = time.monotonic()
-            if now - last > 5 * BEAT:  # this process itself stood still: what it has not seen says nothing
+            if now - last > 5 * HEARTBEAT:  # this process was suspended, so missing heartbeats mean nothing
                 since = [now] * self.num_ranks
             last = now
-            since = [now if beats[rank] != seen[rank] else since[rank] for rank in range(self.num_ranks)]
-            seen = beats
-            if silent := [rank for rank in range(self.num_ranks) if now - since[rank] > SILENCE]:
+            since = [now if heartbeats[rank] != seen[rank] else since[rank] for rank in range(self.num_ranks)]
+            seen = heartbeats
+            if silent := [rank for rank in range(self.num_ranks) if now - since[rank] > HEARTBEAT_TIMEOUT]:
                 self._end(store, _named(silent), 1, speaks=self.claim(1))
                 return
 
     def _end(self, store: Store, who: str, code: int, *, speaks: bool) -> None:
-        """End this process, whatever it is in, unless it ends by itself in time."""
+        """Exit this process, whatever it is doing, unless it ends by itself in time."""
         if self._over.wait(0 if speaks else GRACE):
             return
         if speaks:
-            tqdm.write(f"error: {gone(who)}", file=sys.stderr)  # above a bar that is on screen
+            tqdm.write(f"error: {loss_message(who)}", file=sys.stderr)  # above the progress bar
         self.part(store)
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
@@ -131,26 +132,26 @@ class Watch:
         os._exit(code)
 
 
-def gone(who: str) -> str:
-    """What is said of processes that have ended without a word."""
+def loss_message(who: str) -> str:
+    """Return the message for processes that have ended without one."""
     return (
-        f"{who} of this run has ended without a message (killed, or out of memory?): all others end too; videos that"
-        " are written stay, start again for the rest"
+        f"{who} of this run has ended without a message (killed, or out of memory?): stopping all processes. Finished"
+        " videos are kept; start again to generate the rest"
     )
 
 
 @contextmanager
 def working_together(settings: ParallelSettings, find_device: Callable[[], torch.device]) -> Iterator[Groups]:
-    """The groups of this process, while what is done together lasts; all processes leave it together.
+    """Yield the groups of this process; all processes leave the context together.
 
-    What one of them fails with is raised there, and the others leave with its exit code and without a word; so does
-    InputError for settings that do not fit the number of processes.
+    The error of a failed process is raised there; the others exit silently with its exit code. This includes InputError
+    for settings that do not fit the number of processes.
     """
     place = find_place()
     try:
         check_product(settings, place.num_ranks)
     except InputError:
-        if place.rank:  # all processes find the same
+        if place.rank:  # all processes raise the same error
             _leave_silently(2)
         raise
     if place.num_ranks == 1:
@@ -162,15 +163,15 @@ def working_together(settings: ParallelSettings, find_device: Callable[[], torch
         yield make_groups(settings, launched_device(find_device()), watch.store)
         watch.finish()
     except BaseException as problem:
-        # Whatever still waits inside of an exchange keeps no process longer than this.
-        faulthandler.dump_traceback_later(LAST_WORDS + 6 * BEAT, exit=True)
+        # Upper bound for processes that still wait in a collective.
+        faulthandler.dump_traceback_later(EXIT_TIMEOUT + 6 * HEARTBEAT, exit=True)
         _leave(watch, problem)
         raise
     dist.destroy_process_group()
 
 
 def _leave(watch: Watch, problem: BaseException) -> None:
-    """Let the first process that fails raise its problem; the others leave silently, with its exit code."""
+    """Raise the problem in the first process that fails; the others exit silently with its exit code."""
     lost = isinstance(problem, Exception) and is_loss(problem)
     code = watch.failure()
     missing = watch.find_missing() if lost and code is None else []
@@ -182,7 +183,7 @@ def _leave(watch: Watch, problem: BaseException) -> None:
     if not speaks:
         _leave_silently(code or 1)
     if lost:
-        raise RunError(gone(_named(missing) if missing else "a process")) from None
+        raise RunError(loss_message(_named(missing) if missing else "a process")) from None
 
 
 def _leave_silently(code: int) -> None:
@@ -191,7 +192,7 @@ def _leave_silently(code: int) -> None:
 
 
 def is_loss(problem: Exception) -> bool:
-    """Whether a problem is that an exchange with other processes broke off."""
+    """Return whether an error means that communication with other processes was lost."""
     text = str(problem).lower()
     return isinstance(problem, dist.DistError) or (
         isinstance(problem, RuntimeError)
@@ -200,7 +201,7 @@ def is_loss(problem: Exception) -> bool:
 
 
 def _code_of(problem: BaseException) -> int:
-    """The exit code that `wan_train.cli.run` and Python give to a problem."""
+    """Return the exit code of a problem, as in `wan_train.cli.run` and Python."""
     if isinstance(problem, InputError):
         return 2
     if isinstance(problem, Stopped):
@@ -212,12 +213,12 @@ def _named(ranks: list[int]) -> str:
     return f"process {ranks[0]}" if len(ranks) == 1 else f"one of the processes {', '.join(map(str, ranks))}"
 
 
-def _beats(store: Store, num_ranks: int) -> list[int]:
-    return [store.add(f"{_BEAT}/{rank}", 0) for rank in range(num_ranks)]
+def _heartbeats(store: Store, num_ranks: int) -> list[int]:
+    return [store.add(f"{_HEARTBEAT}/{rank}", 0) for rank in range(num_ranks)]
 
 
 def _failure(store: Store) -> int | None:
-    """The exit code of the first process that has failed; None as long as none has."""
+    """Return the exit code of the first failed process; None if none has failed."""
     if not store.check([_FAILED]):
         return None
     said = store.get(_FAILED).decode()

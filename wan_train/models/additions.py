@@ -1,4 +1,4 @@
-"""What is added to a DiT checkpoint while it is read: new control layers, and a motion controller from its own file."""
+"""Tensors added to a DiT checkpoint at load time: new control layers, and a motion controller from its own file."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -23,9 +23,9 @@ _CONTROLLER_NAME = re.compile(r"(?:[\w.]*motion_controller\.)?(linear\.[024]\.(?
 
 
 def extended_header(dit: DitSettings, init: InitSettings = NO_INIT, *, flag: str = "--dit") -> Header:
-    """The header of a checkpoint as `extended` gives it, under official names where something is added.
+    """Return the header of the checkpoint that `extended` yields, with official names if anything is added.
 
-    `flag` is the option that names the file. Raises InputError for what cannot be added to it.
+    `flag` is the option that names the file. Raises InputError for layers that cannot be added.
     """
     header = read_header(dit.dit)
     if init.init_control is None and not dit.motion_controller:
@@ -41,7 +41,7 @@ def extended_header(dit: DitSettings, init: InitSettings = NO_INIT, *, flag: str
 
 
 def extended(tensors: Pairs, dit: DitSettings, init: InitSettings = NO_INIT) -> Iterator[tuple[str, Tensor]]:
-    """A pipe from a checkpoint's tensors, under official names, to these and what is added to them."""
+    """Yield the tensors of a checkpoint, official names, and those added to it."""
     if init.init_control is not None:
         tensors = initialised(tensors, _new_layers(read_header(dit.dit), dit, init, "--dit"))
     yield from tensors
@@ -51,7 +51,7 @@ def extended(tensors: Pairs, dit: DitSettings, init: InitSettings = NO_INIT) -> 
 
 
 def idle_weights(dit: DitSettings, init: InitSettings = NO_INIT) -> list[str]:
-    """The new weights that add nothing until they are trained, by official name."""
+    """Return the official names of new weights that have no effect until they are trained."""
     return _new_layers(read_header(dit.dit), dit, init, "--dit").idle
 
 
@@ -62,42 +62,43 @@ def _new_layers(header: Header, dit: DitSettings, init: InitSettings, flag: str)
     require_kind(header.shapes, "DiT", label)
     if storage_dtype(header).itemsize == 1:
         raise InputError(
-            f"--init_control: {label} is stored in 8 bits, which cannot be trained: give a bf16 or fp32 file"
+            f"--init_control: {label} is an 8-bit checkpoint, which cannot be trained: give a bf16 or fp32 file"
         )
     return new_layers(official_shapes(header.shapes), VARIANTS[dit.task], init.init_control, label)
 
 
 def _check_controller_task(dit: DitSettings, init: InitSettings) -> None:
-    """InputError for a controller beside a task whose model takes none, or beside a new one."""
+    """Raise InputError if the task's model takes no motion controller, or `init` creates a second one."""
     variant = VARIANTS[dit.task]
     if variant.control or variant.images or variant.experts:
         raise InputError(
-            f"--motion_controller: --task {dit.task} reads no motion bucket: take a t2v task of Wan2.1, or leave it out"
+            f"--motion_controller: --task {dit.task} does not support a motion bucket: use a Wan2.1 t2v task, or"
+            " omit it"
         )
     if init.init_control == "motion":
         raise InputError(
-            f"--init_control motion makes a motion controller beside that of --motion_controller"
-            f" {dit.motion_controller}: leave out one of them"
+            f"--init_control motion creates a motion controller, but one is given with --motion_controller"
+            f" {dit.motion_controller}: omit one of them"
         )
 
 
 def _with_controller(header: Header, dit: DitSettings) -> Header:
-    """The header with the tensors of a controller's file. InputError for a file that is none, or that does not fit."""
+    """Return the header with a controller file's tensors. Raises InputError if the file is invalid or does not fit."""
     path = dit.motion_controller
     if not path:
         return header
     if any(name.startswith(CONTROLLER) for name in header.shapes):
-        raise InputError(f"--motion_controller {path}: the DiT has a motion controller already: leave it out")
+        raise InputError(f"--motion_controller {path}: the DiT already has a motion controller: omit the option")
     own = read_header(path)
     shapes = {_controller_name(name, path): shape for name, shape in own.shapes.items()}
     dtypes = {_controller_name(name, path): dtype for name, dtype in own.dtypes.items()}
     first, wide = shapes.get(f"{CONTROLLER}linear.0.weight"), header.shapes.get("time_embedding.0.weight")
     if len(shapes) != 6 or first is None:
-        raise InputError(f"--motion_controller {path} is not a whole motion controller: give the right file")
+        raise InputError(f"--motion_controller {path} is not a complete motion controller: give another checkpoint")
     if first != wide:
         raise InputError(
-            f"--motion_controller {path} is for a model that is {first[0]} wide, the DiT is {(wide or (0,))[0]}: give"
-            " the controller of this model"
+            f"--motion_controller {path} is for a model of width {first[0]}, but the DiT has width {(wide or (0,))[0]}:"
+            " use the controller trained for this model"
         )
     return replace(header, shapes=header.shapes | shapes, dtypes=header.dtypes | dtypes)
 
@@ -105,5 +106,5 @@ def _with_controller(header: Header, dit: DitSettings) -> Header:
 def _controller_name(name: str, path: str) -> str:
     found = _CONTROLLER_NAME.fullmatch(name)
     if found is None:
-        raise InputError(f"--motion_controller {path} is not a motion controller, it holds {name}: give the right file")
+        raise InputError(f"--motion_controller {path} is not a motion controller (it has {name}): give another file")
     return CONTROLLER + found[1]

@@ -1,7 +1,7 @@
-"""A folder of checkpoints, official or of diffusers: which of its files are the DiT, the VAE and the encoders.
+"""Find the DiT, VAE and encoders in a checkpoint folder, as published by Wan-AI or in diffusers format.
 
-A file is told by the names and shapes in its header, not by what it is called; only which of two experts a DiT is
-stands in no header.
+Files are identified by the names and shapes in their headers, not by their file names. Only the two experts of a task
+are told apart by their paths.
 """
 
 import os
@@ -26,14 +26,14 @@ log = get_logger(__name__)
 
 _DEPTH = 2  # folders below the given one: google/umt5-xxl
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-# What is done with one kind of model alone, and the options of it.
+# Options that need only some of the models -> the options of those models.
 _ALONE = {"--latent_path": ("--vae",), "--save_merged_model": ("--dit", "--dit_high_noise")}
 _TOKENIZERS = ("spiece.model", "tokenizer.json")
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """The checkpoints of a folder by path, with their headers, what does not read, and the folders of tokenizers."""
+    """Checkpoint headers by path, the errors of unreadable files by path, and folders with a tokenizer."""
 
     path: Path
     headers: dict[Path, Header] = field(default_factory=dict)
@@ -41,19 +41,19 @@ class _Folder:
     tokenizers: list[Path] = field(default_factory=list)
 
     def shown(self, paths: Iterable[Path]) -> str:
-        """Paths in this folder as a list."""
+        """Format paths relative to this folder as a comma-separated list."""
         return ", ".join(str(path.relative_to(self.path)) for path in paths)
 
 
 def with_found_files(argv: Sequence[str], alone: Mapping[str, bool]) -> list[str]:
-    """The command line with the checkpoints of its `--ckpt_dir` in front, so that what was given itself wins.
+    """Return the command line with options for the checkpoints in `--ckpt_dir` prepended, so that explicit options win.
 
-    `alone` has every flag that the tool knows: those of models are looked for. The log says which file was taken for
-    what. InputError that names the candidates for what the folder lacks or has several of.
+    `alone` maps every flag of the tool to whether it takes no value; only flags in it are searched for. Logs the file
+    chosen for each option. Raises InputError, listing the candidates, if a model is missing or ambiguous.
     """
     flag, folder = _given(argv)
     if not os.path.isdir(folder):
-        raise InputError(f"{flag} {folder} is not a folder: give the one that a model was downloaded to")
+        raise InputError(f"{flag} {folder} is not a folder: give the folder that the model was downloaded to")
     task = named_file(argv, "--task") or ("" if "--dit" not in alone else _default_task())
     variant = VARIANTS.get(task)  # an unknown one is refused by the option itself
     only = next((flags for said, flags in _ALONE.items() if named_file(argv, said) is not None), None)
@@ -67,8 +67,8 @@ def with_found_files(argv: Sequence[str], alone: Mapping[str, bool]) -> list[str
         candidates = _FINDERS[name](content, variant)
         if len(candidates) > 1:
             raise InputError(
-                f"{flag} {folder} has {len(candidates)} files that could be {name}"
-                f"{f' of --task {task}' if task else ''} ({content.shown(candidates)}): choose with {name}"
+                f"{flag} {folder} has {len(candidates)} candidates for {name}"
+                f"{f' of --task {task}' if task else ''} ({content.shown(candidates)}): choose one with {name}"
             )
         if candidates:
             found[name] = candidates[0]
@@ -84,12 +84,12 @@ def with_found_files(argv: Sequence[str], alone: Mapping[str, bool]) -> list[str
             " its path says neither high nor low: choose with --dit and --dit_high_noise, or give another folder"
         )
     for name, path in found.items():
-        log.info("%s: took %s for %s", flag, content.shown([path]), name)
+        log.info("%s: using %s as %s", flag, content.shown([path]), name)
     return [*(f"{name}={path}" for name, path in found.items()), *argv]
 
 
 def _given(argv: Sequence[str]) -> tuple[str, str]:
-    """The flag as it was written, and the folder."""
+    """Return the flag as written, and its folder."""
     return next((flag, folder) for flag in CKPT_FLAGS if (folder := named_file(argv, flag)) is not None)
 
 
@@ -98,7 +98,7 @@ def _default_task() -> str:
 
 
 def _wanted_flags(variant: Variant | None) -> list[str]:
-    """The options of the models that a task has; default: those of the VAE and the text encoder."""
+    """Return the options of the models that a task needs; without a task those of the VAE and the text encoder."""
     experts = ["--dit_high_noise"] if variant and variant.experts else []
     return ["--dit", *experts, "--vae", "--t5", "--tokenizer", *(["--clip"] if variant and variant.reads_clip else [])]
 
@@ -108,18 +108,18 @@ def _tell_missing(where: str, missing: Sequence[str], task: str, content: _Folde
     holds = [f"{content.shown([path])}: {kind}" for path, kind in sorted(named.items())]
     holds += [f"{content.shown([path])}: not readable, {why}" for path, why in content.unread.items()]
     return (
-        f"{where} has nothing for {' and '.join(missing)}{f' of --task {task}' if task else ''}"
-        f" ({'; '.join(holds) or 'it holds no checkpoint'}): give {'it' if len(missing) == 1 else 'them'} beside, or"
-        " another folder"
+        f"{where} has no file for {' and '.join(missing)}{f' of --task {task}' if task else ''}"
+        f" (found: {'; '.join(holds) or 'no checkpoint'}): give {'the option' if len(missing) == 1 else 'these options'}"
+        ", or another folder"
     )
 
 
 def _read_folder(folder: Path) -> _Folder:
     content = _Folder(folder)
-    for place in _folders(folder, _DEPTH):
-        if any((place / name).is_file() for name in _TOKENIZERS):
-            content.tokenizers.append(place)
-        for path in _checkpoints(place):
+    for subfolder in _folders(folder, _DEPTH):
+        if any((subfolder / name).is_file() for name in _TOKENIZERS):
+            content.tokenizers.append(subfolder)
+        for path in _checkpoints(subfolder):
             try:
                 content.headers[path] = read_header(path)
             except InputError as problem:
@@ -135,7 +135,7 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints right in a folder; of a set its index, or its first shard."""
+    """Return the checkpoints directly in a folder; a sharded one by its index or its first shard."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     entries = [path for path in files if path.name.endswith(f".safetensors{INDEX}")]
     entries += [path for path in files if path.suffix in _SUFFIXES]
@@ -145,7 +145,7 @@ def _checkpoints(folder: Path) -> list[Path]:
         if path in known:
             continue
         kept.append(path)
-        with suppress(InputError):  # told when it is read
+        with suppress(InputError):  # reported when the file is read
             known |= set(expand(path))
     return kept
 
@@ -155,8 +155,8 @@ def _of_kind(content: _Folder, model_kind: str) -> dict[Path, Header]:
 
 
 def _dits(content: _Folder, variant: Variant | None) -> list[Path]:
-    """The DiTs that a task is for; those of its published size, if there are any."""
-    assert variant is not None, "a DiT is looked for where there is a task"
+    """Return the DiTs that fit a task; those of its published size only, if there are any."""
+    assert variant is not None, "searching for a DiT requires a task"
     shapes = {path: official_shapes(header.shapes) for path, header in _of_kind(content, "DiT").items()}
     fitting = {path: found for path, found in shapes.items() if channels_of(found) in channels_for(variant)}
     sized = [path for path, found in fitting.items() if found["patch_embedding.weight"][0] == variant.dim]
@@ -164,8 +164,10 @@ def _dits(content: _Folder, variant: Variant | None) -> list[Path]:
 
 
 def _of_expert(*, high: bool) -> Callable[[_Folder, Variant | None], list[Path]]:
-    """Finds the DiT of one expert, or the only one of a task that has no experts; where nothing tells the experts
-    apart, both."""
+    """Return a function that finds the DiT of one expert, or the only DiT of a task without experts.
+
+    It returns both files if nothing tells the experts apart.
+    """
 
     def find(content: _Folder, variant: Variant | None) -> list[Path]:
         found = _dits(content, variant)
@@ -178,8 +180,11 @@ def _of_expert(*, high: bool) -> Callable[[_Folder, Variant | None], list[Path]]
 
 
 def _is_high(path: Path) -> bool | None:
-    """Whether a DiT is the expert for high noise, by its path in the folder: official and ComfyUI's names say high or
-    low; in Wan2.2's folders for diffusers `transformer` takes the high noise, `transformer_2` the low."""
+    """Return whether a path is the high-noise expert's; None if unknown.
+
+    Official and ComfyUI's names contain high or low; in diffusers' folders for Wan2.2 `transformer` is the high-noise
+    expert and `transformer_2` the low-noise one.
+    """
     words = str(path).lower()
     if ("high" in words) != ("low" in words):
         return "high" in words
@@ -200,7 +205,7 @@ def _fits(path: Path, channels: int) -> bool:
 
 
 def _tokenizers(content: _Folder, variant: Variant | None) -> list[Path]:
-    """The folders of the text encoder's tokenizer: of Wan2.1's image models there is another, of CLIP's text side."""
+    """Return the folders of text encoder tokenizers, excluding CLIP's tokenizer of Wan2.1's image models."""
     return [path for path in content.tokenizers if not (path / "sentencepiece.bpe.model").is_file()]
 
 

@@ -1,4 +1,4 @@
-"""By what a checkpoint can be told from another without reading all of its gigabytes."""
+"""Fingerprints that identify a checkpoint without reading all of it."""
 
 import hashlib
 from pathlib import Path
@@ -10,8 +10,10 @@ _SAMPLES, _SAMPLE_BYTES = 32, 4096
 
 
 def fingerprint(path: str) -> str:
-    """16 hexadecimal digits of a checkpoint: of its tensors' names, shapes and dtypes, and of 32 pieces of 4 KiB spread
-    evenly over each of its files, by which one fine-tune is told from the next. The place of the files does not count.
+    """Return 16 hexadecimal digits that identify a checkpoint.
+
+    They are a hash of the tensors' names, shapes and dtypes and of 32 evenly spaced samples of 4 KiB of each file,
+    which distinguish one fine-tune from another. The location of the files does not matter.
     """
     header = read_header(path)
     rows = [f"{name} {tuple(shape)} {header.dtypes[name]}" for name, shape in sorted(header.shapes.items())]
@@ -22,7 +24,7 @@ def fingerprint(path: str) -> str:
 
 
 def file_hash(path: str | Path) -> str:
-    """The SHA-256 of a whole file, in hexadecimal digits: for files that are read in a moment."""
+    """Return the SHA-256 of a file in hexadecimal digits; reads the whole file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,16 +1,16 @@
-"""Control layers for a plain model: what `--init_control` adds to a T2V or I2V checkpoint while it is read.
+"""New control layers for a plain model: `--init_control` adds them to a T2V or I2V checkpoint while it is read.
 
-The first step computes what the base computes: new columns of the patch embedding, the camera's first and last
-convolutions, the values of images in cross-attention (`v_img`), VACE's `before_proj` and `after_proj` and the motion
-controller's last Linear are zero, so that zeros are added to each sum. It is so bit for bit, but for kernels that round
-otherwise where their matrices are wider, or rows of the text follow those of images. There are two exceptions. A
-reference's tokens (`ref_conv`) stand in the sequence even when they are zeros, where the base has none. And the mask
-columns of an I2V base are left out where the task's layout has images without a mask (VideoX-Fun's Wan2.1 control
-models).
+At the first step the model computes the same as the base: the new columns of the patch embedding, the camera adapter's
+first and last convolutions, the image values in cross-attention (`v_img`), VACE's `before_proj` and `after_proj` and
+the motion controller's last Linear are zero, so that only zeros are added. The outputs are bit-identical unless kernels
+round differently because matrices are wider, or text rows follow image rows. There are two exceptions: a reference's
+tokens (`ref_conv`) are part of the sequence even if they are zeros, and the mask columns of an I2V base are dropped for
+tasks whose layout has images without a mask (VideoX-Fun's Wan2.1 control models).
 
-What a zero layer reads is not zero, or neither would ever get a gradient: VACE's patch embedding is the base's for
-inactive and reactive latents, its blocks are copies of the base's that they hint to, the keys of images those of the
-text, and the rest is drawn by its name (uniform, of variance 1/(3 fan_in), as torch draws Linears).
+The inputs of zero layers are not zero, or neither would ever receive a gradient: VACE's patch embedding copies the
+base's for inactive and reactive latents, VACE blocks are copies of the base blocks that they give hints to, image keys
+are copies of the text keys, and the rest is drawn at random, seeded by name (uniform with variance 1/(3 fan_in), as
+torch initialises Linears).
 """
 
 import math
@@ -27,11 +27,11 @@ from wan_train.models.stacks import BASE, hinted_layers, read_block_name
 from wan_train.models.variants import FRAME_STEP, ControlInputs, Variant
 from wan_train.models.weights import Shapes
 
-REFERENCE, MOTION = "reference", "motion"  # kinds beside "auto"
+REFERENCE, MOTION = "reference", "motion"  # kinds of --init_control other than "auto"
 CLIP_WIDTH = 1280  # of the published image encoder
 CAMERA_CHANNELS = 24  # six Pluecker coordinates for each of four pixel frames
-VACE_MASK_CHANNELS = 64  # of the VACE context, behind inactive and reactive latents
-DEEP = 40  # number of blocks from which VACE hints to every fifth, below to every second, as in published models
+VACE_MASK_CHANNELS = 64  # of the VACE context, after inactive and reactive latents
+DEEP = 40  # with at least this many blocks VACE has one for every fifth, otherwise for every second, as published
 PATCH = "patch_embedding.weight"
 
 Pairs = Iterable[tuple[str, Tensor]]
@@ -40,14 +40,15 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Made:
-    """A new tensor that no weight of the base decides: all `value`, or with `fan_in` drawn by its name."""
+    """A new tensor that does not depend on the base: constant `value`, or random, seeded by its name, if `fan_in` is
+    set."""
 
     shape: tuple[int, ...]
     value: float = 0.0
     fan_in: int = 0
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor in float32."""
+        """Return the tensor in float32."""
         if not self.fan_in:
             return torch.full(self.shape, self.value)
         limit = 1 / math.sqrt(self.fan_in)
@@ -56,7 +57,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Derived:
-    """A new tensor that is made of one of the base's."""
+    """A new tensor computed from one of the base's."""
 
     base: str
     shape: tuple[int, ...]
@@ -65,19 +66,19 @@ class Derived:
 
 @dataclass(frozen=True)
 class NewLayers:
-    """What is added to a base, by official name. A `derived` tensor may take the place of the base's own."""
+    """Tensors added to a base, by official name. A `derived` tensor may replace one of the base."""
 
     made: Mapping[str, Made] = field(default_factory=dict)
     derived: Mapping[str, Derived] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all new and changed tensors."""
+        """Return the shapes of all new and changed tensors."""
         return {name: new.shape for table in (self.made, self.derived) for name, new in table.items()}
 
     @property
     def idle(self) -> list[str]:
-        """The weights that add nothing until they are trained."""
+        """Return the weights that have no effect until they are trained."""
         zeros = [name for name, new in self.made.items() if name.endswith(".weight") and not (new.value or new.fan_in)]
         return [*(name for name in self.derived if name == PATCH), *zeros]
 
@@ -86,18 +87,18 @@ class NewLayers:
 
 
 def new_layers(shapes: Shapes, variant: Variant, model_kind: str, label: str) -> NewLayers:
-    """What a base with these `shapes`, official names, lacks to serve a task.
+    """Return the layers that a base with `shapes` (official names) lacks for a task.
 
-    `model_kind` "auto" adds what every model of the task has, "reference" a reference image too, where the task may
-    have one, "motion" a motion controller alone. InputError that names the base, `label`, where it cannot become such a
-    model or nothing has to be added.
+    `model_kind` "auto" adds those that every model of the task has, "reference" also those for a reference image, and
+    "motion" a motion controller only. Raises InputError, naming the base by `label`, if the base cannot be extended or
+    lacks nothing.
     """
     _require_plain(shapes, label)
     if model_kind == MOTION:
         return _motion(shapes)
     control = variant.control or ControlInputs()
     if model_kind == REFERENCE and not control.reference:
-        raise InputError(f"--init_control reference: --task {variant.name} reads no reference image: give auto")
+        raise InputError(f"--init_control reference: --task {variant.name} takes no reference image: use auto")
     parts = NewLayers()
     if shapes[PATCH][1] != variant.in_dim:
         parts |= _widened(shapes, variant, label)
@@ -111,14 +112,16 @@ def new_layers(shapes: Shapes, variant: Variant, model_kind: str, label: str) ->
     if variant.reads_clip and not reads_clip:
         parts |= _clip(shapes)
     if reads_clip and not variant.reads_clip:
-        raise InputError(f"{label} reads an image through CLIP, but --task {variant.name} has none: give a T2V model")
+        raise InputError(f"{label} uses CLIP image tokens, but --task {variant.name} does not: give a T2V model")
     if not parts.shapes:
-        raise InputError(f"--init_control {model_kind}: {label} has all that --task {variant.name} reads: leave it out")
+        raise InputError(
+            f"--init_control {model_kind}: {label} has all layers of --task {variant.name}: omit the option"
+        )
     return parts
 
 
 def initialised(tensors: Pairs, new: NewLayers) -> Iterator[tuple[str, Tensor]]:
-    """A pipe that adds the new layers to a base's tensors under official names, in its patch embedding's dtype."""
+    """Yield a base's tensors (official names) and the new layers, these in the dtype of its patch embedding."""
     by_base: dict[str, list[str]] = {}
     for name, derived in new.derived.items():
         by_base.setdefault(derived.base, []).append(name)
@@ -138,13 +141,13 @@ def _require_plain(shapes: Shapes, label: str) -> None:
     submodules = {name.partition(".")[0] for name in shapes}
     has = submodules & {"ref_conv", "control_adapter", "vace_patch_embedding", "motion_controller"}
     if has:
-        raise InputError(f"--init_control: {label} has a {min(has)} already: leave it out, or give a plain model")
+        raise InputError(f"--init_control: {label} already has {min(has)}: omit the option, or give a plain model")
     if "img_emb.emb_pos" in shapes:
-        raise InputError(f"--init_control: {label} reads a first and a last image: give a T2V or I2V model")
+        raise InputError(f"--init_control: {label} is a first-and-last-frame model: give a T2V or I2V model")
 
 
 def _widened(shapes: Shapes, variant: Variant, label: str) -> NewLayers:
-    """The patch embedding with a column for each channel of the task, zeros where the base has none."""
+    """Return the patch embedding with a column for each channel of the task, zero for channels that the base lacks."""
     dim, in_dim, *patch = shapes[PATCH]
     channels = variant.space.channels
     image = {"mask": FRAME_STEP, "image": channels}
@@ -152,8 +155,8 @@ def _widened(shapes: Shapes, variant: Variant, label: str) -> NewLayers:
     source, target = sources.get(in_dim), _layout(variant)
     if source is None or ("image" in source and "image" not in target):
         raise InputError(
-            f"--init_control: {label} reads {in_dim} channels, of which --task {variant.name} ({variant.in_dim}) cannot"
-            " be made: give a T2V model, or an I2V model for a task with a start image"
+            f"--init_control: {label} has {in_dim} input channels, which cannot be extended to the {variant.in_dim} of"
+            f" --task {variant.name}: give a T2V model, or an I2V model for a task with a start image"
         )
 
     def widen(weight: Tensor) -> Tensor:
@@ -165,7 +168,7 @@ def _widened(shapes: Shapes, variant: Variant, label: str) -> NewLayers:
 
 
 def _layout(variant: Variant) -> dict[str, int]:
-    """The channels that a task's models read, in order (VideoX-Fun's and the official layouts)."""
+    """Return the number of channels of each input of a task's models, in order (VideoX-Fun's and official layouts)."""
     channels = variant.space.channels
     parts = {"noise": channels}
     if variant.control is not None and variant.control.video:
@@ -197,7 +200,7 @@ def _camera(shapes: Shapes) -> NewLayers:
 
 
 def _clip(shapes: Shapes) -> NewLayers:
-    """The image embedding, and for every block keys as of the text and values of zero."""
+    """Return the image embedding, and for every block image keys copied from the text keys and zero image values."""
     dim, width = shapes[PATCH][0], CLIP_WIDTH
     made = {
         "img_emb.proj.0.weight": Made((width,), 1.0),

@@ -1,4 +1,4 @@
-"""From a checkpoint to a DiT."""
+"""Load a DiT from a checkpoint."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from wan_train.quantization.stored import (
     StoragePlan,
     dtypes_kept,
     install_plan,
-    is_beside,
+    is_auxiliary,
     read_scales,
     storage_dtype,
     unscaled,
@@ -45,12 +45,14 @@ def load_dit(
 ) -> Dit:
     """Load a DiT from a path (a file, a shard, a folder of shards, a `.pth`) or a state dict of any known naming.
 
-    `config` overrides what cannot be read off the tensors (`num_heads`, `eps`); default: a `config.json` beside the
-    file or the file's metadata is asked, and then num_heads = dim/128. `dtype` None keeps the file's. The weights need
-    no gradient. Raises InputError when the file is not a DiT or a tensor is missing, unexpected or misshapen.
+    `config` overrides values that are not stored in the tensors (`num_heads`, `eps`); default: `config.json` next to
+    the file, then the file's metadata, then num_heads = dim/128. `dtype` None keeps the file's dtype. The weights do
+    not require gradients. Raises InputError if the file is not a DiT, or if a tensor is missing, unexpected or has the
+    wrong shape.
 
-    The model: `model(latents (B,C,F,H,W), timestep (B,) or (B,F) in 0..1000, context)` -> velocity (B,C,F,H,W) float32,
-    `context` a list of (L_i, text_dim) or (B, 512, text_dim). Its parameters bear the official names and shapes.
+    Call the model as `model(latents (B,C,F,H,W), timestep (B,) or (B,F) in 0..1000, context)` -> velocity (B,C,F,H,W)
+    float32, with `context` a list of (L_i, text_dim) or (B, 512, text_dim). Parameters have the official names and
+    shapes.
     """
     header = read_header(source)
     rename = dit_rename(header.shapes)
@@ -63,10 +65,10 @@ def load_dit(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where weights go and what they are kept in.
+    """Device and dtype of the weights.
 
-    `dtype` None keeps the file's; tensors that `on_host` names stay in CPU RAM, which something else brings to the
-    device when they are needed. With `sharding` the blocks' matrices are split over processes.
+    `dtype` None keeps the file's dtype. Tensors for which `on_host` is true stay in CPU RAM and are streamed to the
+    device on demand. With `sharding` the blocks' matrices are sharded over processes.
     """
 
     device: torch.device
@@ -84,9 +86,9 @@ def build_dit(
     config: Mapping[str, Any] | None = None,
     plan: StoragePlan = NOTHING_QUANTISED,
 ) -> Dit:
-    """`load_dit` for a stream of tensors under official names that something else may have changed on the way.
+    """Build a DiT like `load_dit`, from a stream of tensors (official names) that may have been changed on the way.
 
-    The modules of `plan` arrive as codes, with a scale behind those that have one.
+    Modules in `plan` arrive as quantised weights, each followed by its scale if it has one.
     """
     label = describe(source)
     shapes = official_shapes(header.shapes)
@@ -110,9 +112,9 @@ def build_dit(
 
 
 def outline_dit(source: TensorSource, *, dtype: torch.dtype | None = None, header: Header | None = None) -> Dit:
-    """The model of a checkpoint without its numbers: on the meta device, each tensor in the dtype that it will have.
+    """Return the model of a checkpoint without data: on the meta device, with the final dtype of each tensor.
 
-    `header` stands for that of the file where tensors are added to it.
+    `header` replaces the file's header if tensors are added to the file.
     """
     header = header or read_header(source)
     shapes = official_shapes(header.shapes)
@@ -130,10 +132,10 @@ def outline_dit(source: TensorSource, *, dtype: torch.dtype | None = None, heade
 def check_dit(
     source: TensorSource, variant: Variant, *, flag: str = "--dit", header: Header | None = None
 ) -> str | None:
-    """Refuse a file that cannot serve a task, from its header alone; a warning when it can but is of another size.
+    """Check by its header that a file fits a task; return a warning if it fits but is not of the published size.
 
-    `header` stands for that of the file where tensors are added to it. Raises InputError when the file is not a DiT, of
-    another kind than the task's, or does not fit by name or shape.
+    `header` replaces the file's header if tensors are added to the file. Raises InputError if the file is not a DiT, is
+    for a different kind of task, or has missing or misshapen tensors.
     """
     header = header or read_header(source)
     label = f"{flag} {describe(source)}"
@@ -144,26 +146,26 @@ def check_dit(
     found = _empty(shapes, source, header.metadata, None, label).config
     if (found.dim, found.num_layers) != (variant.dim, variant.num_layers):
         return (
-            f"{label} is {found.dim} wide with {found.num_layers} blocks; {variant.name} as published is "
-            f"{variant.dim} wide with {variant.num_layers}: continuing with the file's own size"
+            f"{label} has width {found.dim} and {found.num_layers} blocks, but the published {variant.name} has width "
+            f"{variant.dim} and {variant.num_layers} blocks: continuing with the file's size"
         )
     return None
 
 
 def num_blocks(source: TensorSource) -> int:
-    """How many blocks a DiT checkpoint has, from its header."""
+    """Return the number of blocks of a DiT checkpoint, from its header."""
     return _count_blocks(official_shapes(read_header(source).shapes))
 
 
 def image_width(shapes: Shapes) -> int:
-    """How wide the CLIP tokens are that a DiT with these `shapes`, official names, reads; 0 where it reads none."""
+    """Return the width of the CLIP tokens of a DiT with `shapes` (official names); 0 if it takes none."""
     return shapes.get("img_emb.proj.0.weight", (0,))[0]
 
 
 def set_attention(
     model: Dit, name: str, *, device: torch.device | str, training: bool = False, split: bool = False
 ) -> None:
-    """Let every block attend by the named backend on `device`, one sample at a time if `split`; see `attention`."""
+    """Set the attention backend of every block on `device`, one sample at a time if `split`; see `attention`."""
     width = model.config.dim // model.config.num_heads
     dtype = model.compute_dtype
     attend = attention(name, device=device, dtype=dtype, training=training, split=split, head_width=width)
@@ -172,26 +174,28 @@ def set_attention(
 
 
 def linear_shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
-    """The shapes of what a LoRA can change in a checkpoint by official module name, from its header: `linears_of`."""
+    """Return the shapes of the layers of a checkpoint that a LoRA can adapt, from its header; see `linears_of`."""
     return linears_of(official_shapes(read_header(source).shapes))
 
 
 def linears_of(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """The shapes (out, in) of the matrices and (out, in, k, k) of the weights of Conv2d layers by module name, from the
-    shapes of all weights by official name."""
+    """Return weight shapes by module name: (out, in) of matrices and (out, in, k, k) of Conv2d layers.
+
+    `shapes` are those of all weights by official name.
+    """
     found = {name: tuple(shape) for name, shape in shapes.items() if name.endswith(".weight") and len(shape) in (2, 4)}
     return {name.removesuffix(".weight"): shape for name, shape in found.items()}
 
 
 def describe(source: TensorSource) -> str:
-    """How to name a source in a message."""
+    """Return the name of a source for messages."""
     return "the state dict" if isinstance(source, Mapping) else str(source)
 
 
 def official_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """The shapes of a DiT checkpoint's weights under official names."""
+    """Return the shapes of a DiT checkpoint's weights by official name."""
     rename = dit_rename(shapes)
-    return {rename(name): tuple(shape) for name, shape in shapes.items() if not is_beside(name)}
+    return {rename(name): tuple(shape) for name, shape in shapes.items() if not is_auxiliary(name)}
 
 
 def _empty(
@@ -214,12 +218,12 @@ def _geometry(shapes: Shapes, extras: Mapping[str, Any], label: str) -> DitConfi
         ffn_dim = shapes["blocks.0.ffn.0.weight"][0]
         out = shapes["head.head.weight"][0]
     except (KeyError, IndexError, ValueError) as problem:
-        raise InputError(f"{label} is not a whole Wan DiT: no usable {problem}") from None
+        raise InputError(f"{label} is not a complete Wan DiT: missing or invalid {problem}") from None
     num_layers = _count_blocks(shapes)
     vace = shapes.get("vace_patch_embedding.weight", (0, 0))
     num_heads = int(extras.get("num_heads") or max(1, dim // HEAD_WIDTH))
     if dim % num_heads or (dim // num_heads) % 2:
-        raise InputError(f"{label}: a width of {dim} does not divide into {num_heads} heads of even width")
+        raise InputError(f"{label}: width {dim} cannot be split into {num_heads} heads of even width")
     patch_size = (patch[0], patch[1], patch[2])
     return DitConfig(
         dim=dim,
@@ -250,7 +254,7 @@ def _count_blocks(shapes: Shapes, stack: str = BASE) -> int:
 def _extras(
     source: TensorSource, metadata: Mapping[str, str], config: Mapping[str, Any] | None, dim: int
 ) -> dict[str, Any]:
-    """What is said of the model beside its tensors: the caller's word, then config.json, then the file's metadata."""
+    """Return values not stored in the tensors: from `config`, else config.json, else the file's metadata."""
     known: dict[str, Any] = {}
     if "num_heads" in metadata:
         known["num_heads"] = metadata["num_heads"]
@@ -269,12 +273,12 @@ def _read_config(path: Path, dim: int) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (ValueError, OSError) as problem:
-        raise InputError(f"{path} is not JSON ({problem}): repair it or move it away") from None
+        raise InputError(f"{path} is not valid JSON ({problem}): fix it or move it elsewhere") from None
     if not isinstance(found, dict):
         return {}
     heads, width = found.get("num_attention_heads"), found.get("attention_head_dim")
     its_dim = found.get("dim") or (heads * width if heads and width else dim)
-    if its_dim != dim:  # the configuration of another model in the same folder
+    if its_dim != dim:  # config.json of a different model in the same folder
         return {}
     names = {"num_heads": "num_heads", "num_attention_heads": "num_heads", "eps": "eps"}
     return {ours: found[theirs] for theirs, ours in names.items() if found.get(theirs) is not None}

@@ -1,4 +1,4 @@
-"""Settings that name the models: shared by caching, training and generation."""
+"""Options that select models, shared by caching, training and generation."""
 
 from dataclasses import dataclass
 
@@ -51,8 +51,8 @@ class CheckpointFolderSettings:
 
     ckpt_dir: str | None = option(
         None,
-        "Folder of a whole model, as Wan-AI or diffusers publish it: its files are told by what they hold, and the log"
-        " says which is taken for what. Options that name a file win.",
+        "Folder of a complete model as published by Wan-AI or in diffusers format; files are identified by their"
+        " contents, and the choices are logged. Options that name a file take precedence.",
         flags=CKPT_FLAGS[1:],
         expands="wan_train.models.checkpoint_folder:with_found_files",
     )
@@ -105,8 +105,8 @@ class VaeSettings:
     def __post_init__(self) -> None:
         if self.vae_tile_overlap >= self.vae_tile_size:
             raise InputError(
-                f"--vae_tile_overlap {self.vae_tile_overlap} leaves nothing of --vae_tile_size {self.vae_tile_size}:"
-                " give less than the size"
+                f"--vae_tile_overlap {self.vae_tile_overlap} must be less than --vae_tile_size {self.vae_tile_size}:"
+                " reduce the overlap"
             )
 
 

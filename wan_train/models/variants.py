@@ -1,11 +1,11 @@
-"""What each `--task` means, as rows of a table (published Wan2.1 and Wan2.2 configurations)."""
+"""The tasks of `--task` as rows of a table (published Wan2.1 and Wan2.2 configurations)."""
 
 from dataclasses import dataclass
 
 SIZE_STEP = 16  # pixels: VAE stride 8 times patch 2
 FRAME_STEP = 4  # pixel frames per latent frame after the first
 LATENT_CHANNELS = 16
-_WAN21_FRAMES = 81  # pixel frames of Wan2.1's training, its image tasks' too
+_WAN21_FRAMES = 81  # pixel frames of Wan2.1's training, also of its image tasks
 VAE_STRIDE = 8
 TEXT_LENGTH = 512
 
@@ -17,17 +17,16 @@ NEGATIVE_PROMPT = (
 )
 
 
-# What the official I2V and FLF2V configurations put in front of it: no shaking camera; and no cut.
+# The official I2V and FLF2V configurations prepend "shaking camera" and "shot change".
 I2V_NEGATIVE_PROMPT = "镜头晃动，" + NEGATIVE_PROMPT
 FLF2V_NEGATIVE_PROMPT = "镜头切换，" + I2V_NEGATIVE_PROMPT
 
-SMALL_AREA = 832 * 480  # pixels: up to here a task may have another shift
+SMALL_AREA = 832 * 480  # pixels: up to this area a task may use `small_shift`
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """The latents that a model works on: channels, pixels to a cell's side, the rate of the videos in them, and the
-    published file of the VAE that makes them."""
+    """A latent space: number of channels, pixels per latent cell side, frame rate, and the published VAE file."""
 
     channels: int = LATENT_CHANNELS
     stride: int = VAE_STRIDE
@@ -36,7 +35,7 @@ class LatentSpace:
 
     @property
     def size_step(self) -> int:
-        """What sides of a video, in pixels, are multiples of: two cells, which the DiT takes as one token."""
+        """Return the step of video width and height in pixels: two latent cells, one token of the DiT."""
         return 2 * self.stride
 
 
@@ -45,12 +44,12 @@ WAN21, WAN22 = LatentSpace(), LatentSpace(48, 16, 24, "Wan2.2_VAE.pth")
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Which images a model is given beside its text: the first frame and, with `last`, the last too.
+    """The images that a model takes besides text: the first frame and, with `last`, also the last one.
 
-    `clip`: it reads each of them through CLIP as well, not only as latents. `fused`: it reads the first frame in place
-    of the noisy one, and does without an image too. `optional`: it does without one. `alone`: the first frame's own
-    latents are given, zeros behind them and no mask, as VideoX-Fun trained its Wan2.1 control models; elsewhere a mask
-    and the latents of a video that is grey where nothing is given.
+    `clip`: each image is also encoded with CLIP. `fused`: the first frame replaces the noisy one; the image is
+    optional. `optional`: the image may be absent. `alone`: the model takes the latents of the first frame followed by
+    zeros, without a mask, as in VideoX-Fun's Wan2.1 control models; other models take a mask and the latents of a video
+    that is grey where no image is given.
     """
 
     last: bool = False
@@ -61,16 +60,16 @@ class ImageInputs:
 
     @property
     def num_clip_images(self) -> int:
-        """How many images it reads through CLIP."""
+        """Return the number of images encoded with CLIP."""
         return (1 + self.last) * self.clip
 
 
 @dataclass(frozen=True)
 class ControlInputs:
-    """What a control model is given beside its text and the images of a video.
+    """The inputs that a control model takes besides text and images.
 
-    `video`: the latents of a control video, in channels of their own. `reference`: an image whose tokens stand before
-    the video's. `camera`: a camera path. `vace`: a video, a mask and reference images, all in the VACE context.
+    `video`: latents of a control video, in additional channels. `reference`: an image whose tokens precede those of the
+    video. `camera`: a camera path. `vace`: a video, a mask and reference images, all in the VACE context.
     """
 
     video: bool = False
@@ -81,7 +80,8 @@ class ControlInputs:
 
 @dataclass(frozen=True)
 class ExpertDefaults:
-    """Of a task with two models, one for t at `boundary` and above: where that is, and the first one's guidance."""
+    """Defaults of a task with two experts: `boundary`, the t from which on the high-noise expert is used, and its
+    guidance."""
 
     boundary: float
     guidance: float
@@ -89,11 +89,11 @@ class ExpertDefaults:
 
 @dataclass(frozen=True)
 class Variant:
-    """One task: the geometry of its published file and the defaults of its sampler.
+    """A task: the geometry of its published checkpoint and the defaults of its sampler.
 
-    `size` is (width, height) in pixels, `frames` pixel frames, `shift` and `guidance` those of the official sampler,
-    `small_shift` the shift up to SMALL_AREA where it is another. Of a task with `experts` the guidance is that of the
-    one for low noise.
+    `size` is (width, height) in pixels, `frames` counts pixel frames, `shift` and `guidance` are those of the official
+    sampler, and `small_shift` is used up to SMALL_AREA if set. With `experts` the guidance is that of the low-noise
+    expert.
     """
 
     name: str
@@ -114,31 +114,31 @@ class Variant:
 
     @property
     def fps(self) -> int:
-        """Frames per second of its videos."""
+        """Return the frames per second of its videos."""
         return self.space.fps
 
     @property
     def trained_frames(self) -> int:
-        """The latent frames of the videos that its published model was trained with."""
+        """Return the number of latent frames that its published model was trained with."""
         return 1 + (max(self.frames, _WAN21_FRAMES) - 1) // FRAME_STEP
 
     @property
     def reads_clip(self) -> bool:
-        """Whether it reads images through CLIP."""
+        """Return whether it takes CLIP image tokens."""
         return self.images is not None and self.images.clip
 
     @property
     def is_fused(self) -> bool:
-        """Whether it reads a first frame that is given in place of the noisy one."""
+        """Return whether a given first frame replaces the noisy one."""
         return self.images is not None and self.images.fused
 
     @property
     def family(self) -> str:
-        """What model managers call the models that it belongs to."""
+        """Return the model family's name in model managers."""
         return "wan2.1" if self.experts is None and self.space == WAN21 else "wan2.2"
 
     def shift_at(self, width: int, height: int) -> float:
-        """The official sampler's shift for a video of this size in pixels."""
+        """Return the official sampler's shift for a video size in pixels."""
         return self.small_shift if self.small_shift and width * height <= SMALL_AREA else self.shift
 
 
@@ -182,7 +182,7 @@ _ROWS = (
     Variant("fun-inp-A14B", 36, 5120, 40, SD, 81, 50, 5.0, 6.0, images=LATENTS_ONLY, experts=FUN_EXPERTS),
     Variant("vace-fun-A14B", 16, 5120, 40, SD, 81, 50, 12.0, 5.0, experts=T2V_EXPERTS, control=VACE),
 )
-# What users of musubi-tuner call them.
+# Names in musubi-tuner.
 _ALIASES = {"t2v-1.3B-FC": "fun-control-1.3B", "t2v-14B-FC": "fun-control-14B"}
 VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
 VARIANTS |= {alias: VARIANTS[name] for alias, name in _ALIASES.items()}

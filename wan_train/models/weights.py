@@ -1,4 +1,4 @@
-"""From a checkpoint's names to the model's: prefixes, foreign names, and the filling of a model made on `meta`."""
+"""Names of checkpoint tensors, and loading them into a model on the meta device."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -15,7 +15,7 @@ Rename = Callable[[str], str]
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "transformer.")
 
-# A name (after its prefix) that only one kind of checkpoint has, most telling first.
+# A tensor name (after its prefix) that identifies a kind of checkpoint, most specific first.
 _MARKERS: tuple[tuple[str, str], ...] = (
     ("lora_down.weight", "LoRA"),
     ("lora_A.weight", "LoRA"),
@@ -33,7 +33,7 @@ _MARKERS: tuple[tuple[str, str], ...] = (
 
 
 def identify(shapes: Shapes) -> str:
-    """What kind of checkpoint has these names, in words, or 'unknown'."""
+    """Return the kind of checkpoint with these names, in words, or 'unknown'."""
     names = set(shapes) | {strip_prefix(name) for name in shapes}
     for marker, kind in _MARKERS:
         if marker in names or any(name.endswith("." + marker) for name in names):
@@ -42,16 +42,15 @@ def identify(shapes: Shapes) -> str:
 
 
 def require_kind(shapes: Shapes, wanted: str, label: str) -> None:
-    """InputError unless the checkpoint `label` is of a kind whose description holds `wanted` ('VAE', 'DiT', 'T5')."""
+    """Raise InputError unless the kind of the checkpoint `label` contains `wanted` ('VAE', 'DiT', 'T5')."""
     found = identify(shapes)
     if wanted not in found:
-        shown = "holds none of the known models" if found == "unknown" else f"is a {found}"
+        shown = "is of an unknown kind" if found == "unknown" else f"is a {found}"
         raise InputError(f"{label} {shown}, not a {wanted} checkpoint: give the right file")
 
 
 def strip_prefix(name: str, prefixes: Sequence[str] = _PREFIXES) -> str:
-    """The name without the first of `prefixes` that it has; default: those that other tools put in front of a whole
-    DiT."""
+    """Return the name without the first matching prefix; default: the prefixes that other tools add to a DiT."""
     for prefix in prefixes:
         if name.startswith(prefix):
             return name.removeprefix(prefix)
@@ -59,7 +58,7 @@ def strip_prefix(name: str, prefixes: Sequence[str] = _PREFIXES) -> str:
 
 
 def dit_rename(shapes: Shapes) -> Rename:
-    """The function from the names of this DiT checkpoint to the official ones."""
+    """Return the function from the names of this DiT checkpoint to the official ones."""
     stripped = [strip_prefix(name) for name in shapes]
     if "condition_embedder.time_embedder.linear_1.weight" in stripped:
         return lambda name: official_name(strip_prefix(name))
@@ -107,23 +106,23 @@ _INNER = {
 
 
 def official_name(name: str) -> str:
-    """A diffusers name of a DiT tensor or module in official naming; other names come back as they are."""
+    """Return the official name of a DiT tensor or module with a diffusers name; other names are unchanged."""
     return _renamed_head(name, _INNER, _OUTER)
 
 
 def diffusers_name(name: str) -> str:
-    """The inverse of `official_name`."""
+    """Return the diffusers name of an official one; the inverse of `official_name`."""
     return _renamed_head(name, *({theirs: ours for ours, theirs in table.items()} for table in (_INNER, _OUTER)))
 
 
 def _renamed_head(name: str, inner: Mapping[str, str], outer: Mapping[str, str]) -> str:
-    """Rename within its block what is in one, by `inner`, and what is in none by `outer`."""
+    """Rename with `inner` within a block, and with `outer` outside of blocks."""
     part = read_block_name(name)
     return _replace_head(name, outer) if part is None else f"{part.block}.{_replace_head(part.rest, inner)}"
 
 
 def _replace_head(name: str, table: Mapping[str, str]) -> str:
-    """Replace the longest run of leading parts that the table knows: whole parts, never substrings."""
+    """Replace the longest leading sequence of name parts that is in the table."""
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
         head = ".".join(parts[:count])
@@ -133,13 +132,13 @@ def _replace_head(name: str, table: Mapping[str, str]) -> str:
 
 
 def renamed(tensors: Pairs, rename: Rename) -> Iterator[tuple[str, Tensor]]:
-    """A pipe that renames."""
+    """Yield the tensors with new names."""
     for name, tensor in tensors:
         yield rename(name), tensor
 
 
 def check_names(shapes: Shapes, model: nn.Module, label: str) -> None:
-    """InputError that lists the first ten tensors that are missing, unexpected or misshapen."""
+    """Raise InputError that lists the first ten missing, unexpected or misshapen tensors."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     faults = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in shapes]
     faults += [f"unexpected {name} {list(shape)}" for name, shape in shapes.items() if name not in wanted]
@@ -150,7 +149,7 @@ def check_names(shapes: Shapes, model: nn.Module, label: str) -> None:
     ]
     if faults:
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise InputError(f"{label} does not fit the model: {'; '.join(faults[:10])}{more}")
+        raise InputError(f"{label} does not match the model: {'; '.join(faults[:10])}{more}")
 
 
 def fill(
@@ -161,11 +160,11 @@ def fill(
     dtype: torch.dtype | Callable[[str, Tensor], torch.dtype] | None = None,
     label: str,
 ) -> None:
-    """Give a model made on `meta` its weights, one tensor at a time, so that nothing is held twice.
+    """Load weights into a model on the meta device, one tensor at a time to limit peak memory.
 
-    `device` may be a function of the name, `dtype` of name and tensor; `dtype` None keeps each tensor's own. Each
-    tensor is copied: the file may go. Of weights that the model splits over processes, this process's part is kept.
-    Raises InputError as `check_names`.
+    `device` may be a function of the name, and `dtype` of name and tensor; `dtype` None keeps each tensor's dtype.
+    Tensors are copied, so the file may be closed. For sharded weights only this process's shard is kept. Raises
+    InputError like `check_names`.
     """
     slots = model.state_dict()
     buffers = {name for name, _ in model.named_buffers()}
@@ -173,7 +172,7 @@ def fill(
     for name, tensor in tensors:
         seen[name] = tuple(tensor.shape)
         if name not in slots or slots[name].shape != tensor.shape:
-            continue  # named below, with all the others
+            continue  # reported by `check_names` below
         owner_name, _, leaf = name.rpartition(".")
         where = device(name) if callable(device) else device
         kind = dtype(name, tensor) if callable(dtype) else dtype

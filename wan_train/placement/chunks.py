@@ -1,9 +1,9 @@
-"""The feed-forward a part of the tokens at a time, since nothing in a block is wider.
+"""Compute the feed-forward in chunks of tokens, because its hidden activations are the widest of a block.
 
-Hidden activations are 2.7 times as wide as a token in the 14B model and 5.8 times in the 1.3B, and a backward pass
-needs them before and after the GELU.
+They are 2.7 times as wide as a token in the 14B model and 5.8 times in the 1.3B, and a backward pass needs them before
+and after the GELU.
 
-Legend: B batch, L tokens, d the width of a token.
+Legend: B batch, L tokens, d token width.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,11 +18,11 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def apply_chunks(blocks: Iterable[nn.Module], count: int) -> None:
-    """Let the `ffn` (B, L, d) -> (B, L, d) of each block take its tokens in `count` parts; 1 changes nothing.
+    """Make the `ffn` (B, L, d) -> (B, L, d) of each block process its tokens in `count` chunks; 1 changes nothing.
 
-    Each token's numbers are what they were, but for the rounding of products of fewer rows. Only L/count tokens have
-    their hidden activations in memory at once. For a gradient each part is computed once more in its own backward
-    pass: beside a recomputed block that makes three forward passes of the feed-forward in a step, not two.
+    Results are the same up to rounding of products with fewer rows. The hidden activations of only L/count tokens are
+    in memory at once. In training each chunk is recomputed in its own backward pass: with activation checkpointing of
+    blocks that is three forward passes of the feed-forward per step instead of two.
     """
     if count == 1:
         return
@@ -34,12 +34,12 @@ def apply_chunks(blocks: Iterable[nn.Module], count: int) -> None:
 def _chunked(forward: Forward, count: int) -> Forward:
     @wraps(forward)
     def chunked(x: Tensor) -> Tensor:
-        return torch.cat([_again_in_backward(forward, part) for part in x.chunk(count, dim=1)], dim=1)
+        return torch.cat([_checkpointed(forward, part) for part in x.chunk(count, dim=1)], dim=1)
 
     return chunked
 
 
-def _again_in_backward(forward: Forward, x: Tensor) -> Tensor:
+def _checkpointed(forward: Forward, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x)
     return cast(Tensor, checkpoint(forward, x, use_reentrant=False))

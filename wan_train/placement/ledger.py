@@ -1,7 +1,7 @@
-"""Counting the bytes that a computation holds, whether its tensors have numbers or are on the meta device.
+"""Count the bytes of tensors in a computation, on a real device or on the meta device.
 
-What operators return is counted from then until nothing holds it. What kernels take for themselves meanwhile is not
-seen, and neither is what was there before: the weights.
+Outputs of operators are counted until they are freed. Workspaces of kernels and tensors that existed before, the
+weights, are not counted.
 """
 
 import weakref
@@ -21,7 +21,7 @@ WORK, GRADIENTS, HOST = "work", "gradients", "CPU RAM"
 
 
 class Ledger(TorchDispatchMode):
-    """While entered: bytes `alive` by account, and the most that each had. Of WORK and GRADIENTS together `peak`."""
+    """Dispatch mode that counts bytes by account: `alive` now, `most` ever, and the `peak` of WORK plus GRADIENTS."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -32,19 +32,19 @@ class Ledger(TorchDispatchMode):
         self._account = WORK
 
     def leave_out(self, tensors: Iterator[Tensor]) -> None:
-        """Do not count these, which are there already."""
+        """Exclude existing tensors from the count."""
         for tensor in tensors:
             self._accounts.setdefault(_key(tensor), "")
 
     @contextmanager
     def on(self, account: str) -> Iterator[None]:
-        """What is made inside continues this account."""
+        """Count tensors made within the context in this account."""
         self._account, before = account, self._account
         yield
         self._account = before
 
     def move(self, tensor: Tensor, account: str) -> None:
-        """Count this tensor there from now on."""
+        """Count this tensor in a different account from now on."""
         key, size = _key(tensor), tensor.untyped_storage().nbytes()
         if key in self._accounts and self._accounts[key] != account:
             self._add(self._accounts[key], -size)
@@ -71,7 +71,7 @@ class Ledger(TorchDispatchMode):
 
 
 class OutlineLane(HostLane):
-    """To the meta device, from CPU RAM that is meta too and has an account of its own."""
+    """A lane to the meta device, with host memory on the meta device too, counted in an account of its own."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(torch.device("meta"))

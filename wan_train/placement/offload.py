@@ -1,9 +1,8 @@
-"""What blocks keep for the backward pass, moved to CPU RAM until then.
+"""Offload tensors that blocks save for the backward pass to CPU RAM until they are needed.
 
-A call of a block keeps a few tensors. Their copies out start as soon as each is kept and run beside the block's
-products; the device's own are given up when the next block starts. On the way back each block's turn starts the copies
-of the block before it, so that at most two blocks have theirs on the device. Python waits for none of it: the device's
-own queues do.
+Each copy to the host starts as soon as the tensor is saved and overlaps with the block's computation; device memory is
+freed when the next block starts. In the backward pass each block prefetches the tensors of the block before it, so that
+at most two blocks have theirs on the device. Python does not wait: the device's streams synchronize by events.
 """
 
 import weakref
@@ -17,28 +16,28 @@ from wan_train.placement.lanes import Lane
 
 
 class HostMemory(Protocol):
-    """Where copies get their host buffers from."""
+    """Allocator of host buffers for offloaded tensors."""
 
     lane: Lane
 
     def take(self, num_bytes: int) -> Tensor:
-        """A buffer of at least this size."""
+        """Return a buffer of at least this size."""
         ...
 
     def give(self, memory: Tensor) -> None:
-        """A buffer that was taken, given back."""
+        """Return a buffer to the allocator."""
         ...
 
 
 class Store:
-    """CPU RAM for copies, used again and again: pinning is slow."""
+    """Pool of host buffers, which are reused because pinning is slow."""
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
-        self._free: list[Tensor] = []  # shortest first
+        self._free: list[Tensor] = []  # smallest first
 
     def take(self, num_bytes: int) -> Tensor:
-        """Memory of at least this size; what was too short makes room for what is made."""
+        """Return a buffer of at least this size; if all are too small, the largest is freed and a new one allocated."""
         fitting = bisect_left(self._free, num_bytes, key=len)
         if fitting < len(self._free):
             return self._free.pop(fitting)
@@ -47,40 +46,40 @@ class Store:
         return self.lane.host(num_bytes)
 
     def give(self, memory: Tensor) -> None:
-        """Memory that is needed no more; a copy may be on its way still, since the next one waits in the same queue."""
+        """Return a buffer to the pool. A copy may still use it: the next copy runs after it in the same stream."""
         insort(self._free, memory, key=len)
 
 
 class Kept:
-    """A tensor that is on the device, in CPU RAM, or on its way."""
+    """A tensor on the device, in CPU RAM, or in transfer."""
 
     def __init__(self, store: HostMemory, tensor: Tensor) -> None:
-        near = without_gaps(tensor.detach())  # without its graph, which may hold this in turn
+        near = without_gaps(tensor.detach())  # without its graph, which may hold a reference to this object
         self._shape, self._stride, self._dtype = near.shape, near.stride(), near.dtype
         flat = as_bytes(near)
         self._store, self._lane = store, store.lane
         self._near: Tensor | None = near
         self._far = store.take(len(flat))
-        self._master = self._far[: len(flat)]
-        self._done = self._lane.upload(self._master, flat, self._lane.mark())
-        # In CPU RAM, whole once its copy is done; what it lies in is used again when this is gone.
-        self.far = self._master.view(self._dtype).as_strided(self._shape, self._stride)
+        self._pinned = self._far[: len(flat)]
+        self._done = self._lane.upload(self._pinned, flat, self._lane.mark())
+        # In CPU RAM, complete after its copy; the buffer is reused once this object is freed.
+        self.far = self._pinned.view(self._dtype).as_strided(self._shape, self._stride)
 
     def leave(self) -> None:
-        """Give up the device's memory. Whoever gets it next comes behind the copy that uses it still."""
+        """Free the device memory after the copy that reads it."""
         if self._near is not None:
             self._lane.wait(self._done)
             self._near = None
 
     def fetch(self) -> None:
-        """Start towards the device."""
+        """Start the copy to the device."""
         if self._near is None:
-            # Of the computing queue's memory, so that it is given up there as well, and no queue has to tell another.
+            # Allocated on the compute stream, so that it is freed there without synchronizing streams.
             self._near = torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=self._lane.device)
-            self._done = self._lane.upload(as_bytes(self._near), self._master, self._lane.mark())
+            self._done = self._lane.upload(as_bytes(self._near), self._pinned, self._lane.mark())
 
     def take(self) -> Tensor:
-        """The tensor on the device, where it is not kept any longer."""
+        """Return the tensor on the device and release it here."""
         self.fetch()
         near = self._near
         assert near is not None
@@ -94,7 +93,7 @@ class Kept:
 
 
 class Call:
-    """What one call of a block keeps."""
+    """Tensors saved by one call of a block."""
 
     def __init__(self, store: Store, before: "Call | None") -> None:
         self._store = store
@@ -103,20 +102,20 @@ class Call:
         self._fetched = False
 
     def keep(self, tensor: Tensor) -> Kept:
-        """Start a tensor on its way out. It must not change any more."""
+        """Start offloading a tensor, which must not change any more."""
         kept = Kept(self._store, tensor)
         self._kept.append(kept)
         return kept
 
     def take(self, kept: Kept) -> Tensor:
-        """The tensor again; what else this call and the one before it keep starts towards the device."""
+        """Return the tensor on the device; prefetches all other tensors of this call and of the previous one."""
         self._fetch()
         if before := self._before and self._before():
             before._fetch()
         return kept.take()
 
     def leave(self) -> None:
-        """Give up the device's memory."""
+        """Free the device memory of all saved tensors."""
         for kept in self._kept:
             kept.leave()
 
@@ -128,14 +127,14 @@ class Call:
 
 
 class Offload:
-    """The calls of all blocks, in their order; a call lives as long as the graph that needs what it keeps."""
+    """The calls of all blocks, in order; a call lives as long as the graph that needs its tensors."""
 
     def __init__(self, lane: Lane) -> None:
         self._store = Store(lane)
         self._latest: weakref.ref[Call] | None = None
 
     def begin(self) -> Call:
-        """The next block starts: what the last one kept may leave the device."""
+        """Start the next block and free the device memory of the previous one."""
         before = self._latest() if self._latest else None
         if before:
             before.leave()
@@ -145,12 +144,12 @@ class Offload:
 
 
 def without_gaps(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one that has gaps, or overlaps, in memory."""
+    """Return the tensor, or a dense copy if it has gaps or overlaps in memory."""
     if torch.empty_like(tensor, device="meta").stride() == tensor.stride():
         return tensor
     return torch.empty_like(tensor).copy_(tensor)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The memory of a tensor without gaps, as it lies there, uint8."""
+    """Return the memory of a dense tensor as flat uint8, in storage order."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -1,5 +1,6 @@
-"""A model whose turn it is not, in CPU RAM: its frozen weights have a pinned host copy, made once, and from there they
-only ever come to the device.
+"""Move an inactive model to CPU RAM.
+
+Its frozen weights have pinned host copies, made once, and are only ever copied from there to the device.
 """
 
 from collections.abc import Iterable
@@ -13,10 +14,10 @@ from wan_train.placement.offload import as_bytes, without_gaps
 
 
 class Parking:
-    """All of a model that is not trained, buffers too: on the device, or parked. What is trained stays where it is.
+    """The frozen parameters and the buffers of a model, on the device or in CPU RAM. Trained parameters are not moved.
 
-    A tensor that was written to on the device since it came is copied back; no other is. Made once the model is as it
-    will be trained.
+    Only tensors that were modified on the device are copied back. Create it after the model has been prepared for
+    training.
     """
 
     def __init__(self, model: nn.Module, lane: Lane) -> None:
@@ -25,32 +26,32 @@ class Parking:
 
     @torch.inference_mode(mode=False)
     def park(self) -> None:
-        """Let the tensors be views of their host copies, whole, and give up the device's memory."""
+        """Make the tensors views of their complete host copies, and free the device memory."""
         if any([row.leave(self._lane) for row in self._rows]):
             self._lane.finish()
 
-    @torch.inference_mode(mode=False)  # what comes for a preview is there for the training after it
+    @torch.inference_mode(mode=False)  # weights fetched for a preview are used in training afterwards
     def bring(self) -> None:
-        """Have the tensors on the device for all that is launched from now on. Python waits for no copy."""
+        """Copy the tensors to the device for all work queued from now on. Python does not wait for the copies."""
         after, done = self._lane.mark(), None
         try:
             for row in self._rows:
                 done = row.come(self._lane, after)
-        finally:  # where there is no room for all, the device's memory may be given up again
+        finally:  # if memory does not suffice for all, what was copied can be freed again
             if done is not None:
-                self._lane.wait(done)  # copies are made in their order: the last one's end is the end of all
+                self._lane.wait(done)  # copies run in order: the last one ends last
 
 
 @dataclass
 class _Row:
-    """A tensor, its host copy once there is one, and the version of the tensor that the copy holds."""
+    """A tensor, its host copy if any, and the version of the tensor in that copy."""
 
     tensor: Tensor
     copy: Tensor | None = None
     version: int = -1
 
     def leave(self, lane: Lane) -> bool:
-        """Give up the device's memory; whether the tensor had to be copied for that."""
+        """Free the device memory; return whether the tensor had to be copied first."""
         stale = self.copy is None or self.tensor._version != self.version
         if stale:
             near = without_gaps(self.tensor.data)
@@ -63,8 +64,8 @@ class _Row:
         return stale
 
     def come(self, lane: Lane, after: Mark) -> Mark:
-        """Start towards the device; gives the point where the tensor is there."""
-        assert self.copy is not None, "only what was parked can come"
+        """Start the copy to the device; return the event of its end."""
+        assert self.copy is not None, "only a parked tensor can be brought back"
         near = torch.empty_strided(self.copy.shape, self.copy.stride(), dtype=self.copy.dtype, device=lane.device)
         done = lane.upload(as_bytes(near), as_bytes(self.copy), after)
         self.tensor.data = near

@@ -1,4 +1,4 @@
-"""Trading time for memory: activations of a block are recomputed in the backward pass."""
+"""Activation checkpointing: recompute the activations of a block in the backward pass to save memory."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -18,8 +18,8 @@ from wan_train.placement.offload import Call, Kept, Offload
 from wan_train.placement.settings import RecomputeSettings
 from wan_train.placement.spare import LeavingOut, is_spare, mark_last_product
 
-# The operators that compute attention, each with the attention itself as its first result. One that is missing here is
-# recomputed: right, but no faster than "full".
+# Attention operators, whose first output is the attention result. An operator missing here is recomputed: correct, but
+# no faster than "full".
 ATTENTION_KERNELS = frozenset(
     {
         "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -47,13 +47,15 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 def apply_recompute(
     blocks: Iterable[nn.Module], settings: RecomputeSettings, device: torch.device, lane: Lane | None = None
 ) -> None:
-    """Let each block keep all its activations ("none"), only its input ("full": one more forward pass of the block) or
-    its input and what its attentions return ("keep_attention": that pass without the attention itself). A block's first
-    argument is its own; the others are shared by all blocks, which keep them without a copy. What is kept goes to main
-    memory if `gradient_checkpointing_cpu_offload` says so (by `lane`, else by the device's own), but for attention's
-    sums, one number for each token and head. The second pass draws the same random numbers as the first. Attention
-    backends and whatever else works inside a block (compilation, streaming) are set before. Unless the block is
-    compiled the second pass leaves out its last product (`wan_train.placement.spare`).
+    """Set which activations of each block are kept for the backward pass.
+
+    "none" keeps all activations; "full" keeps only a block's input and runs its forward pass again; "keep_attention"
+    also keeps the outputs of attention, which are then not recomputed. A block's first argument is its own; other
+    arguments are shared by all blocks and kept without a copy. With `gradient_checkpointing_cpu_offload` kept tensors
+    are offloaded to CPU RAM (through `lane`, default: the device's lane), except attention's log-sum-exp, one value per
+    token and head. The recomputation uses the same random numbers. Set attention backends and everything else inside a
+    block (compilation, streaming) before. Unless the block is compiled, the recomputation skips its last matrix product
+    (`wan_train.placement.spare`).
     """
     contexts_of = choose("recompute mode", settings.recompute, MODES)
     if contexts_of is None:
@@ -102,7 +104,7 @@ def _recomputed(block: nn.Module, contexts_of: Callable[..., Contexts], offload:
 
 
 def _moved(shape: torch.Size, call: Call) -> saved_tensors_hooks:
-    """While this is entered, a checkpoint's input of that shape is kept by `call`: it is saved like any tensor."""
+    """Offload tensors of this shape, a checkpoint's input, within the context; `call` keeps them."""
 
     def pack(tensor: Tensor) -> Tensor | Kept:
         return call.keep(tensor) if tensor.shape == shape else tensor
@@ -114,9 +116,9 @@ def _moved(shape: torch.Size, call: Call) -> saved_tensors_hooks:
 
 
 class _Kernels(TorchDispatchMode):
-    """The results of the attention operators of one call of a block: noted in the first pass, given again in the next.
+    """Outputs of the attention operators of one call of a block: recorded in the first pass and reused in the second.
 
-    Dispatch lies below autograd, so that in the second pass their backward is recorded as ever, without the work.
+    Dispatch is below autograd, so in the second pass their backward is recorded as usual, without the computation.
     """
 
     def __init__(self, call: Call | None) -> None:
@@ -137,7 +139,7 @@ class _Kernels(TorchDispatchMode):
         return self._unpack(self.results[self.position - 1])
 
     def _pack(self, result: Any) -> list[Any]:
-        # Autograd hangs the graph on the very tensors that are returned: what is kept has to be others.
+        # Autograd attaches the graph to the returned tensors, so detached ones are kept.
         first, *rest = [part.detach() if isinstance(part, Tensor) else part for part in result]
         return [self.call.keep(first) if self.call else first, *rest]
 
@@ -148,11 +150,11 @@ class _Kernels(TorchDispatchMode):
         return tuple(part.detach() if isinstance(part, Tensor) else part for part in (first, *rest))
 
 
-_current: ContextVar[_Kernels | None] = ContextVar("attention kernels of the block that is at work", default=None)
+_current: ContextVar[_Kernels | None] = ContextVar("attention kernels of the current block", default=None)
 
 
 class _During:
-    """One pass of a block, with its attention kernels noted or given again."""
+    """One pass of a block, with the outputs of its attention kernels recorded or reused."""
 
     def __init__(self, kernels: _Kernels, *, again: bool) -> None:
         self.kernels, self.again = kernels, again
@@ -166,7 +168,7 @@ class _During:
 
 
 class _Both:
-    """Two context managers as one, the second inside the first."""
+    """Two nested context managers as one."""
 
     def __init__(self, *parts: AbstractContextManager[Any]) -> None:
         self._parts, self._entered = parts, ExitStack()
@@ -180,20 +182,20 @@ class _Both:
 
 
 def _keep_attention(block: nn.Module) -> None:
-    """Let the block's attentions heed `_current`. Only there, since a mode slows every operator that it sees."""
+    """Make the block's attentions use `_current`. Only those, because a dispatch mode slows every operator."""
     for part in block.modules():
         if hasattr(part, "attend"):
-            cast(Any, part).attend = _heeding(cast(Any, part).attend)
+            cast(Any, part).attend = _with_kernels(cast(Any, part).attend)
 
 
-def _heeding(attend: Forward) -> Forward:
+def _with_kernels(attend: Forward) -> Forward:
     @wraps(attend)
-    def heeding(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_with_kernels(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         kernels = _current.get()
         if kernels is None:
             return attend(query, key, value)
         with kernels:
             return attend(query, key, value)
 
-    # Outside the graph of a compiled block, in which no mode would see the operators.
-    return cast(Forward, torch.compiler.disable(heeding))
+    # Excluded from compiled graphs, in which a dispatch mode does not see the operators.
+    return cast(Forward, torch.compiler.disable(attend_with_kernels))

@@ -1,4 +1,4 @@
-"""How much memory a process has taken, and giving back what nothing holds."""
+"""Report the memory that a process has used, and release cached memory."""
 
 import gc
 import sys
@@ -11,14 +11,14 @@ _STATUS = Path("/proc/self/status")
 
 
 def release_memory() -> None:
-    """Give back what nothing holds any more."""
+    """Release memory that is no longer referenced."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def describe_peak(device: torch.device) -> str:
-    """The most memory so far in words: on the device, if that is a GPU, and of the process."""
+    """Return the peak memory use in words: of the device, if it is a GPU, and of the process."""
     words = f"{peak_host_bytes() / 2**30:.2f} GiB of CPU RAM"
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}, {words}"
@@ -26,15 +26,15 @@ def describe_peak(device: torch.device) -> str:
 
 
 def peak_host_bytes() -> int:
-    """The most host memory that this process has had so far, resident, as far as the system tells."""
+    """Return the peak resident host memory of this process, as reported by the system."""
     try:
-        # Before `ru_maxrss`, which on Linux begins with the peak of whoever started this process.
+        # Preferred to `ru_maxrss`, which on Linux starts at the parent process's peak.
         return int(_STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         pass
     try:
         import resource
-    except ImportError:  # Windows has none, and counts peaks itself
+    except ImportError:  # not on Windows, which reports the peak through psutil
         memory = psutil.Process().memory_info()
         return int(getattr(memory, "peak_wset", memory.rss))
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere

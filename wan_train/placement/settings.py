@@ -1,4 +1,4 @@
-"""Settings that trade precision or time for memory: how weights are stored, where they live, what is computed twice."""
+"""Options that trade precision or time for memory."""
 
 from dataclasses import dataclass
 
@@ -93,20 +93,20 @@ class CompileSettings:
 
 
 def check_stream(settings: StreamSettings, num_blocks: int, *, recompute: str | None) -> None:
-    """InputError for a number of blocks that cannot be swapped; `recompute` is None where nothing is trained."""
+    """Raise InputError for a number of blocks that cannot be swapped; `recompute` is None without training."""
     count = settings.blocks_to_swap
     if count >= num_blocks:
         raise InputError(
-            f"--blocks_to_swap {count} is too many for a model of {num_blocks} blocks: give at most {num_blocks - 1}"
+            f"--blocks_to_swap {count} is too many for a model of {num_blocks} blocks: use at most {num_blocks - 1}"
         )
     if count and recompute == "none":
-        raise InputError(f"--blocks_to_swap {count} needs activation checkpointing: add --gradient_checkpointing")
+        raise InputError(f"--blocks_to_swap {count} requires activation checkpointing: add --gradient_checkpointing")
 
 
 def check_recompute(recompute: RecomputeSettings, compile: CompileSettings) -> None:
-    """InputError for blocks that must be compiled whole and yet leave their attention out of the compilation."""
+    """Raise InputError for --compile_fullgraph with --recompute keep_attention, which breaks the graph."""
     if recompute.recompute == "keep_attention" and compile.compile and compile.compile_fullgraph:
         raise InputError(
-            "--compile_fullgraph wants each block in one piece, --recompute keep_attention leaves attention out of it:"
-            " give --recompute full, or leave out --compile_fullgraph"
+            "--compile_fullgraph does not work with --recompute keep_attention, which breaks the graph at attention:"
+            " use --recompute full, or omit --compile_fullgraph"
         )

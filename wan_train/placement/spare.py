@@ -1,9 +1,8 @@
-"""Leaving out, when a block is recomputed, the product that nothing needs.
+"""Skip the last matrix product of a block when it is recomputed.
 
-The backward pass wants what the operators of a block have saved. The last product, of the feed-forward's second
-matrix, is only added to the residual stream: no operator saves its result, and when the block is recomputed it is a
-third of the work. So then it is not taken, and NaN stands in its place: should anything read it all the same, the loss
-shows it.
+The backward pass needs only the tensors that a block's operators have saved. The output of the second feed-forward
+matrix is added to the residual stream and saved by no operator, but its product is a third of the work of
+recomputation. It is therefore skipped and replaced by NaN, so that any accidental use shows in the loss.
 """
 
 from contextvars import ContextVar
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# The operators that multiply matrices, and which of their arguments are the two.
+# Matrix product operators, and the index of the first of their two matrix arguments.
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::_int_mm": 0, "aten::_scaled_mm": 0}
 
-_leaving_out: ContextVar[bool] = ContextVar("whether the last product of the block at work is left out", default=False)
+_leaving_out: ContextVar[bool] = ContextVar("whether the current block's last product is skipped", default=False)
 
 
 class _NoProducts(TorchDispatchMode):
-    """Matrix products give NaN of the right shape. Autograd, which is above, records them as ever."""
+    """Replace matrix products by NaN of the right shape. Autograd, above dispatch, records them as usual."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = PRODUCTS.get(func.name().partition(".")[0])
@@ -37,13 +36,15 @@ class _NoProducts(TorchDispatchMode):
 
 
 def _by_name(func: Any, args: tuple[Any, ...]) -> dict[str, Any]:
-    """An operator's positional arguments by their names: dispatch hands on by position what its schema lets come so,
-    however the caller gave it."""
+    """Return an operator's positional arguments by name.
+
+    Dispatch passes arguments by position if the schema allows, regardless of how the caller passed them.
+    """
     return {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
 
 
 class LeavingOut:
-    """A second pass of a block, without its last product if it is `spare`. A context manager."""
+    """Context of a block's recomputation; skips its last product if it is `spare`."""
 
     def __init__(self, *, spare: bool) -> None:
         self._spare = spare
@@ -56,14 +57,17 @@ class LeavingOut:
 
 
 def is_spare(block: nn.Module, shared: tuple[Any, ...]) -> bool:
-    """Whether nothing saves the last product: what it is multiplied with, the block's own parameters and the arguments
-    that all blocks share, needs no gradient."""
+    """Return whether no operator saves the last product.
+
+    That is the case if the tensors it is multiplied with, the block's own parameters and the arguments shared by all
+    blocks, require no gradient.
+    """
     own = any(parameter.requires_grad for parameter in block.parameters(recurse=False))
     return not own and not any(isinstance(value, Tensor) and value.requires_grad for value in shared)
 
 
 def mark_last_product(block: nn.Module) -> None:
-    """Let the last Linear of the block's `ffn`, if it has one and ends with it, heed `LeavingOut`."""
+    """Make the last Linear of the block's `ffn`, if the block ends with it, skippable by `LeavingOut`."""
     ffn = getattr(block, "ffn", None) if getattr(block, "ends_with_ffn", True) else None
     last = ffn[-1] if isinstance(ffn, nn.Sequential) else None
     if not isinstance(last, nn.Linear):
@@ -71,10 +75,10 @@ def mark_last_product(block: nn.Module) -> None:
     forward = last.forward
 
     @wraps(forward)
-    def heeding(x: Tensor) -> Tensor:
+    def forward_or_skip(x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not _leaving_out.get():
             return forward(x)
         with _NoProducts():  # type: ignore[no-untyped-call]
             return forward(x)
 
-    cast(Any, last).forward = heeding
+    cast(Any, last).forward = forward_or_skip

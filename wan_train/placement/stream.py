@@ -1,24 +1,25 @@
-"""Block swap: the matrices of some blocks stay in CPU RAM and come to the device for their block's turn.
+"""Block swap: keep the matrices of some blocks in CPU RAM and copy them to the device when their block runs.
 
-Each such block has a master, one flat piece of CPU RAM, and its tensors are views: of the master, or, from the
-block's turn until its slot is needed, of one of a few slots on the device. A slot is filled by one copy, while blocks
-before it compute. A master is only ever read, unless its matrices are trained: then the optimizer steps them in the
-slot, while the block is `held`, and the slot is copied back.
+Each streamed block has a pinned host copy, one flat buffer in CPU RAM, and its tensors are views: of the host copy, or,
+from the block's run until its slot is reused, of one of a few slots on the device. A slot is filled by a single copy
+while earlier blocks compute. The host copy is read-only unless its matrices are trained: then the optimizer updates
+them in the slot, while the block is `held`, and the slot is copied back.
 
-Which block comes next follows from the order of use. Forward, the next ones are fetched; in the backward pass, where
-checkpointing calls each block once more, the previous ones; without gradients the first follow the last, for the next
-pass. With R slots for S blocks the last R blocks are still there when the pass turns, and the first R when the next
-one begins: a training step copies 2(S-R) blocks, a pass without gradients S, or none if R = S.
+The next block is predicted from the order of use. In the forward pass the following blocks are prefetched; in the
+backward pass, where checkpointing calls each block again, the previous ones; without gradients the first blocks follow
+the last, for the next pass. With R slots for S blocks the last R blocks are still in slots when the backward pass
+starts, and the first R when the next forward pass starts: a training step copies 2(S-R) blocks, a pass without
+gradients S, or none if R = S.
 
-Why no copy lands on what is still needed. `bring` is called when a block begins, forward or once more in the backward
-pass, and all that it overwrites belongs to other blocks. By then every use of these has been put into the computing
-queue. Copies in both directions are made in the order in which they are asked for, so that a slot is stored before it
-is filled again, and a master is whole before it is read. Forward that is plain. In the backward pass autograd runs
-what is ready in the reverse order in which it was recorded, and a block is recomputed when the first of its own
-steps runs: by then all steps of later blocks have run, for each was recorded later, and none of them waits for a step
-of this block. So a copy that waits for the mark taken in `bring` comes behind them all. Without checkpointing autograd
-would read a block's weights after they are gone: their version counters are raised when they go, so that it raises an
-error instead of giving wrong gradients.
+Why no copy overwrites data that is still needed. `bring` is called when a block starts, in the forward pass or in its
+recomputation, and all that it overwrites belongs to other blocks. At that time every use of these has been queued in
+the compute stream. Copies in both directions run in the order in which they are queued, so a slot is stored before it
+is filled again, and a host copy is complete before it is read. In the forward pass this is obvious. In the backward
+pass autograd runs ready nodes in the reverse order of recording, and a block is recomputed when the first of its own
+nodes runs: by then all nodes of later blocks have run, because each was recorded later and none of them depends on a
+node of this block. So a copy that waits for the event recorded in `bring` runs after them all. Without checkpointing
+autograd would read a block's weights after they have been overwritten: their version counters are incremented on
+eviction, so that autograd raises an error instead of computing wrong gradients.
 """
 
 import math
@@ -35,12 +36,12 @@ from torch.autograd.graph import increment_version
 from wan_train.placement.lanes import Lane, Mark
 from wan_train.placement.settings import StreamSettings
 
-_ALIGNMENT = 256  # bytes, as the allocators of devices have it
+_ALIGNMENT = 256  # bytes, as in device allocators
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Where in a flat piece of memory a tensor lies."""
+    """The location of a tensor in a flat buffer."""
 
     offset: int
     shape: torch.Size
@@ -56,15 +57,15 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Cargo:
-    """What streams of one block, and its master."""
+    """The streamed tensors of one block, and its pinned host copy."""
 
     tensors: list[Tensor]
     layout: tuple[_Span, ...]
-    master: Tensor
-    views: list[Tensor]  # of the master
+    pinned: Tensor
+    views: list[Tensor]  # of the pinned host copy
 
     def rest(self) -> None:
-        """Let the tensors be views of the master."""
+        """Make the tensors views of the pinned host copy."""
         self.bind(self.views)
 
     def bind(self, views: list[Tensor]) -> None:
@@ -81,7 +82,7 @@ class _Slot:
 
 
 class Stream:
-    """The streamed blocks of one model, numbered in the order of its forward pass. Made by `apply_stream`."""
+    """The streamed blocks of one model, numbered in forward order. Created by `apply_stream`."""
 
     def __init__(self, cargos: list[_Cargo], lane: Lane, ring_size: int) -> None:
         self._cargos, self._lane = cargos, lane
@@ -90,45 +91,47 @@ class Stream:
         self._owners = {id(tensor): number for number, cargo in enumerate(cargos) for tensor in cargo.tensors}
 
     def _make_slot(self) -> _Slot:
-        memory = self._lane.slot(max(len(cargo.master) for cargo in self._cargos))
+        memory = self._lane.slot(max(len(cargo.pinned) for cargo in self._cargos))
         layouts = {cargo.layout for cargo in self._cargos}
         return _Slot(memory, {layout: _views(layout, memory) for layout in layouts})
 
     @property
     def host_bytes(self) -> int:
-        """CPU RAM for the pinned host copies."""
-        return sum(len(cargo.master) for cargo in self._cargos)
+        """Return the CPU RAM of the pinned host copies."""
+        return sum(len(cargo.pinned) for cargo in self._cargos)
 
     @property
     def device_bytes(self) -> int:
-        """Memory of the slots on the device."""
+        """Return the device memory of the slots."""
         return sum(len(slot.memory) for slot in self._slots)
 
     @property
     def slots(self) -> Iterator[Tensor]:
-        """The memory of the slots on the device, flat."""
+        """Yield the device memory of the slots, flat."""
         return (slot.memory for slot in self._slots)
 
     def names(self, model: nn.Module) -> set[str]:
-        """The names in `model` of the tensors that stream: what must not be moved, sharded or broadcast."""
+        """Return the names in `model` of the streamed tensors, which must not be moved, sharded or broadcast."""
         return {name for name, tensor in _named_tensors(model) if id(tensor) in self._owners}
 
     def settle(self) -> None:
-        """Let all tensors be views of their masters, which are whole, until their blocks are called again."""
+        """Make all tensors views of their complete host copies until their blocks are called again."""
         for cargo in self._cargos:
             cargo.rest()
         self._lane.finish()
 
     def forget(self) -> None:
-        """The same, and the slots hold nothing: what is written into the tensors now is what blocks will see."""
+        """Do the same as `settle` and invalidate the slots, so that blocks see what is written to the tensors now."""
         self.settle()
         for slot in self._slots:
             slot.holds = slot.ready = None
 
     @contextmanager
     def held(self, weights: Iterable[Tensor]) -> Iterator[None]:
-        """While it lasts the blocks whose trained matrices are among these weights are on the device, and what is
-        written to them is kept. Other weights stay where they are."""
+        """Have the blocks of these trained weights on the device within the context, and copy them back afterwards.
+
+        Weights that are not streamed are not moved.
+        """
         trained = {id(weight) for weight in weights if weight.requires_grad}
         numbers = sorted({self._owners[weight] for weight in trained & self._owners.keys()})
         for number in numbers:
@@ -139,12 +142,12 @@ class Stream:
 
     def _store(self, block: int) -> None:
         slot = next(slot for slot in self._slots if slot.holds == block)
-        master = self._cargos[block].master
-        # Whoever uses the slot next waits for the copy: it may write there.
-        slot.ready = self._lane.upload(master, slot.memory[: len(master)], self._lane.mark())
+        pinned = self._cargos[block].pinned
+        # The next use of the slot, which may write to it, waits for the copy.
+        slot.ready = self._lane.upload(pinned, slot.memory[: len(pinned)], self._lane.mark())
 
     def bring(self, block: int) -> None:
-        """Have a block's tensors on the device for all that is launched until the next call, and fetch ahead."""
+        """Have a block's tensors on the device for all work queued until the next call, and prefetch."""
         wanted = self._ahead(block)
         held = {slot.holds: slot for slot in self._slots}
         missing = [other for other in wanted if other not in held]
@@ -161,7 +164,7 @@ class Stream:
         self._last = block
 
     def _ahead(self, block: int) -> list[int]:
-        """The blocks that are needed next, this one first."""
+        """Return the blocks that are needed next, this one first."""
         count, steps = len(self._cargos), range(len(self._slots))
         if not torch.is_grad_enabled():
             return [(block + step) % count for step in steps]
@@ -173,11 +176,11 @@ class Stream:
         return [other for other in ahead if 0 <= other < count]
 
     def _load(self, block: int, after: Mark, wanted: list[int]) -> _Slot:
-        """Fill the slot of the block farthest from what is wanted."""
+        """Fill the slot whose block is farthest from the wanted ones."""
         free = [slot for slot in self._slots if slot.holds not in wanted]
         slot = max(free, key=lambda s: math.inf if s.holds is None else abs(s.holds - wanted[0]))
         self._evict(slot)
-        slot.ready = self._lane.upload(slot.memory, self._cargos[block].master, after)
+        slot.ready = self._lane.upload(slot.memory, self._cargos[block].pinned, after)
         slot.holds = block
         return slot
 
@@ -192,11 +195,11 @@ class Stream:
 
 
 def apply_stream(blocks: Iterable[nn.Module], settings: StreamSettings, lane: Lane) -> Stream:
-    """Let `settings.blocks_to_swap` evenly spaced blocks stream; adapters, biases and norms stay where they are.
+    """Stream `settings.blocks_to_swap` evenly spaced blocks; adapters, biases and norms stay on the device.
 
-    Parameters and buffers of the Linears with two axes and more go into CPU RAM, block by block, and may be there
-    before; those that are trained are stepped while their block is `held`. Put it inside of checkpointing: without that
-    these blocks have no backward pass. A `state_dict` holds the masters.
+    Parameters and buffers of Linears with two or more dimensions are moved to CPU RAM, block by block, or may be there
+    already; trained ones are updated while their block is `held`. Apply it before checkpointing: without checkpointing
+    these blocks have no backward pass. A `state_dict` contains the pinned host copies.
     """
     every = list(blocks)
     indexes = streamed_blocks(len(every), settings.blocks_to_swap)
@@ -210,14 +213,14 @@ def apply_stream(blocks: Iterable[nn.Module], settings: StreamSettings, lane: La
 
 
 def streamed_blocks(num_blocks: int, num_streamed: int) -> list[int]:
-    """Which blocks stream: evenly spaced, so that each has others before it that compute while it comes."""
+    """Return the indices of streamed blocks: evenly spaced, so that copies overlap with the blocks between them."""
     return [((2 * i + 1) * num_blocks) // (2 * num_streamed) for i in range(num_streamed)]
 
 
 def _brought(forward: Callable[..., Any], stream: Stream, number: int) -> Callable[..., Any]:
     @wraps(forward)
     def brought(*args: Any, **kwargs: Any) -> Any:
-        # Nothing is undone afterwards: checkpointing leaves a block by an exception once it has what it needs.
+        # No cleanup afterwards: checkpointing exits a block by an exception once it has recomputed what it needs.
         stream.bring(number)
         return forward(*args, **kwargs)
 
@@ -225,14 +228,14 @@ def _brought(forward: Callable[..., Any], stream: Stream, number: int) -> Callab
 
 
 def _pack(block: nn.Module, lane: Lane) -> _Cargo:
-    """Move what streams of a block into its master; what held it before is free then."""
+    """Move the streamed tensors of a block into its pinned host copy; the memory that held them can be freed then."""
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     own = [t for m in linears for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
     tensors = [tensor for tensor in own if tensor.ndim >= 2]
     assert tensors, "a block without matrices cannot stream"
     layout = _lay_out(tensors)
-    master = lane.host(layout[-1].end)
-    cargo = _Cargo(tensors, layout, master, _views(layout, master))
+    pinned = lane.host(layout[-1].end)
+    cargo = _Cargo(tensors, layout, pinned, _views(layout, pinned))
     for tensor, view in zip(tensors, cargo.views, strict=True):
         view.copy_(tensor.data)
     cargo.rest()
@@ -240,7 +243,7 @@ def _pack(block: nn.Module, lane: Lane) -> _Cargo:
 
 
 def _views(layout: tuple[_Span, ...], memory: Tensor) -> list[Tensor]:
-    return [place.view(memory) for place in layout]
+    return [span.view(memory) for span in layout]
 
 
 def _lay_out(tensors: list[Tensor]) -> tuple[_Span, ...]:

@@ -1,4 +1,4 @@
-"""Settings of how the weights of the blocks are stored. Nothing here imports torch."""
+"""Options for the storage of the blocks' weights. Nothing here imports torch."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
-"""How a checkpoint stores its matrices, and how those of a DiT's blocks are stored in memory.
+"""How checkpoints store matrices, and how those of a DiT's blocks are stored in memory.
 
-Files of 8 bits: plain ones are all e4m3; scaled ones (ComfyUI's, musubi-tuner's) have a float32 scale beside each
-matrix, for the whole of it, for each output, or for groups of inputs. `M` below is a module's official dotted name.
+8-bit files: plain ones are all e4m3; scaled ones (ComfyUI's, musubi-tuner's) have a float32 scale for each matrix, per
+tensor, per output, or per group of inputs. `M` below is a module's official dotted name.
 """
 
 import math
@@ -20,7 +20,7 @@ from wan_train.storage import Header, TensorSource, read_tensors
 Shapes = Mapping[str, tuple[int, ...]]
 
 _SCALES = (".scale_weight", ".weight_scale")
-_BESIDE = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
+_AUXILIARY = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
 _MARKER = "scaled_fp8"
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,10 +28,10 @@ _WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class StoragePlan:
-    """How matrices of the blocks are stored in memory, by module: those in neither table as they are.
+    """How matrices of the blocks are stored in memory, by module; modules in neither table keep the file's dtype.
 
-    `schemes`: quantised while they stream in. `kept`: the file's own codes with their scale (out or 1, groups, 1), or
-    None where they have none, and the kind of product.
+    `schemes`: quantised while loading. `kept`: the file's codes with their scale (out or 1, groups, 1), or None without
+    one, multiplied as in `scheme_of_kept`.
     """
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class StoragePlan:
     scheme_of_kept: Scheme = SCHEMES["fp8"]
 
     def codes(self) -> set[str]:
-        """The names of tensors that hold codes or scales, which no later step may round."""
+        """Return the names of tensors with codes or scales, which must not be cast later."""
         modules = set(self.schemes) | set(self.kept)
         return {f"{module}.{leaf}" for module in modules for leaf in ("weight", SCALE)}
 
@@ -48,7 +48,7 @@ NOTHING_QUANTISED = StoragePlan()
 
 
 def install_plan(model: nn.Module, plan: StoragePlan, shapes: Shapes) -> None:
-    """Let the Linears of a model on `meta` expect what the plan stores; `shapes` of the weights by official name."""
+    """Prepare the Linears of a model on the meta device for the plan; `shapes` of weights by official name."""
     linears = {module: scheme.linear for module, scheme in plan.schemes.items()}
     scales = {module: scale_shape(scheme, shapes[f"{module}.weight"]) for module, scheme in plan.schemes.items()}
     for module, scale in plan.kept.items():
@@ -57,24 +57,24 @@ def install_plan(model: nn.Module, plan: StoragePlan, shapes: Shapes) -> None:
     install(model, linears, {module: shape for module, shape in scales.items() if shape is not None})
 
 
-def is_beside(name: str) -> bool:
-    """Whether a tensor of a scaled file describes weights and is none itself."""
-    return name.endswith(_BESIDE) or name.rpartition(".")[2] == _MARKER
+def is_auxiliary(name: str) -> bool:
+    """Return whether a tensor of a scaled file is a scale or other metadata rather than a weight."""
+    return name.endswith(_AUXILIARY) or name.rpartition(".")[2] == _MARKER
 
 
 def storage_dtype(header: Header) -> torch.dtype:
-    """The dtype that the file keeps its matrices in; the narrowest, since fp8 files leave some blocks wide."""
+    """Return the dtype of the file's matrices; the narrowest one, because fp8 files keep some blocks wide."""
     matrices = [d for name, d in header.dtypes.items() if name.endswith("self_attn.q.weight") or "attn1.to_q" in name]
     return min(matrices or header.dtypes.values(), key=lambda dtype: dtype.itemsize)
 
 
 def is_scaled(header: Header) -> bool:
-    """Whether the file has scales beside its matrices."""
+    """Return whether the file has scales."""
     return any(name.endswith(_SCALES) for name in header.shapes)
 
 
 def check_storage(header: Header, settings: WeightSettings, label: str) -> None:
-    """InputError for a precision that cannot be had from this file."""
+    """Raise InputError for a storage precision that this file cannot provide."""
     stored = storage_dtype(header)
     if stored not in (*_FP8, *_WIDE):
         raise InputError(f"{label} stores its matrices as {stored}: give a bf16, fp16, fp32 or fp8 file")
@@ -88,13 +88,13 @@ def check_storage(header: Header, settings: WeightSettings, label: str) -> None:
         )
     if settings.fp8_scaled and not is_scaled(header):
         raise InputError(
-            f"{label} is an fp8 file without scales, and --fp8_scaled cannot bring back what its rounding lost: "
-            "leave out --fp8_scaled, or give a bf16 or fp16 file"
+            f"{label} is an fp8 file without scales, and --fp8_scaled cannot restore the precision it has lost: "
+            "omit --fp8_scaled, or give a bf16 or fp16 file"
         )
 
 
 def check_scales(header: Header, label: str) -> None:
-    """InputError unless each matrix of 8 bits has a scale that fits, by the header of a scaled file."""
+    """Raise InputError unless each 8-bit matrix of a scaled file has a scale that fits, judged by its header."""
     scaled = set()
     for name in (name for name in header.shapes if name.endswith(_SCALES)):
         module = name.rpartition(".")[0]
@@ -104,7 +104,7 @@ def check_scales(header: Header, label: str) -> None:
     codes = [name for name, dtype in header.dtypes.items() if dtype in _FP8 and name.endswith(".weight")]
     lacking = [name for name in codes if len(header.shapes[name]) == 2 and name not in scaled]
     if lacking:
-        raise InputError(f"{label} has no scale for {lacking[0]}, which is stored in 8 bits: give a complete file")
+        raise InputError(f"{label} has no scale for the 8-bit weight {lacking[0]}: give a complete file")
 
 
 def plan_storage(
@@ -114,9 +114,10 @@ def plan_storage(
     settings: WeightSettings,
     touched: Container[str] = (),
 ) -> StoragePlan:
-    """Plan how the matrices that low precision is for are stored: (out, in) and `scales` (see `read_scales`) by module.
+    """Plan the storage of the matrices (out, in) that are quantised; `scales` by module as in `read_scales`.
 
-    What a LoRA has changed (`touched`) is quantised anew, with scales, even where the file's codes are kept.
+    Matrices changed by a LoRA (`touched`) are quantised again, with scales, even if the file's codes are kept
+    otherwise.
     """
     wanted = _scheme_name(settings)
     if wanted is None:
@@ -154,14 +155,14 @@ def _scheme_for(module: str, shape: tuple[int, ...], wanted: str, settings: Weig
 
 
 def _can_multiply(stored: torch.dtype, scale: Tensor | None) -> bool:
-    """Whether fp8 products take a file's codes as they are: CUDA wants e4m3 and at most one scale for each output."""
+    """Return whether fp8 products can use a file's codes: CUDA requires e4m3 and at most one scale per output."""
     return stored is torch.float8_e4m3fn and scale is not None and scale.shape[1] == 1
 
 
 def read_scales(
     source: TensorSource, header: Header, rename: Callable[[str], str], shapes: Shapes
 ) -> dict[str, Tensor]:
-    """The scales of a scaled file by module, each (out or 1, groups, 1) float32."""
+    """Return the scales of a scaled file by module, each (out or 1, groups, 1) float32."""
     if not is_scaled(header):
         return {}
     found = {}
@@ -181,7 +182,7 @@ def _check_dtype(module: str, dtype: torch.dtype) -> None:
 
 
 def _three_axes(module: str, scale: Iterable[int], matrix: Iterable[int] | None) -> tuple[int, ...]:
-    """The shape of a scale as files have it, from () and (out,) to (out, groups, 1), as (out or 1, groups, 1)."""
+    """Return a scale's shape in a file, from () and (out,) to (out, groups, 1), as (out or 1, groups, 1)."""
     given, sides = tuple(scale), tuple(matrix or ())
     count = math.prod(given)
     axes = given
@@ -189,17 +190,19 @@ def _three_axes(module: str, scale: Iterable[int], matrix: Iterable[int] | None)
         axes = (1, 1, 1) if count == 1 else (given[0], count // given[0], 1)
     fits = count and len(sides) == 2 and len(axes) == 3 and axes[2] == 1
     if not fits or axes[0] not in (1, sides[0]) or sides[1] % axes[1]:
-        raise InputError(f"the scale of {module} has the shape {list(given)}, its matrix {list(sides)}")
+        raise InputError(f"the scale of {module} has shape {list(given)}, which does not fit its matrix {list(sides)}")
     return axes
 
 
 def unscaled(
     tensors: Iterable[tuple[str, Tensor]], scales: Mapping[str, Tensor], kept: Container[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """A pipe from a scaled file's tensors to weights: each code times its scale, float32, but `kept` ones as stored
-    with their scale behind them; what is not a weight is left out."""
+    """Yield the weights of a scaled file: codes multiplied by their scale, in float32.
+
+    Codes of `kept` modules are not multiplied but followed by their scale; other auxiliary tensors are dropped.
+    """
     for name, tensor in tensors:
-        if is_beside(name):
+        if is_auxiliary(name):
             continue
         module = name.removesuffix(".weight")
         scale = scales.get(module) if name != module else None
@@ -215,8 +218,10 @@ def unscaled(
 def dtypes_kept(
     stored: Mapping[str, torch.dtype], dtype: torch.dtype | None, codes: set[str]
 ) -> Callable[[str, Tensor], torch.dtype]:
-    """The dtype that each tensor is kept in, from its name and itself: `dtype`, or without one the file's own
-    (`stored`, by name), bfloat16 where that has 8 bits. Codes and their scales stay what they are."""
+    """Return the function from name and tensor to storage dtype: `dtype`, or by default the file's.
+
+    `stored` has the file's dtypes by name; 8-bit ones become bfloat16. Codes and scales keep their dtype.
+    """
 
     def kept(name: str, tensor: Tensor) -> torch.dtype:
         if name in codes:

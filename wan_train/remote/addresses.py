@@ -1,4 +1,4 @@
-"""Addresses of remote folders, and the local folders that stand for them."""
+"""URLs of remote folders, and the local folders that mirror them."""
 
 import hashlib
 import os
@@ -8,13 +8,15 @@ from pathlib import Path
 from wan_train.errors import InputError
 
 _PROTOCOL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-_COLLAPSED = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # what a Path leaves of it; a drive has one letter
+_COLLAPSED = re.compile(
+    r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE
+)  # a URL after conversion to a Path; a drive has one letter
 _PASSWORD = re.compile(r"(?<=://)([^/@:]*):[^/@]*@")
 _MAX_SLUG = 80  # characters of an address in the name of its local folder
 
 
 def is_remote(path: str) -> bool:
-    """Tell whether a path is a URL, such as `gs://bucket/folder`."""
+    """Return whether a path is a URL, such as `gs://bucket/folder`."""
     return _PROTOCOL.match(path) is not None
 
 
@@ -26,7 +28,7 @@ def protocol_of(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """Return a URL for messages, without the password that it may hold."""
+    """Return a URL for messages, with the password masked."""
     return _PASSWORD.sub(r"\1:***@", url)
 
 
@@ -36,16 +38,16 @@ def joined(url: str, name: str) -> str:
 
 
 def split(url: str) -> tuple[str, str]:
-    """Return the URL of the folder that a URL is in, and its own name."""
+    """Split a URL into the URL of its parent folder and its own name."""
     folder, _, name = url.rstrip("/").rpartition("/")
     return folder, name
 
 
 def local_folder(url: str, chosen: str | None = None) -> Path:
-    """Return the local folder of a remote one: `chosen`, or the same for the same URL in the user's cache folder.
+    """Return the local folder for a remote one: `chosen`, or a folder in the user's cache, the same for the same URL.
 
-    That is `$XDG_CACHE_HOME/wan-train/remote/NAME`, by default below `~/.cache`: on a disk, which a folder for
-    temporary files may not be.
+    That is `$XDG_CACHE_HOME/wan-train/remote/NAME`, by default under `~/.cache`: on disk, unlike some folders for
+    temporary files.
     """
     if chosen is not None:
         return Path(chosen)
@@ -57,7 +59,7 @@ def local_folder(url: str, chosen: str | None = None) -> Path:
 
 
 def check_local(path: str | os.PathLike[str]) -> None:
-    """Raise InputError for a URL in the place of a local path."""
+    """Raise InputError if a path is a URL."""
     text = os.fspath(path)
     if _COLLAPSED.match(text):
         url = re.sub(":/+", "://", text, count=1)
@@ -67,13 +69,13 @@ def check_local(path: str | os.PathLike[str]) -> None:
 
 
 def check_local_folder(option: str, path: str, chosen: str | None) -> None:
-    """Raise InputError for a `--local_output_dir` that is remote itself, or without a remote `path` of `option`."""
+    """Raise InputError if `--local_output_dir` is a URL, or is given without a remote `path` of `option`."""
     if chosen is None:
         return
     if not is_remote(path):
         raise InputError(
-            f"--local_output_dir {chosen} is for a remote {option} such as gs://bucket/folder, and {option} "
-            f"{path or 'is not given'}{' is local' if path else ''}: leave it out"
+            f"--local_output_dir {chosen} requires a remote {option} such as gs://bucket/folder, but {option} "
+            f"{path or 'is not given'}{' is local' if path else ''}: omit it"
         )
     if is_remote(chosen):
         raise InputError(f"--local_output_dir {shown(chosen)} is a URL: give a local folder")

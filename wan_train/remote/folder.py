@@ -1,4 +1,4 @@
-"""A remote folder behind fsspec: files and folders are put there whole or not at all."""
+"""A remote folder accessed through fsspec; files and folders are uploaded atomically."""
 
 import contextlib
 import secrets
@@ -13,7 +13,7 @@ from wan_train.packages import first_line, missing
 from wan_train.remote.addresses import protocol_of, shown
 from wan_train.storage import replacing, replacing_folder
 
-# The packages behind protocols, as pip knows them, where fsspec has no implementation of its own.
+# The pip packages of protocols that fsspec does not implement itself.
 PACKAGES = {
     **dict.fromkeys(("gs", "gcs"), "gcsfs"),
     **dict.fromkeys(("s3", "s3a"), "s3fs"),
@@ -25,7 +25,7 @@ PACKAGES = {
     "smb": "smbprotocol",
     "hdfs": "pyarrow",
 }
-# A PUT or a commit shows the whole object or none, and moving one copies it.
+# Protocols with atomic PUT or commit, for which moving an object copies it.
 OBJECT_STORES = frozenset(("gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "oci", "oss", "hf"))
 
 
@@ -33,9 +33,9 @@ OBJECT_STORES = frozenset(("gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl
 class RemoteFolder:
     """A folder at `root` of an fsspec filesystem; names are relative to it, with slashes.
 
-    Where the filesystem `renames`, what is put gets its name once it is whole. Elsewhere a PUT shows an object whole or
-    not at all; of a folder the files named `last` go first when it is replaced and come last, so that a folder without
-    them is known not to be whole.
+    If the filesystem `renames`, uploads get a temporary name until they are complete. Otherwise objects are uploaded
+    atomically; when a folder is replaced, the files named `last` are removed first and uploaded last, so that a folder
+    without them is known to be incomplete.
     """
 
     url: str
@@ -44,11 +44,11 @@ class RemoteFolder:
     renames: bool
 
     def put(self, path: Path, name: str, *, last: Collection[str] = ()) -> None:
-        """Copy a local file or folder to `name`, in the place of what is there. Raises what the filesystem raises."""
+        """Copy a local file or folder to `name`, replacing it if it exists. Raises the filesystem's errors."""
         self._put_renamed(path, name) if self.renames else self._put_objects(path, name, last)
 
     def remove(self, name: str, *, last: Collection[str] = ()) -> None:
-        """Remove a file, or a folder with its files named `last` first; nothing where there is none."""
+        """Remove a file, or a folder with its files named `last` first; does nothing if it does not exist."""
         target = self._at(name)
         self.filesystem.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
@@ -57,12 +57,14 @@ class RemoteFolder:
             self.filesystem.rm(target, recursive=True)
 
     def names(self, under: str = "") -> list[str]:
-        """Return the names of what is in the folder, or in the folder `under` in it."""
+        """Return the names of the entries of the folder, or of its subfolder `under`."""
         return sorted(self.sizes(under))
 
     def sizes(self, under: str = "") -> dict[str, int]:
-        """Return the sizes in bytes, by name, of what is in the folder, or in the folder `under` in it; of folders they
-        mean nothing. Nothing where there is no folder."""
+        """Return the sizes in bytes, by name, of the entries of the folder, or of its subfolder `under`.
+
+        Sizes of folders are meaningless. Empty if there is no such folder.
+        """
         self.filesystem.invalidate_cache()
         try:
             found = self.filesystem.ls(self._at(under), detail=True)
@@ -73,32 +75,32 @@ class RemoteFolder:
         return {name: size for name, size in named.items() if name}
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file, None where there is none."""
+        """Return the content of a file; None if it does not exist."""
         try:
             return bytes(self.filesystem.cat_file(self._at(name)))
         except FileNotFoundError:
             return None
 
     def fetch(self, name: str, target: Path) -> None:
-        """Download a file to a local path, whole or not at all. Raises what the filesystem raises."""
+        """Download a file to a local path atomically. Raises the filesystem's errors."""
         with replacing(target) as temporary:
             self.filesystem.get_file(self._at(name), str(temporary))
 
     def fetch_folder(self, name: str, target: Path) -> None:
-        """Download a folder, without folders in it, to a local path, whole or not at all."""
+        """Download a folder without subfolders to a local path atomically."""
         with replacing_folder(target) as temporary:
             for each in self.names(name):
                 self.filesystem.get_file(self._at(f"{name}/{each}"), str(temporary / each))
 
     def check_writable(self, option: str) -> None:
-        """Write and remove a few bytes. InputError, naming the option, where that fails."""
+        """Write and remove a small file. Raises InputError, naming the option, if that fails."""
         probe = f"{PROBE}-{secrets.token_hex(4)}"
         try:
             if self.renames:
                 self.filesystem.makedirs(self.root, exist_ok=True)
             self.filesystem.pipe_file(self._at(probe), b"probe")
             self.filesystem.rm_file(self._at(probe))
-        except Exception as problem:  # whatever the package, the network or the store raise
+        except Exception as problem:  # any error of the package, the network or the store
             raise InputError(
                 f"{option} {shown(self.url)} cannot be written to ({type(problem).__name__}: {first_line(problem)}):"
                 " check the bucket or folder and the credentials, or give a local folder"
@@ -114,11 +116,11 @@ class RemoteFolder:
         files.makedirs(parent, exist_ok=True)
         try:
             for file, inside in _files_of(path):
-                place = f"{temporary}{inside}"
-                files.makedirs(place.rpartition("/")[0], exist_ok=True)
-                files.put_file(str(file), place)
+                destination = f"{temporary}{inside}"
+                files.makedirs(destination.rpartition("/")[0], exist_ok=True)
+                files.put_file(str(file), destination)
             if path.is_dir() and files.exists(target):
-                files.rm(target, recursive=True)  # no folder is renamed to the name of another
+                files.rm(target, recursive=True)  # a folder cannot be renamed to an existing one
             files.mv(temporary, target)
         except BaseException:
             with contextlib.suppress(Exception):
@@ -142,9 +144,12 @@ class RemoteFolder:
 
 
 def open_remote(url: str, option: str) -> RemoteFolder:
-    """Return the folder of a URL; nothing is sent yet. InputError, naming the option, for an unknown protocol, a
-    package that is not installed, or a URL that its filesystem does not take."""
-    # Seconds of imports that no local run needs.
+    """Return the folder of a URL, without network access.
+
+    Raises InputError, naming the option, for an unknown protocol, a missing package, or a URL that the filesystem does
+    not accept.
+    """
+    # Slow imports that local runs do not need.
     from fsspec import AbstractFileSystem, available_protocols
     from fsspec.core import url_to_fs
 
@@ -156,7 +161,7 @@ def open_remote(url: str, option: str) -> RemoteFolder:
         raise InputError(missing(f"{option} {shown(url)}", package, instead="give a local folder")) from None
     except Exception as problem:
         known = available_protocols()
-        reason = f"fsspec knows no {protocol}://" if protocol not in known else first_line(problem)
+        reason = f"fsspec does not know {protocol}://" if protocol not in known else first_line(problem)
         raise InputError(
             f"{option} {shown(url)} cannot be opened ({reason}): give a URL like gs://bucket/folder or"
             " s3://bucket/folder, or a local folder"
@@ -166,7 +171,8 @@ def open_remote(url: str, option: str) -> RemoteFolder:
 
 
 def _files_of(path: Path) -> Iterator[tuple[Path, str]]:
-    """The files of a folder with their places in it, each behind a slash; of a file itself, with none."""
+    """Yield the files of a folder with their relative paths, each starting with a slash; for a file itself an empty
+    path."""
     if not path.is_dir():
         yield path, ""
         return

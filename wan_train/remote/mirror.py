@@ -1,4 +1,4 @@
-"""A local folder whose files are copied to a remote one in the background."""
+"""Copy the files of a local folder to a remote one in the background."""
 
 import shutil
 import tempfile
@@ -16,11 +16,11 @@ log = get_logger(__name__)
 
 
 class Mirror:
-    """Copies what is in the folder `local` to the same names in `remote`; a copy that fails costs one warning.
+    """Copies files of the folder `local` to the same names in `remote`; a failed copy logs one warning.
 
-    `keeps_local` says whether local files stay once they are uploaded. `last` are the files without which a folder is
-    not whole, as in `RemoteFolder`. `growing` are files, and folders of files, that are written all the time, such as
-    logs. `failed` are the paths that could not be uploaded, complete after `finish`.
+    `keeps_local`: whether local files are kept after upload. `last`: files without which a folder is incomplete, as in
+    `RemoteFolder`. `growing`: files, and folders of files, that are written continuously, such as logs. `failed`: the
+    paths that could not be uploaded, complete after `finish`.
     """
 
     def __init__(
@@ -37,29 +37,29 @@ class Mirror:
         self._uploads = Uploads(background=True)
 
     def upload(self, path: Path) -> None:
-        """Copy a file or folder once those before it are copied."""
+        """Queue the upload of a file or folder."""
         self._uploads.add(partial(self._upload, path))
 
     def upload_growing(self) -> None:
-        """Copy the growing files as they are when their turn comes."""
+        """Queue the upload of the growing files, as they are at that time."""
         self._uploads.add(self._upload_growing)
 
     def remove(self, paths: Iterable[Path]) -> None:
-        """Remove the copies of files and folders that are gone here."""
+        """Queue the removal of the copies of files and folders that were removed locally."""
         for path in paths:
             self._uploads.add(partial(self._remove, path))
 
     def finish(self) -> None:
-        """Copy the growing files a last time and wait for everything that is under way."""
+        """Upload the growing files a last time and wait for all uploads."""
         self.upload_growing()
         self._uploads.finish()
 
     def name_of(self, path: Path) -> str:
-        """Return the name that a local path has in the remote folder."""
+        """Return the name of a local path in the remote folder."""
         return path.relative_to(self.local).as_posix()
 
     def _upload(self, path: Path) -> None:
-        if not path.exists():  # uploads are slower than --save_last_n_... keeps files
+        if not path.exists():  # removed by --save_last_n_... before its upload
             log.info("%s was removed before it was uploaded", path)
             return
         name = self.name_of(path)
@@ -72,7 +72,7 @@ class Mirror:
     def _upload_growing(self) -> None:
         files = [file for path in self._growing for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
         for file in (file for file in files if file.is_file()):
-            # What grows while it is read has another size at its end than the one that was announced.
+            # A file that grows while it is read would not match the announced size.
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(shutil.copyfile(file, Path(folder) / file.name))
                 self._tried(file, partial(self.remote.put, copy, self.name_of(file)))
@@ -85,10 +85,10 @@ class Mirror:
             log.warning("%s was not removed: %s", shown(joined(self.remote.url, name)), first_line(problem))
 
     def _tried(self, path: Path, put: Callable[[], None]) -> bool:
-        """Whether it could be done, in three tries; else one warning, the first time that it fails for a path."""
+        """Return whether an upload succeeded within three attempts; if not, warn once per path."""
         try:
             retried(put)
-        except Exception as problem:  # whatever a filesystem or the network raise
+        except Exception as problem:  # any error of the filesystem or the network
             if path.exists() and path not in self.failed:
                 self.failed.append(path)
                 log.warning(

@@ -13,9 +13,9 @@ def test_sizes_that_multiply_to_the_processes_pass() -> None:
 @pytest.mark.parametrize(
     ("sizes", "processes", "reason"),
     [
-        ({}, 4, "4 processes run, but no option shares the work"),
-        ({"ulysses_size": 2}, 4, "--ulysses_size 2 = 2, but 4 processes run"),
-        ({"ring_size": 2, "cfg_size": 2}, 1, "--ring_size 2 x --cfg_size 2 = 4, but 1 process runs: start 4"),
+        ({}, 4, "4 processes are running, but no option splits the work"),
+        ({"ulysses_size": 2}, 4, "--ulysses_size 2 = 2, but 4 processes are running"),
+        ({"ring_size": 2, "cfg_size": 2}, 1, "--ring_size 2 x --cfg_size 2 = 4, but 1 process is running: start 4"),
     ],
 )
 def test_another_product_is_named(sizes: dict[str, int], processes: int, reason: str) -> None:

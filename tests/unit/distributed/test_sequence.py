@@ -39,7 +39,7 @@ def test_modulation_by_groups_is_the_same_on_a_share(sizes: tuple[int, int, int]
 
 
 def test_unequal_groups_are_refused() -> None:
-    with pytest.raises(ValueError, match="do not divide"):
+    with pytest.raises(ValueError, match="are not divisible"):
         Layout(10, 3, 2)
 
 

@@ -55,7 +55,7 @@ def test_one_declaration_reaches_command_line_prompts_request_and_record(setting
 
 @pytest.mark.parametrize("settings", [Warmth], indirect=True)
 def test_its_range_and_its_names_hold_everywhere(settings: Any) -> None:
-    with pytest.raises(InputError, match="--warmth: 2 is out of range, it takes 0 to 1"):
+    with pytest.raises(InputError, match="--warmth: 2 is out of range: expected 0 to 1"):
         parse(settings, [*BASE, "--warmth", "2"])
     held = parse(settings, BASE)
     for line, told in (

@@ -60,7 +60,7 @@ def test_an_official_folder(official: Path, capsys: pytest.CaptureFixture[str]) 
         "--t5": "models_t5_umt5.pth",
         "--tokenizer": "google/umt5-xxl",
     }
-    assert "took Wan2.1_VAE.safetensors for --vae" in capsys.readouterr().err
+    assert "using Wan2.1_VAE.safetensors as --vae" in capsys.readouterr().err
 
 
 def test_files_are_told_by_what_they_hold(official: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_folder_of_two_experts(official: Path) -> None:
     assert Path(names["--dit"]).parts[0] == "low_noise_model"
     assert Path(names["--dit_high_noise"]).parts[0] == "high_noise_model"
     with pytest.raises(
-        InputError, match=r"2 files that could be --dit of --task t2v-14B .*high_noise.*choose with --dit"
+        InputError, match=r"2 candidates for --dit of --task t2v-14B .*high_noise.*choose one with --dit"
     ):
         found(official, "t2v-14B")
 
@@ -165,7 +165,7 @@ def test_what_is_missing_is_one_error_with_what_is_there(official: Path) -> None
     with pytest.raises(InputError) as caught:
         found(official, "i2v-14B")
     told = str(caught.value)
-    assert "nothing for --dit and --vae and --clip of --task i2v-14B" in told
+    assert "no file for --dit and --vae and --clip of --task i2v-14B" in told
     assert "diffusion_pytorch_model.safetensors: Wan DiT" in told and f"{VAE22}: Wan2.2 VAE" in told
     assert "broken.safetensors: not readable" in told
     with pytest.raises(InputError, match="--model_base /nowhere is not a folder"):

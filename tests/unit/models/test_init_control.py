@@ -144,7 +144,7 @@ def test_vace_blocks_are_copies_of_those_that_they_hint_to(
 def test_the_whole_model_is_of_its_task_and_known_before_it_is_loaded(task: str, tmp_path: Path) -> None:
     own = settings(base(tmp_path, dit_shapes()), task, "auto")
     header = extended_header(own.dit, own.init)
-    assert "wide" in str(check_dit(own.dit.dit, VARIANTS[task], header=header))  # of another size, and no more
+    assert "width" in str(check_dit(own.dit.dit, VARIANTS[task], header=header))  # of another size, and no more
     with pytest.raises(InputError):
         check_dit(own.dit.dit, VARIANTS[task])
     outline = outline_dit(own.dit.dit, header=header)
@@ -156,12 +156,12 @@ def test_the_whole_model_is_of_its_task_and_known_before_it_is_loaded(task: str,
 @pytest.mark.parametrize(
     ("shapes", "task", "kind", "told"),
     [
-        (dit_shapes(), "t2v-1.3B", "auto", "has all that --task t2v-1.3B reads"),
-        (dit_shapes(), "vace-1.3B", "reference", "reads no reference image: give auto"),
-        (dit_shapes(in_dim=36), "vace-1.3B", "auto", "reads 36 channels"),
-        (dit_shapes(in_dim=48), "fun-control-A14B", "auto", "reads 48 channels"),
-        (image_dit_shapes(), "fun-control-A14B", "auto", "reads an image through CLIP"),
-        ({**dit_shapes(), "ref_conv.weight": (256, 16, 2, 2)}, "fun-control-1.3B", "auto", "has a ref_conv already"),
+        (dit_shapes(), "t2v-1.3B", "auto", "has all layers of --task t2v-1.3B"),
+        (dit_shapes(), "vace-1.3B", "reference", "takes no reference image: use auto"),
+        (dit_shapes(in_dim=36), "vace-1.3B", "auto", "has 36 input channels"),
+        (dit_shapes(in_dim=48), "fun-control-A14B", "auto", "has 48 input channels"),
+        (image_dit_shapes(), "fun-control-A14B", "auto", "uses CLIP image tokens"),
+        ({**dit_shapes(), "ref_conv.weight": (256, 16, 2, 2)}, "fun-control-1.3B", "auto", "already has ref_conv"),
     ],
 )
 def test_what_cannot_be_added_is_refused(shapes: Shapes, task: str, kind: str, told: str, tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_a_wrong_controller_is_refused(tmp_path: Path) -> None:
     own = settings(base(tmp_path, dit_shapes()), "t2v-1.3B", None)
     file = tmp_path / "controller.safetensors"
     wrong: dict[str, Shapes] = {
-        "is for a model that is 128 wide": controller_shapes(128),
-        "not a whole motion controller": {"linear.0.weight": (DIM, 256)},
+        "is for a model of width 128": controller_shapes(128),
+        "not a complete motion controller": {"linear.0.weight": (DIM, 256)},
         "is not a motion controller": {"proj.weight": (1, 1)},
     }
     for told, shapes in wrong.items():
@@ -201,10 +201,18 @@ def test_a_wrong_controller_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "kind", "told"),
     [
-        ("vace-1.3B", None, "--motion_controller: --task vace-1.3B reads no motion bucket: take a t2v task"),
-        ("i2v-14B", None, "--motion_controller: --task i2v-14B reads no motion bucket"),
-        ("t2v-A14B", None, "--motion_controller: --task t2v-A14B reads no motion bucket"),
-        ("t2v-1.3B", "motion", "--init_control motion makes a motion controller beside that of --motion_controller"),
+        (
+            "vace-1.3B",
+            None,
+            "--motion_controller: --task vace-1.3B does not support a motion bucket: use a Wan2.1 t2v task",
+        ),
+        ("i2v-14B", None, "--motion_controller: --task i2v-14B does not support a motion bucket"),
+        ("t2v-A14B", None, "--motion_controller: --task t2v-A14B does not support a motion bucket"),
+        (
+            "t2v-1.3B",
+            "motion",
+            "--init_control motion creates a motion controller, but one is given with --motion_controller",
+        ),
     ],
 )
 def test_a_controller_without_use_is_refused(task: str, kind: str | None, told: str, tmp_path: Path) -> None:

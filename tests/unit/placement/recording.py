@@ -26,8 +26,8 @@ UNREAD = (ATEN.slice.Tensor, ATEN.fill_.Scalar, ATEN.copy_.default, ATEN._has_co
 
 @dataclass
 class Copy:
-    slot: Tensor
-    master: Tensor
+    target: Tensor
+    source: Tensor
 
 
 @dataclass
@@ -42,19 +42,19 @@ class RecordingLane:
     device: torch.device = CPU
     clock: int = 0
     slots: dict[int, Tensor] = field(default_factory=dict)
-    masters: list[Tensor] = field(default_factory=list)
+    pinned: list[Tensor] = field(default_factory=list)
     last_read: dict[int, int] = field(default_factory=dict)
     pending: list[Copy] = field(default_factory=list)
-    uploads: list[int] = field(default_factory=list)  # which master
-    stores: list[int] = field(default_factory=list)  # to which master
+    uploads: list[int] = field(default_factory=list)  # which pinned copy
+    stores: list[int] = field(default_factory=list)  # to which pinned copy
     contents: dict[int, int] = field(default_factory=dict)  # the same by slot
     broken: bool = False
     on_host: Callable[[], None] = lambda: None
 
     def host(self, num_bytes: int) -> Tensor:
         self.on_host()
-        self.masters.append(torch.empty(num_bytes, dtype=torch.uint8))
-        return self.masters[-1]
+        self.pinned.append(torch.empty(num_bytes, dtype=torch.uint8))
+        return self.pinned[-1]
 
     def slot(self, num_bytes: int) -> Tensor:
         slot = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
@@ -64,21 +64,21 @@ class RecordingLane:
     def mark(self) -> int:
         return self.clock
 
-    def upload(self, slot: Tensor, master: Tensor, after: int) -> Copy:
-        for memory in (slot, master):
+    def upload(self, target: Tensor, source: Tensor, after: int) -> Copy:
+        for memory in (target, source):
             assert self.last_read.get(memory.data_ptr(), 0) <= after, "a copy may overtake the slot's last reading"
-        for copy in [copy for copy in self.pending if copy.master.data_ptr() == slot.data_ptr()]:
+        for copy in [copy for copy in self.pending if copy.source.data_ptr() == target.data_ptr()]:
             self.wait(copy)  # copies are made in their order: what leaves the slot has left before it is filled
-        slot.fill_(0xFF)
+        target.fill_(0xFF)
         if self.broken:
             raise ValueError("no memory")
-        copy = Copy(slot, master)
+        copy = Copy(target, source)
         self.pending.append(copy)
-        if slot.data_ptr() in self.slots:
-            self.uploads.append(next(i for i, known in enumerate(self.masters) if known is master))
-            self.contents[slot.data_ptr()] = self.uploads[-1]
+        if target.data_ptr() in self.slots:
+            self.uploads.append(next(i for i, known in enumerate(self.pinned) if known is source))
+            self.contents[target.data_ptr()] = self.uploads[-1]
         else:
-            self.stores.append(next(i for i, known in enumerate(self.masters) if known is slot))
+            self.stores.append(next(i for i, known in enumerate(self.pinned) if known is target))
         if not self.late:
             self.wait(copy)
         return copy
@@ -86,7 +86,7 @@ class RecordingLane:
     def wait(self, mark: Copy) -> None:
         while any(copy is mark for copy in self.pending):
             copy = self.pending.pop(0)
-            copy.slot[: len(copy.master)].copy_(copy.master)
+            copy.target[: len(copy.source)].copy_(copy.source)
 
     def finish(self) -> None:
         if self.pending:
@@ -95,7 +95,7 @@ class RecordingLane:
     def read(self, tensor: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
         if address in self.slots:
-            ends = {memory.data_ptr() for copy in self.pending for memory in (copy.slot, copy.master)}
+            ends = {memory.data_ptr() for copy in self.pending for memory in (copy.target, copy.source)}
             assert address not in ends, "read before it was there, or while it was stored"
             self.clock += 1
             self.last_read[address] = self.clock
@@ -192,7 +192,7 @@ def all_equal(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 @contextmanager
-def untouched(masters: list[Tensor]) -> Iterator[None]:
-    before = [master.clone() for master in masters]
+def untouched(copies: list[Tensor]) -> Iterator[None]:
+    before = [copy.clone() for copy in copies]
     yield
-    assert all_equal(masters, before)
+    assert all_equal(copies, before)

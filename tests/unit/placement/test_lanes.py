@@ -73,9 +73,9 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
 def test_an_accelerator_copies_beside_its_computation_in_the_order_of_marks(runtime: FakeRuntime) -> None:
     lane = make_lane(CUDA)
     assert isinstance(lane, AcceleratorLane)
-    slot, master = torch.zeros(8, dtype=torch.uint8), torch.arange(5, dtype=torch.uint8)
+    slot, source = torch.zeros(8, dtype=torch.uint8), torch.arange(5, dtype=torch.uint8)
     launched = lane.mark()
-    lane.wait(lane.upload(slot, master, launched))
+    lane.wait(lane.upload(slot, source, launched))
     assert slot.tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
     assert runtime.log == [
         "compute marks",
@@ -90,8 +90,8 @@ def test_a_device_of_one_queue_copies_at_once(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
     lane = make_lane(torch.device(name))
     assert isinstance(lane, HostLane)
-    slot, master = torch.zeros(4, dtype=torch.uint8), torch.arange(3, dtype=torch.uint8)
-    lane.upload(slot, master, lane.mark())
+    slot, source = torch.zeros(4, dtype=torch.uint8), torch.arange(3, dtype=torch.uint8)
+    lane.upload(slot, source, lane.mark())
     assert slot.tolist() == [0, 1, 2, 0]
 
 
@@ -146,14 +146,14 @@ def test_memory_that_cannot_be_locked_is_ordinary_and_said_to_be(
 @pytest.mark.gpu
 def test_cuda_locks_exact_memory_and_copies_from_it() -> None:
     lane = make_lane(torch.device("cuda", torch.cuda.current_device()))
-    master = lane.host(3 * 2**20 + 5)
-    assert master.is_pinned() and len(master) == 3 * 2**20 + 5
-    master.random_(0, 256)
+    source = lane.host(3 * 2**20 + 5)
+    assert source.is_pinned() and len(source) == 3 * 2**20 + 5
+    source.random_(0, 256)
     slot = lane.slot(2**22)
-    lane.wait(lane.upload(slot, master, lane.mark()))
-    assert torch.equal(slot[: len(master)].cpu(), master)
-    address = master.data_ptr()
-    del master
+    lane.wait(lane.upload(slot, source, lane.mark()))
+    assert torch.equal(slot[: len(source)].cpu(), source)
+    address = source.data_ptr()
+    del source
     gc.collect()
     assert int(torch.cuda.cudart().cudaHostUnregister(address)) != 0  # it was unlocked when it went
     with contextlib.suppress(RuntimeError):

@@ -42,11 +42,11 @@ class LazyLane:
     def mark(self) -> int:
         return 0
 
-    def upload(self, slot: Tensor, master: Tensor, after: int) -> int:
-        assert slot.numel() == master.numel()
-        ends = [(weakref.ref(end.untyped_storage()), end.storage_offset()) for end in (slot, master)]
-        self.events.append("out" if slot.untyped_storage() in [memory() for memory in self.hosts] else "back")
-        slot.fill_(255)
+    def upload(self, target: Tensor, source: Tensor, after: int) -> int:
+        assert target.numel() == source.numel()
+        ends = [(weakref.ref(end.untyped_storage()), end.storage_offset()) for end in (target, source)]
+        self.events.append("out" if target.untyped_storage() in [memory() for memory in self.hosts] else "back")
+        target.fill_(255)
 
         def copy() -> None:
             views = []
@@ -56,7 +56,7 @@ class LazyLane:
                 views.append(torch.empty(0, dtype=torch.uint8).set_(storage, offset, (slot_bytes,), (1,)))
             views[0].copy_(views[1])
 
-        slot_bytes = slot.numel()
+        slot_bytes = target.numel()
         self.queue.append(copy)
         return len(self.queue)
 

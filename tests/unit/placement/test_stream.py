@@ -44,9 +44,9 @@ def test_a_streamed_model_computes_what_the_plain_one_does(
     plain, streamed = Toy(num_blocks, dtype), Toy(num_blocks, dtype)
     lane = RecordingLane(late)
     stream = stream_toy(streamed, count, ring, lane)
-    assert len(lane.masters) == count and len(lane.slots) == min(ring, count)
-    assert stream.device_bytes == min(ring, count) * max(len(master) for master in lane.masters)
-    with untouched(lane.masters):
+    assert len(lane.pinned) == count and len(lane.slots) == min(ring, count)
+    assert stream.device_bytes == min(ring, count) * max(len(copy) for copy in lane.pinned)
+    with untouched(lane.pinned):
         for seed, run in enumerate(passes):
             with Watch(lane):
                 found = run(streamed, seed)
@@ -131,19 +131,19 @@ def test_only_matrices_move_and_each_is_where_it_should_be() -> None:
     assert stream.names(toy) == {f"blocks.{i}.{leaf}" for i in (1, 3) for leaf in leaves}
     sizes = [[8 * w, 4 * w * 2, 8 * w, 4 * 8 * 2] for w in (12, 8)]  # bytes of these, widths of blocks 1 and 3
     expected = [sum(-(-size // 256) * 256 for size in some[:-1]) + some[-1] for some in sizes]
-    assert [len(master) for master in lane.masters] == expected and stream.host_bytes == sum(expected)
+    assert [len(copy) for copy in lane.pinned] == expected and stream.host_bytes == sum(expected)
 
     def homes() -> list[str]:
         slots = set(lane.slots)
-        masters = {master.untyped_storage().data_ptr() for master in lane.masters}
+        addresses = {copy.untyped_storage().data_ptr() for copy in lane.pinned}
         found = [block.wide.weight.untyped_storage().data_ptr() for block in toy.blocks]
-        return ["slot" if f in slots else "master" if f in masters else "own" for f in found]
+        return ["slot" if f in slots else "pinned" if f in addresses else "own" for f in found]
 
-    assert homes() == ["own", "master", "own", "master", "own"]
+    assert homes() == ["own", "pinned", "own", "pinned", "own"]
     preview(toy, 0)
     assert homes() == ["own", "slot", "own", "slot", "own"]
     stream.settle()
-    assert homes() == ["own", "master", "own", "master", "own"]
+    assert homes() == ["own", "pinned", "own", "pinned", "own"]
 
 
 @pytest.mark.parametrize(("num_blocks", "count"), [(40, 39), (40, 20), (40, 1), (30, 29), (30, 7)])
@@ -158,20 +158,20 @@ def test_each_block_is_packed_before_memory_for_the_next_is_taken() -> None:
     toy, lane = Toy(4), RecordingLane(late=False)
 
     def earlier_blocks_are_packed() -> None:
-        addresses = {master.untyped_storage().data_ptr() for master in lane.masters}
+        addresses = {copy.untyped_storage().data_ptr() for copy in lane.pinned}
         homes = {block.wide.weight.untyped_storage().data_ptr() for block in toy.blocks}
         assert homes >= addresses
 
     lane.on_host = earlier_blocks_are_packed
     apply_stream(toy.blocks, StreamSettings(blocks_to_swap=4), lane)
-    assert len(lane.masters) == 4
+    assert len(lane.pinned) == 4
 
 
 def test_no_blocks_to_swap_changes_nothing() -> None:
     toy, lane = Toy(2), RecordingLane(late=False)
     before = dict(toy.blocks[0].__dict__)
     stream = apply_stream(toy.blocks, StreamSettings(), lane)
-    assert toy.blocks[0].__dict__ == before and not lane.masters and not lane.slots
+    assert toy.blocks[0].__dict__ == before and not lane.pinned and not lane.slots
     assert stream.host_bytes == stream.device_bytes == 0 and stream.names(toy) == set()
 
 

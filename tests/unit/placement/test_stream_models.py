@@ -60,7 +60,7 @@ def test_the_real_blocks_with_lora(late: bool, stored: torch.dtype) -> None:
         apply_stream(dit.blocks, StreamSettings(blocks_to_swap=count), lane)
         checkpointed(dit.blocks)
         optimizer = torch.optim.AdamW([p for p in dit.parameters() if p.requires_grad], lr=1e-3)
-        with Watch(lane), untouched(lane.masters):
+        with Watch(lane), untouched(lane.pinned):
             results.append([t for seed in range(3) for t in dit_step(dit, optimizer, seed)])
         exports.append(adapter.export())
     assert all_equal(results[1], results[0])

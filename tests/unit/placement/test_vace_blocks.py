@@ -136,7 +136,7 @@ def test_their_matrices_are_quantised(path: Path, weights: str) -> None:
 def test_as_many_blocks_as_both_stacks_have_but_one_may_stream(path: Path) -> None:
     most = settings(path, stream=StreamSettings(blocks_to_swap=4), activations=FULL)
     assert check_model(most, VARIANTS["vace-1.3B"], CPU)  # of another size, no more
-    with pytest.raises(InputError, match="for a model of 5 blocks: give at most 4"):
+    with pytest.raises(InputError, match="for a model of 5 blocks: use at most 4"):
         check_model(
             settings(path, stream=StreamSettings(blocks_to_swap=5), activations=FULL), VARIANTS["vace-1.3B"], CPU
         )

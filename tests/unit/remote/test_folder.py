@@ -147,7 +147,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_protocol_is_refused() -> None:
-    with pytest.raises(InputError, match=r"--save_path nope://x cannot be opened \(fsspec knows no nope://\): give a"):
+    with pytest.raises(
+        InputError, match=r"--save_path nope://x cannot be opened \(fsspec does not know nope://\): give a"
+    ):
         open_remote("nope://x", "--save_path")
 
 

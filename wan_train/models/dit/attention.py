@@ -1,4 +1,4 @@
-"""Attention backends, by name; each is tried on the device before it is relied on.
+"""Attention backends, by name; each is tested on the device before it is used.
 
 Legend: B batch, L and S tokens, N heads, D head width.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from wan_train.cli import choose
 from wan_train.errors import InputError
 from wan_train.log import get_logger
-from wan_train.models.dit.kernels import USUAL, leave_out_faulty, prefer_cudnn, probe
+from wan_train.models.dit.kernels import USUAL, disable_faulty, prefer_cudnn, probe
 from wan_train.models.dit.kernels import Attend as Attend
 from wan_train.models.dit.kernels import attend_torch as attend_torch
 from wan_train.packages import first_line, load
@@ -23,12 +23,12 @@ HALF = (torch.float16, torch.bfloat16)
 log = get_logger(__name__)
 
 
-def _as_it_is(operator: Callable[..., Any]) -> Attend:
+def _unchanged(operator: Callable[..., Any]) -> Attend:
     return operator
 
 
-def _first(operator: Callable[..., Any]) -> Attend:
-    """FlashAttention 3 returns the output alone or, in older builds, with the logarithm of its sums."""
+def _output_only(operator: Callable[..., Any]) -> Attend:
+    """Adapt FlashAttention 3, which returns the output alone or, in older builds, (output, log-sum-exp)."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = operator(query, key, value)
@@ -37,10 +37,11 @@ def _first(operator: Callable[..., Any]) -> Attend:
     return attend
 
 
-def _among_equals(operator: Callable[..., Any]) -> Attend:
-    """Sage where queries and keys are equally many: elsewhere builds of it err or give NaN (its issues 19 and 26).
+def _equal_lengths_only(operator: Callable[..., Any]) -> Attend:
+    """Use SageAttention for equally many queries and keys only; otherwise builds of it fail or return NaN (issues 19
+    and 26).
 
-    What is left to torch, attention to some hundred keys, is a hundredth of the time.
+    Other attention, to a few hundred keys, is left to torch and is about a hundredth of the time.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -53,13 +54,13 @@ def _among_equals(operator: Callable[..., Any]) -> Attend:
 
 @dataclass(frozen=True)
 class Backend:
-    """Where an operator is and how it is called; without a module it is torch's own. The others take half precision."""
+    """Where an operator is found and how it is called. Without a module it is torch's; others need half precision."""
 
     module: str = ""
     function: str = ""
-    package: str = ""  # as pip knows it
-    install: str = ""  # where pip does not know it
-    adapt: Callable[[Callable[..., Any]], Attend] = _as_it_is
+    package: str = ""  # name for pip
+    install: str = ""  # instructions if it is not on PyPI
+    adapt: Callable[[Callable[..., Any]], Attend] = _unchanged
     trains: bool = True
 
 
@@ -75,9 +76,9 @@ BACKENDS: dict[str, Backend] = {
         "flash_attn_func",
         "FlashAttention-3",
         "build it from the folder hopper of flash-attention",
-        _first,
+        _output_only,
     ),
-    "sageattn": Backend("sageattention", "sageattn", "sageattention", adapt=_among_equals, trains=False),
+    "sageattn": Backend("sageattention", "sageattn", "sageattention", adapt=_equal_lengths_only, trains=False),
 }
 
 
@@ -90,7 +91,7 @@ def attention(
     split: bool = False,
     head_width: int = 128,
 ) -> Attend:
-    """The backend called `name`, for tensors of `dtype` on `device`; `split` takes one sample of a batch at a time.
+    """Return the backend `name` for tensors of `dtype` on `device`; with `split` it processes one sample at a time.
 
     Raises InputError for an unknown name, and for a backend that fails `check_attention`.
     """
@@ -98,8 +99,8 @@ def attention(
     if BACKENDS[name].module and dtype not in HALF:
         log.info("--attn_mode %s has no kernels for %s: using bfloat16 for attention", name, dtype)
     prefer_cudnn(torch.device(device))
-    leave_out_faulty(torch.device(device), dtype, head_width, training=training)
-    return _one_by_one(attend) if split else attend
+    disable_faulty(torch.device(device), dtype, head_width, training=training)
+    return _per_sample(attend) if split else attend
 
 
 def check_attention(
@@ -110,11 +111,14 @@ def check_attention(
     training: bool,
     head_width: int = 128,
 ) -> Attend:
-    """The backend called `name`, once it has run on `device`, in training backwards too. InputError if it cannot."""
+    """Return the backend `name` after a test run on `device`, with a backward pass if `training`.
+
+    Raises InputError if it does not work.
+    """
     backend: Backend = choose("attention backend", name, BACKENDS)
     if training and not backend.trains:
         raise InputError(
-            f"--attn_mode {name} cannot train, it has no backward pass: use --sdpa, --flash_attn or --xformers"
+            f"--attn_mode {name} does not support training (no backward pass): use --sdpa, --flash_attn or --xformers"
         )
     if not backend.module:
         return attend_torch
@@ -140,7 +144,7 @@ def _load(name: str, backend: Backend) -> Attend:
 
 
 def _in_half(attend: Attend) -> Attend:
-    """`attend` for inputs of any precision, by way of bfloat16."""
+    """Wrap `attend` to accept inputs of any precision by casting to bfloat16."""
 
     def cast(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if query.dtype in HALF:
@@ -151,8 +155,8 @@ def _in_half(attend: Attend) -> Attend:
     return cast
 
 
-def _one_by_one(attend: Attend) -> Attend:
-    """`attend` for one sample after the other: kernels that need memory beside their result need a sample's only."""
+def _per_sample(attend: Attend) -> Attend:
+    """Wrap `attend` to process one sample at a time, for kernels that need a workspace."""
 
     def split(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         samples = zip(query.split(1), key.split(1), value.split(1), strict=True)

@@ -1,6 +1,6 @@
-"""A block of the DiT and the head behind the last one.
+"""A DiT block, and the head after the last block.
 
-Legend: B batch, L tokens, T context tokens, d width of a token, G groups of equally many tokens with one modulation.
+Legend: B batch, L tokens, T context tokens, d token width, G groups of equally many tokens that share one modulation.
 """
 
 import torch
@@ -12,7 +12,7 @@ from wan_train.precision import Linear
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and feed-forward, the first and last modulated by time."""
+    """Self-attention, cross-attention and feed-forward; self-attention and feed-forward are modulated by time."""
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor, rope: Tensor) -> Tensor:
-        """x (B, L, d) float32, context (B, T, d), time (B, G, 6, d) float32, rope (2, L, 1, D) -> like x."""
+        """Return tokens like x (B, L, d) float32, context (B, T, d), time (B, G, 6, d) float32, rope (2, L, 1, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unbind(2)
         dtype = context.dtype
         modulated = modulate(self.norm1(x), shift1, scale1).to(dtype)
@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """From tokens to the velocity of their patches, in float32."""
+    """Project tokens to the velocity of their patches, in float32."""
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
@@ -46,18 +46,18 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (B, L, d), time (B, G, d) -> (B, L, patch*C)."""
+        """Return (B, L, patch*C) of x (B, L, d) and time (B, G, d)."""
         shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
         return self.head(modulate(self.norm(x), shift, scale))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, L, d) * (1 + scale) + shift with shift and scale (B, G, d), G groups of equally many tokens."""
+    """Return x (B, L, d) * (1 + scale) + shift with shift and scale (B, G, d) for G groups of equally many tokens."""
     grouped = x.unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift.unsqueeze(2), grouped, 1 + scale.unsqueeze(2)).flatten(1, 2)
 
 
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + update * gate, gate (B, G, d); float32."""
+    """Return x + update * gate in float32, with gate (B, G, d)."""
     groups = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, groups), update.unflatten(1, groups).float(), gate.unsqueeze(2)).flatten(1, 2)

@@ -1,6 +1,6 @@
-"""What control models add to a DiT: a reference image's tokens, a camera's, and the motion controller.
+"""Layers of control models: reference image tokens, camera adapter and motion controller.
 
-Legend: B batch, C channels, F latent frames, H W latent size, d width of a token.
+Legend: B batch, C channels, F latent frames, H W latent size, d token width.
 """
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from wan_train.models.dit.embedding import sinusoid
 from wan_train.precision import Conv2d, Linear
 
-CAMERA_SHRINK = 8  # pixels of a camera's map to a side of a latent cell
-MOTION_STEP = 10  # of the sinusoid's argument for each motion bucket
+CAMERA_SHRINK = 8  # pixels of a camera map per side of a latent cell
+MOTION_STEP = 10  # step of the sinusoid's argument per motion bucket
 
 
 def embed_reference(conv: Conv2d, latents: Tensor, dtype: torch.dtype) -> Tensor:
@@ -21,7 +21,7 @@ def embed_reference(conv: Conv2d, latents: Tensor, dtype: torch.dtype) -> Tensor
 
 
 class CameraAdapter(nn.Module):
-    """From a camera's map to what is added to the tokens (VideoX-Fun's control_adapter).
+    """Encode a camera map into features that are added to the tokens (VideoX-Fun's control_adapter).
 
     `dim_in` is the number of channels of the map: six Pluecker coordinates for each of four pixel frames.
     """
@@ -32,7 +32,7 @@ class CameraAdapter(nn.Module):
         self.residual_blocks = nn.ModuleList([ResidualBlock(dim)])
 
     def forward(self, camera: Tensor, dtype: torch.dtype) -> Tensor:
-        """camera (B, dim_in, F, 8H, 8W) -> (B, F*H/2*W/2, d) float32, products taken in `dtype`."""
+        """Return (B, F*H/2*W/2, d) float32 of camera (B, dim_in, F, 8H, 8W), computed in `dtype`."""
         frames = rearrange(camera, "B C F X Y -> (B F) C X Y")
         cells = F.pixel_unshuffle(frames, CAMERA_SHRINK).to(dtype)
         features = self.conv(cells)
@@ -42,20 +42,20 @@ class CameraAdapter(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions of 3x3 with a ReLU between them, beside the identity."""
+    """Two 3x3 convolutions with a ReLU in between, plus the identity."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv1, self.conv2 = (Conv2d(dim, dim, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, d, h, w) -> like x."""
+        """Return a tensor like x (N, d, h, w)."""
         changed: Tensor = self.conv2(F.relu(self.conv1(x)))
         return x + changed
 
 
 class MotionController(nn.Module):
-    """From a motion bucket to what is added to the blocks' modulation (DiffSynth-Studio's speedcontrol-v1)."""
+    """Map a motion bucket to an offset of the blocks' modulation (DiffSynth-Studio's speedcontrol-v1)."""
 
     def __init__(self, freq_dim: int, dim: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class MotionController(nn.Module):
         self.linear = nn.Sequential(Linear(freq_dim, dim), nn.SiLU(), Linear(dim, dim), nn.SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, motion_bucket_id: Tensor) -> Tensor:
-        """Buckets (B,), 0 slow to 100 fast -> (B, 1, 6, d) float32."""
+        """Return (B, 1, 6, d) float32 of buckets (B,), from 0 (slow) to 100 (fast)."""
         embedded = sinusoid(motion_bucket_id * MOTION_STEP, self.freq_dim)
         added: Tensor = self.linear(embedded)
         return rearrange(added, "B (six d) -> B 1 six d", six=6)

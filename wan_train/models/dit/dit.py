@@ -1,11 +1,11 @@
-"""The Wan diffusion transformer, as the official Wan2.1 code computes it.
+"""The Wan diffusion transformer, equivalent to the official Wan2.1 code.
 
 Legend: B batch, C channels, F latent frames, H W latent size, P patches of one frame, L = F*P tokens, T context tokens
-(512 of the text, behind those of images), I image tokens, N heads, D head width, d = N*D the width of a token.
+(image tokens, then 512 of the text), I image tokens, N heads, D head width, d = N*D token width.
 
-Precision: products are taken in the dtype of the embedded text; norms, modulation, gates, residual sums, the time
-embedding and the head in float32. Modulation is kept per sample or per latent frame, never per token: (B, G, 6, d) with
-G = 1 or F.
+Precision: matrix products are computed in the dtype of the embedded text; norms, modulation, gates, residual sums, the
+time embedding and the head in float32. Modulation is stored per sample or per latent frame, never per token: (B, G, 6,
+d) with G = 1 or F.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,31 +20,32 @@ from torch import Tensor, nn
 from wan_train.models.dit.block import Block, Head
 from wan_train.models.dit.control import CameraAdapter, MotionController, embed_reference
 from wan_train.models.dit.embedding import embed_patches, pad_context, sinusoid
-from wan_train.models.dit.inputs import NOTHING_BESIDE, Inputs, check_inputs
+from wan_train.models.dit.inputs import NO_INPUTS, Inputs, check_inputs
 from wan_train.models.dit.layers import GELU, ImageEmbedding
 from wan_train.models.dit.layers import DitConfig as DitConfig
 from wan_train.models.dit.rope import Riflex, rope_table
 from wan_train.models.dit.vace import VaceState, add_hint, make_vace_blocks
 from wan_train.precision import Conv2d, Linear
 
-NUM_CLIP_TOKENS = 257  # of an image
+NUM_CLIP_TOKENS = 257  # per image
 
 
 @dataclass(frozen=True)
 class EmbeddedContext:
-    """What `Dit.embed_context` made: `tokens` (B, T, d), for as many passes as see the same context."""
+    """Output of `Dit.embed_context`: `tokens` (B, T, d), reusable in all passes with the same context."""
 
     tokens: Tensor
 
 
 @dataclass
 class Embedded:
-    """What `Dit.begin` made of the inputs, all that the blocks and the head need.
+    """State of a forward pass after `Dit.begin`: the inputs of the blocks and the head.
 
-    `tokens` (B, L, d) float32, which the blocks replace: they are large, and nothing else may hold them. `context`
-    (B, T, d), `time` (B, G, d) and `modulation` (B, G, 6, d) float32 for G groups of equally many tokens, `rope`
-    (2, L, 1, D), `grid` the numbers of patches (F, H, W) of the latents; `num_before` tokens of a reference image stand
-    before those. `skipped` are the indices of `blocks` that this pass leaves out, `vace` is the other stack's state.
+    `tokens` (B, L, d) float32 are replaced by each block; no other reference may be held because they are large.
+    `context` (B, T, d), `time` (B, G, d) and `modulation` (B, G, 6, d) float32 for G groups of equally many tokens,
+    `rope` (2, L, 1, D), `grid` the numbers of patches (F, H, W) of the latents; `num_before` reference tokens precede
+    those of the latents. `skipped` are indices of `blocks` to skip in this pass, and `vace` is the state of the VACE
+    stack.
     """
 
     tokens: Tensor
@@ -59,9 +60,9 @@ class Embedded:
 
 
 class Dit(nn.Module):
-    """The whole transformer; see `load_dit` for its call.
+    """The complete transformer; see `load_dit` for how to call it.
 
-    A pass is `begin`, `run_blocks`, `finish`. What shortens a pass or shares it out wraps `run_blocks`, by
+    A forward pass is `begin`, `run_blocks`, `finish`. Features that shorten or distribute a pass wrap `run_blocks` with
     `wrap_run_blocks`; nothing else replaces a part of it.
     """
 
@@ -104,19 +105,19 @@ class Dit(nn.Module):
         frame_positions: Tensor | None = None,
         riflex: Riflex | None = None,
     ) -> Tensor:
-        """Velocity (B, C, F, H, W) in float32 of noisy `latents` (B, C, F, H, W).
+        """Return the velocity (B, C, F, H, W) in float32 of noisy `latents` (B, C, F, H, W).
 
-        `timestep` (B,) or (B, F) in 0..1000; `context` a list of (L_i, text_dim) or (B, 512, text_dim), or what
-        `embed_context` made of that and of `clip_features`; `frame_positions` (F,) where each latent frame is in time,
-        else 0..F-1; `riflex` lowers a temporal frequency of long videos. Models for images read `image_latents`
-        (B, in_dim - C, F, H, W), whatever is concatenated behind the noisy ones, and those of Wan2.1 `clip_features`
-        (B, I, image_dim).
+        `timestep` (B,) or (B, F) in 0..1000; `context` a list of (L_i, text_dim) or (B, 512, text_dim), or the result
+        of `embed_context`, which includes `clip_features`; `frame_positions` (F,) the time position of each latent
+        frame, default: 0..F-1; `riflex` lowers one temporal rope frequency for long videos. Image models take
+        `image_latents` (B, in_dim - C, F, H, W), which are concatenated to the noisy latents, and those of Wan2.1 also
+        `clip_features` (B, I, image_dim).
 
-        Control models read `reference_latents` (B, C, 1, H, W) of an image, `camera` (B, 24, F, 8H, 8W), a packed
-        Pluecker map, `vace_context` (B, 96, F, H, W), whose hints are added `vace_scale` times, or `motion_bucket_id`
-        (B,) in 0..100. Where they are absent, zeros stand for a reference and for a control model's CLIP tokens, and
-        VACE and the motion controller add nothing. Inputs that the model has no weights for are a ValueError, and so
-        are other missing ones.
+        Control models take `reference_latents` (B, C, 1, H, W) of an image, `camera` (B, 24, F, 8H, 8W), a packed
+        Pluecker map, `vace_context` (B, 96, F, H, W), whose hints are scaled by `vace_scale`, or `motion_bucket_id`
+        (B,) in 0..100. A missing reference, or missing CLIP tokens of a control model, are replaced by zeros; without
+        their inputs VACE and the motion controller have no effect. Raises ValueError for inputs that the model has no
+        weights for, and for other missing inputs.
         """
         inputs = Inputs(
             image_latents,
@@ -139,9 +140,9 @@ class Dit(nn.Module):
         latents: Tensor,
         timestep: Tensor,
         context: list[Tensor] | Tensor | EmbeddedContext,
-        inputs: Inputs = NOTHING_BESIDE,
+        inputs: Inputs = NO_INPUTS,
     ) -> Embedded:
-        """Embed the inputs of `forward`, which has checked them."""
+        """Embed the inputs of `forward`, which has validated them."""
         if not isinstance(context, EmbeddedContext):
             context = self.embed_context(context, inputs.clip_features, device=latents.device)
         time, modulation = self.embed_time(timestep)
@@ -167,7 +168,7 @@ class Dit(nn.Module):
         )
 
     def run_blocks(self, state: Embedded) -> None:
-        """Send the tokens of a pass through all blocks but the skipped ones; a skipped block's hint is left out too."""
+        """Run all blocks on the tokens, except skipped blocks and their VACE hints."""
         numbers = {layer: number for number, layer in enumerate(self.config.vace_layers)} if state.vace else {}
         for index, block in enumerate(self.blocks):
             hint = self._next_hint(state, numbers[index]) if index in numbers else None
@@ -178,18 +179,18 @@ class Dit(nn.Module):
                 state.tokens = add_hint(state.tokens, hint, state.vace.scale)
 
     def finish(self, state: Embedded) -> Tensor:
-        """The velocity (B, C, F, H, W) in float32 of the tokens of a pass."""
+        """Return the velocity (B, C, F, H, W) in float32 of the tokens of a pass."""
         return self._unpatchify(self.head(state.tokens[:, state.num_before :], state.time), state.grid)
 
     def embed_context(
         self, context: list[Tensor] | Tensor, clip_features: Tensor | None = None, *, device: torch.device
     ) -> EmbeddedContext:
-        """Texts and the images' tokens at the model's width: what every step of a sampling run has in common.
+        """Project text and CLIP image tokens to the model's width; the result is shared by all steps of a sampling run.
 
-        ValueError where the model needs `clip_features` and has none, or the other way round.
+        Raises ValueError if the model requires `clip_features` and they are missing, or does not accept them.
         """
         text: Tensor = self.text_embedding(pad_context(context, self.config, device).to(self.compute_dtype))
-        if clip_features is None and self.config.does_without_clip:
+        if clip_features is None and self.config.allows_missing_clip:
             clip_features = text.new_zeros(len(text), NUM_CLIP_TOKENS, self.config.image_dim)
         if (clip_features is not None) != bool(self.config.image_dim):
             raise ValueError(
@@ -203,10 +204,10 @@ class Dit(nn.Module):
         channels, *size = latents.shape[1:]
         if channels != self.config.in_dim:
             raise ValueError(
-                f"the model takes {self.config.in_dim} channels of latents and image_latents together, not {channels}"
+                f"expected {self.config.in_dim} channels of latents and image_latents together, got {channels}"
             )
         if any(n % p for n, p in zip(size, self.config.patch_size, strict=True)):
-            raise ValueError(f"latents of {size} do not divide into patches of {list(self.config.patch_size)}")
+            raise ValueError(f"latent size {size} is not divisible by the patch size {list(self.config.patch_size)}")
         return tuple(n // p for n, p in zip(size, self.config.patch_size, strict=True))  # type: ignore[return-value]
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +217,7 @@ class Dit(nn.Module):
         return time, self.time_projection(time).unflatten(-1, (6, -1))
 
     def _embed_reference(self, reference: Tensor | None, latents: Tensor) -> Tensor | None:
-        """Tokens (B, P, d) of the reference (B, C, 1, H, W), of zeros without one; None where the model has none."""
+        """Return tokens (B, P, d) of the reference (B, C, 1, H, W), or of zeros if None; None without `ref_conv`."""
         if not self.config.reference:
             return None
         if reference is None:
@@ -224,10 +225,10 @@ class Dit(nn.Module):
         return embed_reference(self.ref_conv, reference.to(latents.device), self.compute_dtype)
 
     def _rope(self, grid: tuple[int, int, int], inputs: Inputs, device: torch.device, *, later: bool) -> Tensor:
-        """The rope table of the grid; `later` by one frame, in which a reference stands."""
+        """Return the rope table of the grid; with `later` the frames are shifted by one, after the reference."""
         frames = inputs.frame_positions
         if later:
-            assert frames is None, "models with a reference have their frames one after the other"
+            assert frames is None, "models with a reference require consecutive frames"
             grid = (grid[0] + 1, *grid[1:])
         head_dim = self.config.dim // self.config.num_heads
         return rope_table(grid, head_dim, device=device, frames=frames, riflex=inputs.riflex)
@@ -239,7 +240,7 @@ class Dit(nn.Module):
         return VaceState(embed_patches(self.vace_patch_embedding, context, self.compute_dtype), inputs.vace_scale)
 
     def _next_hint(self, state: Embedded, number: int) -> Tensor:
-        """The hint of a VACE block, the next one; of the first the base's tokens are an input."""
+        """Run the next VACE block and return its hint; the first block also takes the base's tokens."""
         assert state.vace is not None
         start = (state.tokens,) if number == 0 else ()
         tokens, hint = self.vace_blocks[number](state.vace.tokens, state.context, state.modulation, state.rope, *start)
@@ -266,7 +267,7 @@ RunBlocks = Callable[[Embedded], None]
 
 @contextmanager
 def wrap_run_blocks(model: Dit, wrap: Callable[[RunBlocks], RunBlocks]) -> Iterator[None]:
-    """While it lasts, let `wrap(run_blocks)` stand in for what the model has as `run_blocks`; wraps nest."""
+    """Replace the model's `run_blocks` by `wrap(run_blocks)` within the context; wraps can be nested."""
     before: Any = vars(model).get("run_blocks")
     vars(model)["run_blocks"] = wrap(model.run_blocks)
     try:

@@ -1,6 +1,6 @@
-"""From the inputs of a DiT to what its blocks work on.
+"""Embed the inputs of a DiT.
 
-Legend: B batch, C channels, F latent frames, H W latent size, L tokens, d width of a token.
+Legend: B batch, C channels, F latent frames, H W latent size, L tokens, d token width.
 """
 
 import torch
@@ -14,9 +14,9 @@ from wan_train.precision import float64_device
 
 
 def embed_patches(conv: nn.Conv3d, latents: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return tokens (B, L, d) float32 of latents (B, C, F, H, W), products taken in `dtype`.
+    """Return tokens (B, L, d) float32 of latents (B, C, F, H, W), computed in `dtype`.
 
-    The stride of `conv` is its kernel, so it is a matrix product.
+    The stride of `conv` equals its kernel size, so this is a matrix product.
     """
     pt, ph, pw = conv.kernel_size
     patches = rearrange(latents, "B C (F t) (H h) (W w) -> B (F H W) (C t h w)", t=pt, h=ph, w=pw)
@@ -26,7 +26,10 @@ def embed_patches(conv: nn.Conv3d, latents: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def sinusoid(timestep: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of t * 10000^(-i / half), i below half = width/2: (..., width), taken in float64."""
+    """Return the sinusoidal embedding (..., width) of t: cosines, then sines, of t * 10000^(-i / half), half = width/2.
+
+    It is computed in float64.
+    """
     half = width // 2
     device = float64_device(timestep.device)
     rates = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=device) / half)
@@ -35,12 +38,12 @@ def sinusoid(timestep: Tensor, width: int) -> Tensor:
 
 
 def pad_context(context: list[Tensor] | Tensor, config: DitConfig, device: torch.device) -> Tensor:
-    """Embeddings of texts of different length as one (B, 512, text_dim), zeros behind each text."""
+    """Stack text embeddings of different lengths into (B, 512, text_dim), zero-padded at the end."""
     if isinstance(context, Tensor):
         return context.to(device)
     longest = max(len(rows) for rows in context)
     if longest > TEXT_LENGTH:
-        raise ValueError(f"a text embedding has {longest} rows, the model takes at most {TEXT_LENGTH}")
+        raise ValueError(f"text embedding of {longest} tokens is longer than the maximum of {TEXT_LENGTH}")
     padded = torch.zeros(len(context), TEXT_LENGTH, config.text_dim, device=device, dtype=context[0].dtype)
     for row, text in zip(padded, context, strict=True):
         row[: len(text)] = text

@@ -1,4 +1,4 @@
-"""What a pass of the DiT reads beside latents, timestep and context."""
+"""Inputs of the DiT other than latents, timestep and context."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from wan_train.models.dit.rope import Riflex
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a pass reads beside latents, timestep and context: the keyword arguments of `Dit.forward`."""
+    """Inputs other than latents, timestep and context: the keyword arguments of `Dit.forward`."""
 
     image_latents: Tensor | None = None
     clip_features: Tensor | None = None
@@ -23,13 +23,13 @@ class Inputs:
     riflex: Riflex | None = None
 
 
-NOTHING_BESIDE = Inputs()
+NO_INPUTS = Inputs()
 
 
 def check_inputs(inputs: Inputs, config: DitConfig, num_channels: int) -> None:
-    """ValueError for an input that the model has no weights for, or that it cannot do without.
+    """Raise ValueError for an input that the model has no weights for, or a required one that is missing.
 
-    `num_channels` are those of the noisy latents.
+    `num_channels` is the number of channels of the noisy latents.
     """
     has_weights = {
         "image_latents": config.in_dim != num_channels,

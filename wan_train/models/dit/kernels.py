@@ -1,4 +1,4 @@
-"""torch's own attention, and which of its kernels it may take: each is tried on the device before it is relied on.
+"""torch's scaled dot product attention, and which of its kernels may be used: each is tested on the device first.
 
 Legend: B batch, L and S tokens, N heads, D head width.
 """
@@ -18,21 +18,21 @@ from wan_train.packages import first_line
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-PROBE_ERROR = 0.2  # relative; kernels in 8 bits err by a few hundredths, a broken one by ones
+PROBE_ERROR = 0.2  # relative; 8-bit kernels have errors of a few hundredths, a broken one errors of order 1
 
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How many queries and keys an attention is tried on, and about what all of its scores are moved by."""
+    """Sizes of a test of attention, and an offset that is added to all of its scores."""
 
     num_queries: int
     num_keys: int
     shift: float = 0.0
 
     def inputs(self, device: torch.device, dtype: torch.dtype, head_width: int) -> list[Tensor]:
-        """Queries, keys and values (1, L or S, 2, D); the run's own random numbers stay as they are."""
+        """Return queries, keys and values (1, L or S, 2, D); does not affect the global random state."""
         generator = torch.Generator().manual_seed(0)
         query, key, value = (
             torch.randn(1, count, 2, head_width, generator=generator)
@@ -43,16 +43,16 @@ class Probe:
         return [tensor.to(device, dtype) for tensor in (query, key, value)]
 
 
-# Tokens with themselves and with a text: no whole blocks of any kernel.
+# Self-attention and cross-attention, with sizes that are no multiple of any kernel's block.
 USUAL = (Probe(200, 200), Probe(200, 77))
-# Half a block of keys beside scores whose exponentials vanish in float32: here cuDNN's backward pass has given NaN
+# Half a block of keys, and scores whose exponentials underflow in float32: cuDNN's backward pass has returned NaN here
 # (pytorch issue 196678).
 LOW_SCORES = (Probe(192, 192, shift=-120.0), Probe(200, 77, shift=-120.0))
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One of torch's kernels and its switch, which holds for the whole process."""
+    """One of torch's kernels, with the process-wide functions that query and set whether it is enabled."""
 
     name: str
     backend: SDPBackend
@@ -63,7 +63,7 @@ class Kernel:
 _FLASH = Kernel(
     "flash", SDPBackend.FLASH_ATTENTION, torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp
 )
-KERNELS: dict[str, tuple[Kernel, ...]] = {  # by kind of device; its math kernel is what they are held against
+KERNELS: dict[str, tuple[Kernel, ...]] = {  # by device type; they are compared with torch's math kernel
     "cpu": (_FLASH,),
     "cuda": (
         Kernel(
@@ -84,13 +84,14 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {  # by kind of device; its math kernel
 
 
 def attend_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v by torch's own kernels. query (B,L,N,D), key and value (B,S,N,D) -> (B,L,N,D)."""
+    """Return softmax(q k^T / sqrt(D)) v from torch's kernels. query (B,L,N,D), key and value (B,S,N,D) -> (B,L,N,D)."""
     out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return out.transpose(1, 2)
 
 
 def attend_by(backend: SDPBackend) -> Attend:
-    """`attend_torch` by this kernel alone. RuntimeError where it does not take the inputs."""
+    """Return `attend_torch` restricted to one kernel; it raises RuntimeError for inputs that the kernel does not
+    support."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -100,9 +101,9 @@ def attend_by(backend: SDPBackend) -> Attend:
 
 
 def prefer_cudnn(device: torch.device) -> None:
-    """On Hopper let torch try cuDNN's kernel first: it is of FlashAttention 3's speed there, torch's own choice is not.
+    """On Hopper make torch try cuDNN's kernel first: it is as fast as FlashAttention 3, torch's default is not.
 
-    Set once for the process: a context manager around each call would cost time, and does not compile everywhere.
+    Set once per process: a context manager around each call would cost time and does not compile everywhere.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
         order = torch._C._get_sdp_priority_order()
@@ -111,8 +112,9 @@ def prefer_cudnn(device: torch.device) -> None:
 
 
 @lru_cache
-def leave_out_faulty(device: torch.device, dtype: torch.dtype, head_width: int, *, training: bool) -> None:
-    """Switch off each of torch's kernels that fails on such tensors, in training backwards too, and say so."""
+def disable_faulty(device: torch.device, dtype: torch.dtype, head_width: int, *, training: bool) -> None:
+    """Disable, with a log line, each of torch's kernels that fails on such tensors, or in their backward pass if
+    `training`."""
     for kernel in KERNELS.get(device.type, ()):
         fault = fault_of(kernel, device, dtype, head_width, training=training) if kernel.is_on() else None
         if fault is not None:
@@ -123,15 +125,15 @@ def leave_out_faulty(device: torch.device, dtype: torch.dtype, head_width: int, 
 def fault_of(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, head_width: int, *, training: bool
 ) -> str | None:
-    """What is wrong with a kernel, in one line; None for one that works, and for one that torch would not take."""
+    """Return a kernel's error in one line; None if it works or if torch would not select it."""
     probes = USUAL + LOW_SCORES if training else USUAL
     try:
-        with warnings.catch_warnings():  # torch warns of why a kernel does not take the inputs
+        with warnings.catch_warnings():  # torch warns why a kernel does not support the inputs
             warnings.simplefilter("ignore")
             probe(attend_by(kernel.backend), probes, device, dtype, head_width, training=training)
     except torch.OutOfMemoryError:
         raise
-    except Exception as problem:  # kernels fail in every way there is: an assertion, an execution plan, a compiler
+    except Exception as problem:  # anything may fail: an assertion, an execution plan, a compiler
         line = first_line(problem)
         return None if line.startswith(("No available kernel", "No viable backend")) else line
     return None
@@ -146,9 +148,10 @@ def probe(
     *,
     training: bool,
 ) -> None:
-    """Run on small tensors and compare with torch's math kernel in float32. Raises whatever fails."""
+    """Run attention on small tensors and compare it with torch's math kernel in float32. Raises any error of the
+    kernel."""
     for each in probes:
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        with torch.inference_mode(False), torch.enable_grad():  # regardless of the caller's mode
             _probe_once(attend, each.inputs(device, dtype, head_width), training=training)
 
 
@@ -159,14 +162,14 @@ def _probe_once(attend: Attend, given: Sequence[Tensor], *, training: bool) -> N
     for ours, right in zip(_results(attend, inputs, training=training), theirs, strict=True):
         if not ours.isfinite().all():
             raise RuntimeError("its results contain NaN or Inf")
-        # The first number of a head is what moves the scores: of its gradient, rounding alone is left.
+        # The first element of a head carries the score offset: its gradient is rounding error only.
         error = float((ours.float() - right)[..., 1:].norm() / right[..., 1:].norm())
         if not error < PROBE_ERROR:
             raise RuntimeError(f"its results have a relative error of {error:.2g}")
 
 
 def _results(attend: Attend, inputs: list[Tensor], *, training: bool) -> list[Tensor]:
-    """The output and, in training, the gradients, by way of a layout (B, L, N*D) as in the model."""
+    """Return the output and, in training, the gradients, through the layout (B, L, N*D) as in the model."""
     out = attend(*inputs)
     if not training:
         return [out]

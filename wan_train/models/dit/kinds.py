@@ -1,4 +1,4 @@
-"""Which of the published kinds of DiT a checkpoint is: by its channels and by the submodules that it has."""
+"""Identify which published kind of DiT a checkpoint is, by its channels and submodules."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from wan_train.models.weights import Shapes
 
 @dataclass(frozen=True)
 class ForeignKind:
-    """A kind that no task is for: what its models are called, and a submodule that tells them."""
+    """An unsupported kind of model: its name, and a submodule that identifies it."""
 
     name: str
     submodule: str
@@ -21,8 +21,8 @@ _FOREIGN = (
 )
 
 
-# What a control model has beside the layers of a base: the submodule, the kind's name, and what `ControlInputs` calls
-# it. VACE's first, since no other kind has its blocks.
+# The submodule of a control model that its base does not have, the kind's name, and its field of `ControlInputs`.
+# VACE comes first, because no other kind has its blocks.
 _CONTROLS = (
     ("vace_patch_embedding", "a VACE model", "vace"),
     ("control_adapter", "a Fun Control-Camera model", "camera"),
@@ -33,8 +33,11 @@ _NAMES = {kind: name for _, name, kind in _CONTROLS}
 
 @dataclass(frozen=True)
 class Channels:
-    """What tells kinds apart: the channels that a DiT reads and makes, whether it reads one image through CLIP, or a
-    first and a last, and the kind of control that it has layers for: "vace", "camera", "reference" or none."""
+    """Properties that distinguish kinds of DiT.
+
+    The numbers of input and output channels, whether it takes CLIP tokens of one image, or of a first and a last one,
+    and the kind of control that it has layers for: "vace", "camera", "reference" or none.
+    """
 
     in_dim: int
     out_dim: int
@@ -44,12 +47,12 @@ class Channels:
 
     @property
     def images(self) -> str:
-        """What it reads through CLIP, in words."""
+        """Return the images that it takes CLIP tokens of, in words."""
         return ("a first and a last image" if self.last else "one image") if self.clip else "no image"
 
 
 def channels_of(shapes: Shapes) -> Channels | None:
-    """The channels of a DiT, official names; None where the tensors that tell them are missing or misshapen."""
+    """Return the channels of a DiT (official names); None if the tensors that define them are missing or misshapen."""
     patch, head = shapes.get("patch_embedding.weight", ()), shapes.get("head.head.weight", ())
     if len(patch) != 5 or len(head) != 2:
         return None
@@ -60,7 +63,7 @@ def channels_of(shapes: Shapes) -> Channels | None:
 
 
 def channels_for(variant: Variant) -> tuple[Channels, ...]:
-    """The channels of the models that a task is for: of Wan2.1's Fun-Control both V1.0's and V1.1's, which has a
+    """Return the channels of the models for a task; for Wan2.1's Fun-Control those of V1.0, and of V1.1 with a
     reference."""
     images, control = variant.images, variant.control or ControlInputs()
     clip = images is not None and images.clip
@@ -74,7 +77,7 @@ def channels_for(variant: Variant) -> tuple[Channels, ...]:
 
 
 def refuse_foreign(shapes: Shapes, label: str) -> None:
-    """InputError that names the kind of a DiT, official names, if no task is for it."""
+    """Raise InputError, naming the kind, if a DiT (official names) is of a kind that no task supports."""
     submodules = {name.partition(".")[0] for name in shapes}
     for kind in _FOREIGN:
         if kind.submodule in submodules:
@@ -84,8 +87,11 @@ def refuse_foreign(shapes: Shapes, label: str) -> None:
 
 
 def require_task(shapes: Shapes, variant: Variant, label: str) -> None:
-    """InputError for a DiT, official names, of other channels than the task's, with layers for another kind of control,
-    or that reads other images through CLIP."""
+    """Raise InputError if a DiT (official names) does not fit a task.
+
+    That is, if its channels differ, it has layers for a different kind of control, or takes CLIP tokens of different
+    images.
+    """
     found, fit = channels_of(shapes), channels_for(variant)
     if found is None or found in fit:
         return
@@ -94,11 +100,11 @@ def require_task(shapes: Shapes, variant: Variant, label: str) -> None:
     fitting.sort(key=lambda row: row.dim != shapes["patch_embedding.weight"][0])
     if found.control != wanted.control:
         differs = f"is {_NAMES[found.control]}" if found.control else f"is not {_NAMES[wanted.control]}"
-        differs += f", which --task {variant.name} is {'not ' if found.control else ''}for"
+        differs += f", which --task {variant.name} {'does not support' if found.control else 'requires'}"
     elif found.in_dim != wanted.in_dim:
-        differs = f"reads {found.in_dim} channels, but --task {variant.name} is for {wanted.in_dim}"
+        differs = f"has {found.in_dim} input channels, but --task {variant.name} requires {wanted.in_dim}"
     elif found.out_dim != wanted.out_dim:
-        differs = f"makes {found.out_dim} channels, but --task {variant.name} is for {wanted.out_dim}"
+        differs = f"has {found.out_dim} output channels, but --task {variant.name} requires {wanted.out_dim}"
     else:
-        differs = f"reads {found.images} through CLIP, but --task {variant.name} gives it {wanted.images}"
+        differs = f"takes CLIP tokens of {found.images}, but --task {variant.name} provides {wanted.images}"
     raise InputError(f"{label} {differs}: {f'use --task {fitting[0].name}' if fitting else 'give another file'}")

@@ -1,6 +1,6 @@
-"""The parts of a DiT's block that know of images, and what they share with the others.
+"""Attention, image attention and image embedding of a DiT.
 
-Legend: B batch, S L tokens, I image tokens, N heads, D head width, d = N*D the width of a token.
+Legend: B batch, S L tokens, I image tokens, N heads, D head width, d = N*D token width.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from wan_train.precision import Linear
 
 @dataclass(frozen=True)
 class DitConfig:
-    """Geometry of a DiT; everything but `num_heads` can be read off its tensors.
+    """Geometry of a DiT; everything but `num_heads` can be inferred from its tensors.
 
-    `image_dim` is the width of CLIP's tokens, 0 for a model that reads none; `image_positions` how many of them have a
-    learnt position, 0 where none has. Of control models `reference` says that a reference image is read, `camera_dim`
-    and `vace_dim` are the channels of a camera's map and of the VACE context, 0 where none is read, `vace_layers` the
-    blocks behind which VACE's hints are added; `motion` says that there is a motion controller.
+    `image_dim` is the width of CLIP tokens, 0 for a model without them, and `image_positions` the number of tokens with
+    a learned position embedding, 0 for none. For control models `reference` is true if they take a reference image,
+    `camera_dim` and `vace_dim` are the channels of a camera map and of the VACE context (0 for none), `vace_layers` are
+    the blocks after which VACE hints are added, and `motion` is true with a motion controller.
     """
 
     dim: int
@@ -46,18 +46,21 @@ class DitConfig:
 
     @property
     def num_extra_channels(self) -> int:
-        """Channels that the model reads behind the noisy latents."""
+        """Return the number of input channels after the noisy latents."""
         return self.in_dim - self.out_dim
 
     @property
-    def does_without_clip(self) -> bool:
-        """Whether zeros stand for CLIP's tokens of an absent image: control models were trained so, as their
-        channels behind the noisy latents, a multiple of those without a mask, tell."""
+    def allows_missing_clip(self) -> bool:
+        """Return whether missing CLIP tokens are replaced by zeros.
+
+        Control models were trained this way; they have no mask channels, so their extra channels are a multiple of the
+        latent channels.
+        """
         return bool(self.image_dim) and self.num_extra_channels % self.out_dim == 0
 
 
 class Attention(nn.Module):
-    """Attention of tokens to themselves or to the text (padding included: the model was trained so)."""
+    """Self-attention, or cross-attention to the text (including padding, as the model was trained)."""
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
@@ -69,19 +72,19 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(dim, config.eps)
 
     def forward(self, x: Tensor, source: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x (B, L, d) attends to source (B, S, d), both rotated by `rope` (2, L, 1, D) if given -> (B, L, d)."""
+        """Return (B, L, d): x (B, L, d) attends to source (B, S, d), both rotated by `rope` (2, L, 1, D) if given."""
         query = self.norm_q(self.q(x), self.num_heads, rope)
         key, value = self.read(source) if rope is None else self.read(source, rope)
         return self.o(rearrange(self.attend(query, key, value), "B L N D -> B L (N D)"))
 
     def read(self, source: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Keys and values (B, S, N, D) of source (B, S, d)."""
+        """Return keys and values (B, S, N, D) of source (B, S, d)."""
         key = self.norm_k(self.k(source), self.num_heads, rope)
         return key, rearrange(self.v(source), "B S (N D) -> B S N D", N=self.num_heads)
 
 
 class ImageAttention(Attention):
-    """Attention to the text and, with keys and values of its own, to the tokens of images in front of it."""
+    """Cross-attention to the text and, with separate keys and values, to the image tokens that precede it."""
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__(config)
@@ -89,21 +92,22 @@ class ImageAttention(Attention):
         self.norm_k_img = RMSNorm(config.dim, config.eps)
 
     def forward(self, x: Tensor, source: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x (B, L, d) attends to source (B, I+512, d), whose last 512 tokens are the text -> (B, L, d)."""
+        """Return (B, L, d): x (B, L, d) attends to source (B, I+512, d), whose last 512 tokens are the text."""
         query = self.norm_q(self.q(x), self.num_heads, rope)
         key, value, image_key, image_value = self.read(source)
         seen = self.attend(query, key, value) + self.attend(query, image_key, image_value)
         return self.o(rearrange(seen, "B L N D -> B L (N D)"))
 
     def read(self, source: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Keys and values (B, 512, N, D) of the text in source (B, I+512, d), then those (B, I, N, D) of the images."""
+        """Return keys and values (B, 512, N, D) of the text in source (B, I+512, d), then those (B, I, N, D) of the
+        images."""
         images, text = source[:, :-TEXT_LENGTH], source[:, -TEXT_LENGTH:]
         image_key = self.norm_k_img(self.k_img(images), self.num_heads)
         return *super().read(text), image_key, rearrange(self.v_img(images), "B S (N D) -> B S N D", N=self.num_heads)
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP's tokens at the width of the model; those of a first and a last image have learnt positions."""
+    """Project CLIP tokens to the model's width; tokens of a first and a last image have learned positions."""
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
@@ -119,21 +123,21 @@ class ImageEmbedding(nn.Module):
         )
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """tokens (B, I, image_dim) -> (B, I, d), products and the result in `dtype`. ValueError for another I than the
-        model has positions for."""
+        """Return (B, I, d) in `dtype` of tokens (B, I, image_dim).
+
+        Raises ValueError if the model has learned positions for a different number of tokens.
+        """
         positions = getattr(self, "emb_pos", None)
         if positions is not None:
             if tokens.shape[1] != positions.shape[1]:
-                raise ValueError(
-                    f"the model has positions for {positions.shape[1]} image tokens, not {tokens.shape[1]}"
-                )
+                raise ValueError(f"expected {positions.shape[1]} image tokens, got {tokens.shape[1]}")
             tokens = tokens.float() + positions.float()
         norm_in, first, gelu, second, norm_out = self.proj
         return norm_out(second(gelu(first(norm_in(tokens).to(dtype))))).to(dtype)
 
 
 class GELU(nn.Module):
-    """GELU in its tanh form (Hendrycks and Gimpel 2016), in the memory of its input where no gradient needs that."""
+    """GELU with tanh approximation (Hendrycks and Gimpel 2016), in place if no gradient is needed."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:

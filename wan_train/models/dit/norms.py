@@ -1,7 +1,7 @@
-"""Normalisations, with statistics in float32.
+"""Normalisation layers with float32 statistics.
 
-RMS norm and rotation are written as one step with a backward of its own: as separate operations they read and write the
-queries and keys a dozen times, which beside the products is the largest part of a block.
+RMS norm and rotary embedding are fused in one autograd function: as separate operations they read and write the queries
+and keys a dozen times, which is the largest cost of a block after its matrix products.
 
 Legend: B batch, L tokens, N heads, D head width.
 """
@@ -17,7 +17,7 @@ from wan_train.models.dit.rope import rotate
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in float32, returned in float32."""
+    """LayerNorm computed and returned in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.float()
@@ -34,13 +34,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, num_heads: int, rope: Tensor | None = None) -> Tensor:
-        """x (B, L, N*D) -> (B, L, N, D), each token rotated by `rope` (2, L, 1, D) if given."""
-        heads: Tensor = _NormTurn.apply(x, self.weight, rope, self.eps, num_heads)  # type: ignore[no-untyped-call]
+        """Return (B, L, N, D) of x (B, L, N*D), with each token rotated by `rope` (2, L, 1, D) if given."""
+        heads: Tensor = _NormRope.apply(x, self.weight, rope, self.eps, num_heads)  # type: ignore[no-untyped-call]
         return heads
 
 
-class _NormTurn(torch.autograd.Function):
-    """RMS norm over the width, then the rotation of heads; the norm's factor is folded into the rotation's."""
+class _NormRope(torch.autograd.Function):
+    """RMS norm over the width, then rotary embedding of the heads; the norm's factor is folded into the rope table."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, rope: Tensor | None, eps: float, num_heads: int) -> Tensor:

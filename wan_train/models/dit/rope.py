@@ -1,4 +1,4 @@
-"""Rotary positions in three axes (Su et al. 2021; the split over axes is Wan's).
+"""Rotary position embedding over three axes (Su et al. 2021; the split over axes is Wan's).
 
 Legend: D head width, L tokens in the order (f, h, w), N heads.
 """
@@ -14,16 +14,16 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from wan_train.errors import InputError
 
 THETA = 10000.0
-MAX_TABLES = 2  # that are kept: the largest take 80 MB each (75,600 tokens, head width 128)
+MAX_TABLES = 2  # tables kept; the largest take 80 MB each (75,600 tokens, head width 128)
 
-_Places = tuple[tuple[float, ...], ...]
-_Key = tuple[_Places, int, torch.device, "Rate | None"]
+_Positions = tuple[tuple[float, ...], ...]
+_Key = tuple[_Positions, int, torch.device, "Rate | None"]
 _tables: "OrderedDict[_Key, Tensor]" = OrderedDict()
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A temporal frequency in radians per latent frame that stands for the one of this index, from 1, the highest."""
+    """A temporal frequency, in radians per latent frame, that replaces the frequency `index` (1 is the highest)."""
 
     index: int
     radians: float
@@ -31,35 +31,37 @@ class Rate:
 
 @dataclass(frozen=True)
 class Riflex:
-    """RIFLEx (Zhao et al. 2025, arXiv 2502.15894): which temporal frequency, by its index from 1, the highest, is
-    lowered in videos of more latent frames than the model was trained with."""
+    """RIFLEx (Zhao et al. 2025, arXiv 2502.15894): lower one temporal frequency in videos longer than trained.
+
+    `index` is the frequency (1 is the highest), `num_trained` the number of latent frames that the model was trained
+    with.
+    """
 
     index: int
     num_trained: int
 
     def rate(self, num_frames: int, width: int) -> Rate | None:
-        """Return the lowered frequency for `num_frames` latent frames, where `width` numbers of a head turn with them.
+        """Return the lowered frequency for `num_frames` latent frames, with `width` elements of a head on the temporal
+        axis.
 
-        Its period is num_frames / 0.9 (equation 8, with the margin of the authors' code); None where the video is not
-        longer than trained, or the frequency as it is has such a period already. InputError for an index that the
-        model does not have.
+        Its period is num_frames / 0.9 (equation 8, with the margin of the authors' code). Returns None if the video is
+        not longer than trained, or if the period of the frequency is long enough already. Raises InputError if the
+        model has no frequency with this index.
         """
         if self.index > width // 2:
-            raise InputError(
-                f"--riflex_freq_index {self.index}: the model has {width // 2} temporal frequencies: give at most that"
-            )
+            raise InputError(f"--riflex_freq_index {self.index}: the model has only {width // 2} temporal frequencies")
         lowered = 0.9 * 2 * math.pi / num_frames
         is_long = num_frames > self.num_trained and lowered < frequency(self.index, width)
         return Rate(self.index, lowered) if is_long else None
 
 
 def frequency(index: int, width: int) -> float:
-    """Return the frequency, in radians per position, of an index from 1 on an axis that `width` numbers turn with."""
+    """Return the frequency `index` (from 1), in radians per position, of an axis with `width` elements of a head."""
     return THETA ** (-2 * (index - 1) / width)
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's numbers turn with the frame, the row and the column."""
+    """Return the number of elements of a head that are rotated by frame, row and column position."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
 
@@ -72,40 +74,43 @@ def rope_table(
     frames: Tensor | None = None,
     riflex: Riflex | None = None,
 ) -> Tensor:
-    """The rope table of every token: (2, L, 1, D) float32, for `rotate`; not to be written to.
+    """Return the rope table of all tokens: (2, L, 1, D) float32, for `rotate`; read-only.
 
-    `grid` counts patches over frames, rows and columns; `frames` (F,) gives frame positions other than 0..F-1;
-    `riflex` lowers a temporal frequency in long videos. The first half holds the cosine of each pair twice, the second
-    its sine with the signs that a rotation gives the pair.
-    A table is made once for its positions, width, device and frequencies; the last `MAX_TABLES` are kept.
+    `grid` counts patches over frames, rows and columns; `frames` (F,) are frame positions, default: 0..F-1; `riflex`
+    lowers a temporal frequency in long videos. The first half contains the cosine of each pair twice, the second its
+    sine with the signs of a rotation. Tables are cached by positions, width, device and frequencies; the last
+    `MAX_TABLES` are kept.
     """
-    places = tuple(tuple(map(float, range(count))) for count in grid)
+    positions = tuple(tuple(map(float, range(count))) for count in grid)
     if frames is not None:
-        places = (tuple(map(float, frames.tolist())), *places[1:])
+        positions = (tuple(map(float, frames.tolist())), *positions[1:])
     rate = None if riflex is None else riflex.rate(grid[0], axis_widths(head_dim)[0])
-    # What watches or replaces operators (a ledger, fake tensors) must see its own table; a tracer has no use for ours.
+    # Dispatch modes (a ledger, fake tensors) and tracers need a table of their own.
     if device.type == "meta" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return _make_table(places, head_dim, device, rate)
-    key = (places, head_dim, device, rate)
-    # Made in inference mode a table could not serve a later backward pass.
+        return _make_table(positions, head_dim, device, rate)
+    key = (positions, head_dim, device, rate)
+    # A table made in inference mode could not be used in a later backward pass.
     with torch.inference_mode(False), torch.no_grad():
         table = _tables.pop(key, None)
-        _tables[key] = table = _make_table(places, head_dim, device, rate) if table is None else table
+        _tables[key] = table = _make_table(positions, head_dim, device, rate) if table is None else table
         if len(_tables) > MAX_TABLES:
             _tables.popitem(last=False)
-        return table.detach()  # a tensor of its own: what compilers note on it is not for the next caller
+        return table.detach()  # a new tensor, so that attributes set by compilers do not reach the next caller
 
 
-def _make_table(places: _Places, head_dim: int, device: torch.device, rate: Rate | None) -> Tensor:
-    """Angles of each axis by themselves, on the CPU in float64 (at position 1000 float32 would already be off by 1e-4,
-    and some devices have no float64); their cosines and sines are repeated for every token on the device."""
-    grid = [len(place) for place in places]
+def _make_table(positions: _Positions, head_dim: int, device: torch.device, rate: Rate | None) -> Tensor:
+    """Compute the angles of each axis on the CPU in float64, and expand their cosines and sines to all tokens on the
+    device.
+
+    At position 1000 float32 would be off by 1e-4, and some devices have no float64.
+    """
+    grid = [len(axis_positions) for axis_positions in positions]
     parts = []
-    for axis, (place, width) in enumerate(zip(places, axis_widths(head_dim), strict=True)):
+    for axis, (axis_positions, width) in enumerate(zip(positions, axis_widths(head_dim), strict=True)):
         rates = THETA ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
         if axis == 0 and rate is not None:
             rates[rate.index - 1] = rate.radians
-        angles = torch.outer(torch.tensor(place, dtype=torch.float64, device="cpu"), rates)
+        angles = torch.outer(torch.tensor(axis_positions, dtype=torch.float64, device="cpu"), rates)
         cosines = angles.cos().repeat_interleave(2, dim=-1)
         sines = torch.stack([-angles.sin(), angles.sin()], dim=-1).flatten(-2)
         part = torch.stack([cosines, sines]).float().to(device)
@@ -115,9 +120,9 @@ def _make_table(places: _Places, head_dim: int, device: torch.device, rate: Rate
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn the pairs of adjacent numbers of x (..., L, N, D) float32: x cos + swapped x sin.
+    """Rotate pairs of adjacent elements of x (..., L, N, D) float32: x cos + swapped x sin.
 
-    `cosines` and `sines` as in `rope_table`, to broadcast against x; negated sines turn back.
+    `cosines` and `sines` as in `rope_table`, broadcastable to x; negated sines invert the rotation.
     """
     swapped = torch.empty_like(x)
     swapped[..., 0::2] = x[..., 1::2]

@@ -1,6 +1,6 @@
-"""VACE (Jiang et al. 2025): blocks beside the base's, whose hints are added to its tokens (official Wan2.1 VACE).
+"""VACE (Jiang et al. 2025): a second stack of blocks whose hints are added to the base's tokens (official Wan2.1 VACE).
 
-Legend: B batch, L tokens, T context tokens, D head width, d width of a token, G groups of tokens with one modulation.
+Legend: B batch, L tokens, T context tokens, D head width, d token width, G groups of tokens that share one modulation.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from wan_train.precision import Linear
 
 
 class VaceBlock(Block):
-    """A block over the tokens of the VACE context, and the projection of its hint; the first has one in front too."""
+    """A block on the VACE context, with a projection of its hint; the first block also projects its input."""
 
-    ends_with_ffn = False  # its tokens are projected, after the feed-forward
+    ends_with_ffn = False  # the tokens are projected after the feed-forward
 
     def __init__(self, config: DitConfig, *, first: bool) -> None:
         super().__init__(config)
@@ -27,10 +27,10 @@ class VaceBlock(Block):
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor, time: Tensor, rope: Tensor, start: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the context's next tokens (B, L, d) float32 and their hint (B, L, d).
+        """Return the next context tokens (B, L, d) float32 and their hint (B, L, d).
 
-        x (B, L, d) float32, context (B, T, d), time (B, G, 6, d), rope (2, L, 1, D) as in `Block`; `start` (B, L, d)
-        are the base's tokens before its first block, for the first block here.
+        x (B, L, d) float32, context (B, T, d), time (B, G, 6, d), rope (2, L, 1, D) as in `Block`; `start` (B, L, d),
+        for the first VACE block only, are the base's tokens before its first block.
         """
         dtype = context.dtype
         if start is not None:
@@ -41,17 +41,17 @@ class VaceBlock(Block):
 
 @dataclass
 class VaceState:
-    """The tokens (B, L, d) of the VACE context in a pass, which the blocks replace, and how much their hints count."""
+    """Tokens (B, L, d) of the VACE context in a pass, replaced by each VACE block, and the scale of the hints."""
 
     tokens: Tensor
     scale: float
 
 
 def add_hint(tokens: Tensor, hint: Tensor, scale: float) -> Tensor:
-    """tokens (B, L, d) float32 + scale * hint (B, L, d)."""
+    """Return tokens (B, L, d) float32 + scale * hint (B, L, d)."""
     return torch.add(tokens, hint, alpha=scale)
 
 
 def make_vace_blocks(config: DitConfig) -> nn.ModuleList:
-    """The blocks of a model, one for each of `config.vace_layers`."""
+    """Return the VACE blocks of a model, one for each of `config.vace_layers`."""
     return nn.ModuleList(VaceBlock(config, first=number == 0) for number in range(len(config.vace_layers)))

@@ -1,6 +1,6 @@
-"""The CLIP image tower that I2V models of Wan2.1 read beside the latents: transformers' layers, under anyone's names.
+"""The CLIP image encoder of Wan2.1's I2V models: transformers' layers, loaded from checkpoints with any naming.
 
-B images, H W pixels, P patches; the published tower (ViT-H/14) is 1280 wide and has 32 blocks, 16 heads, 256 patches.
+B images, H W pixels, P patches; the published encoder (ViT-H/14) has width 1280, 32 blocks, 16 heads and 256 patches.
 """
 
 import math
@@ -19,8 +19,8 @@ from wan_train.models.weights import Pairs, Shapes, check_names, fill, require_k
 from wan_train.precision import compute_dtype, upcast_on_use
 from wan_train.storage import TensorSource, read_header, read_tensors
 
-HEAD_WIDTH = 80  # of ViT-H/14: 1280 in 16 heads
-# Of the images that CLIP was trained on (its own preprocessing).
+HEAD_WIDTH = 80  # of ViT-H/14: width 1280, 16 heads
+# Image statistics of CLIP's preprocessing.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -39,10 +39,10 @@ _INNER = {
     "mlp.0": "mlp.fc1",
     "mlp.2": "mlp.fc2",
 }
-_JOINED = "attn.to_qkv"  # three matrices on top of one another
+_JOINED = "attn.to_qkv"  # q, k and v, concatenated
 _SPLIT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _PREFIXES = ("visual.", "vision_model.")
-# Texts, and what leads from the last block to a place among them.
+# The text encoder, and the layers after the last block.
 _UNUSED = (
     *("textual.", "text_model.", "text_projection.", "log_scale", "logit_scale"),
     *("post_norm.", "post_layernorm.", "head", "visual_projection.", "embeddings.position_ids"),
@@ -50,12 +50,12 @@ _UNUSED = (
 
 
 class ImageEncoder(nn.Module):
-    """Images -> tokens; make one with `load_image_encoder`."""
+    """Encode images into tokens; create one with `load_image_encoder`."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         whole = CLIPVisionModel(config)
-        tower = getattr(whole, "vision_model", whole)  # some versions of transformers have one more level
+        tower = getattr(whole, "vision_model", whole)  # some versions of transformers have an additional level
         self.image_size: int = config.image_size
         self.dtype = torch.float32
         self.embeddings = tower.embeddings
@@ -64,10 +64,10 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> tokens (B, 1+P, width) before the last block, the class token first.
+        """Return tokens (B, 1+P, width) before the last block, class token first, of pixels (B, 3, H, W) in [-1, 1].
 
-        Images of any size are brought to the tower's own, bicubically and without regard to their shape, as the
-        official code does.
+        Images of any size are resized bicubically to the encoder's input size, ignoring the aspect ratio, as in the
+        official code.
         """
         device = self.embeddings.class_embedding.device
         x: Tensor = self.pre_layrnorm(self.embeddings(self._prepared(pixels.to(device)).to(self.dtype)))
@@ -89,14 +89,14 @@ def load_image_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> ImageEncoder:
-    """Load the CLIP image tower, frozen.
+    """Load the CLIP image encoder, frozen.
 
-    `source`: a .pth, a safetensors file or a state dict, under official names (with `visual.` or without) or those of
-    transformers and ComfyUI. Sizes are read off the tensors; heads are 80 wide unless `config` gives `num_heads`. The
-    weights are `dtype` (None: as stored); on a CPU they stay so and compute in float32. Raises InputError when the file
-    is not an image tower, or a tensor is missing or misshapen.
+    `source`: a .pth, a safetensors file or a state dict, with official names (with or without `visual.`) or those of
+    transformers and ComfyUI. Sizes are inferred from the tensors; heads have width 80 unless `config` gives
+    `num_heads`. Weights are stored in `dtype` (None: as in the file); on a CPU they are computed with in float32.
+    Raises InputError if the file is not an image encoder, or a tensor is missing or misshapen.
 
-    The encoder: pixels (B, 3, H, W) in [-1, 1] -> tokens (B, 1+P, width) before the last block, P patches.
+    Call the encoder with pixels (B, 3, H, W) in [-1, 1] -> tokens (B, 1+P, width) before the last block, P patches.
     """
     header, label = read_header(source), _describe(source)
     encoder = _make_empty(header.shapes, config or {}, label)
@@ -110,7 +110,10 @@ def load_image_encoder(
 
 
 def check_image_encoder(source: TensorSource, flag: str = "--clip") -> int:
-    """The width of the tokens of a file's tower, by its header. InputError unless `load_image_encoder` takes it."""
+    """Return the token width of a file's encoder, from its header.
+
+    Raises InputError if `load_image_encoder` would refuse the file.
+    """
     label = flag if isinstance(source, Mapping) else f"{flag} {os.fspath(source)}"
     header = read_header(source)
     encoder = _make_empty(header.shapes, {}, label)
@@ -121,7 +124,7 @@ def check_image_encoder(source: TensorSource, flag: str = "--clip") -> int:
 
 
 def _make_empty(found: Shapes, config: Mapping[str, Any], label: str) -> ImageEncoder:
-    """The tower on `meta` that these tensors fill."""
+    """Return the encoder on the meta device whose weights match these tensors."""
     require_kind(found, "CLIP", label)
     meta = ((name, torch.empty(shape, device="meta")) for name, shape in found.items())
     shapes = {name: tuple(tensor.shape) for name, tensor in _tower(meta, found)}
@@ -136,10 +139,10 @@ def _read_config(shapes: Shapes, config: Mapping[str, Any], label: str) -> CLIPV
         width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
         num_positions = shapes["embeddings.position_embedding.weight"][0]
     except (KeyError, ValueError) as problem:
-        raise InputError(f"{label} is not a whole CLIP image tower: no usable {problem}") from None
+        raise InputError(f"{label} is not a complete CLIP image encoder: missing or invalid {problem}") from None
     num_heads = int(config.get("num_heads") or max(1, width // HEAD_WIDTH))
     if width % num_heads:
-        raise InputError(f"{label}: a width of {width} does not divide into {num_heads} heads")
+        raise InputError(f"{label}: width {width} is not divisible by {num_heads} heads")
     blocks = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
     inner = [shape[0] for name, shape in shapes.items() if name.endswith("mlp.fc1.weight")]
     return CLIPVisionConfig(
@@ -155,7 +158,7 @@ def _read_config(shapes: Shapes, config: Mapping[str, Any], label: str) -> CLIPV
 
 
 def _tower(tensors: Pairs, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """A pipe from a file's tensors to ours, without those behind the tokens; `names` are all of the file."""
+    """Yield the file's tensors with transformers' names, without those after the output; `names` are the file's."""
     numbers = [int(number) for name in names if (number := _block_number(_bare(name))) is not None]
     last = max(numbers, default=-1)
     for name, tensor in tensors:
@@ -164,7 +167,7 @@ def _tower(tensors: Pairs, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]
 
 
 def _ours(bare: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor of either naming under ours; queries, keys and values apart."""
+    """Yield a tensor of either naming with transformers' names; queries, keys and values are split."""
     if bare in _OUTER:
         # Official files store the class token as (1, 1, width) and the positions as (1, 1+P, width).
         yield _OUTER[bare], tensor.view(tensor.shape[-1]) if bare == "cls_embedding" else _without_one(tensor)
@@ -195,7 +198,7 @@ def _is_used(name: str) -> bool:
 
 
 def _block_number(bare: str) -> int | None:
-    """Which block a tensor is of, in either naming."""
+    """Return the index of the block that a tensor belongs to, in either naming."""
     parts = bare.removeprefix("encoder.").split(".")
     return int(parts[1]) if parts[0] in ("transformer", "layers") and parts[1].isdecimal() else None
 

@@ -1,4 +1,4 @@
-"""The UMT5-XXL encoder that turns prompts into the DiT's context: transformers' model, under anyone's names.
+"""The UMT5-XXL text encoder: transformers' model, loaded from checkpoints with any naming.
 
 B texts, L tokens, dim 4096 in the published model. Bidirectional, with a relative position bias per layer.
 """
@@ -27,7 +27,7 @@ from wan_train.storage import TensorSource, read_header, read_tensors
 
 
 class TextEncoder(nn.Module):
-    """Prompts -> their embeddings; make one with `load_text_encoder`."""
+    """Encode prompts into embeddings; create one with `load_text_encoder`."""
 
     def __init__(self, model: UMT5EncoderModel, tokenizer: Tokenizer | None) -> None:
         super().__init__()
@@ -35,10 +35,10 @@ class TextEncoder(nn.Module):
         self.tokenizer = tokenizer
 
     def forward(self, texts: Sequence[str]) -> list[Tensor]:
-        """Texts -> one (L_i, dim) per text, L_i <= 512 its tokens with the end token and without padding.
+        """Return one (L_i, dim) per text; L_i <= 512 tokens include the end token, not padding.
 
-        float32 on a CPU, else in the model's dtype; on the model's device, without gradient. Raises InputError when the
-        encoder has no tokenizer.
+        The result is float32 on a CPU, else in the model's dtype; on the model's device, without gradient. Raises
+        InputError if the encoder has no tokenizer.
         """
         if self.tokenizer is None:
             raise InputError("this text encoder accepts token ids only: load it with a tokenizer")
@@ -49,13 +49,14 @@ class TextEncoder(nn.Module):
             return []
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        # The copy of each row lets the padded batch go.
+        # Rows are copied so that the padded batch can be freed.
         return [out[: len(row)].clone() for out, row in zip(self.encode_ids(ids, mask), rows, strict=True)]
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids (B, L) and their mask (B, L), 1 for a token, 0 for padding -> (B, L, dim), padding rows too."""
-        device = self.model.encoder.final_layer_norm.weight.device  # the token table may be elsewhere
+        """Return (B, L, dim), including padding, of token ids (B, L) and their mask (B, L), 1 for tokens, 0 for
+        padding."""
+        device = self.model.encoder.final_layer_norm.weight.device  # the token embedding may be on a different device
         encoded: Tensor = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
         return encoded
 
@@ -71,13 +72,13 @@ def load_text_encoder(
 ) -> TextEncoder:
     """Load the UMT5 encoder, frozen.
 
-    `source`: a .pth, safetensors file or folder of shards, or a state dict, under official, transformers or ComfyUI
-    names, fp8 files with and without scales among them. `tokenizer`: a folder or file, None for none, or "auto":
-    google/umt5-xxl beside the file, else the one inside it, else the hub's. The weights are `dtype` (None: as stored,
-    and bfloat16 for 8 bits); on a CPU they stay so and compute in float32. `fp8` keeps the blocks' matrices in
-    8 bits, e4m3 with a scale for every 64 inputs or what an fp8 file has, and the token table in CPU RAM.
-    `sharding` splits the blocks' matrices over processes, which then have to encode the same texts together. Raises
-    InputError when the file or the tokenizer cannot be used.
+    `source`: a .pth, safetensors file or folder of shards, or a state dict, with official, transformers or ComfyUI
+    names, including fp8 files with or without scales. `tokenizer`: a folder or file, None for none, or "auto":
+    google/umt5-xxl next to the file, else the one inside the file, else the one on the hub. Weights are stored in
+    `dtype` (None: as in the file, bfloat16 for 8-bit files); on a CPU they are computed with in float32. `fp8` stores
+    the blocks' matrices in 8 bits, as e4m3 with a scale per 64 inputs or as in an fp8 file, and the token embedding in
+    CPU RAM. `sharding` shards the blocks' matrices over processes, which must then encode the same texts together.
+    Raises InputError if the file or the tokenizer cannot be used.
     """
     label = describe(source)
     header = read_header(source)
@@ -86,7 +87,9 @@ def load_text_encoder(
     if tokenizer is not None:
         reader = _read_tokenizer(tokenizer, source, embedded=EMBEDDED_TOKENIZER in header.shapes, label=label)
         if reader.num_tokens > (known := model.config.vocab_size):
-            raise InputError(f"the tokenizer has {reader.num_tokens} tokens, {label} knows {known}: give its own")
+            raise InputError(
+                f"the tokenizer has {reader.num_tokens} tokens, but {label} has {known}: use its own tokenizer"
+            )
     if sharding is not None:
         sharding.split(model, list(model.encoder.block))
     dtype = dtype or storage_dtype(header)
@@ -101,9 +104,9 @@ def load_text_encoder(
 def check_text_encoder(
     source: TensorSource, tokenizer: str | os.PathLike[str] | None = "auto", flag: str = "--t5"
 ) -> None:
-    """Raise InputError unless `load_text_encoder` would take the file, by its header, and the tokenizer is found.
+    """Raise InputError unless `load_text_encoder` accepts the file, by its header, and the tokenizer is found.
 
-    A tokenizer that only the hub has is downloaded now: that may fail, and then in good time.
+    A tokenizer that is only on the hub is downloaded now, so that a failure is reported early.
     """
     label = flag if isinstance(source, Mapping) else f"{flag} {os.fspath(source)}"
     header = read_header(source)
@@ -121,7 +124,7 @@ def _read_tokenizer(wanted: str | os.PathLike[str], source: TensorSource, *, emb
 
 
 class _FeedForward(UMT5DenseGatedActDense):  # type: ignore[misc]
-    """transformers' layer without its rounding to the dtype in which `wo` is stored: ours computes in another."""
+    """transformers' layer without the cast to the storage dtype of `wo`, since the compute dtype differs here."""
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.wo(self.act(self.wi_0(x)) * self.wi_1(x))
@@ -129,7 +132,7 @@ class _FeedForward(UMT5DenseGatedActDense):  # type: ignore[misc]
 
 
 def _upcast(model: UMT5EncoderModel, dtype: torch.dtype) -> None:
-    """Let the model compute in `dtype`, whatever its matrices are stored in and wherever its token table is."""
+    """Let the model compute in `dtype`, regardless of the storage dtype and the device of the token embedding."""
     take_rows(model.shared, dtype)
     for part in model.modules():
         if type(part) is UMT5DenseGatedActDense:

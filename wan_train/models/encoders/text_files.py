@@ -1,4 +1,4 @@
-"""The UMT5-XXL encoder's files: their names and how they store weights, and filling transformers' model from them.
+"""UMT5-XXL checkpoints: tensor names, storage formats, and loading them into transformers' model.
 
 `M` below is a module's name in transformers' model.
 """
@@ -16,16 +16,16 @@ from wan_train.errors import InputError
 from wan_train.models.weights import Rename, Shapes, check_names, fill, renamed, require_kind
 from wan_train.precision import name_of
 from wan_train.quantization.schemes import SCALE, SCHEMES, quantised, scale_shape
-from wan_train.quantization.stored import StoragePlan, dtypes_kept, is_beside, read_scales, unscaled
+from wan_train.quantization.stored import StoragePlan, dtypes_kept, is_auxiliary, read_scales, unscaled
 from wan_train.storage import Header, TensorSource, read_header, read_tensors
 
 T = TypeVar("T")
 
-EMBEDDED_TOKENIZER = "spiece_model"  # bytes of a SentencePiece model, as ComfyUI stores them in the file
+EMBEDDED_TOKENIZER = "spiece_model"  # bytes of a SentencePiece model, embedded in ComfyUI's files
 
 _SCHEME = SCHEMES["fp8_scaled"]
 _TABLE = "shared.weight"
-_TIED = "encoder.embed_tokens.weight"  # some files hold the token table twice
+_TIED = "encoder.embed_tokens.weight"  # some files contain the token embedding twice
 
 # Official -> transformers' UMT5EncoderModel, outside and inside a block. Every tensor keeps its shape.
 _OUTER = {"token_embedding.weight": _TABLE, "norm.weight": "encoder.final_layer_norm.weight"}
@@ -44,7 +44,8 @@ _INNER = {
 
 
 def make_empty(header: Header, label: str) -> UMT5EncoderModel:
-    """The model on `meta` that these tensors fill exactly, or an InputError."""
+    """Return the model on the meta device whose weights match these tensors exactly. Raises InputError if there is
+    none."""
     require_kind(header.shapes, "T5", label)
     shapes = _of_weights(header, header.shapes)
     with torch.device("meta"):
@@ -57,29 +58,29 @@ def make_empty(header: Header, label: str) -> UMT5EncoderModel:
 
 
 def _check_numbers(header: Header, label: str) -> None:
-    """InputError for weights that are stored in another way than as floats or as floats times a scale."""
+    """Raise InputError unless all weights are stored as floats or as floats times a scale."""
     weights = _of_weights(header, header.dtypes)
     scales = {name: dtype for name, dtype in header.dtypes.items() if "scale" in name.rpartition(".")[2]}
     for name, dtype in {**weights, **scales}.items():
         if not dtype.is_floating_point:
             raise InputError(f"{label} stores {name} as {name_of(dtype)}: give a bf16, fp16, fp32 or fp8 file")
-    empty = {name: torch.empty(shape, device="meta") for name, shape in header.shapes.items() if is_beside(name)}
+    empty = {name: torch.empty(shape, device="meta") for name, shape in header.shapes.items() if is_auxiliary(name)}
     _scales(empty, header)
 
 
 def fill_wide(model: UMT5EncoderModel, source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill the model with the file's weights in `dtype`, what has a scale times that."""
+    """Load the file's weights in `dtype`, multiplied by their scales if any."""
     header = read_header(source)
     tensors = unscaled(_weights(source, header), _scales(source, header), kept=())
     fill(model, tensors, device=device, dtype=dtype, label=describe(source))
 
 
 def fill_fp8(model: UMT5EncoderModel, source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill the model with the blocks' matrices in 8 bits and the rest in `dtype`; `M.scale_weight` is M's scale.
+    """Load the blocks' matrices in 8 bits and the rest in `dtype`; `M.scale_weight` is the scale of M.
 
-    What the file has in 8 bits is kept with its scale, if any; other matrices are quantised while they stream in.
-    The token table goes into CPU RAM: a prompt takes but a few rows of it, and in 8 bits they would err as
-    much as all the matrices together.
+    Matrices that the file stores in 8 bits are kept with their scale, if any; others are quantised while loading. The
+    token embedding stays in CPU RAM: a prompt needs only a few rows of it, and in 8 bits its error would be as large as
+    that of all matrices together.
     """
     header = read_header(source)
     scales, stored = _scales(source, header), _of_weights(header, header.dtypes)
@@ -99,7 +100,7 @@ def fill_fp8(model: UMT5EncoderModel, source: TensorSource, *, device: torch.dev
 
 
 def _expect_codes(model: UMT5EncoderModel, plan: StoragePlan) -> None:
-    """Give the Linears of the plan their empty scales."""
+    """Register empty scales on the Linears of the plan."""
     shapes = {name: None if scale is None else tuple(scale.shape) for name, scale in plan.kept.items()}
     for name, scheme in plan.schemes.items():
         shapes[name] = scale_shape(scheme, tuple(model.get_submodule(name).weight.shape))
@@ -109,18 +110,18 @@ def _expect_codes(model: UMT5EncoderModel, plan: StoragePlan) -> None:
 
 
 def describe(source: TensorSource) -> str:
-    """How to name a source in a message."""
+    """Return the name of a source for messages."""
     return "the text encoder's state dict" if isinstance(source, Mapping) else os.fspath(source)
 
 
 def storage_dtype(header: Header) -> torch.dtype:
-    """What most weights are stored in; 8 bits are too few to compute with, and become bfloat16."""
+    """Return the dtype of most weights, or bfloat16 for 8-bit files, whose dtype cannot be computed in."""
     stored = mode(_of_weights(header, header.dtypes).values())
     return torch.bfloat16 if stored.itemsize == 1 else stored
 
 
 def t5_rename(shapes: Shapes) -> Rename:
-    """The function from the names of this text encoder checkpoint to transformers'."""
+    """Return the function from the names of this text encoder checkpoint to transformers' names."""
     if any(name.endswith(".pos_embedding.embedding.weight") for name in shapes):
         return lambda name: _transformers_name(name.removeprefix("encoder."))
     tied_only = _TIED in shapes and _TABLE not in shapes
@@ -138,37 +139,37 @@ def _transformers_name(name: str) -> str:
 
 
 def _dropped(shapes: Shapes) -> set[str]:
-    """The names that are not weights of their own."""
-    names = {EMBEDDED_TOKENIZER, *filter(is_beside, shapes)}
+    """Return the names of tensors that are not weights, or duplicates."""
+    names = {EMBEDDED_TOKENIZER, *filter(is_auxiliary, shapes)}
     if shapes.get(_TIED) == shapes.get(_TABLE):
         names.add(_TIED)
     return names
 
 
 def _of_weights(header: Header, values: Mapping[str, T]) -> dict[str, T]:
-    """What the header says of each weight, under transformers' names."""
+    """Return the header's value for each weight, by transformers' name."""
     rename, dropped = t5_rename(header.shapes), _dropped(header.shapes)
     return {rename(name): value for name, value in values.items() if name not in dropped}
 
 
 def _weights(source: TensorSource, header: Header) -> Iterator[tuple[str, Tensor]]:
-    """The file's weights under transformers' names."""
+    """Yield the file's weights with transformers' names."""
     dropped = _dropped(header.shapes)
     tensors = ((name, tensor) for name, tensor in read_tensors(source) if name not in dropped)
     return renamed(tensors, t5_rename(header.shapes))
 
 
 def _scales(source: TensorSource, header: Header) -> dict[str, Tensor]:
-    """The scales of a scaled file by M, or an InputError for one that does not fit its matrix."""
+    """Return the scales of a scaled file by M. Raises InputError for a scale that does not fit its matrix."""
     rename = t5_rename(header.shapes)
     shapes = {rename(name): shape for name, shape in header.shapes.items()}
     return read_scales(source, header, lambda module: rename(f"{module}.weight").removesuffix(".weight"), shapes)
 
 
 def read_config(shapes: Shapes) -> UMT5Config:
-    """The configuration that transformers' names and these shapes describe; where they say nothing, the published one.
+    """Infer the configuration from transformers' names and shapes; where they are missing, use the published one.
 
-    Each size is the one that most blocks agree on, so that a single wrong tensor is later reported as just that.
+    Each size is the most frequent one over blocks, so that a single wrong tensor is reported as such later.
     """
     blocks = {name.split(".")[2] for name in shapes if name.startswith("encoder.block.")}
     vocabulary, dim = _sizes(shapes, _TABLE, (256384, 4096))
@@ -191,6 +192,6 @@ def read_config(shapes: Shapes) -> UMT5Config:
 
 
 def _sizes(shapes: Shapes, ending: str, published: tuple[int, int]) -> tuple[int, int]:
-    """The commonest shape of the matrices whose name ends so."""
+    """Return the most frequent shape of the matrices with this name ending."""
     found = [(shape[0], shape[1]) for name, shape in shapes.items() if name.endswith(ending) and len(shape) == 2]
     return mode(found) if found else published

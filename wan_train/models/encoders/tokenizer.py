@@ -1,7 +1,7 @@
-"""From a prompt to the token ids of UMT5: cleaning, finding a tokenizer, reading it.
+"""Tokenize prompts for UMT5: clean the text, find a tokenizer, and read it.
 
-A tokenizer is a `tokenizer.json`, used exactly as it says, or a SentencePiece model: a `spiece.model`, or the same
-bytes inside a text encoder's file. Both are read here, without the network and without code from the folder.
+A tokenizer is a `tokenizer.json`, used as it is, or a SentencePiece model: a `spiece.model`, or the same bytes inside a
+text encoder checkpoint. Both are read here without network access and without running code from the folder.
 """
 
 import html
@@ -31,50 +31,52 @@ logger = get_logger(__name__)
 
 
 def clean(text: str) -> str:
-    """Repair mis-decoded characters, resolve HTML entities (twice, for text escaped twice), and put one space for each
-    run of whitespace: the cleaning that Wan was trained with."""
+    """Clean a text as in Wan's training.
+
+    Repair mis-decoded characters, unescape HTML entities (twice, for doubly escaped text), and collapse whitespace.
+    """
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 class Tokenizer:
-    """Texts -> token ids, at most 512 each, the end token included; make one with `read_tokenizer`."""
+    """Convert texts to token ids, at most 512 including the end token; create one with `read_tokenizer`."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         backend.no_padding()
         backend.enable_truncation(TEXT_LENGTH)
         self._backend = backend
         self.num_tokens = backend.get_vocab_size()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text; a warning names each text that is too long and loses its end, once."""
+        """Return the ids of each text. Warns once about each text that is truncated."""
         found = []
         for text in texts:
             ids, is_cut = self._encode(text)
             found.append(ids)
-            if is_cut and text not in self._told:
-                self._told.add(text)
+            if is_cut and text not in self._warned:
+                self._warned.add(text)
                 start = f"{' '.join(text.split())[:_SHOWN]} ..."
                 logger.warning('the text "%s" is longer than %d tokens and is truncated', start, TEXT_LENGTH)
         return found
 
     def find_cut(self, texts: Iterable[str]) -> set[str]:
-        """Those of the texts that are too long and lose their end; there will be no warning of these any more."""
+        """Return the texts that are too long and will be truncated; these are not warned about any more."""
         cut = {text for text in texts if self._encode(text)[1]}
-        self._told |= cut
+        self._warned |= cut
         return cut
 
     def _encode(self, text: str) -> tuple[list[int], bool]:
-        # One at a time: a batch would start threads, which a data loader's fork does not survive.
+        # One at a time: a batch would start threads, which do not survive the fork of a data loader.
         encoding = self._backend.encode(clean(text))
         return encoding.ids, bool(encoding.overflowing)
 
 
 def find_tokenizer(wanted: str | os.PathLike[str], source: TensorSource, *, embedded: bool) -> Path | None:
-    """The tokenizer file for the text encoder `source`; None stands for the one embedded in it.
+    """Return the tokenizer file for the text encoder `source`; None means the one embedded in it.
 
-    `wanted` is a folder or file, or "auto": the folder google/umt5-xxl beside the encoder's file, else the embedded
-    one, else Hugging Face's, from its local cache or the network. Raises InputError when there is none.
+    `wanted` is a folder or file, or "auto": the folder google/umt5-xxl next to the encoder's file, else the embedded
+    tokenizer, else Hugging Face's, from the local cache or the network. Raises InputError if there is none.
     """
     if wanted != "auto":
         return _file_of(Path(wanted))
@@ -94,7 +96,7 @@ def _file_of(path: Path) -> Path:
     for name in _FILES:
         if (path / name).is_file():
             return path / name
-    raise InputError(f"{path} holds no tokenizer ({' or '.join(_FILES)}): {_DOWNLOAD} into it")
+    raise InputError(f"{path} has no tokenizer ({' or '.join(_FILES)}): {_DOWNLOAD} into it")
 
 
 def _fetch() -> Path:
@@ -104,20 +106,20 @@ def _fetch() -> Path:
         cached = try_to_load_from_cache(HUB_ID, name)
         if isinstance(cached, str):
             return Path(cached)
-    # The hub's own client would repeat for half a minute before it gives up.
-    if not constants.HF_HUB_OFFLINE and _answers(hf_hub_url(HUB_ID, _FILES[0])):
+    # The hub's own client would retry for half a minute before it fails.
+    if not constants.HF_HUB_OFFLINE and _is_reachable(hf_hub_url(HUB_ID, _FILES[0])):
         logger.info("downloading the tokenizer %s", HUB_ID)
         try:
             return Path(hf_hub_download(HUB_ID, _FILES[0]))
         except OSError as problem:
             logger.warning("the download failed: %s", problem)
     raise InputError(
-        f"no tokenizer is at hand and the Hugging Face hub cannot be reached: {_DOWNLOAD} into a folder {HUB_ID} "
-        "beside the text encoder's file, or name their folder with --tokenizer"
+        f"no local tokenizer found and the Hugging Face hub cannot be reached: {_DOWNLOAD} into a folder {HUB_ID} "
+        "next to the text encoder's file, or give their folder with --tokenizer"
     )
 
 
-def _answers(url: str) -> bool:
+def _is_reachable(url: str) -> bool:
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
@@ -128,7 +130,7 @@ def _answers(url: str) -> bool:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json` or a SentencePiece model; InputError when it cannot be read."""
+    """Read a `tokenizer.json` or a SentencePiece model. Raises InputError if it cannot be read."""
     if path.suffix != ".json":
         return tokenizer_of_sentencepiece(path.read_bytes(), str(path))
     try:
@@ -141,10 +143,9 @@ _END = "</s>"
 
 
 def tokenizer_of_sentencepiece(model: bytes, label: str) -> Tokenizer:
-    """The tokenizer that a SentencePiece unigram model describes; InputError, naming `label`, when it is not one.
+    """Build a tokenizer from a SentencePiece unigram model. Raises InputError, naming `label`, if it is not one.
 
-    As in Hugging Face's conversion for T5, a character that no piece covers is unknown: the model's pieces for single
-    bytes are not used.
+    As in Hugging Face's conversion for T5, characters that no piece covers are unknown; byte fallback is not used.
     """
     try:
         vocabulary, unknown, character_map = _parse_model(model)
@@ -153,16 +154,16 @@ def tokenizer_of_sentencepiece(model: bytes, label: str) -> Tokenizer:
         if character_map:
             backend.normalizer = normalizers.Precompiled(character_map)
     except Exception as problem:  # the library raises nothing narrower
-        raise InputError(f"{label} holds no SentencePiece unigram model ({problem}): {_DOWNLOAD}") from None
+        raise InputError(f"{label} is not a valid SentencePiece unigram model ({problem}): {_DOWNLOAD}") from None
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     backend.post_processor = processors.TemplateProcessing(single=f"$A {_END}", special_tokens=[(_END, end)])
     return Tokenizer(backend)
 
 
 def _parse_model(model: bytes) -> tuple[list[tuple[str, float]], int, bytes]:
-    """Pieces with their scores, the index of the unknown piece, and the map of the normaliser.
+    """Return the pieces with their scores, the index of the unknown piece, and the normaliser's character map.
 
-    The numbers are those of sentencepiece_model.proto.
+    Field numbers are those of sentencepiece_model.proto.
     """
     vocabulary: list[tuple[str, float]] = []
     unknown, character_map = 0, None
@@ -173,16 +174,16 @@ def _parse_model(model: bytes) -> tuple[list[tuple[str, float]], int, bytes]:
             if fields.get(3) == 2:
                 unknown = len(vocabulary) - 1
         elif number == 2 and fields.get(3, 1) != 1:
-            raise ValueError("it is of another type")
+            raise ValueError("not of type unigram")
         elif number == 3:
             character_map = fields.get(2, b"")
     if character_map is None:  # the last of the three
-        raise ValueError("it is cut short")
+        raise ValueError("truncated")
     return vocabulary, unknown, character_map
 
 
 def _read_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of every field of a protobuf message: an int for a varint, else the bytes."""
+    """Yield (number, value) of every field of a protobuf message: an int for a varint, else the bytes."""
     at = 0
     while at < len(message):
         key, at = _read_varint(message, at)
@@ -193,7 +194,7 @@ def _read_fields(message: bytes) -> Iterator[tuple[int, Any]]:
             continue
         size, at = _read_varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
         if at + size > len(message):
-            raise ValueError("it is cut short")
+            raise ValueError("truncated")
         yield key >> 3, message[at : at + size]
         at += size
 

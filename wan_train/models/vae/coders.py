@@ -1,7 +1,7 @@
-"""The encoder and the decoder of a Wan VAE: what Wan2.1 and Wan2.2 have in common.
+"""The encoder and decoder of a Wan VAE: what Wan2.1 and Wan2.2 have in common.
 
-B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent positions. What a kind of VAE has of its
-own are the layers that narrow and widen, which are handed in, and the patch.
+B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent positions. The down and up layers and the
+patch size, which differ between the VAEs, are passed in.
 """
 
 from einops import rearrange
@@ -12,7 +12,10 @@ from wan_train.models.vae.layers import CausalConv3d, FeatureCache, make_head, m
 
 
 class Encoder(nn.Module):
-    """A chunk of pixels (B, 3, F, H, W) -> mean and log variance (B, 2 * latent channels, T, h, w), not yet mixed."""
+    """Encode a chunk of pixels (B, 3, F, H, W) into mean and log variance (B, 2 * latent channels, T, h, w).
+
+    The VAE's 1x1x1 convolution is not yet applied.
+    """
 
     def __init__(self, geometry: Geometry, layers: nn.ModuleList, *, patch: int) -> None:
         super().__init__()
@@ -26,21 +29,24 @@ class Encoder(nn.Module):
         return self.finish(self.narrow(x, cache), cache)
 
     def narrow(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The part that sees a neighbourhood only: pixels to features (B, C, T, h, w)."""
+        """Run the layers with a local receptive field: pixels to features (B, C, T, h, w)."""
         x = self.conv1(fold_patches(x, self.patch), cache)
         for layer in self.downsamples:
             x = layer(x, cache)
         return x
 
     def finish(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The part that sees the whole image, in one size."""
+        """Run the layers that see the whole image, at latent resolution."""
         for layer in self.middle:
             x = layer(x, cache)
         return run_head(self.head, x, cache)
 
 
 class Decoder(nn.Module):
-    """A chunk of mixed latents (B, latent channels, T, h, w) -> pixels (B, 3, F, H, W), not clamped."""
+    """Decode a chunk of latents (B, latent channels, T, h, w) to pixels (B, 3, F, H, W), not clamped.
+
+    The VAE's 1x1x1 convolution has been applied to the latents.
+    """
 
     def __init__(self, geometry: Geometry, layers: nn.ModuleList, *, patch: int) -> None:
         super().__init__()
@@ -54,14 +60,14 @@ class Decoder(nn.Module):
         return self.widen(self.begin(x, cache), cache)
 
     def begin(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The part that sees the whole image, in one size: to features (B, C, T, h, w)."""
+        """Run the layers that see the whole image, at latent resolution; return features (B, C, T, h, w)."""
         x = self.conv1(x, cache)
         for layer in self.middle:
             x = layer(x, cache)
         return x
 
     def widen(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The part that sees a neighbourhood only: features to pixels."""
+        """Run the layers with a local receptive field: features to pixels."""
         for layer in self.upsamples:
             x = layer(x, cache)
         x = run_head(self.head, x, cache)
@@ -69,10 +75,9 @@ class Decoder(nn.Module):
 
 
 def fold_patches(pixels: Tensor, patch: int) -> Tensor:
-    """Squares of `patch` x `patch` pixels into channels: (B, C, F, H, W) -> (B, C * patch^2, F, H/patch, W/patch).
+    """Fold patches of pixels into channels: (B, C, F, H, W) -> (B, C * patch^2, F, H/patch, W/patch).
 
-    Of a pixel's place in its square, the column counts before the row, as in the published Wan2.2 VAE. Channels lie
-    last in memory.
+    Within a patch the column varies slower than the row, as in the published Wan2.2 VAE. Memory is channels-last.
     """
     if patch == 1:
         return pixels
@@ -80,7 +85,7 @@ def fold_patches(pixels: Tensor, patch: int) -> Tensor:
 
 
 def unfold_patches(x: Tensor, patch: int) -> Tensor:
-    """The inverse of `fold_patches`."""
+    """Unfold channels into patches; the inverse of `fold_patches`."""
     if patch == 1:
         return x
     return rearrange(x, "b (c r q) f h w -> b c f (h q) (w r)", q=patch, r=patch)

@@ -1,4 +1,4 @@
-"""The sizes of a Wan VAE, and how to read them off a checkpoint's names and shapes."""
+"""Sizes of a Wan VAE, inferred from a checkpoint's names and shapes."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,10 @@ KIND21, KIND22 = "Wan2.1", "Wan2.2"
 class Geometry:
     """Sizes of a VAE; the defaults are those of the published Wan2.1 VAE.
 
-    `base` channels after the first convolution, `widths` channels of each level from the pixels down, `num_blocks`
-    residual blocks per level of the encoder (one more in the decoder), `temporal` whether each step down halves time,
-    `decoder_widths` as `widths` (and the same where nothing is given), `kind` the name of the VAE's kind.
+    `base` is the number of channels after the first convolution, `widths` the channels per level from the pixels down,
+    `num_blocks` the residual blocks per level of the encoder (the decoder has one more), `temporal` whether each
+    downsampling also halves the frames, `decoder_widths` as `widths` (default: the same), and `kind` the name of the
+    VAE's kind.
     """
 
     base: int = 96
@@ -47,8 +48,8 @@ GEOMETRIES: dict[str, Geometry] = {
 
 @dataclass(frozen=True)
 class _Levels:
-    """What the layers of one side say, level by level in their order: widths as each tensor has them, the number of
-    residual blocks, and whether the step after it changes time."""
+    """Sizes of the encoder or decoder per level: widths as in each tensor, number of residual blocks, and whether the
+    resampling after it is temporal."""
 
     widths: Sequence[Sequence[int]]
     num_blocks: Sequence[int]
@@ -56,9 +57,9 @@ class _Levels:
 
 
 def read_geometry(shapes: Shapes) -> Geometry:
-    """The geometry that official names and shapes describe; where they do not, the published one.
+    """Infer the geometry from official names and shapes; where they are incomplete, use the published one.
 
-    Each size is the one that most tensors agree on, so that a single wrong tensor is later reported as just that.
+    Each size is the most frequent one over tensors, so that a single wrong tensor is reported as such later.
     """
     staged = _below(shapes, "encoder.downsamples.0.downsamples.") or _below(shapes, "decoder.upsamples.0.upsamples.")
     kind = KIND22 if staged else KIND21
@@ -87,7 +88,7 @@ def read_geometry(shapes: Shapes) -> Geometry:
 
 
 def _layers(shapes: Shapes, prefix: str) -> Iterator[Shapes]:
-    """The tensors of each layer of a list, in order, through the stages where the list has any."""
+    """Yield the tensors of each layer of a list, in order, including those inside stages."""
     inner = prefix.rpartition(".")[2]
     for index in itertools.count():
         layer = _below(shapes, f"{prefix}.{index}.")
@@ -100,7 +101,7 @@ def _layers(shapes: Shapes, prefix: str) -> Iterator[Shapes]:
 
 
 def _read_levels(layers: Iterator[Shapes]) -> _Levels:
-    """`layers`: those of one side, residual blocks and, between two levels, a resampling."""
+    """Read the levels of the encoder or decoder; `layers` are residual blocks with a resampling between levels."""
     widths: list[list[int]] = [[]]
     num_blocks = [0]
     temporal: list[bool] = []
@@ -120,5 +121,5 @@ def _below(shapes: Shapes, prefix: str) -> Shapes:
 
 
 def _sizes(shapes: Shapes, *names: str) -> list[int]:
-    """The first size of each of these tensors that is there."""
+    """Return the first size of each of these tensors that exists."""
     return [shapes[name][0] for name in names if shapes.get(name)]

@@ -11,9 +11,9 @@ from wan_train.models.vae.geometry import KIND21, KIND22, Geometry
 
 @dataclass(frozen=True)
 class VaeKind:
-    """What tells a kind of VAE from the other: its published file, layers, patch and statistics of the latents.
+    """A kind of VAE: its published file, layers, patch size and latent statistics.
 
-    `patch` is the side of the squares of pixels that become channels before the first layer.
+    `patch` is the side of the pixel patches that are folded into channels before the first layer.
     """
 
     name: str
@@ -26,7 +26,7 @@ class VaeKind:
 
     @property
     def latent_channels(self) -> int:
-        """How many channels the latents have."""
+        """Return the number of latent channels."""
         return len(self.latent_mean)
 
 
@@ -56,5 +56,5 @@ KINDS: dict[str, VaeKind] = {
 
 
 def kind_of(latent_channels: int) -> VaeKind:
-    """The kind whose latents have that number of channels."""
+    """Return the kind with this number of latent channels."""
     return next(kind for kind in KINDS.values() if kind.latent_channels == latent_channels)

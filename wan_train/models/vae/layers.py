@@ -1,11 +1,11 @@
-"""Layers of the Wan video VAEs: causal in time, so that a clip streams through them chunk by chunk.
+"""Layers of the Wan video VAEs: causal in time, so that a clip can be processed chunk by chunk.
 
 B batch, C channels, F frames of the chunk, H W height and width at the level. A stream starts with a chunk of one
-frame; the chunks after it may have any length, and the result does not depend on how the frames were divided. The
-layers hold weights only: what they remember of earlier chunks lies in the `FeatureCache` that is handed through.
+frame; later chunks may have any length, and the result does not depend on the division. The layers have no state:
+features of earlier chunks are in the `FeatureCache` that is passed through.
 
-The layers keep the memory layout of their input. Channels-last is the fast one: norms then reduce over neighbours, and
-frames, rows and columns merge without a copy.
+The layers preserve the memory layout of their input. Channels-last is the fast one: norms then reduce over contiguous
+memory, and frames, rows and columns are merged without a copy.
 """
 
 import itertools
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 
 class FeatureCache:
-    """The last frames that each layer has seen, for one stream through one encoder or decoder.
+    """The last input frames of each layer, for one stream through one encoder or decoder.
 
-    `on_cpu` keeps them in CPU RAM between chunks, for devices that have little of their own.
+    `on_cpu` keeps them in CPU RAM between chunks to save GPU memory.
     """
 
     def __init__(self, *, on_cpu: bool = False) -> None:
@@ -29,23 +29,23 @@ class FeatureCache:
         self._started: set[nn.Module] = set()
 
     def starts(self, layer: nn.Module) -> bool:
-        """Whether the layer asks for the first time in this stream."""
+        """Return whether this is the layer's first call in the stream."""
         first = layer not in self._started
         self._started.add(layer)
         return first
 
     def last(self, layer: nn.Module, device: torch.device) -> Tensor | None:
-        """The frames (B, C, n, H, W) that the layer kept of the chunk before."""
+        """Return the frames (B, C, n, H, W) that the layer kept from the previous chunk."""
         frames = self._frames.get(layer)
         return None if frames is None else frames.to(device)
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
-        """Hold a copy of `frames` for the layer's next chunk: a slice would hold the whole chunk alive."""
+        """Keep a copy of `frames` for the layer's next chunk; a slice would keep the whole chunk alive."""
         self._frames[layer] = frames.to("cpu", copy=True) if self._on_cpu else frames.clone()
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution (B, C, F, H, W) -> (B, C', F, H, W) that sees no later frame; zeros lie before the first one."""
+    """Causal convolution (B, C, F, H, W) -> (B, C', F, H, W); zeros precede the first frame."""
 
     def __init__(self, channels: int, out_channels: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> None:
         super().__init__(channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
@@ -65,9 +65,9 @@ class CausalConv3d(nn.Conv3d):
         return self._make_frame(x, missing)
 
     def _make_frame(self, x: Tensor, missing: int) -> Tensor:
-        """The one frame that `x` gives, without the `missing` taps that would see the zeros before the clip.
+        """Compute a single output frame, without the `missing` taps that would multiply the zeros before the clip.
 
-        A sum of flat convolutions: torch's own three-dimensional one is slow when it makes a single frame on a CPU.
+        It is a sum of 2D convolutions: torch's 3D convolution is slow for a single frame on a CPU.
         """
         taps = self.weight.unbind(2)[missing:]
         frames = x.unbind(2)
@@ -78,12 +78,12 @@ class CausalConv3d(nn.Conv3d):
 
 
 def mix_channels(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
-    """A convolution with a kernel of one position, (B, C, ...) -> (B, C', ...), as the Linear that it is."""
+    """Apply a convolution with kernel size 1, (B, C, ...) -> (B, C', ...), as a Linear."""
     return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
 
 
 class RMSNorm(nn.Module):
-    """Each position's channel vector divided by its root mean square, times a gain; (B, C, ...) -> the same.
+    """Divide each channel vector by its root mean square and multiply by a gain; (B, C, ...) -> same shape.
 
     The gain is stored as (C, 1, 1) in attention and (C, 1, 1, 1) elsewhere, as in the published files.
     """
@@ -93,14 +93,14 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * num_axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The published layer bounds the vector's length from below by 1e-12; eps is that, squared.
+        # The published layer clamps the vector's norm to at least 1e-12; eps is its square.
         return F.rms_norm(x.movedim(1, -1), (x.shape[1],), self.gamma.flatten(), eps=1e-24).movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):
-    """Two rounds of norm, SiLU, causal convolution, beside a shortcut; (B, C, F, H, W) -> (B, C', F, H, W).
+    """Norm, SiLU and causal convolution, twice, plus a shortcut; (B, C, F, H, W) -> (B, C', F, H, W).
 
-    The keys are the positions in the published layer list, whose other entries have no weights.
+    The keys are indices in the published layer list, whose other entries have no weights.
     """
 
     def __init__(self, channels: int, out_channels: int) -> None:
@@ -125,7 +125,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with one head among the positions of each frame; (B, C, F, H, W) -> the same."""
+    """Single-head self-attention over the positions of each frame; (B, C, F, H, W) -> same shape."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -142,27 +142,27 @@ class AttentionBlock(nn.Module):
 
 
 def make_middle(channels: int) -> nn.ModuleList:
-    """The layers of a VAE's innermost level."""
+    """Return the layers of a VAE's innermost level."""
     return nn.ModuleList(
         [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
     )
 
 
 def make_head(channels: int, out_channels: int) -> nn.ModuleDict:
-    """The norm and the convolution that end an encoder or a decoder."""
+    """Return the norm and convolution that end an encoder or decoder."""
     return nn.ModuleDict({"0": RMSNorm(channels), "2": CausalConv3d(channels, out_channels)})
 
 
 def run_head(head: nn.ModuleDict, x: Tensor, cache: FeatureCache) -> Tensor:
-    """What ends an encoder or a decoder: (B, C, F, H, W) -> (B, C', F, H, W)."""
+    """Run the layers of `make_head`: (B, C, F, H, W) -> (B, C', F, H, W)."""
     out: Tensor = head["2"](F.silu(head["0"](x), inplace=True), cache)
     return out
 
 
 class Downsample(nn.Module):
-    """Halve height and width, and with `temporal` the frames too: (B, C, F, H, W) -> (B, C, F or ceil(F/2), H/2, W/2).
+    """Halve height and width and, if `temporal`, the frames: (B, C, F, H, W) -> (B, C, F or ceil(F/2), H/2, W/2).
 
-    The first frame of a clip stays a frame of its own; each pair after it becomes one.
+    The first frame of a clip stays single; the frames after it are merged in pairs.
     """
 
     def __init__(self, channels: int, *, temporal: bool) -> None:
@@ -182,9 +182,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width, and with `temporal` the frames too: (B, C, F, H, W) -> (B, C', F or 2F, 2H, 2W).
+    """Double height and width and, if `temporal`, the frames: (B, C, F, H, W) -> (B, C', F or 2F, 2H, 2W).
 
-    The first frame of a clip stays a single one, and the frames after it do not see it.
+    The first frame of a clip stays single, and later frames do not see it.
     """
 
     def __init__(self, channels: int, out_channels: int, *, temporal: bool) -> None:
@@ -195,7 +195,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         b = x.shape[0]
         if self.time_conv is not None and not cache.starts(self):
-            # Channels go last before the two halves interleave, so that the layout survives the copy.
+            # Channels are moved last before the halves are interleaved, which preserves the layout.
             x = rearrange(self.time_conv(x, cache), "b (k c) f h w -> b (f k) h w c", k=2).movedim(-1, 1)
         conv = cast(nn.Conv2d, self.resample["1"])
         frames = convolve_doubled(rearrange(x, "b c f h w -> (b f) c h w"), conv.weight, conv.bias)
@@ -203,10 +203,10 @@ class Upsample(nn.Module):
 
 
 def convolve_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Each pixel of (B, C, H, W) doubled in both directions, then a 3x3 convolution; -> (B, C', 2H, 2W).
+    """Upsample (B, C, H, W) by 2 (nearest), then apply a 3x3 convolution; -> (B, C', 2H, 2W).
 
-    Of three neighbours in the doubled image two are the same pixel, so that every output pixel is a 2x2 convolution of
-    the small image, with one of four kernels: 4/9 of the work, and the doubled image is never made.
+    Two of three neighbours in the upsampled image are the same pixel, so each output pixel is a 2x2 convolution of the
+    input with one of four kernels: 4/9 of the work, and the upsampled image is never stored.
     """
     b, _, h, w = x.shape
     kernels = _pair_taps(_pair_taps(weight.float(), 2), 3).to(weight.dtype)
@@ -220,6 +220,6 @@ def convolve_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _pair_taps(weight: Tensor, axis: int) -> Tensor:
-    """Three taps on a doubled axis as two taps on the axis itself, first for even outputs, then for odd ones."""
+    """Combine three taps on an upsampled axis into two on the original axis, for even outputs, then for odd ones."""
     first, second, third = weight.unbind(axis)
     return torch.stack([first, second + third, first + second, third], dim=axis)

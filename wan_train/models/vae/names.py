@@ -1,7 +1,7 @@
-"""Names of the Wan VAEs' tensors: the official ones and those of diffusers' AutoencoderKLWan.
+"""Tensor names of the Wan VAEs: official ones and those of diffusers' AutoencoderKLWan.
 
-Every tensor keeps its shape. In Wan2.1 the layers that narrow are one flat list in both namings, and so are those that
-widen in the official one; in Wan2.2 both namings have a list for each stage.
+Shapes are the same in both. In Wan2.1 the down layers are one flat list in both namings, the up layers only in the
+official one; in Wan2.2 both namings have a list per stage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from wan_train.models.weights import Rename, Shapes
 
 STAGE_BLOCKS = 3  # residual blocks per stage of the published decoder
 
-# What only the names of a Wan2.2 VAE begin with.
+# Name prefixes that only a Wan2.2 VAE has.
 _STAGED = ("encoder.down_blocks.0.resnets.", "encoder.down_blocks.0.downsampler.", "decoder.up_blocks.0.upsampler.")
 
 _TOP = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
@@ -26,7 +26,7 @@ _BLOCK = {
 
 
 def vae_rename(shapes: Shapes) -> Rename:
-    """The function from the names of this VAE checkpoint to the official ones."""
+    """Return the function from the names of this VAE checkpoint to the official ones."""
     stage = "decoder.up_blocks.0.resnets."
     blocks = {name.removeprefix(stage).split(".")[0] for name in shapes if name.startswith(stage)}
     if not blocks and "quant_conv.weight" not in shapes:
@@ -36,10 +36,10 @@ def vae_rename(shapes: Shapes) -> Rename:
 
 
 def official_name(name: str, *, stage_blocks: int = STAGE_BLOCKS, staged: bool = False) -> str:
-    """A diffusers name of a VAE tensor in official naming; a name that is not one comes back as it is.
+    """Return the official name of a VAE tensor with a diffusers name; other names are unchanged.
 
-    A stage of the decoder has `stage_blocks` residual blocks, then the upsampler; one of a Wan2.2 encoder has a block
-    less, then the downsampler. `staged`: the official decoder has its stages too (Wan2.2), not one flat list.
+    A decoder stage has `stage_blocks` residual blocks, then the upsampler; a Wan2.2 encoder stage has one block less,
+    then the downsampler. `staged`: the official decoder has stages too (Wan2.2), not one flat list.
     """
     match name.split("."):
         case [top, *tail] if top in _TOP:
@@ -67,7 +67,7 @@ def official_name(name: str, *, stage_blocks: int = STAGE_BLOCKS, staged: bool =
 
 
 def diffusers_name(name: str, *, stage_blocks: int = STAGE_BLOCKS) -> str:
-    """The inverse of `official_name`."""
+    """Return the diffusers name of an official one; the inverse of `official_name`."""
     match name.split("."):
         case [top, *tail] if top in _TOP.values():
             return _join(_inverse(_TOP)[top], tail)
@@ -99,7 +99,7 @@ def _inverse(table: Mapping[str, str]) -> dict[str, str]:
 
 
 def _renamed(parts: Sequence[str], table: Mapping[str, str]) -> list[str]:
-    """The parts with their head, one part or two, replaced where the table knows it."""
+    """Replace the first one or two parts if they are in the table."""
     for count in (2, 1):
         head = ".".join(parts[:count])
         if head in table:

@@ -1,10 +1,10 @@
-"""The layers of a VAE above and below the latents' size, each process with a strip of rows of the frames.
+"""The VAE's down and up layers with each process computing a strip of rows of the frames.
 
-A strip takes as many rows of its neighbours with it as its own result depends on, told by the layers' kernels; after
-each layer those that no later layer needs are cut off, so that little is computed twice: 7 rows at each inner edge at
-the pixels' size, 13 at the latents' size (published Wan2.1 decoder). At the frame's own edges a strip ends where the
-frame does, and layers pad as ever. So the strips together are the undivided result. What sees the whole frame, the
-middle with its attention, runs in every process.
+A strip is extended by the rows of its neighbours that its result depends on (halo), derived from the layers' kernels;
+after each layer, rows that no later layer needs are dropped, so that little is computed twice: 7 rows at each inner
+edge at pixel resolution, 13 at latent resolution (published Wan2.1 decoder). At the frame's borders layers pad as
+usual. The concatenated strips therefore equal the undivided result. Layers that see the whole frame, the middle with
+its attention, run in every process.
 
 B batch, C channels, F frames of a chunk, T latent frames of it, H W pixels, h w latent positions; a latent row is one
 of h.
@@ -28,7 +28,7 @@ Layer = Callable[[Tensor, FeatureCache], Tensor]
 
 @dataclass(frozen=True)
 class Reach:
-    """Number of rows above and below its own that a strip needs of what it is computed from."""
+    """Number of halo rows above and below that a strip needs of an input."""
 
     above: int = 0
     below: int = 0
@@ -36,7 +36,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class Stage:
-    """A layer, the reach of its input, and the number of rows of its input and of its result for each latent row."""
+    """A layer, the reach of its input, and the rows of its input and output per latent row."""
 
     run: Layer
     reach: Reach
@@ -46,7 +46,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Strip:
-    """Some of `num_rows` latent rows."""
+    """A range of `num_rows` latent rows."""
 
     rows: range
     num_rows: int
@@ -58,7 +58,7 @@ class Strip:
         return range(max(start, 0), min(stop, self.num_rows * stage.rows_in))
 
     def run(self, stages: Sequence[Stage], x: Tensor, cache: FeatureCache, *, start: int) -> Tensor:
-        """Return the strip's own rows of what the stages make of `x` (B, C, F, rows, W), whose first row is `start`."""
+        """Return the strip's rows of the stages' output for `x` (B, C, F, rows, W), whose first row is `start`."""
         for stage in stages:
             needed = self.needed(stage)
             x = stage.run(_cut(x, needed.start - start, needed.stop - start), cache)
@@ -69,15 +69,15 @@ class Strip:
 
 @dataclass(frozen=True)
 class Strips:
-    """The processes that have a strip each: ceil(h / processes) latent rows, the last of them fewer.
+    """The processes with one strip each: ceil(h / processes) latent rows, fewer in the last one.
 
-    Where there are fewer latent rows than processes, those left over compute the last row, and nobody takes it.
+    If there are fewer latent rows than processes, the remaining processes compute the last row, which is discarded.
     """
 
     split: Split
 
     def narrow(self, encoder: Encoder, pixels: Tensor, cache: FeatureCache) -> Tensor:
-        """Return `encoder.narrow` of pixels (B, 3, F, H, W), in every process; all are given the same pixels."""
+        """Return `encoder.narrow` of pixels (B, 3, F, H, W) in every process; all must be given the same pixels."""
         stages, patch = encoder_stages(encoder), encoder.patch
         strip = self._strip(pixels.shape[-2] // (patch * stages[0].rows_in))
         needed = strip.needed(stages[0])
@@ -85,13 +85,13 @@ class Strips:
         return self._gathered(strip.run(stages, x, cache, start=needed.start), strip.num_rows)
 
     def widen(self, decoder: Decoder, features: Tensor, cache: FeatureCache) -> Tensor:
-        """Return this process's rows of `decoder.widen` of features (B, C, T, h, w); all are given the same."""
+        """Return this process's rows of `decoder.widen` of features (B, C, T, h, w); all must be given the same."""
         return self._strip(features.shape[-2]).run(decoder_stages(decoder), features, cache, start=0)
 
     def join(self, part: Tensor, num_rows: int) -> Tensor | None:
         """Return the frames (B, C, F, H, W) in the first process, None in others.
 
-        `part` are this process's rows of frames that stand for `num_rows` latent rows.
+        `part` are this process's rows of frames that correspond to `num_rows` latent rows.
         """
         size = self._size(num_rows)
         if self.split.rank:
@@ -113,7 +113,7 @@ class Strips:
         return Strip(range(start, min(start + self._size(num_rows), num_rows)), num_rows)
 
     def _gathered(self, part: Tensor, num_rows: int) -> Tensor:
-        """The features of all strips together, in every process."""
+        """Gather the features of all strips in every process."""
         padded = F.pad(part, (0, 0, 0, self._size(num_rows) - part.shape[-2])).contiguous()
         parts = [torch.empty_like(padded) for _ in range(self.split.size)]
         dist.all_gather(parts, padded, group=self.split.group)
@@ -121,12 +121,12 @@ class Strips:
 
 
 def encoder_stages(encoder: Encoder) -> list[Stage]:
-    """Return the layers of `Encoder.narrow` after its folding of patches."""
+    """Return the layers of `Encoder.narrow` after patch folding."""
     return _stages([encoder.conv1, *encoder.downsamples], rows_out=1)
 
 
 def decoder_stages(decoder: Decoder) -> list[Stage]:
-    """Return the layers of `Decoder.widen`, the last of which unfolds patches."""
+    """Return the layers of `Decoder.widen`; the last one includes patch unfolding."""
     layers = [*decoder.upsamples, decoder.head["2"]]
     *inner, last = _stages(layers, rows_out=2 ** sum(map(_doublings, layers)))
 
@@ -137,7 +137,7 @@ def decoder_stages(decoder: Decoder) -> list[Stage]:
 
 
 def _stages(layers: Sequence[nn.Module], *, rows_out: int) -> list[Stage]:
-    """Stages of layers whose last result has `rows_out` rows for each latent row."""
+    """Return stages of layers whose last output has `rows_out` rows per latent row."""
     stages: list[Stage] = []
     reach = Reach()
     for layer in reversed(layers):
@@ -149,15 +149,15 @@ def _stages(layers: Sequence[nn.Module], *, rows_out: int) -> list[Stage]:
 
 
 def seen(layer: nn.Module, reach: Reach) -> Reach:
-    """Return the reach of a layer's input from that of its result; layers that halve take whole pairs of rows.
+    """Return the reach of a layer's input from that of its output; downsampling layers need whole pairs of rows.
 
-    TypeError for a layer whose reach is not known: one with attention, for example, sees the whole frame.
+    Raises TypeError for a layer whose reach is unknown; with attention, for example, it sees the whole frame.
     """
     match layer:
         case CausalConv3d():
             side = layer.kernel_size[1] // 2
             return Reach(reach.above + side, reach.below + side)
-        case Upsample():  # a row and its neighbours, among rows that each stand twice
+        case Upsample():  # a row and its neighbours, in an input with doubled rows
             return Reach((reach.above + 2) // 2, (reach.below + 2) // 2)
         case Downsample():  # row i sees rows 2i, 2i + 1 and 2i + 2
             return _in_pairs(Reach(2 * reach.above, 2 * reach.below + 1))
@@ -165,11 +165,11 @@ def seen(layer: nn.Module, reach: Reach) -> Reach:
             for inner in reversed(list(_inner(layer))):
                 reach = seen(inner, reach)
             return _in_pairs(reach) if _doublings(layer) < 0 else reach
-    raise TypeError(f"the reach of {type(layer).__name__} is not known")
+    raise TypeError(f"unknown reach of {type(layer).__name__}")
 
 
 def _inner(layer: nn.Module) -> Iterable[nn.Module]:
-    """The layers one after the other of a layer that is made of them; a shortcut beside them sees no further."""
+    """Return the sequential layers inside a layer; a parallel shortcut has no larger reach."""
     match layer:
         case ResidualBlock():
             return layer.residual["2"], layer.residual["6"]
@@ -181,7 +181,7 @@ def _inner(layer: nn.Module) -> Iterable[nn.Module]:
 
 
 def _doublings(layer: nn.Module) -> int:
-    """How often a layer doubles the number of rows; negative for halving."""
+    """Return how often a layer doubles the number of rows; negative for halving."""
     own = int(isinstance(layer, Upsample)) - int(isinstance(layer, Downsample))
     return own + sum(map(_doublings, _inner(layer)))
 
@@ -191,5 +191,5 @@ def _in_pairs(reach: Reach) -> Reach:
 
 
 def _cut(x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows of a tensor (B, C, F, rows, W), with channels last in memory."""
+    """Return rows of a tensor (B, C, F, rows, W) in channels-last memory."""
     return x[..., start:stop, :].contiguous(memory_format=torch.channels_last_3d)

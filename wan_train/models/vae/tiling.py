@@ -1,7 +1,7 @@
-"""Work in tiles that overlap and blend: the memory of one tile, whatever the size of the image.
+"""Overlapping, blended tiles: memory use is that of one tile, regardless of the image size.
 
-What a tile gives near its inner edges saw zeros in place of its neighbourhood; its weight is nought there and rises
-further in, and the weights of all tiles over one position add up to one.
+Near its inner edges a tile's result is computed from zero padding instead of its neighbours; its weight is zero there
+and increases inwards, and the weights of all tiles sum to one at each position.
 """
 
 import itertools
@@ -15,28 +15,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiling:
-    """Side of a tile and least overlap of two neighbours, in latent positions; the overlap is below the side."""
+    """Side of a tile and minimum overlap of neighbours, in latent positions; the overlap is less than the side."""
 
     size: int = 34
     overlap: int = 8
 
     def divides(self, height: int, width: int) -> bool:
-        """Whether latents of this height and width take more than one tile."""
+        """Return whether latents of this height and width need more than one tile."""
         return max(height, width) > self.size
 
 
 def tile_starts(length: int, tiling: Tiling) -> list[int]:
-    """Where tiles begin on an axis: as few as will do, spread evenly, the first and the last flush with the ends."""
+    """Return the start of each tile on an axis: as few as possible, evenly spaced, the first and last at the ends."""
     room = max(length - tiling.size, 0)
     num_steps = math.ceil(room / (tiling.size - tiling.overlap))
     return [0, *(room * step // num_steps for step in range(1, num_steps + 1))]
 
 
 def tile_weights(length: int, starts: Sequence[int], size: int) -> Tensor:
-    """The share (tiles, length) that each tile has in each position of an axis; every column adds up to one.
+    """Return the weight (tiles, length) of each tile at each position of an axis; columns sum to one.
 
-    Of what two neighbours have in common each leaves its outer quarter to the other; in the half between, the shares
-    change in even steps.
+    In the overlap of two neighbours the outer quarter of each has weight zero; in the middle half the weights change
+    linearly.
     """
     positions = torch.arange(length)
     weights = torch.stack([(start <= positions) & (positions < start + size) for start in starts]).float()
@@ -49,7 +49,7 @@ def tile_weights(length: int, starts: Sequence[int], size: int) -> Tensor:
 
 
 def blend_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling, *, cell: int, out_cell: int) -> Tensor:
-    """`function` of each tile of (..., H, W), joined into one float32 result on the device of `x`.
+    """Apply `function` to each tile of (..., H, W) and blend the results in float32 on the device of `x`.
 
     A latent position is `cell` x `cell` positions of `x`, and `out_cell` x `out_cell` of the result.
     """

@@ -1,8 +1,8 @@
-"""The Wan VAEs: video to latents and back, as a stream of one frame and then four at a time.
+"""The Wan VAEs: encode and decode video as a stream of one frame, then four at a time.
 
 B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent positions. T = 1 + (F - 1) / 4; h = H / 8,
 w = W / 8 and 16 latent channels in Wan2.1, h = H / 16, w = W / 16 and 48 channels in Wan2.2. Pixels are in [-1, 1];
-latents are normalised. Module and parameter names are those of the official files.
+latents are normalised. Modules and parameters have the names of the official files.
 """
 
 import os
@@ -29,18 +29,18 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by numbe
 
 
 class WanVAE(nn.Module):
-    """A Wan2.1 or Wan2.2 video VAE; make one with `load_vae`.
+    """A Wan2.1 or Wan2.2 video VAE; create one with `load_vae`.
 
-    A latent position stands for `stride` x `stride` pixels and, after the first, for `frame_stride` frames. The model
-    works on latents of `latent_channels` channels, normalised with `latent_mean` and `latent_std`, one number each.
+    A latent position corresponds to `stride` x `stride` pixels and, after the first, to `frame_stride` frames. Latents
+    have `latent_channels` channels and are normalised with `latent_mean` and `latent_std` per channel.
 
-    Memory beyond input and output does not grow with the number of frames. `cache_on_cpu` (settable) keeps what the
-    layers remember between chunks in CPU RAM.
+    Memory beyond input and output does not grow with the number of frames. `cache_on_cpu` (settable) keeps the feature
+    cache in CPU RAM between chunks.
 
-    With `tiling` (settable) the layers above the latents' own size work in tiles, and their memory does not grow with
-    the image either; the features between them and the layers that see the whole image are then held for all
-    frames. With `strips` (settable) several processes share these layers out, each with a strip of the frames: all
-    encode and decode the same, and the frames are the first one's.
+    With `tiling` (settable) the layers above latent resolution work in tiles, so that their memory does not grow with
+    the image size either; the features at latent resolution are then held for all frames. With `strips` (settable)
+    several processes share these layers, each computing a strip of the frames: all must encode and decode the same
+    input, and only the first one returns frames.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -60,10 +60,11 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, F, H, W) in [-1, 1] -> normalised latents (B, C, T, h, w), float32, on their device.
+        """Encode pixels (B, 3, F, H, W) in [-1, 1] into normalised latents (B, C, T, h, w), float32, on the same
+        device.
 
-        The latents are the posterior's mean, not a sample. Without gradient. Raises ValueError unless F is 4n + 1 and
-        H and W are multiples of `stride`.
+        The latents are the posterior's mean, not a sample. Without gradient. Raises ValueError unless F is 4n + 1 and H
+        and W are multiples of `stride`.
         """
         self._check_pixels(pixels.shape)
         num_frames = 1 + (pixels.shape[2] - 1) // self.frame_stride
@@ -87,23 +88,23 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, C, T, h, w) -> pixels (B, 3, F, H, W) in [-1, 1], float32, on the latents' device.
+        """Decode normalised latents (B, C, T, h, w) to pixels (B, 3, F, H, W) in [-1, 1], float32, on the same device.
 
-        Without gradient. Raises ValueError for another number of axes or channels.
+        Without gradient. Raises ValueError for a different number of dimensions or channels.
         """
         chunks = self.decode_chunks(latents)
         return _join(chunks, 1 + (latents.shape[2] - 1) * self.frame_stride)
 
     def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode as `decode` does, chunk by chunk: the first frame, then `frame_stride` frames at a time.
+        """Decode like `decode`, chunk by chunk: the first frame, then `frame_stride` frames at a time.
 
-        Each chunk is (B, 3, f, H, W); with `strips` there are none but in the first process. Nothing of an earlier one
-        is held but what the layers remember. With `tiling` the tiles come one after the other, each for all frames: the
-        pixels of all frames are held then, since the layers' memory of all tiles would take more than that up to some
-        hundred frames.
+        Each chunk is (B, 3, f, H, W); with `strips` only the first process yields chunks. No earlier chunk is held,
+        only the feature cache. With `tiling` the tiles are decoded one after another, each for all frames, so the
+        pixels of all frames are held: the feature caches of all tiles would need more memory for up to a few hundred
+        frames.
         """
         if latents.ndim != 5 or latents.shape[1] != self.latent_channels or 0 in latents.shape:
-            raise ValueError(f"latents are (B, {self.latent_channels}, T, h, w), not {tuple(latents.shape)}")
+            raise ValueError(f"latents must be (B, {self.latent_channels}, T, h, w), not {tuple(latents.shape)}")
         return self._decode_chunks(latents)
 
     @torch.no_grad()
@@ -138,11 +139,11 @@ class WanVAE(nn.Module):
         return self.strips.narrow(self.encoder, x, cache) if self.strips else self.encoder.narrow(x, cache)
 
     def _stream(self, layers: Layers, x: Tensor, *, step: int, num_frames: int) -> Tensor:
-        """What the layers give for each chunk of `x`, joined."""
+        """Run the layers on each chunk of `x` and join the results."""
         return _join(self._parts(layers, x, step=step), num_frames)
 
     def _parts(self, layers: Layers, x: Tensor, *, step: int) -> Iterator[Tensor]:
-        """What the layers give for each chunk of `x`, float32, on its device."""
+        """Yield the result of the layers for each chunk of `x`, float32, on its device."""
         cache = FeatureCache(on_cpu=self.cache_on_cpu)
         for chunk in _chunks(x, step):
             yield layers(self._place(chunk), cache).to(x.device, torch.float32)
@@ -156,22 +157,22 @@ class WanVAE(nn.Module):
 
     def _check_pixels(self, shape: Sequence[int]) -> None:
         if len(shape) != 5 or shape[1] != 3 or 0 in shape:
-            raise ValueError(f"pixels are (B, 3, F, H, W), not {tuple(shape)}")
+            raise ValueError(f"pixels must be (B, 3, F, H, W), not {tuple(shape)}")
         _, _, f, h, w = shape
         if (f - 1) % self.frame_stride:
-            raise ValueError(f"a clip has {self.frame_stride}n + 1 frames, not {f}")
+            raise ValueError(f"a clip must have {self.frame_stride}n + 1 frames, not {f}")
         if h % self.stride or w % self.stride:
-            raise ValueError(f"width and height are multiples of {self.stride}, not {w}x{h}")
+            raise ValueError(f"width and height must be multiples of {self.stride}, not {w}x{h}")
 
 
 def _chunks(x: Tensor, size: int) -> Iterator[Tensor]:
-    """The first frame, then `size` frames at a time."""
+    """Yield the first frame, then `size` frames at a time."""
     yield x[:, :, :1]
     yield from x[:, :, 1:].split(size, dim=2) if x.shape[2] > 1 else ()
 
 
 def _join(parts: Iterator[Tensor], num_frames: int) -> Tensor:
-    """Parts (B, C, f, H, W) of `num_frames` frames together as one, without a second copy of the whole."""
+    """Concatenate parts (B, C, f, H, W) of `num_frames` frames without a second copy of the whole."""
     whole, done = torch.empty(0), 0
     for part in parts:
         if not done:
@@ -182,7 +183,7 @@ def _join(parts: Iterator[Tensor], num_frames: int) -> Tensor:
 
 
 def normalise(means: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The VAE's own latents (B, C, ...) -> latents of about zero mean and unit variance.
+    """Normalise the VAE's own latents (B, C, ...) to about zero mean and unit variance.
 
     `mean` and `std`: the statistics of the C channels.
     """
@@ -190,7 +191,7 @@ def normalise(means: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
 
 
 def denormalise(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The inverse of `normalise`."""
+    """Undo `normalise`."""
     return latents * _per_channel(std, latents) + _per_channel(mean, latents)
 
 
@@ -199,11 +200,11 @@ def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def load_vae(source: TensorSource, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> WanVAE:
-    """Load a Wan2.1 or Wan2.2 VAE, frozen; which of them, its names tell.
+    """Load a Wan2.1 or Wan2.2 VAE, frozen; the kind is inferred from the tensor names.
 
-    `source`: a .pth or safetensors file, or a state dict, under official or diffusers names. The weights are `dtype`
-    (None: as stored) and compute in it; on a CPU they are float32 in any case. Raises InputError when the file cannot
-    be read, is something else, or has missing, unexpected or misshapen tensors.
+    `source`: a .pth or safetensors file, or a state dict, with official or diffusers names. Weights are stored in
+    `dtype` (None: as in the file) and computed with in it; on a CPU they are always float32. Raises InputError if the
+    file cannot be read, is not a VAE, or has missing, unexpected or misshapen tensors.
     """
     label = "the VAE state dict" if isinstance(source, Mapping) else os.fspath(source)
     shapes = read_header(source).shapes
@@ -218,18 +219,18 @@ def load_vae(source: TensorSource, *, device: torch.device | str = "cpu", dtype:
 
 
 def check_vae(source: TensorSource, flag: str = "--vae", *, latent_channels: int = LATENT_CHANNELS) -> None:
-    """Raise InputError, naming `flag` and the file, unless `load_vae` would take it; reads the header only.
+    """Raise InputError, naming `flag` and the file, unless `load_vae` accepts it; reads the header only.
 
-    `latent_channels`: those of the model that the VAE is for; the VAE of another kind of model is refused.
+    `latent_channels`: those of the model that the VAE is for; a VAE with a different number is refused.
     """
     label = flag if isinstance(source, Mapping) else f"{flag} {os.fspath(source)}"
     _make_empty(read_header(source).shapes, label, latent_channels=latent_channels)
 
 
 def _make_empty(shapes: Shapes, label: str, *, latent_channels: int | None = None) -> WanVAE:
-    """The model on `meta` that these tensors fill exactly, or an InputError.
+    """Return the VAE on the meta device whose weights match these tensors exactly. Raises InputError if there is none.
 
-    `latent_channels`: those that it has to have; None takes either kind.
+    `latent_channels`: the required number; None accepts any kind.
     """
     require_kind(shapes, "VAE", label)
     rename = vae_rename(shapes)
@@ -241,7 +242,7 @@ def _make_empty(shapes: Shapes, label: str, *, latent_channels: int | None = Non
         other = ", or --task ti2v-5B" if kind.name == KIND22 and wanted.name == KIND21 else ""
         named = f"a {kind.name} VAE" if geometry.latent_channels == kind.latent_channels else "another VAE"
         raise InputError(
-            f"{label} is {named} with {geometry.latent_channels} latent channels, the model has "
+            f"{label} is {named} with {geometry.latent_channels} latent channels, but the model has "
             f"{wanted.latent_channels}: give {wanted.file}{other}"
         )
     with torch.device("meta"):

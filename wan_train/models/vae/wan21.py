@@ -1,4 +1,4 @@
-"""What the Wan2.1 VAE has of its own: layers in one flat list, and the statistics of 16 latent channels."""
+"""Layers of the Wan2.1 VAE, in one flat list, and the statistics of its 16 latent channels."""
 
 from torch import nn
 
@@ -17,7 +17,7 @@ LATENT_STD = (
 
 
 def make_down_layers(geometry: Geometry) -> nn.ModuleList:
-    """From the pixels' size to the latents'."""
+    """Return the layers from pixel to latent resolution."""
     layers = nn.ModuleList()
     channels = geometry.base
     for level, width in enumerate(geometry.widths):
@@ -30,7 +30,7 @@ def make_down_layers(geometry: Geometry) -> nn.ModuleList:
 
 
 def make_up_layers(geometry: Geometry) -> nn.ModuleList:
-    """From the latents' size to the pixels'; a step up halves the channels."""
+    """Return the layers from latent to pixel resolution; each upsampling halves the channels."""
     layers = nn.ModuleList()
     channels = geometry.decoder_widths[-1]
     for level, width in enumerate(reversed(geometry.decoder_widths)):

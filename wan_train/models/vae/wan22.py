@@ -1,7 +1,8 @@
-"""What the Wan2.2 VAE has of its own: stages with a shortcut around them, and the statistics of 48 latent channels.
+"""Layers of the Wan2.2 VAE, in stages with a shortcut, and the statistics of its 48 latent channels.
 
-B batch, C channels, F frames of the chunk, H W height and width at the level. The shortcuts have no weights: on the way
-down they fold neighbours into channels and average these in groups, on the way up they repeat channels and unfold them.
+B batch, C channels, F frames of the chunk, H W height and width at the level. The shortcuts have no weights: in the
+encoder they fold neighbouring positions into channels and average these in groups, in the decoder they repeat channels
+and unfold them.
 """
 
 import itertools
@@ -33,10 +34,10 @@ LATENT_STD = (
 
 
 class DownStage(nn.Module):
-    """Residual blocks, then a step down unless `temporal` is None, beside the averaged input.
+    """Residual blocks, then downsampling unless `temporal` is None, plus the averaged input.
 
-    (B, C, F, H, W) -> (B, C', F or ceil(F/2), H/2, W/2), or (B, C', F, H, W) without a step. `temporal`: whether the
-    step halves the frames too.
+    (B, C, F, H, W) -> (B, C', F or ceil(F/2), H/2, W/2), or (B, C', F, H, W) without downsampling. `temporal`: whether
+    it halves the frames too.
     """
 
     def __init__(self, channels: int, out_channels: int, num_blocks: int, *, temporal: bool | None) -> None:
@@ -55,10 +56,10 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Residual blocks, then a step up beside the repeated input; with `temporal` None the blocks alone.
+    """Residual blocks, then upsampling plus the repeated input; the blocks only if `temporal` is None.
 
-    (B, C, F, H, W) -> (B, C', F or 2F, 2H, 2W), or (B, C', F, H, W) without a step. `temporal`: whether the step
-    doubles the frames after the clip's first one too.
+    (B, C, F, H, W) -> (B, C', F or 2F, 2H, 2W), or (B, C', F, H, W) without upsampling. `temporal`: whether the frames
+    after the clip's first one are doubled too.
     """
 
     def __init__(self, channels: int, out_channels: int, num_blocks: int, *, temporal: bool | None) -> None:
@@ -76,10 +77,10 @@ class UpStage(nn.Module):
 
 
 def average_neighbours(x: Tensor, out_channels: int, factors: tuple[int, int]) -> Tensor:
-    """Blocks of t x s x s positions folded into channels, these averaged in groups; `factors` are t and s.
+    """Fold blocks of t x s x s positions into channels and average these in groups; `factors` are t and s.
 
-    (B, C, F, H, W) -> (B, C', ceil(F/t), H/s, W/s). Zero frames fill up the first block in time: they stand before a
-    clip's first frame.
+    (B, C, F, H, W) -> (B, C', ceil(F/t), H/s, W/s). The first block is padded with zero frames before the clip's first
+    frame.
     """
     t, s = factors
     if missing := -x.shape[2] % t:
@@ -89,10 +90,10 @@ def average_neighbours(x: Tensor, out_channels: int, factors: tuple[int, int]) -
 
 
 def add_repeated(y: Tensor, x: Tensor, factors: tuple[int, int], *, first: bool) -> Tensor:
-    """`y`, with `x` added in place: its channels repeated, then unfolded into blocks of t x s x s positions.
+    """Add `x` to `y` in place, with its channels repeated, then unfolded into blocks of t x s x s positions.
 
-    y (B, C', F*t, H*s, W*s), x (B, C, F, H, W), `factors` t and s; C is a multiple of C'. Of a clip's `first` frame
-    only the last of its t copies is there. The repeated tensor is never made: every position of a block takes every
+    y (B, C', F*t, H*s, W*s), x (B, C, F, H, W), `factors` t and s; C is a multiple of C'. For the `first` frame of a
+    clip only the last of its t copies exists. The repeated tensor is never stored: each position of a block takes every
     C/C'-th channel of `x`.
     """
     t, s = factors
@@ -106,7 +107,7 @@ def add_repeated(y: Tensor, x: Tensor, factors: tuple[int, int], *, first: bool)
 
 
 def make_down_layers(geometry: Geometry) -> nn.ModuleList:
-    """From the patches' size to the latents'."""
+    """Return the layers from patch to latent resolution."""
     widths = (geometry.base, *geometry.widths)
     return nn.ModuleList(
         DownStage(channels, width, geometry.num_blocks, temporal=temporal)
@@ -115,7 +116,7 @@ def make_down_layers(geometry: Geometry) -> nn.ModuleList:
 
 
 def make_up_layers(geometry: Geometry) -> nn.ModuleList:
-    """From the latents' size to the patches'."""
+    """Return the layers from latent to patch resolution."""
     widths = (*geometry.decoder_widths, geometry.decoder_widths[-1])[::-1]
     steps = (*geometry.temporal[::-1], None)
     return nn.ModuleList(
@@ -130,5 +131,5 @@ def _make_blocks(channels: int, out_channels: int, count: int) -> nn.ModuleList:
 
 
 def _factors(*, temporal: bool | None) -> tuple[int, int]:
-    """By how much a step changes time and space."""
+    """Return the temporal and spatial factor of a resampling."""
     return 2 if temporal else 1, 1 if temporal is None else 2

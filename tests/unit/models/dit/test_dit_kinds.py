@@ -84,12 +84,12 @@ def test_other_names_make_no_difference(prefix: str) -> None:
 @pytest.mark.parametrize(
     ("name", "task", "told"),
     [
-        ("wan2.1-t2v-14B", "i2v-14B", "reads 16 channels, but --task i2v-14B is for 36: use --task t2v-14B"),
-        ("wan2.1-i2v-14B", "t2v-14B", "reads 36 channels, but --task t2v-14B is for 16: use --task i2v-14B"),
-        ("wan2.2-i2v-A14B", "t2v-14B", "reads 36 channels, but --task t2v-14B is for 16: use --task i2v-A14B"),
-        ("wan2.2-i2v-A14B", "i2v-14B", "reads no image through CLIP, .* gives it one image: use --task i2v-A14B"),
-        ("wan2.1-flf2v-14B", "i2v-14B", "reads a first and a last image through CLIP, .* use --task flf2v-14B"),
-        ("wan2.2-ti2v-5B", "t2v-1.3B", "reads 48 channels, but --task t2v-1.3B is for 16: use --task ti2v-5B"),
+        ("wan2.1-t2v-14B", "i2v-14B", "has 16 input channels, but --task i2v-14B requires 36: use --task t2v-14B"),
+        ("wan2.1-i2v-14B", "t2v-14B", "has 36 input channels, but --task t2v-14B requires 16: use --task i2v-14B"),
+        ("wan2.2-i2v-A14B", "t2v-14B", "has 36 input channels, but --task t2v-14B requires 16: use --task i2v-A14B"),
+        ("wan2.2-i2v-A14B", "i2v-14B", "takes CLIP tokens of no image, .* provides one image: use --task i2v-A14B"),
+        ("wan2.1-flf2v-14B", "i2v-14B", "takes CLIP tokens of a first and a last image, .* use --task flf2v-14B"),
+        ("wan2.2-ti2v-5B", "t2v-1.3B", "has 48 input channels, but --task t2v-1.3B requires 16: use --task ti2v-5B"),
     ],
 )
 def test_a_model_of_another_task_leads_to_that_task(name: str, task: str, told: str) -> None:
@@ -99,5 +99,5 @@ def test_a_model_of_another_task_leads_to_that_task(name: str, task: str, told: 
 
 def test_a_model_that_makes_other_channels_than_it_reads_is_not_of_the_task_for_those() -> None:
     shapes = load_manifest("wan2.2-ti2v-5B") | {"head.head.weight": (64, 3072), "head.head.bias": (64,)}
-    with pytest.raises(InputError, match="makes 16 channels, but --task ti2v-5B is for 48: give another file"):
+    with pytest.raises(InputError, match="has 16 output channels, but --task ti2v-5B requires 48: give another file"):
         check_dit(empty(shapes), VARIANTS["ti2v-5B"])

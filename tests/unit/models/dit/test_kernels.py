@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend
 
 from wan_train.models.dit import kernels
 from wan_train.models.dit.attention import attention
-from wan_train.models.dit.kernels import KERNELS, Attend, attend_by, attend_torch, fault_of, leave_out_faulty
+from wan_train.models.dit.kernels import KERNELS, Attend, attend_by, attend_torch, disable_faulty, fault_of
 
 CPU = torch.device("cpu")
 (FLASH,) = KERNELS["cpu"]
@@ -18,10 +18,10 @@ MATH = attend_by(SDPBackend.MATH)
 
 @pytest.fixture(autouse=True)
 def switches() -> Iterator[None]:
-    leave_out_faulty.cache_clear()
+    disable_faulty.cache_clear()
     yield
     FLASH.switch(True)
-    leave_out_faulty.cache_clear()
+    disable_faulty.cache_clear()
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_riflex_reaches_the_model_and_refuses_a_frequency_that_it_has_not() -> N
         plain = model(long, *rest)
         assert not torch.equal(model(long, *rest, riflex=Riflex(1, 8)), plain)
         assert torch.equal(model(long, *rest, riflex=Riflex(1, long.shape[2])), plain)
-        with pytest.raises(InputError, match="22: the model has 4 temporal frequencies"):
+        with pytest.raises(InputError, match="22: the model has only 4 temporal frequencies"):
             model(long, *rest, riflex=Riflex(22, 8))
 
 

@@ -109,7 +109,7 @@ def test_the_order_of_search(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no tokenizer \(tokenizer.json or spiece.model\): download"):
+    with pytest.raises(InputError, match=r"has no tokenizer \(tokenizer.json or spiece.model\): download"):
         find_tokenizer(tmp_path, {}, embedded=True)
     with pytest.raises(InputError, match="absent"):
         find_tokenizer(tmp_path / "absent", {}, embedded=True)
@@ -128,7 +128,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 @pytest.mark.parametrize("broken", [b"", b"\xff" * 40, POINTER, WHOLE[:1000], WHOLE[:1001], WHOLE[:-1]])
 def test_a_broken_model_is_refused(broken: bytes) -> None:
-    with pytest.raises(InputError, match="holds no SentencePiece unigram model"):
+    with pytest.raises(InputError, match="is not a valid SentencePiece unigram model"):
         tokenizer_of_sentencepiece(broken, "t5.safetensors")
 
 
@@ -142,7 +142,7 @@ class Hub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self.cached)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
-        monkeypatch.setattr(module, "_answers", lambda url: self.asked.append(url) or answers)
+        monkeypatch.setattr(module, "_is_reachable", lambda url: self.asked.append(url) or answers)
         self.cache: dict[str, str] = {}
         self.failure: Exception | None = None
 
@@ -179,4 +179,4 @@ def test_offline_fails_at_once_and_says_what_to_do(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_host_that_is_not_there_does_not_answer() -> None:
-    assert not module._answers("http://localhost:9/google/umt5-xxl")
+    assert not module._is_reachable("http://localhost:9/google/umt5-xxl")

@@ -88,8 +88,8 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path) -> None:
     other_vae = {**WEIGHTS, "conv2.weight": torch.zeros(32, 32, 1, 1, 1), "conv2.bias": torch.zeros(32)}
     files = {
         "dit": ({"head.modulation": torch.zeros(1, 2, 8)}, "is a Wan DiT, not a VAE"),
-        "vae32": (other_vae, "another VAE with 32 latent channels, the model has 16: give Wan2.1_VAE.pth"),
-        "other": ({"x": torch.zeros(1)}, "none of the known models"),
+        "vae32": (other_vae, "another VAE with 32 latent channels, but the model has 16: give Wan2.1_VAE.pth"),
+        "other": ({"x": torch.zeros(1)}, "is of an unknown kind"),
     }
     for name, (state, complaint) in files.items():
         path = tmp_path / f"{name}.safetensors"

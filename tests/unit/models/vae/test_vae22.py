@@ -89,12 +89,13 @@ def test_a_vae_of_the_other_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         check_vae(new)
     line = (
-        f"--vae {new} is a Wan2.2 VAE with 48 latent channels, the model has 16: give Wan2.1_VAE.pth, or --task ti2v-5B"
+        f"--vae {new} is a Wan2.2 VAE with 48 latent channels, but the model has 16: give Wan2.1_VAE.pth,"
+        " or --task ti2v-5B"
     )
     assert str(caught.value) == line
     with pytest.raises(InputError) as caught:
         check_vae(old, "--other", latent_channels=48)
-    line = f"--other {old} is a Wan2.1 VAE with 16 latent channels, the model has 48: give Wan2.2_VAE.pth"
+    line = f"--other {old} is a Wan2.1 VAE with 16 latent channels, but the model has 48: give Wan2.2_VAE.pth"
     assert str(caught.value) == line
     check_vae(old)
     check_vae(new, latent_channels=48)
