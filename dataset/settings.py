@@ -1,4 +1,4 @@
-"""Settings that name the data: shared by both cache tools and by training."""
+"""Dataset options shared by both caching scripts and by training."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ class DatasetSettings:
 
     dataset_config: str = option(
         "",
-        "TOML file with [general] and one [[datasets]] for each folder, or JSON with the same keys.",
+        "TOML dataset config with [general] and one [[datasets]] table per folder, or JSON with the same keys.",
         required=True,
         metavar="TOML",
     )
-    allow_missing_captions: bool = option(False, "Take empty text for a file without a caption, in place of an error.")
+    allow_missing_captions: bool = option(False, "Use an empty caption for files that have none instead of stopping.")
     skip_broken: bool = option(
-        False, "Name files that cannot be read or decoded and go on without them, in place of an error."
+        False, "Skip files that cannot be read or decoded, with a warning, instead of stopping."
     )
 
 
@@ -27,6 +27,6 @@ class CacheReadSettings:
 
     trust_cache: bool = option(
         False,
-        "Train on all that the cache folders hold, as it is, without the sources: they need not be there and are not"
-        " compared.",
+        "Train on everything in the cache folders without checking it against the source media, which need not be"
+        " present.",
     )
