@@ -1,4 +1,4 @@
-"""Settings of the two cache tools."""
+"""Options of the two caching scripts."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from wan_train.errors import InputError
 from wan_train.models.settings import CheckpointFolderSettings, ImageEncoderSettings, TextEncoderSettings, VaeSettings
 from wan_train.models.variants import VARIANTS, ControlInputs, ImageInputs
 
-_DEVICE_HELP = "Device to encode on, such as cuda or cpu; without it the first accelerator there is."
-_SKIP_HELP = "Accepted for old commands: what is cached and up to date is always kept, what is stale made again."
-_KEEP_HELP = "Accepted for old commands: nothing is deleted without --prune."
-_PRUNE_HELP = "Delete the caches that belong to nothing in the dataset file, and the stale ones, which are made again."
+_DEVICE_HELP = "Device to encode on, such as cuda or cpu; default: the first available accelerator."
+_SKIP_HELP = "Accepted for compatibility: caches that are up to date are always kept, stale ones always recreated."
+_KEEP_HELP = "Accepted for compatibility: caches are only deleted with --prune."
+_PRUNE_HELP = "Delete caches that match nothing in the dataset config, and stale ones, which are then recreated."
 SHOWN = ("image", "console", "video")
 MADE = ("canny", "gray", "blur", "tile")
 CONSOLE_COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the order of ANSI
@@ -23,10 +23,10 @@ class LatentRunSettings:
 
     device: str = option("", _DEVICE_HELP)
     batch_size: int | None = option(
-        None, "At most so many clips in one call of the VAE; also at most the dataset's batch_size.", minimum=1
+        None, "Maximum number of clips per VAE batch, limited by the dataset's batch_size; default: batch_size.", minimum=1
     )
     num_workers: int = option(
-        2, "Videos decoded ahead while the VAE computes; 0 decodes in turn and takes the least memory.", minimum=0
+        2, "Number of videos to decode in parallel with encoding; 0 decodes one at a time and uses the least memory.", minimum=0
     )
     skip_existing: bool = option(False, _SKIP_HELP)
     keep_cache: bool = option(False, _KEEP_HELP)
@@ -35,20 +35,20 @@ class LatentRunSettings:
 
 @dataclass(frozen=True)
 class InspectSettings:
-    """Looking in place of caching."""
+    """Inspection instead of caching."""
 
     plan: bool = option(
-        False, "Print what would be cached: each file's rates, clips and bucket, what is lost and why. Needs no model."
+        False, "Print what would be cached: frame rates, clips and bucket of each file, and what is dropped. Needs no model."
     )
-    plan_json: str = option("", "Write what --plan tells to this file, for programs; - prints it.", metavar="FILE")
+    plan_json: str = option("", "Write the output of --plan as JSON to this file; - prints it to stdout.", metavar="FILE")
     debug_mode: str = option(
-        "", "Show each clip as it would be cached: an image of all frames, the terminal, or an mp4.", choices=SHOWN
+        "", "Show clips as they would be cached: as a contact sheet (image), in the terminal (console) or as mp4 (video).", choices=SHOWN
     )
-    debug_dir: str = option("cache_debug", "Folder for what --debug_mode image and video write.")
-    console_width: int = option(80, "Characters in a line of --debug_mode console.", minimum=8)
-    console_back: str = option("", "A rim of this colour around --debug_mode console.", choices=CONSOLE_COLOURS)
+    debug_dir: str = option("cache_debug", "Output folder of --debug_mode image and video.")
+    console_width: int = option(80, "Width of --debug_mode console in characters.", minimum=8)
+    console_back: str = option("", "Colour of the border around --debug_mode console.", choices=CONSOLE_COLOURS)
     console_num_images: int | None = option(
-        None, "At most so many clips of each dataset with --debug_mode; without it all.", minimum=1
+        None, "Maximum number of clips per dataset to show with --debug_mode; default: all.", minimum=1
     )
 
 
@@ -58,8 +58,8 @@ class MakeControlSettings:
 
     make_control: str = option(
         "",
-        "Write a control for each video or image that has none, into control_directory or a folder beside the media's,"
-        " and end: its edges, its grey values, or what is left of it when blurred or in tiles. Needs no model.",
+        "Write a control for each video or image without one, to control_directory or a folder beside that of the media,"
+        " then exit: Canny edges, greyscale, Gaussian blur, or tiles (low resolution). Needs no model.",
         choices=MADE,
     )
 
@@ -70,15 +70,15 @@ class ImageSettings:
 
     task: str = option(
         "",
-        "What the caches are for: with an i2v or flf2v task they hold what it reads of a clip's first, or first and"
-        " last frame; with a fun or vace task what it reads of controls, reference images, masks and camera paths.",
+        "Task to cache conditions for: i2v and flf2v tasks add those of a clip's first, or first and"
+        " last frame; fun and vace tasks those of controls, reference images, masks and camera paths.",
         choices=VARIANTS,
     )
-    i2v: bool = option(False, "Cache what i2v tasks read of each clip's first frame; --clip alone means this too.")
+    i2v: bool = option(False, "Cache the conditions of i2v tasks from each clip's first frame; implied by --clip.")
     one_frame: bool = option(
         False,
-        "Cache images as one frame of several: the dataset's fp_1f_clean_indices and fp_1f_target_index say where in"
-        " time its controls and its own images are.",
+        "Cache images as one frame of several, at the temporal positions set by the dataset's fp_1f_clean_indices"
+        " (controls) and fp_1f_target_index (the image itself).",
     )
 
 
@@ -87,7 +87,7 @@ class TextRunSettings:
     """Encoding."""
 
     device: str = option("", _DEVICE_HELP)
-    batch_size: int = option(4, "Captions in one call of the text encoder.", minimum=1)
+    batch_size: int = option(4, "Number of captions per text encoder batch.", minimum=1)
     skip_existing: bool = option(False, _SKIP_HELP)
     keep_cache: bool = option(False, _KEEP_HELP)
     prune: bool = option(False, _PRUNE_HELP)
@@ -95,7 +95,7 @@ class TextRunSettings:
 
 @dataclass(frozen=True)
 class CacheLatentsSettings:
-    """All of `wan_cache_latents.py`."""
+    """All options of `wan_cache_latents.py`."""
 
     dataset: DatasetSettings
     folder: CheckpointFolderSettings
@@ -109,7 +109,7 @@ class CacheLatentsSettings:
 
 @dataclass(frozen=True)
 class CacheTextSettings:
-    """All of `wan_cache_text_encoder_outputs.py`."""
+    """All options of `wan_cache_text_encoder_outputs.py`."""
 
     dataset: DatasetSettings
     folder: CheckpointFolderSettings
@@ -118,23 +118,23 @@ class CacheTextSettings:
 
 
 def check_run(run: LatentRunSettings | TextRunSettings) -> None:
-    """Refuse options that contradict each other."""
+    """Raise InputError for contradictory options."""
     if run.keep_cache and run.prune:
-        raise InputError("--keep_cache keeps every cache and --prune deletes some: give one of them")
+        raise InputError("--keep_cache and --prune contradict each other: use one of them")
 
 
 def control_inputs(settings: CacheLatentsSettings) -> ControlInputs | None:
-    """What else than images the caches are to hold conditions of; None: the task is not known."""
+    """Return the conditions other than images to cache; None: task unknown."""
     task, one_frame = settings.images.task, settings.images.one_frame
-    if not task or one_frame:  # one frame is made beside the images of a control_directory
+    if not task or one_frame:  # one_frame uses the images of a control_directory differently
         return VARIANTS[task].control if task else None
     return VARIANTS[task].control or ControlInputs()
 
 
 def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:
-    """Which images the caches are to hold conditions of. InputError for options that contradict each other.
+    """Return the images to cache conditions of. Raises InputError for contradictory options.
 
-    `--clip` may be missing where a model goes without a start image: what the dataset file gives it decides.
+    `--clip` may be missing if a start image is optional for the model: then the dataset config decides.
     """
     task, clip, i2v = settings.images.task, bool(settings.image.clip), settings.images.i2v
     if not task:
@@ -142,13 +142,13 @@ def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:
     images = VARIANTS[task].images
     if images is None and (i2v or clip):
         flag = "--i2v" if i2v else "--clip"
-        raise InputError(f"{flag}: --task {task} is given no images: leave out one of the two")
+        raise InputError(f"{flag}: --task {task} does not take images: remove one of the two")
     if clip and not VARIANTS[task].reads_clip:
-        raise InputError(f"--clip: --task {task} reads no images through CLIP: leave it out")
+        raise InputError(f"--clip: --task {task} does not use CLIP: remove it")
     looking = settings.inspect.plan or settings.inspect.plan_json or settings.inspect.debug_mode
     if images is not None and images.clip and not images.optional and not clip and not looking:
         raise InputError(
-            f"--clip is missing: --task {task} reads its images through CLIP too; give"
+            f"--clip is missing: --task {task} also reads its images through CLIP; give"
             " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
         )
     return images
@@ -156,13 +156,13 @@ def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:
 
 LATENTS_TOOL = Tool(
     "wan_cache_latents.py",
-    "Encode the clips and images that a dataset file describes with the VAE, so that training need not.",
+    "Encode the videos and images of a dataset config with the VAE and cache their latents for training.",
     CacheLatentsSettings,
     "cache_tools.cache_latents:main",
 )
 TEXT_TOOL = Tool(
     "wan_cache_text_encoder_outputs.py",
-    "Encode the captions of the files that a dataset file describes with the text encoder, so that training need not.",
+    "Encode the captions of a dataset config with the text encoder and cache their embeddings for training.",
     CacheTextSettings,
     "cache_tools.cache_text_encoder_outputs:main",
 )
