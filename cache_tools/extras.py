@@ -231,7 +231,8 @@ def _load_camera(clip: Clip) -> Tensor | None:
     entries = read_camera_file(camera.path)
     if max(clip.frames) >= len(entries):
         raise InputError(
-            f"{camera.path} has {len(entries)} camera entries, fewer than the frames of {clip.item.path}: add one for each"
+            f"{camera.path} has {len(entries)} camera entries, fewer than the frames of {clip.item.path}: add one"
+            " for each"
             " frame of the video"
         )
     return entries[list(clip.frames)]

@@ -27,7 +27,9 @@ def encode_fitting(
     if _fits(encode, batch):
         return
     if len(batch) > 1:
-        logger.warning("out of memory with %d clips per batch (%s ...): retrying with one at a time", len(batch), name(batch[0]))
+        logger.warning(
+            "out of memory with %d clips per batch (%s ...): retrying with one at a time", len(batch), name(batch[0])
+        )
         for one in batch:
             encode_fitting(vae, [one], encode, name=name)
         return

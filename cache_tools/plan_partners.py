@@ -1,5 +1,4 @@
-"""The files that accompany each media file, for the plan: controls, references, masks, camera path and motion bucket.
-"""
+"""What accompanies each media file, for the plan: controls, references, masks, camera path and motion bucket."""
 
 from dataclasses import dataclass
 

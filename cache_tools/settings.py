@@ -23,10 +23,14 @@ class LatentRunSettings:
 
     device: str = option("", _DEVICE_HELP)
     batch_size: int | None = option(
-        None, "Maximum number of clips per VAE batch, limited by the dataset's batch_size; default: batch_size.", minimum=1
+        None,
+        "Maximum number of clips per VAE batch, limited by the dataset's batch_size; default: batch_size.",
+        minimum=1,
     )
     num_workers: int = option(
-        2, "Number of videos to decode in parallel with encoding; 0 decodes one at a time and uses the least memory.", minimum=0
+        2,
+        "Number of videos to decode ahead while the VAE encodes; 0 disables decoding ahead and uses the least memory.",
+        minimum=0,
     )
     skip_existing: bool = option(False, _SKIP_HELP)
     keep_cache: bool = option(False, _KEEP_HELP)
@@ -38,11 +42,16 @@ class InspectSettings:
     """Inspection instead of caching."""
 
     plan: bool = option(
-        False, "Print what would be cached: frame rates, clips and bucket of each file, and what is dropped. Needs no model."
+        False,
+        "Print what would be cached: frame rates, clips and bucket of each file, and what is dropped. Needs no model.",
     )
-    plan_json: str = option("", "Write the output of --plan as JSON to this file; - prints it to stdout.", metavar="FILE")
+    plan_json: str = option(
+        "", "Write the output of --plan as JSON to this file; - prints it to stdout.", metavar="FILE"
+    )
     debug_mode: str = option(
-        "", "Show clips as they would be cached: as a contact sheet (image), in the terminal (console) or as mp4 (video).", choices=SHOWN
+        "",
+        "Show clips as they would be cached: as a contact sheet (image), in the terminal (console) or as mp4 (video).",
+        choices=SHOWN,
     )
     debug_dir: str = option("cache_debug", "Output folder of --debug_mode image and video.")
     console_width: int = option(80, "Width of --debug_mode console in characters.", minimum=8)
@@ -58,8 +67,9 @@ class MakeControlSettings:
 
     make_control: str = option(
         "",
-        "Write a control for each video or image without one, to control_directory or a folder beside that of the media,"
-        " then exit: Canny edges, greyscale, Gaussian blur, or tiles (low resolution). Needs no model.",
+        "Write a control for each video or image without one, to control_directory or a folder beside that of the"
+        " media,"
+        " then exit: Canny edges, greyscale, Gaussian blur, or the mean colours of 8x8-pixel tiles. Needs no model.",
         choices=MADE,
     )
 

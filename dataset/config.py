@@ -211,7 +211,9 @@ def _warn_floored(asked: int | list[int], config: DatasetConfig, location: str) 
     changed = [f"{frames} to {floor_frames(frames)}" for frames in given if floor_frames(frames) != frames]
     if changed:
         taken = ", ".join(map(str, config.target_frames))
-        logger.warning("%s: target_frames must be 4k+1, rounded down: %s; using %s", location, ", ".join(changed), taken)
+        logger.warning(
+            "%s: target_frames must be 4k+1, rounded down: %s; using %s", location, ", ".join(changed), taken
+        )
 
 
 def _warn_idle(table: Mapping[str, Any], config: DatasetConfig, location: str) -> None:

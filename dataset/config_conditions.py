@@ -31,8 +31,7 @@ _KEYS = {
 
 
 def refuse_idle(key: str, given: ConditionKey, control: ControlInputs | None, location: str) -> None:
-    """Raise InputError for a key or column with a condition that the task does not read; `control` None: task unknown.
-    """
+    """Raise InputError for a key or column with a condition that the task does not read (None: task unknown)."""
     if control is not None and not given.is_read(control):
         raise InputError(
             f"{location}: {key}: the task does not use a {given.name}: remove it, or choose a task that does"

@@ -147,16 +147,14 @@ def read_direction(value: Any) -> str:
 
 
 def read_speed(value: Any) -> float:
-    """Return the camera's movement per frame, 0 or more. Raises ValueError, with the expected value, for anything else.
-    """
+    """Return the camera's movement per frame, 0 or more. Raises ValueError, with the expected value, otherwise."""
     if not _is_number(value) or value < 0:
         raise ValueError("the camera's movement per frame, a number of 0 or more")
     return float(value)
 
 
 def read_motion_bucket(value: Any) -> int:
-    """Return a motion bucket id, 0 (slow) to 100 (fast). Raises ValueError, with the expected value, for anything else.
-    """
+    """Return a motion bucket id, 0 (slow) to 100 (fast). Raises ValueError, with the expected value, otherwise."""
     label = f"an integer from 0 (slow) to {MOST_MOTION} (fast)"
     if _whole(value, label, 0) > MOST_MOTION:
         raise ValueError(label)

@@ -16,9 +16,7 @@ class DatasetSettings:
         metavar="TOML",
     )
     allow_missing_captions: bool = option(False, "Use an empty caption for files that have none instead of stopping.")
-    skip_broken: bool = option(
-        False, "Skip files that cannot be read or decoded, with a warning, instead of stopping."
-    )
+    skip_broken: bool = option(False, "Skip files that cannot be read or decoded, with a warning, instead of stopping.")
 
 
 @dataclass(frozen=True)

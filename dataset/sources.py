@@ -67,7 +67,9 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool, with_part
             " add them, or train with empty captions with --allow_missing_captions"
         )
     if missing:
-        logger.warning("%s: using an empty caption for %d files without one (%s)", config, len(missing), name_some(missing))
+        logger.warning(
+            "%s: using an empty caption for %d files without one (%s)", config, len(missing), name_some(missing)
+        )
     blank = [entry.path.name for entry in entries if "" in entry.captions]
     if blank:
         logger.warning("%s: %d captions are empty (%s)", config, len(blank), name_some(blank))
@@ -278,7 +280,8 @@ def _warn_other_rate(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) -> 
     ]
     if other:
         logger.warning(
-            "%s: %d of %d videos are not at %g fps (%s) and all their frames are used, so they play at a different speed:"
+            "%s: %d of %d videos are not at %g fps (%s) and all their frames are used, so they play at a different"
+            " speed:"
             ' source_fps = "auto" keeps their speed',
             config,
             len(other),

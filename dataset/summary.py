@@ -11,8 +11,7 @@ from dataset.config import DatasetConfig
 
 
 def summarise(dataset: CachedDataset) -> str:
-    """Return log lines with the files, clips and repeats of each dataset, and the samples and batches of each bucket.
-    """
+    """Return log lines with files, clips and repeats of each dataset, and samples and batches of each bucket."""
     lines = []
     for plan in dataset.plans:
         config, kind = plan.config, "videos" if plan.config.is_video else "images"

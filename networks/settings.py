@@ -1,4 +1,4 @@
-"""Settings of the trained network and of the tools for LoRA files."""
+"""Options of the trained network and of the scripts for LoRA files."""
 
 import math
 from collections.abc import Collection
@@ -15,72 +15,79 @@ DEFAULT_DIM = 4
 class NetworkSettings:
     """Network."""
 
-    network_module: str = option("networks.lora_wan", "Python module of what is trained.")
-    network_dim: int | None = option(None, f"Rank of each LoRA pair; {DEFAULT_DIM} when not given.", minimum=1)
-    network_alpha: float = option(1.0, "The learnt change is scaled by alpha/dim; above 0, often the dim itself.")
+    network_module: str = option(
+        "networks.lora_wan", "Python module of the network to train, such as networks.lora_wan or networks.full."
+    )
+    network_dim: int | None = option(None, f"LoRA rank (dimension); default: {DEFAULT_DIM}.", minimum=1)
+    network_alpha: float = option(
+        1.0, "LoRA alpha, above 0: the effective scale is alpha/rank. Often set to network_dim."
+    )
     network_dropout: float | None = option(
-        None, "Probability of dropping a rank's activation in training; from 0 to below 1."
+        None, "Dropout probability of the rank activations in training, from 0 to below 1."
     )
     network_args: tuple[str, ...] = option(
         (),
-        "Further arguments of the network module; of a LoRA exclude_patterns, include_patterns, conv_dim, "
+        "Additional arguments of the network module; for LoRA: exclude_patterns, include_patterns, conv_dim, "
         "conv_alpha, rank_dropout, module_dropout, loraplus_lr_ratio and verbose.",
         metavar="KEY=VALUE",
     )
-    network_weights: str | None = option(None, "LoRA file to start from; it must fit the network in every part.")
+    network_weights: str | None = option(
+        None, "LoRA file to initialise the network from; modules and ranks must match."
+    )
     dim_from_weights: bool = option(
-        False, "Train the modules of the file given as --network_weights, with its dims and alphas."
+        False, "Take the modules to train, their ranks and alphas from the --network_weights file."
     )
     scale_weight_norms: float | None = option(
-        None, "After each step shrink each module's learnt change to this norm at most; above 0, often 1."
+        None,
+        "Maximum norm of each module's change, enforced after each step (max norm regularization); above 0, often 1.",
     )
     trainable: tuple[str, ...] = option(
         (),
-        "With networks.full, patterns of the names of the weights that are trained, such as blocks.*.self_attn.*;"
-        " without it all are.",
+        "Name patterns of the weights to train with networks.full, such as blocks.*.self_attn.*; default: all weights.",
         metavar="PATTERN",
     )
     train_also: str | None = option(
-        None, "With --trainable, train a LoRA as well, on the Linears that are left: networks.lora_wan."
+        None, "With --trainable, also train a LoRA on the remaining Linear layers of the blocks: networks.lora_wan."
     )
     full_bf16: bool = option(
         False,
-        "With networks.full, keep matrices in bfloat16, rounded at random after each step so that small ones count.",
+        "With networks.full, keep matrices in bfloat16 with stochastic rounding, so that small updates are not lost.",
     )
-    base_weights: tuple[str, ...] = option(
-        (), "LoRA files to merge into the model before the network is trained on it."
-    )
+    base_weights: tuple[str, ...] = option((), "LoRA files to merge into the base model before training.")
     base_weights_multiplier: tuple[float, ...] = option(
-        (), "Strength of each of the --base_weights, in their order; 1.0 where none is given."
+        (), "Multiplier of each --base_weights file, in order; default: 1.0."
     )
 
     def __post_init__(self) -> None:
         self._check_weights()
         if not (self.network_alpha > 0 and math.isfinite(self.network_alpha)):
-            raise InputError(f"--network_alpha {self.network_alpha:g} is out of range: give a number above 0")
+            raise InputError(f"--network_alpha {self.network_alpha:g} is out of range: must be above 0")
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
-            raise InputError(f"--network_dropout {self.network_dropout:g} is out of range: give 0 or more, below 1")
+            raise InputError(
+                f"--network_dropout {self.network_dropout:g} is out of range: must be at least 0 and below 1"
+            )
 
     def _check_weights(self) -> None:
         limit = self.scale_weight_norms
         if limit is not None and not (limit > 0 and math.isfinite(limit)):
-            raise InputError(f"--scale_weight_norms {limit:g} is out of range: give a number above 0")
+            raise InputError(f"--scale_weight_norms {limit:g} is out of range: must be above 0")
         if self.dim_from_weights and self.network_weights is None:
-            raise InputError("--dim_from_weights needs --network_weights: give the file, or leave it out")
+            raise InputError("--dim_from_weights needs --network_weights: give the file, or remove the option")
         if self.dim_from_weights and self.network_dim is not None:
             raise InputError(
-                f"--dim_from_weights takes the dims of the file, --network_dim {self.network_dim} says another: "
-                "leave out one of them"
+                "--dim_from_weights uses the ranks of the file and cannot be combined with --network_dim"
+                f" {self.network_dim}: "
+                "remove one of them"
             )
         given, files = len(self.base_weights_multiplier), len(self.base_weights)
         if given > files:
-            raise InputError(f"{given} --base_weights_multiplier for {files} --base_weights: give one to each at most")
+            raise InputError(f"{given} --base_weights_multiplier for {files} --base_weights: give at most one per file")
         if not all(map(math.isfinite, self.base_weights_multiplier)):
             raise InputError("--base_weights_multiplier must be finite numbers")
 
     @property
     def dim(self) -> int:
-        """The rank, given or not."""
+        """The rank; default: `DEFAULT_DIM`."""
         return DEFAULT_DIM if self.network_dim is None else self.network_dim
 
     @property
@@ -90,18 +97,18 @@ class NetworkSettings:
 
 
 def read_arguments(settings: NetworkSettings, known: Collection[str] | None = None) -> dict[str, str]:
-    """`--network_args` as a dictionary, split at the first "=". InputError for a key that is not among the `known`."""
+    """Return `--network_args` as a dict, split at the first "=". Raises InputError for a key that is not in `known`."""
     arguments: dict[str, str] = {}
     for text in settings.network_args:
         key, separator, value = text.partition("=")
         if not separator:
-            raise InputError(f"--network_args {text!r} has no '=': write key=value")
+            raise InputError(f"--network_args {text!r} has no '=': use key=value")
         if known is not None and key not in known:
-            listed = f"takes {', '.join(known)}" if known else "takes none"
+            listed = f"accepts {', '.join(known)}" if known else "accepts none"
             module = settings.network_module
             raise InputError(f"unknown key {key!r} in --network_args: {module} {listed}{nearest(key, known)}")
         if key in arguments:
-            raise InputError(f"--network_args has {key} twice: give it once")
+            raise InputError(f"--network_args sets {key} twice: set it once")
         arguments[key] = value
     return arguments
 
@@ -110,28 +117,29 @@ def read_arguments(settings: NetworkSettings, known: Collection[str] | None = No
 class ConvertSettings:
     """Conversion."""
 
-    input: str = option("", "LoRA file to read, of any known naming.", required=True)
-    output: str = option("", "Safetensors file to write.", required=True)
+    input: str = option("", "LoRA file to convert, with any supported key naming.", required=True)
+    output: str = option("", "Output .safetensors file.", required=True)
     target: str = option(
         "",
-        "Naming to write: other is lora_A/lora_B with alpha folded in, default is lora_unet_ with alpha, "
-        "diffusers is other with its own names of modules, which it needs for VACE.",
+        "Key naming of the output: other is lora_A/lora_B with alpha folded in, default is lora_unet_ with alpha, "
+        "diffusers is other with the module names of diffusers, which VACE needs.",
         choices=("other", "default", "diffusers"),
         required=True,
     )
-    diffusers_prefix: str = option("diffusion_model", "First part of the names under --target other.", metavar="PREFIX")
+    diffusers_prefix: str = option("diffusion_model", "Key prefix with --target other.", metavar="PREFIX")
 
 
 @dataclass(frozen=True)
 class ConvertLoraSettings:
-    """All settings of the converter."""
+    """All options of the converter."""
 
     convert: ConvertSettings
 
 
 TOOL = Tool(
     "convert_lora.py",
-    "Rename a LoRA for other tools, or their LoRA for this one, without changing what it does.",
+    "Convert a LoRA between the key namings of this project, kohya, ComfyUI and diffusers, without changing its"
+    " effect.",
     ConvertLoraSettings,
     "networks.tools.convert:main",
 )
@@ -141,24 +149,24 @@ TOOL = Tool(
 class ExtractSettings:
     """Extraction."""
 
-    base: str = option("", "Checkpoint that the tuning began with.", flags=("--model_org",), required=True)
-    tuned: str = option("", "Checkpoint after it.", flags=("--model_tuned",), required=True)
-    output: str = option("", "Safetensors file to write.", flags=("--save_to",), required=True)
-    rank: int = option(64, "Rank of each pair, at most.", flags=("--dim",), minimum=1)
-    save_precision: str = option("float", "Precision of the LoRA.", choices=("float", "fp32", "bf16", "fp16"))
-    device: str = option("", "Where to decompose, as cuda or cpu; without it an accelerator where there is one.")
+    base: str = option("", "Base checkpoint, before fine-tuning.", flags=("--model_org",), required=True)
+    tuned: str = option("", "Fine-tuned checkpoint.", flags=("--model_tuned",), required=True)
+    output: str = option("", "Output .safetensors file.", flags=("--save_to",), required=True)
+    rank: int = option(64, "Maximum rank of each LoRA pair.", flags=("--dim",), minimum=1)
+    save_precision: str = option("float", "Precision of the saved LoRA.", choices=("float", "fp32", "bf16", "fp16"))
+    device: str = option("", "Device for the SVD, such as cuda or cpu; default: the first available accelerator.")
 
 
 @dataclass(frozen=True)
 class ExtractLoraSettings:
-    """All settings of the extractor."""
+    """All options of the extractor."""
 
     extract: ExtractSettings
 
 
 EXTRACT = Tool(
     "extract_lora.py",
-    "Write as a LoRA what full fine-tuning changed, as well as a rank allows; the kept share of each block is printed.",
+    "Extract a LoRA from the difference of two checkpoints by SVD, and print the share of the change kept per block.",
     ExtractLoraSettings,
     "networks.tools.extract:main",
 )
@@ -168,36 +176,36 @@ EXTRACT = Tool(
 class AverageSettings:
     """Averaging."""
 
-    path: tuple[str, ...] = positional("Two or more LoRA files of one run.")
-    output_file: str = option("", "Safetensors file to write.", required=True)
-    beta: float = option(0.95, "Share of the average that each further file leaves.", minimum=0, maximum=1)
+    path: tuple[str, ...] = positional("Two or more LoRA files of the same run.")
+    output_file: str = option("", "Output .safetensors file.", required=True)
+    beta: float = option(
+        0.95, "EMA decay per file: the share of the running average that is kept.", minimum=0, maximum=1
+    )
     beta2: float | None = option(
         None,
-        "Share at the last file; between the second and it the share changes in equal steps.",
+        "EMA decay at the last file; it is interpolated linearly from beta at the second file.",
         minimum=0,
         maximum=1,
     )
     sigma_rel: float | None = option(
         None,
-        "Instead of beta: width of the average relative to the length of the run (Karras et al. 2024).",
+        "Use power function EMA with this relative width instead of beta (Karras et al. 2024).",
         minimum=0.01,
         maximum=0.28,
     )
-    no_sort: bool = option(
-        False, "Take the files in the order given; default: in the order of the steps that they say."
-    )
+    no_sort: bool = option(False, "Keep the files in the given order instead of sorting them by step.")
 
 
 @dataclass(frozen=True)
 class AverageLoraSettings:
-    """All settings of the averager."""
+    """All options of the averager."""
 
     average: AverageSettings
 
 
 AVERAGE = Tool(
     "lora_post_hoc_ema.py",
-    "Average LoRA files that one run saved, the later ones counting most.",
+    "Post-hoc EMA: average the LoRA files saved by one run, with most weight on the later ones.",
     AverageLoraSettings,
     "networks.tools.average:main",
 )

@@ -28,7 +28,8 @@ def split_off(dataset: CachedDataset, share: float, *, seed: int) -> Split:
     chosen = choose_names([_names(plan) for plan in dataset.plans if not plan.config.is_reg], share, seed=seed)
     if not chosen:
         raise InputError(
-            f"--validation_split {share:g} needs a dataset with at least two files (not is_reg): use --validation_config"
+            f"--validation_split {share:g} needs a dataset with at least two files (not is_reg): use"
+            " --validation_config"
         )
     return Split(
         CachedDataset([_keep(plan, _names(plan) - chosen) for plan in dataset.plans]),

@@ -28,12 +28,15 @@ class Content(NamedTuple):
 
 Contents = Mapping[str, Content]  # by `SampleKey.item`
 
-_CHANGES = ("{count} with a different video or image", "{count} with different captions", "{count} with a different text encoder")
+_CHANGES = (
+    "{count} with a different video or image",
+    "{count} with different captions",
+    "{count} with a different text encoder",
+)
 
 
 def read_contents(dataset: CachedDataset) -> dict[str, Content]:
-    """Return the current contents of each sample, read from its caches; only headers that are not yet known are read.
-    """
+    """Return the current contents of each sample, read from its caches; only new headers are read."""
     found: dict[str, Content] = {}
     manifests: dict[int, Manifest] = {}
     for item, clip in dataset.clips.items():

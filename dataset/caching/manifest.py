@@ -93,7 +93,9 @@ class Manifest:
                 _write(self._folder / MANIFEST, kept)
         except (InputError, OSError, sqlite3.Error) as problem:
             logger.info(
-                "could not write %s (%s): the next start will take as long as this one", self._folder / MANIFEST, problem
+                "could not write %s (%s): the next start will take as long as this one",
+                self._folder / MANIFEST,
+                problem,
             )
         self._new = {}
 

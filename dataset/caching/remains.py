@@ -52,8 +52,7 @@ def remove_remains(folder: Path) -> list[Path]:
 
 
 def _is_left_over(path: Path, *, seconds: int = _DAY) -> bool:
-    """Return whether the process on this machine that created it has ended, or nothing has modified it for `seconds`.
-    """
+    """Return whether its process on this machine has ended, or nothing has modified it for `seconds`."""
     temporary = TEMPORARY.fullmatch(path.name)
     if temporary and temporary["host"] == HOST and not _is_alive(int(temporary["process"])):
         return True

@@ -26,8 +26,7 @@ _TEXT_NAME = re.compile(rf".+_{ARCHITECTURE}_te")
 
 
 class Staleness(Enum):
-    """State of a cache file for a clip or caption; `FOREIGN` matches but has no recipe, such as musubi-tuner's files.
-    """
+    """State of a cache file for a clip or caption; `FOREIGN` matches but has no recipe, as files of musubi-tuner."""
 
     UP_TO_DATE = "up to date"
     FOREIGN = "adopted"
@@ -83,7 +82,9 @@ def latents_state(
     recipe, is_ours = _recipe_of(facts)
     if not is_ours:
         return CacheState(path, Staleness.STALE, reason) if reason else CacheState(path, Staleness.FOREIGN)
-    reason = reason or (_compare_recipe(clip, recipe, manifest, model, image_model) if recipe else "unsupported recipe version")
+    reason = reason or (
+        _compare_recipe(clip, recipe, manifest, model, image_model) if recipe else "unsupported recipe version"
+    )
     return CacheState(path, Staleness.STALE, reason) if reason else CacheState(path, Staleness.UP_TO_DATE)
 
 

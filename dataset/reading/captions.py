@@ -30,8 +30,7 @@ def read_captions(paths: Iterable[Path], variants: str) -> tuple[str, ...]:
 
 
 def split_variants(texts: Iterable[str], variants: str) -> tuple[str, ...]:
-    """Return the texts with surrounding white space removed; with "lines", each non-empty line is a separate caption.
-    """
+    """Return the texts without surrounding white space; with "lines", each non-empty line is a separate caption."""
     if variants != "lines":
         return tuple(text.strip() for text in texts)
     lines = [[stripped for line in text.splitlines() if (stripped := line.strip())] or [""] for text in texts]

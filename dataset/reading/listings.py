@@ -1,5 +1,4 @@
-"""The media files of a dataset with their captions, from a folder, a JSONL file or a CSV file. No media file is opened.
-"""
+"""The media files of a dataset with their captions, from a folder, a JSONL file or a CSV file. No media are opened."""
 
 import csv
 import json
@@ -120,7 +119,9 @@ def _read_csv(config: DatasetConfig, listing: Path) -> Iterator[_Row]:
             raise InputError(f"{listing} has no column {missing[0]}: the first line must name the columns {key},prompt")
         for row in reader:
             if row[key] is None or row["prompt"] is None or None in row:
-                raise InputError(f"{listing} line {reader.line_num}: expected one cell for each column of the first line")
+                raise InputError(
+                    f"{listing} line {reader.line_num}: expected one cell for each column of the first line"
+                )
             cells = {name: (cell or "").strip() or None for name, cell in row.items()}
             media = row[key].strip()
             path = str(listing.parent / media) if media else ""

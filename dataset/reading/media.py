@@ -1,5 +1,4 @@
-"""Read images and videos from disk: their media information, and the frames of a clip, (height, width, 3) uint8 each.
-"""
+"""Read images and videos: their media information, and the frames of a clip, (height, width, 3) uint8 each."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace

@@ -1,5 +1,4 @@
-"""The files in other folders that accompany a media file, matched by name: masks, controls, references, camera paths.
-"""
+"""Files in other folders that accompany a media file, matched by name: masks, controls, references, camera paths."""
 
 import os
 import re

@@ -86,7 +86,9 @@ def read_folder(
     for index in sorted(set(wanted)):
         image = read_image(files[index], background)
         if image.shape[1::-1] != size:
-            raise InputError(f"{files[index]} differs in size from {files[0].name}: all frames of a video must have the same size")
+            raise InputError(
+                f"{files[index]} differs in size from {files[0].name}: all frames of a video must have the same size"
+            )
         yield index, image
 
 
@@ -102,8 +104,7 @@ def is_animation(path: Path) -> bool:
 
 
 def animation_times(path: Path) -> tuple[float, ...]:
-    """Return the start time of each frame of an animation and the end time of the last, in seconds; nothing is decoded.
-    """
+    """Return the start time of each frame of an animation and the end time of the last, in seconds, without decoding."""
     return tuple(itertools.accumulate(_TIMES[path.suffix.lower()](path.read_bytes()), initial=0.0))
 
 
@@ -182,4 +183,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except _PROBLEMS as problem:
         if isinstance(problem, InputError):
             raise
-        raise InputError(f"{path} is an incomplete image ({problem}): replace it or remove it from its folder") from None
+        raise InputError(
+            f"{path} is an incomplete image ({problem}): replace it or remove it from its folder"
+        ) from None

@@ -112,8 +112,7 @@ def _decode(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _find_first(stream: Any, packets: Iterator[Any]) -> tuple[list[Any], Any]:
-    """Return the packets up to the first decoded frame, and that frame or None; damage is reported later, by decoding.
-    """
+    """Return the packets up to the first decoded frame, and that frame or None; damage is reported by decoding."""
     seen, decoder = [], _decoder(stream)
     for packet in packets:
         seen.append(packet)
@@ -232,8 +231,7 @@ def _decode_seconds(path: Path, *, num_packets: int | None = None) -> list[float
 
 
 def _frame_times(seconds: Sequence[float | None], rate: float | None) -> tuple[float, ...]:
-    """Return `MediaInfo.times` for frames that begin at these seconds; computed from the rate if they are not in order.
-    """
+    """Return `MediaInfo.times` for frames that begin at these seconds; from the rate if they are not in order."""
     known = [second for second in seconds if second is not None]
     steps = [later - earlier for earlier, later in itertools.pairwise(known)]
     if len(known) == len(seconds) and all(step > 0 for step in steps) and (rate or steps):
