@@ -22,7 +22,7 @@ MANIFEST = "manifest.db"
 _VERSION = 1
 _LOCK = ".manifest.lock"
 _TABLE = (
-    "CREATE TABLE facts (topic TEXT, name TEXT, size INTEGER, mtime_ns INTEGER, fact TEXT, PRIMARY KEY (topic, name))"
+    "CREATE TABLE facts (kind TEXT, name TEXT, size INTEGER, mtime_ns INTEGER, fact TEXT, PRIMARY KEY (kind, name))"
 )
 
 
@@ -117,7 +117,7 @@ def _read(path: Path) -> _Facts:
         with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
             if database.execute("PRAGMA user_version").fetchone() != (_VERSION,):
                 return {}
-            rows = database.execute("SELECT topic, name, size, mtime_ns, fact FROM facts")
+            rows = database.execute("SELECT kind, name, size, mtime_ns, fact FROM facts")
             return {(topic, name): _Fact(*fact) for topic, name, *fact in rows}
     except sqlite3.Error:
         return {}
