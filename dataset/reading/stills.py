@@ -104,7 +104,7 @@ def is_animation(path: Path) -> bool:
 
 
 def animation_times(path: Path) -> tuple[float, ...]:
-    """Return the start time of each frame of an animation and the end time of the last, in seconds, without decoding."""
+    """Return the start time of each frame of an animation and the end time of the last, in seconds (not decoded)."""
     return tuple(itertools.accumulate(_TIMES[path.suffix.lower()](path.read_bytes()), initial=0.0))
 
 

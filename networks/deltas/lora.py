@@ -111,7 +111,7 @@ class LoraBranch(nn.Module):
     def before(self, x: Tensor) -> Tensor:
         """Return the Linear's input x (..., in); stores its rank activations."""
         x = x.to(_product_dtype(x))
-        # In these cases `after` computes everything: graphs cannot keep state on modules, convolutions do not accumulate.
+        # In these cases `after` computes everything: graphs keep no state on modules, convolutions do not accumulate.
         if torch.compiler.is_compiling() or self.window is not None:
             return x
         down = self.down.weight.to(x.dtype)

@@ -130,7 +130,7 @@ def test_each_stage_is_one_line(clone: list[list[str]], capsys: pytest.CaptureFi
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [
         f"making .venv with Python {platform.python_version()}",
-        "installing requirements-base.txt (once, some minutes; log in .venv/pip.log)",
+        "installing requirements-base.txt (only once, takes a few minutes; log in .venv/pip.log)",
     ]
     assert not shown.err
 

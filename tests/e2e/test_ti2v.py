@@ -148,9 +148,9 @@ def test_what_is_refused(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "32 or more" in told(TRAIN, [*desk.training("no"), "--dataset_config", desk.folder / "small.toml"])
     # Caches of one VAE are not the other's.
     line = told(TRAIN, [*desk.training("no"), "--task", "t2v-1.3B", "--dit", desk.folder / DIT])
-    assert "of another VAE, with 48 channels" in line
+    assert "different VAE, with 48 channels" in line
     line = told(TRAIN, [*desk.training("no"), "--task", "t2v-1.3B", "--dit", desk.folder / DIT, "--trust_cache"])
-    assert "of another VAE, with 48 channels" in line
+    assert "different VAE, with 48 channels" in line
 
 
 def test_a_given_first_frame_stays_in_windows_over_time(desk: Desk) -> None:

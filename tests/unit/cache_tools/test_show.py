@@ -82,5 +82,5 @@ def test_the_rim_has_the_colour_asked_for():
 
 
 def test_an_unknown_way_is_refused(capsys):
-    assert show("image") == 2
+    assert show("sheet") == 2
     assert "image, console, video" in capsys.readouterr().err

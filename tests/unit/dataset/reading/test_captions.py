@@ -41,7 +41,7 @@ def test_each_line_that_holds_something_is_a_variant(folder):
 
 
 def test_numbered_files_are_variants_in_the_order_of_their_numbers(folder):
-    write(folder, a="zero", a_10="ten", a_9="nine", a_x="no number", b_2="two alone")
+    write(folder, a="zero", a_10="ten", a_9="nine", a_x="not a finite number", b_2="two alone")
     found = captions_of('caption_variants = "files"')
     assert found == {"a": ("zero", "nine", "ten"), "b": ("two alone",)}
 
@@ -66,7 +66,7 @@ def test_a_list_in_a_jsonl_file_gives_variants(folder):
     listing = 'image_jsonl_file = "list.jsonl"'
     assert captions_of("", source=listing) == {"a": ("one", "two"), "b": ("b",)}
     Path("list.jsonl").write_text('{"image_path": "stills/a.png", "caption": ["one", 2]}\n')
-    with pytest.raises(InputError, match=r"line 1.*list of texts"):
+    with pytest.raises(InputError, match=r"line 1.*list of strings"):
         captions_of("", source=listing)
 
 
