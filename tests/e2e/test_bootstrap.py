@@ -129,7 +129,7 @@ def test_each_stage_is_one_line(clone: list[list[str]], capsys: pytest.CaptureFi
     bootstrap.prepare(DEMO)
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [
-        f"making .venv with Python {platform.python_version()}",
+        f"creating .venv with Python {platform.python_version()}",
         "installing requirements-base.txt (only once, takes a few minutes; log in .venv/pip.log)",
     ]
     assert not shown.err

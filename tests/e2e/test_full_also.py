@@ -102,7 +102,7 @@ def test_both_experts_have_theirs(desk: Desk) -> None:
         (("--train_also", "networks.lora_wan", "--trainable", "blocks.*"), "leave no Linear layer in the blocks"),
         (("--train_also", "networks.full", "--trainable", "head.*"), "--train_also networks.full"),
         (("--train_also", "networks.lora_wan", "--network_module", "networks.lora_wan"), "--train_also is for"),
-        (("--trainable", "head.*", "--network_dim", 4), "--network_dim is for LoRA"),
+        (("--trainable", "head.*", "--network_dim", 4), "--network_dim is only for LoRA"),
         ((*ALSO, "--network_args", "what=1"), "unknown key 'what'"),
     ],
     ids=["all", "none-left", "itself", "of-lora", "alone", "argument"],

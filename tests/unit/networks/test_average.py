@@ -170,4 +170,4 @@ def test_what_is_not_to_be_averaged_together(save_as, tmp_path, capsys) -> None:
     assert "different experts" in capsys.readouterr().err
     best = save_as("name-best", 10)
     assert run(AVERAGE, [save_as("name-000001", 10), best, *out]) == 2
-    assert "is left alone" in capsys.readouterr().err
+    assert "is the only file left" in capsys.readouterr().err

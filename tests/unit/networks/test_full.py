@@ -62,5 +62,5 @@ def test_what_is_refused() -> None:
     with pytest.raises(InputError, match="--trainable is only for"):
         check_network(NetworkSettings(trainable=("head.*",)), {"blocks.0.ffn.0": (8, 8)}, names)
     for changes in ({"network_dim": 4}, {"network_dropout": 0.1}, {"scale_weight_norms": 1.0}):
-        with pytest.raises(InputError, match="is for LoRA"):
+        with pytest.raises(InputError, match="is only for LoRA"):
             check_module(NetworkSettings(network_module=FULL, **changes))  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ GOOD = lines({"video_path": "data/clips/a.mp4", "caption": "a"})
         ("video_csv", "video,caption\nclips/a.mp4,a\n", ["list.csv", "no column prompt", "video,prompt"]),
         ("video_csv", "video,prompt\nclips/a.mp4\n", ["list.csv line 2", "one cell"]),
         ("video_csv", "video,prompt\nclips/a.mp4,a,b\n", ["list.csv line 2", "one cell"]),
-        ("video_csv", "video,prompt\n,a\n", ["list.csv line 2", "no text"]),
+        ("video_csv", "video,prompt\n,a\n", ["list.csv line 2", "not a string"]),
         ("video_csv", "video,prompt\nclips/a.mp4,a\nclips/c.mp4,c\n", ["line 3", "no such file: data/clips/c.mp4"]),
         ("video_csv", 'video,prompt\n"clips/a.mp4"x,a\n', ["line 2", "not CSV"]),
         ("video_jsonl", GOOD + GOOD, ["share caches", "a.mp4 and a.mp4"]),
