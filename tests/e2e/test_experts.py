@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.e2e.test_images import frames_of
+from tests.e2e.test_image_tasks import frames_of
 
 from generate.settings import TOOL as GENERATE
 from tests import processes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.e2e.test_images import frames_of
+from tests.e2e.test_image_tasks import frames_of
 
 from cache_tools.settings import LATENTS_TOOL
 from generate.settings import TOOL as GENERATE
