@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.e2e.test_image_tasks import frames_of
 
 from generate.settings import TOOL as GENERATE
 from tests import processes
+from tests.e2e.test_image_tasks import frames_of
 from tests.tiny.images import CLIP, make_image_models
 from tests.tiny.make import DIT, SCENES, SIZE, T5, VAE, dit_shapes, draw_frames, draw_weight
 from tests.unit.placement.test_states import Lane

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.e2e.test_image_tasks import frames_of
 
+from tests.e2e.test_image_tasks import frames_of
 from tests.tiny.make import DIT, SIZE, T5, VAE, dit_shapes, draw_weight
 from wan_train.cli import run
 from wan_train.training.settings import TOOL as TRAIN

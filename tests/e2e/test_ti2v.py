@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.e2e.test_image_tasks import frames_of
 
 from cache_tools.settings import LATENTS_TOOL
 from generate.settings import TOOL as GENERATE
+from tests.e2e.test_image_tasks import frames_of
 from tests.tiny.make import DIT, SCENES, SIZE, T5, VAE, dit_shapes, draw_frames, save
 from tests.tiny.vae22 import VAE22, vae22_shapes
 from wan_train.cli import run
