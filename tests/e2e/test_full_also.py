@@ -101,7 +101,7 @@ def test_both_experts_have_theirs(desk: Desk) -> None:
         (("--train_also", "networks.lora_wan"), "otherwise all weights are trained"),
         (("--train_also", "networks.lora_wan", "--trainable", "blocks.*"), "leave no Linear layer in the blocks"),
         (("--train_also", "networks.full", "--trainable", "head.*"), "--train_also networks.full"),
-        (("--train_also", "networks.lora_wan", "--network_module", "networks.lora_wan"), "--train_also is for"),
+        (("--train_also", "networks.lora_wan", "--network_module", "networks.lora_wan"), "--train_also is only for"),
         (("--trainable", "head.*", "--network_dim", 4), "--network_dim is only for LoRA"),
         ((*ALSO, "--network_args", "what=1"), "unknown key 'what'"),
     ],

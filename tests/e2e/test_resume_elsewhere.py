@@ -168,7 +168,7 @@ def test_another_video_of_the_same_name(desk: Desk, capsys: Caught) -> None:
     desk.cache()
     desk.train("name", *words, expect=2)
     told = capsys.readouterr().err
-    assert "1 file that is new (yellow)" in told and "1 file that is gone (green_triangle)" in told
+    assert "1 file that is new (yellow)" in told and "1 file that is missing (green_triangle)" in told
     assert "samples of the dataset was" not in told
     desk.train("name", *words, "--resume_anyway")
     assert "although the dataset has" in capsys.readouterr().err
