@@ -52,7 +52,7 @@ def test_every_spelling_sets_the_same_field() -> None:
         (["--coat", "1"], "did you mean --coats"),
         (["--colour", "gren"], "did you mean green"),
         (["--coats", "0"], "1 to 5"),
-        (["--coats", "two"], "integer"),
+        (["--coats", "two"], "whole number"),
         (["--share", "1.5"], "0 to 1"),
         (["--share", "nan"], "out of range"),
         (["--size", "4"], "2 arguments"),
