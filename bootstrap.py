@@ -3,11 +3,11 @@
     python bootstrap.py demo [FOLDER] [--fast]   teach a small model a new word, and see it (in demo/)
     python bootstrap.py test [ARGUMENT]...       the tests; the arguments go to pytest
 
-Both first make `.venv` and install into it, unless that is done already: the demo requirements-base.txt, the tests the
-full list and what they need themselves, in the versions of constraints.txt. What pip says goes to .venv/pip.log.
+Both first create `.venv` and install into it, unless already done: requirements-base.txt for the demo; for the tests
+requirements.txt and requirements-dev.txt; versions are those of constraints.txt. pip's output goes to .venv/pip.log.
 """
 
-# An old Python has to be able to read this file, if only to be told that it is too old.
+# Old Python versions must be able to parse this file, to report that they are too old.
 from __future__ import annotations
 
 import hashlib
@@ -23,21 +23,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = "wan-train.json"  # in .venv: what is installed there
-LOG = "pip.log"  # in .venv: what the last installation said
-LINES_SHOWN = 20  # of it, where it fails
+LOG = "pip.log"  # in .venv: output of the last installation
+LINES_SHOWN = 20  # lines of the log printed on failure
 BASE = "requirements-base.txt"
 FULL = "requirements.txt"
 DEVELOPMENT = "requirements-dev.txt"
 CONSTRAINTS = "constraints.txt"
-# Each process takes half of the tests in their order, so that those of a file share what they make; one that has ended
-# helps the other.
+# Each process takes half of the tests in order, so that the tests of a file share fixtures; a process that is done
+# takes over tests from the other.
 SIDE_BY_SIDE = ["-n", "2", "--dist", "worksteal"]
 OLDEST, NEWEST = (3, 11), (3, 13)
 UNFINISHED = {"python": "unfinished"}
 
 
 class Failure(Exception):
-    """One line for the user, and the exit code."""
+    """An error message of one line, and the exit code."""
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -69,14 +69,15 @@ def check_python(version: tuple[int, ...], implementation: str) -> None:
         shown = ".".join(str(part) for part in version)
         oldest, newest = (f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
         raise Failure(
-            f"this is {implementation} {shown}, and CPython {oldest} to {newest} is needed:"
-            f" install one and use it, as in 'python{newest} bootstrap.py demo'",
+            f"{implementation} {shown} is not supported: CPython {oldest} to {newest} is required;"
+            f" install it and run, for example, 'python{newest} bootstrap.py demo'",
             2,
         )
 
 
 def read_arguments(arguments: list[str]) -> tuple[str, list[str]]:
-    """The command, and what comes after it; the demo's folder is made absolute, for it starts in the repo root."""
+    """Return the command and its arguments; the demo's folder is made absolute, because the demo starts in the repo
+    root."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command == "test":
         return command, rest
@@ -87,7 +88,7 @@ def read_arguments(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def prepare(requirements: list[str]) -> Path:
-    """Make `.venv` hold what the requirement files name; the folder of its programs."""
+    """Install the requirement files into `.venv` if needed; return the folder of its programs."""
     programs = VENV / ("Scripts" if os.name == "nt" else "bin")
     installed, wanted = read_stamp(), wanted_stamp(requirements)
     runs = any((programs / name).exists() for name in ("python", "python.exe"))
@@ -95,11 +96,16 @@ def prepare(requirements: list[str]) -> Path:
         return programs
     if not runs or installed.get("python") != wanted["python"]:
         if VENV.exists() and not installed:
-            raise Failure(f"{VENV} is not bootstrap.py's: move it away, or install the requirements into it yourself")
+            raise Failure(
+                f"{VENV} was not created by bootstrap.py: move it away, or install the requirements into it yourself"
+            )
         make_environment()
         installed = {}
     write_stamp(UNFINISHED)
-    print(f"installing {' and '.join(requirements)} (once, some minutes; log in {VENV.name}/{LOG})", flush=True)
+    print(
+        f"installing {' and '.join(requirements)} (only once, takes a few minutes; log in {VENV.name}/{LOG})",
+        flush=True,
+    )
     files = ["-c", CONSTRAINTS, *(part for name in requirements for part in ("-r", name))]
     run_logged([programs / "python", "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *files])
     write_stamp({**installed, **wanted})
@@ -107,25 +113,25 @@ def prepare(requirements: list[str]) -> Path:
 
 
 def make_environment() -> None:
-    """An empty `.venv`; whatever an interrupted install has left there goes."""
-    print(f"making {VENV.name} with Python {platform.python_version()}", flush=True)
+    """Create an empty `.venv`, deleting what an interrupted installation left."""
+    print(f"creating {VENV.name} with Python {platform.python_version()}", flush=True)
     VENV.mkdir(exist_ok=True)
-    write_stamp(UNFINISHED)  # first, and it stays: an interrupted removal has to be known as ours too
+    write_stamp(UNFINISHED)  # first, and kept: after an interrupted removal the folder must still be recognised as ours
     for child in VENV.iterdir():
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         elif child.name != STAMP:
             child.unlink()
-    # The interpreter behind an active environment: that environment may be the one that was just removed.
+    # The base interpreter of an active environment, which may be the environment that was just removed.
     python = getattr(sys, "_base_executable", "") or sys.executable
-    hint = "on Debian and Ubuntu the package python3-venv has to be there"
+    hint = "on Debian and Ubuntu the package python3-venv must be installed"
     run_logged([python, "-m", "venv", VENV], shown=f"{python} -m venv ({hint})")
 
 
 def wanted_stamp(requirements: list[str]) -> dict[str, str]:
-    """What `.venv` says of itself where it holds the requirement files, and those that they include."""
-    # The folder is part of it: the programs of an environment that was moved no longer start. So are the constraints,
-    # for each file by itself, since an installation of some files leaves the others as they were.
+    """Return the stamp of a `.venv` with these requirement files and those that they include."""
+    # The folder is part of the stamp: programs of a moved environment do not start. So are the constraints, for each
+    # file separately, because an installation of some files leaves the others unchanged.
     constraints = (ROOT / CONSTRAINTS).read_bytes()
     digests = {
         name: hashlib.sha256((ROOT / name).read_bytes() + constraints).hexdigest()
@@ -135,7 +141,7 @@ def wanted_stamp(requirements: list[str]) -> dict[str, str]:
 
 
 def with_included(requirements: list[str]) -> list[str]:
-    """The requirement files and those that their lines `-r NAME` include, each once."""
+    """Return the requirement files and those that their lines `-r NAME` include, without duplicates."""
     names: list[str] = []
     waiting = list(requirements)
     while waiting:
@@ -148,7 +154,7 @@ def with_included(requirements: list[str]) -> list[str]:
 
 
 def read_stamp() -> dict[str, str]:
-    """What `.venv` holds by its own account; nothing where it does not say."""
+    """Return the stamp of `.venv`; empty if there is none."""
     try:
         stamp = json.loads((VENV / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -163,13 +169,13 @@ def write_stamp(stamp: dict[str, str]) -> None:
 
 
 def run(command: list[str | Path], *, shown: str = "") -> None:
-    """Run a command from the repo root; a Failure names the one that failed."""
+    """Run a command from the repo root. Raises Failure, with the command, if it fails."""
     words = [str(word) for word in command]
     check_code(subprocess.run(words, cwd=ROOT).returncode, shown or shlex.join(words))
 
 
 def run_logged(command: list[str | Path], *, shown: str = "") -> None:
-    """The same with the output in a file, of which the end is shown where the command fails."""
+    """Run a command with its output in a log file, the end of which is printed if it fails."""
     words = [str(word) for word in command]
     path = VENV / LOG
     with open(path, "w", encoding="utf-8") as log:
@@ -181,7 +187,7 @@ def run_logged(command: list[str | Path], *, shown: str = "") -> None:
 
 
 def check_code(code: int, shown: str) -> None:
-    """Raise a Failure for the exit code of a command that failed."""
+    """Raise Failure for the exit code of a failed command."""
     if code:
         raise Failure(f"exit code {code} from: {shown}", code if code > 0 else 128 - code)
 

@@ -1,4 +1,4 @@
-"""Rename a LoRA between the namings of tools; `--help` lists the options."""
+"""Convert a LoRA between key namings; `--help` lists the options."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Write as a LoRA what full fine-tuning changed; `--help` lists the options."""
+"""Extract a LoRA from the difference of two checkpoints; `--help` lists the options."""
 
 import sys
 from pathlib import Path

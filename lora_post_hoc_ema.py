@@ -1,4 +1,4 @@
-"""Average the saved files of one run; `--help` lists the options."""
+"""Average the LoRA files saved by one run; `--help` lists the options."""
 
 import sys
 from pathlib import Path

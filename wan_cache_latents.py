@@ -1,4 +1,4 @@
-"""Cache the latents of a dataset's clips and images."""
+"""Cache the latents of a dataset's videos and images; `--help` lists the options."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Cache the text embeddings of a dataset's captions."""
+"""Cache the text embeddings of a dataset's captions; `--help` lists the options."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How fast caches are read and written, and how long a step waits for its batch.
+"""Measure how fast caches are read and written, and how long a step waits for its batch.
 
 Items of 5 MB: latents 16x21x60x104 (81 frames of 832x480) and 100 tokens of text, in bfloat16.
 
@@ -36,7 +36,7 @@ ROUNDS = 5
 
 
 def make_plan(folder: Path, count: int) -> ClipPlan:
-    """That number of clips of one dataset, none of them cached yet."""
+    """Return the plan of `count` clips of one dataset, none of them cached yet."""
     config = DatasetConfig(folder / "data.toml", 1, is_video=True, directory=folder, cache_directory=folder / "cache")
     items = [Item(config, folder / f"clip{number:04d}.mp4", ("a caption",)) for number in range(count)]
     clips = [Clip(item, 0, tuple(range(FRAMES)), SIZE, SIZE) for item in items]
@@ -44,7 +44,7 @@ def make_plan(folder: Path, count: int) -> ClipPlan:
 
 
 def measure_writes(plan: ClipPlan) -> dict[str, float]:
-    """Latents written as the cache writes them, against their bytes written, flushed and renamed; in turns."""
+    """Measure writing latents as the cache does, against writing, flushing and renaming the same bytes, in turns."""
     latents = torch.randn(plan.clips[0].latent_shape)
     embeddings = {"a caption": torch.randn(TOKENS, 4096)}
     content = os.urandom(2 * latents.numel())
@@ -58,7 +58,7 @@ def measure_writes(plan: ClipPlan) -> dict[str, float]:
         def write_raw(clip: Clip = clip) -> None:
             flush_bytes(latents_path(clip).with_suffix(".raw"), content)
 
-        # Neither's file goes before the end: the next write would get its memory, which is faster than new memory.
+        # Files are kept until the end: the next write would reuse their memory, which is faster than new memory.
         pairs = [(ours, write), (raw, write_raw)]
         for times, call in pairs if number % 2 else reversed(pairs):
             times.append(timed(call))
@@ -70,7 +70,7 @@ def measure_writes(plan: ClipPlan) -> dict[str, float]:
 
 
 def flush_bytes(path: Path, content: bytes) -> None:
-    """The least that leaves a whole file after a crash: write beside, flush, rename, flush the folder."""
+    """Write a file crash-safely with the least work: write beside, flush, rename, flush the folder."""
     beside = path.with_suffix(".part")
     with open(beside, "wb") as file:
         file.write(content)
@@ -83,7 +83,7 @@ def flush_bytes(path: Path, content: bytes) -> None:
 
 
 def measure_reads(dataset: CachedDataset) -> dict[str, float]:
-    """Batches of one item read and stacked by one thread, from files that the system holds in memory."""
+    """Measure reading and collating batches of one item in one thread, from files in the page cache."""
 
     def read() -> None:
         for number in range(len(dataset)):
@@ -95,7 +95,7 @@ def measure_reads(dataset: CachedDataset) -> dict[str, float]:
 
 
 def measure_waiting(dataset: CachedDataset, num_steps: int) -> dict[str, float]:
-    """What a step of 0.1 s waits for its batch, with the trainer's own loader; the start of an epoch apart."""
+    """Measure how long a step of 0.1 s waits for its batch with the trainer's loader, without the start of an epoch."""
     batches = EpochBatches(dataset, seed=0)
     loader = read_ahead(make_loader(dataset, batches, LoopSettings(), torch.device("cpu")))
     began = time.perf_counter()
@@ -109,17 +109,17 @@ def measure_waiting(dataset: CachedDataset, num_steps: int) -> dict[str, float]:
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+    """Return the seconds that a call takes."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
 def main() -> None:
-    """Print one line of JSON for each kind."""
+    """Print one line of JSON for each benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=200)
-    parser.add_argument("--folder", help="where the caches go for the time being; the disk that is measured")
+    parser.add_argument("--folder", help="temporary folder for the caches, on the disk to measure")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(json.dumps({"machine": platform.processor() or platform.machine(), "torch": torch.__version__}))

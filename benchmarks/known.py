@@ -1,9 +1,9 @@
-"""How long it takes to find out that nothing changed: a second caching run, and the plan of many known files.
+"""Measure how long it takes to detect that nothing changed: a second caching run, and planning many known files.
 
     python benchmarks/known.py [--items 1000] [--planned 10000]
 
 Prints JSON: seconds beyond imports of `wan_cache_latents.py` over `items` videos whose latents are up to date, and of
-planning `planned` videos whose headers the manifest knows; each the median of five, with the first run beside it.
+planning `planned` videos with headers in the manifest; each the median of five runs, and the first run.
 """
 
 import argparse
@@ -40,7 +40,7 @@ target_frames = [17]
 
 
 def make_data(folder: Path, num_items: int) -> Path:
-    """That number of copies of a drawn video with captions, and the TOML over them."""
+    """Make `num_items` copies of a drawn video with captions, and a TOML for them."""
     draw_clips(folder / "drawn")
     source, clips = next((folder / "drawn").glob("*.mp4")), folder / "clips"
     clips.mkdir()
@@ -57,7 +57,7 @@ def plan_all(config: DatasetConfig) -> ClipPlan:
 
 
 def time_runs(work: Callable[[], object]) -> dict[str, float]:
-    """Seconds of the first run, and the median of those after it."""
+    """Return the seconds of the first run, and the median of the following ones."""
     seconds = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
@@ -67,7 +67,7 @@ def time_runs(work: Callable[[], object]) -> dict[str, float]:
 
 
 def time_caching(folder: Path, num_items: int) -> dict[str, float]:
-    """A caching run over latents that are all there; they are written here, as the tool writes them."""
+    """Time a caching run over latents that all exist; they are written here in the script's format."""
     data = make_data(folder, num_items)
     make_models(folder / "models")
     vae = folder / "models" / VAE

@@ -1,9 +1,9 @@
-"""What each way to split a video over processes exchanges, on paper: the table of docs/many-gpus.md.
+"""Compute the communication volume of each way to split a video over processes: the table of docs/many-gpus.md.
 
     python benchmarks/many_gpus.py
 
-Counted are the bytes that one process sends in a guided step of two passes, in bfloat16 where the model computes and in
-float32 for tokens behind the last block and velocities.
+Counts the bytes that one process sends in a guided step of two passes, in bfloat16 inside the model and in
+float32 for tokens after the last block and for velocities.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Model:
 
     @property
     def block_parameters(self) -> int:
-        """Number of parameters of the matrices of a block: eight of attention, two of the feed-forward."""
+        """Number of parameters of a block's matrices: eight of attention, two of the feed-forward."""
         return 8 * self.dim**2 + 2 * self.dim * self.ffn_dim
 
 
@@ -54,18 +54,18 @@ VIDEOS = (Video(480, 832, 81), Video(720, 1280, 81))
 
 
 def exchanged_by_ulysses(tokens: float, dim: int, count: int, *, width: int = HALF) -> float:
-    """Bytes per process and block: queries, keys, values and the result, each an all-to-all of a share of the tokens,
-    of which a process keeps its own part."""
+    """Return bytes per process and block: an all-to-all of a share of the tokens each for queries, keys, values and the
+    result; a process keeps its own part."""
     return 4 * tokens / count * dim * width * (count - 1) / count
 
 
 def exchanged_by_ring(tokens: float, dim: int, count: int, *, width: int = HALF) -> float:
-    """Bytes per process and block: keys and values of a share of the tokens, passed on until all have seen them."""
+    """Return bytes per process and block: keys and values of a share of the tokens, passed on to all processes."""
     return 2 * tokens / count * dim * width * (count - 1)
 
 
 def gathered(tokens: float, dim: int, count: int) -> float:
-    """Bytes per process and pass: its share of the tokens behind the last block, to all others."""
+    """Return bytes per process and pass: its share of the tokens after the last block, sent to all others."""
     return tokens / count * dim * FULL * (count - 1)
 
 
@@ -86,7 +86,7 @@ def _velocity(model: Model, video: Video) -> float:
 
 
 def _halves(model: Model, video: Video, count: int) -> float | None:
-    """Guidance on two halves, each of which splits the tokens of its one pass by Ulysses."""
+    """Return bytes with the guidance passes on two halves, each of which splits the tokens of its pass by Ulysses."""
     if count == 2:
         return _velocity(model, video)
     inside = _ulysses(model, video, count // 2)
@@ -94,7 +94,7 @@ def _halves(model: Model, video: Video, count: int) -> float | None:
 
 
 def _sharded(model: Model, video: Video, count: int) -> float | None:
-    """Each pass gathers the weights of all blocks, of which a process holds and sends its share."""
+    """Return bytes with sharded weights: each pass gathers the weights of all blocks; a process sends its share."""
     return PASSES * model.num_layers * model.block_parameters * HALF * (count - 1) / count
 
 
@@ -113,7 +113,7 @@ def _shown(count: float | None) -> str:
 
 
 def table() -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     lines = [
         "| model | video | way | " + " | ".join(f"{count} GPUs" for count in COUNTS) + " |",
         "|---|---|---|" + "---|" * len(COUNTS),

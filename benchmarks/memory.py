@@ -1,9 +1,9 @@
-"""Peak memory and seconds per step of the 14B geometry with random weights, by what is done to save memory: of a LoRA
+"""Measure peak memory and seconds per step of the 14B geometry with random weights, by memory saving options: of a LoRA
 and, in cells that begin with `full`, of full fine-tuning.
 
-Each cell runs in a process of its own. On a GPU the model has its 40 blocks and the peak is what torch had allocated on
-the device; on a CPU it has four, and the peak is that of the process. `weights_gib` is what the device holds of the
-weights, the adapter's too.
+Each cell runs in its own process. On a GPU the model has its 40 blocks and the peak is the memory torch allocated on
+the device; on a CPU it has four blocks, and the peak is that of the process. `weights_gib` is the size of the weights
+on the device, including the adapter's.
 
     python benchmarks/memory.py [--cells resident swap_all ...] [--sizes 480x832x1 480x832x49] [--steps 3]
 """
@@ -39,8 +39,11 @@ SCALED = WeightSettings(fp8_base=True, fp8_scaled=True)
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to run; `swap` is a share of the blocks, of which one always stays. With an `optimizer` all weights are
-    trained, in bf16; it steps in the backward pass if `fused`, its states are in CPU RAM if `offload`."""
+    """One configuration; `swap` is a share of the blocks, at least one of which stays on the device.
+
+    With an `optimizer`, all weights are trained, in bf16; it steps in the backward pass if `fused`, and its states are
+    in CPU RAM if `offload`.
+    """
 
     swap: float = 0.0
     weights: WeightSettings = BF16
@@ -71,15 +74,15 @@ CELLS = {
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """bfloat16 weights of the published spread, made one at a time."""
+    """Yield bfloat16 weights with the published scale, created one at a time."""
     generator = torch.Generator(device).manual_seed(0)
     for name, shape in shapes.items():
         yield name, torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16).mul_(0.02)
 
 
 def build(cell: Cell, layers: int, device: torch.device):  # type: ignore[no-untyped-def]
-    """The model with what is trained, the optimizer, what steps in the backward pass, and the bytes of weights that the
-    device holds."""
+    """Return the model with its adapter, the optimizer, the stepping in the backward pass, and the bytes of weights on
+    the device."""
     from networks.settings import NetworkSettings
     from wan_train.assemble import ModelSettings, attach_adapter, finish_dit, streamed_names
     from wan_train.models.dit.dit import Dit, DitConfig
@@ -113,7 +116,7 @@ def build(cell: Cell, layers: int, device: torch.device):  # type: ignore[no-unt
 
 
 def stepping_of(cell: Cell, adapter, stream, device: torch.device):  # type: ignore[no-untyped-def]
-    """The optimizer of all weights, and what steps in the backward pass."""
+    """Return the optimizer of all weights, and the stepping in the backward pass."""
     from wan_train.placement.lanes import make_lane
     from wan_train.placement.states import HostStates
     from wan_train.training.optimizing.fused import FusedBackward
@@ -130,7 +133,7 @@ def stepping_of(cell: Cell, adapter, stream, device: torch.device):  # type: ign
 
 
 def run_cell(name: str, size: tuple[int, int, int], layers: int, steps: int, pipe: Connection) -> None:
-    """Build, take a step to warm up, time the others, and send what was found."""
+    """Build, run one warm-up step, time the others, and send the results."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, optimizer, fused, held = build(CELLS[name], layers, device)
     height, width, frames = size

@@ -1,7 +1,7 @@
-"""What a training step takes outside the model: everything but its passes, the clipping and the optimizer's step.
+"""Measure the time of a training step outside the model: everything except its passes, clipping and the optimizer step.
 
-A tiny model with latents of a 480x832 image is trained through the trainer's own loop; the time of each step is taken
-whole, and that of the model's forward and backward pass, of clipping and of the optimizer is taken off.
+A tiny model with latents of a 480x832 image is trained by the trainer's own loop. From the time of each whole step,
+that of the model's forward and backward pass, of clipping and of the optimizer is subtracted.
 
     python benchmarks/overhead.py [--steps 300]
 """
@@ -28,13 +28,13 @@ from wan_train.training.settings import TOOL
 
 
 class Clock:
-    """Seconds inside some functions since it was last read."""
+    """Accumulated seconds inside wrapped functions since the last read."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its time counted."""
+        """Return the function, wrapped to count its time."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
@@ -47,7 +47,7 @@ class Clock:
 
 
 def prepare(folder: Path) -> None:
-    """Caches of the tiny dataset's first frames, as images of 480x832."""
+    """Cache the first frames of the tiny dataset as images of 480x832."""
     from cache_tools.settings import LATENTS_TOOL, TEXT_TOOL
 
     make(folder)

@@ -1,16 +1,16 @@
-"""Seconds per sampling step, ours against diffusers' WanPipeline: noise to latents, guided, so two passes to a step.
+"""Measure seconds per sampling step, ours against diffusers' WanPipeline: noise to latents, guided (two passes).
 
-As in step.py each side lives in a process of its own and the two take turns; whole runs of a few steps are timed, the
-choice of noise levels, guidance and the solver among them. `batched` is `--cfg_merge` on our side: both passes in one.
+As in step.py each side runs in its own process and the two take turns; whole runs of a few steps are timed, including
+the choice of noise levels, guidance and the solver. `batched` is our `--cfg_merge`: both passes as one batch.
 
     python benchmarks/sampling.py [--pairs 9] [--threads 2] [--kind guided batched]
 
-With a CUDA device, the whole 1.3B and 14B with random bfloat16 weights at 480x832x81, and its share of
-the GPU's rate for a large bfloat16 matrix product in the same run:
+With a CUDA device, the whole 1.3B and 14B with random bfloat16 weights at 480x832x81, and the throughput as a share of
+that of a large bfloat16 matrix product on the same GPU in the same run:
 
     python benchmarks/sampling.py --gpu [--models 1.3B 14B] [--rounds 3]
 
-Step caches on the small built-in model, 100 captions that its training never saw (see step_caches.py):
+Step caches on the small built-in model, 100 captions not seen in its training (see step_caches.py):
 
     python benchmarks/sampling.py --caches [--captions 100] [--calibrated 4]
 """
@@ -48,38 +48,38 @@ GEMM_SIDE = 8192
 
 
 def request(size: tuple[int, int, int], *, merge: bool = False) -> SampleRequest:
-    """A guided run of STEPS steps at (width, height, frames)."""
+    """Return a guided run of STEPS steps at (width, height, frames)."""
     width, height, frames = size
     return SampleRequest("", "", width, height, frames, STEPS, GUIDANCE, SHIFT, seed=0, cfg_merge=merge)
 
 
 def texts() -> tuple[Tensor, Tensor]:
-    """Embeddings (512, TEXT) of a prompt and a negative prompt."""
+    """Return embeddings (512, TEXT) of a prompt and a negative prompt."""
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(TEXT_LENGTH, TEXT, generator=generator) for _ in range(2))
     return first, second
 
 
 def our_run(model: Dit, wanted: SampleRequest, device: torch.device) -> Step:
-    """Noise to latents as previews and the generator do it."""
+    """Return a run from noise to latents, as in previews and the generator."""
     positive, negative = (Conditions((rows,)) for rows in texts())
     return lambda: finite(sample_latents(model, wanted, positive, negative, device=device, quiet=True))
 
 
 def finite(latents: Tensor) -> None:
-    """Nothing is faster than a model that has overflowed."""
+    """Raise an error for NaN or Inf: an overflowing model could be faster."""
     assert latents.isfinite().all()
 
 
 def ours(step_kind: str) -> Step:
-    """Our sampler with the slice of the 1.3B."""
+    """Return our sampler with the slice of the 1.3B."""
     torch.manual_seed(0)
     model = Dit(DitConfig(DIM, FFN, HEADS, LAYERS, text_dim=TEXT)).requires_grad_(False)
     return our_run(model, request(SLICE, merge=step_kind == "batched"), torch.device("cpu"))
 
 
 def theirs(step_kind: str) -> Step:
-    """diffusers' pipeline with the slice of the 1.3B, from embeddings to latents; of either kind it does the same."""
+    """Return diffusers' pipeline with the slice of the 1.3B, from embeddings to latents; the same for both kinds."""
     from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def theirs(step_kind: str) -> Step:
 
 
 def compare(step_kind: str, pairs: int, threads: int) -> dict[str, object]:
-    """What step.py's `measure` finds, its seconds those of one step."""
+    """Return the results of step.py's `measure`, in seconds per sampling step."""
     found = measure({"ours": partial(ours, step_kind), "theirs": partial(theirs, step_kind)}, pairs, threads)
     return {"kind": step_kind, "steps": STEPS} | {
         name: value / STEPS if name in ("ours_s", "theirs_s") and isinstance(value, float) else value
@@ -120,7 +120,7 @@ def compare(step_kind: str, pairs: int, threads: int) -> dict[str, object]:
 
 
 def random_model(config: DitConfig, device: torch.device) -> Dit:
-    """A DiT of random bfloat16 weights, as `load_dit` would make it of a file."""
+    """Return a DiT of random bfloat16 weights, as `load_dit` would build it from a file."""
     from wan_train.models.loading import Placement, build_dit, set_attention
     from wan_train.storage import Header
 
@@ -133,8 +133,8 @@ def random_model(config: DitConfig, device: torch.device) -> Dit:
 
 
 def pass_flops(config: DitConfig, size: tuple[int, int, int]) -> float:
-    """Floating-point operations of the products in one pass: two for each weight and token that it multiplies, and
-    for each pair of tokens that attention takes twice the width, once for its scores and once for its sums."""
+    """Return the floating-point operations of the products in one pass: two per weight and token, and four times the
+    width for each pair of tokens in attention (scores and weighted sums)."""
     width, height, frames = size
     video, dim = (1 + (frames - 1) // 4) * (height // 16) * (width // 16), config.dim
     block = video * (6 * dim * dim + 2 * dim * config.ffn_dim)  # q, k, v, o; q, o of the text; feed-forward
@@ -146,7 +146,7 @@ def pass_flops(config: DitConfig, size: tuple[int, int, int]) -> float:
 
 
 def gemm_ceiling(device: torch.device, side: int = GEMM_SIDE) -> float:
-    """Floating-point operations a second of a product of square bfloat16 matrices, the median of ten times ten."""
+    """Return floating-point operations per second of square bfloat16 matrix products, the median of ten times ten."""
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
 
     def multiply() -> None:
@@ -158,7 +158,7 @@ def gemm_ceiling(device: torch.device, side: int = GEMM_SIDE) -> float:
 
 
 def timed(run: Callable[[], None], rounds: int) -> list[float]:
-    """Seconds of each round, after one that is not counted."""
+    """Return the seconds of each round, after a warm-up round."""
     run()
     seconds = []
     for _ in range(rounds):
@@ -169,14 +169,14 @@ def timed(run: Callable[[], None], rounds: int) -> list[float]:
 
 
 def measure_whole(names: list[str], rounds: int, device: torch.device) -> Iterator[dict[str, object]]:
-    """For each model, seconds per step and the share of the GPU's ceiling."""
+    """Yield, for each model, seconds per step and the share of the GPU's matrix product throughput."""
     ceiling = gemm_ceiling(device)
     yield {"gemm_tflops": ceiling / 1e12}
     for name in names:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
-            # The latents come back to the CPU RAM, so that a run ends when the device has done it.
+            # The latents are copied to CPU RAM, so that a run ends when the device has finished.
             seconds = timed(our_run(random_model(MODELS[name], device), request(WHOLE), device), rounds)
         except torch.OutOfMemoryError:
             yield {"model": name, "failed": "out of memory"}

@@ -1,12 +1,12 @@
-"""Ours against diffusers + peft, side by side: a DiT forward pass, a LoRA step, and one with blocks recomputed.
+"""Compare with diffusers + peft, side by side: a DiT forward pass, a LoRA step, and one with activation checkpointing.
 
-Each side lives in a process of its own, so that its peak memory is its own; the two take turns, step by step, in an
+Each side runs in its own process, so that peak memory is measured separately; the two take turns, step by step, in an
 order that alternates, and the ratio is taken within each pair.
 
     python benchmarks/step.py [--pairs 15] [--threads 2] [--kind forward lora checkpointed]
 
-What a block is given of time where each frame has a timestep of its own, as with Wan2.2's 5B, for latents of several
-sizes, and what a timestep for each token would take; shapes alone, no weights:
+The size of a block's modulation if each frame has its own timestep, as with Wan2.2's 5B, for latents of several
+sizes, compared with a timestep per token; only shapes, no weights:
 
     python benchmarks/step.py --modulation
 """
@@ -33,20 +33,20 @@ from torch import Tensor
 DIM, FFN, HEADS, LAYERS, TEXT = 1536, 8960, 12, 4, 4096
 LATENTS = (1, 16, 5, 30, 52)
 RANK = 16
-KINDS = ("forward", "lora", "checkpointed")  # the last: ours keeps attention, theirs computes all of a block again
+KINDS = ("forward", "lora", "checkpointed")  # the last: ours keeps attention, theirs recomputes the whole block
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 Step = Callable[[], None]
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, timestep and text of the benchmark."""
+    """Return latents, timestep and text of the benchmark."""
     torch.manual_seed(0)
     return torch.randn(LATENTS), torch.tensor([500.0]), torch.randn(1, 512, TEXT)
 
 
 def ours(step_kind: str) -> Step:
-    """Our DiT, plain or with our LoRA."""
+    """Return our DiT, plain or with our LoRA."""
     from networks.adapter import create
     from networks.settings import NetworkSettings
     from wan_train.models.dit.dit import Dit, DitConfig
@@ -66,7 +66,7 @@ def ours(step_kind: str) -> Step:
 
 
 def theirs(step_kind: str) -> Step:
-    """diffusers' WanTransformer3DModel, plain or with peft's LoRA."""
+    """Return diffusers' WanTransformer3DModel, plain or with peft's LoRA."""
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -96,13 +96,13 @@ def theirs(step_kind: str) -> Step:
 
 
 def forward(call: Callable[[], Tensor]) -> None:
-    """One forward pass without gradients."""
+    """Run one forward pass without gradients."""
     with torch.no_grad():
         call()
 
 
 def train(call: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """One LoRA step."""
+    """Run one LoRA training step."""
     torch.nn.functional.mse_loss(call(), torch.zeros(LATENTS)).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -112,7 +112,7 @@ SIDES = {"ours": ours, "theirs": theirs}
 
 
 def serve(build: Callable[[], Step], threads: int, pipe: Connection) -> None:
-    """Build one side, then time a step whenever asked to."""
+    """Build one side, then time a step for each request."""
     torch.set_num_threads(threads)
     step = build()
     step()
@@ -126,7 +126,7 @@ def serve(build: Callable[[], Step], threads: int, pipe: Connection) -> None:
 
 
 def measure(sides: Mapping[str, Callable[[], Step]], pairs: int, threads: int) -> dict[str, float | list[float]]:
-    """Medians of the sides ours and theirs, the median ratio with a bootstrap interval, and both peaks of memory."""
+    """Return the medians of both sides, the median ratio with a bootstrap interval, and both peaks of memory."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for side, build in sides.items():
@@ -157,7 +157,7 @@ def measure(sides: Mapping[str, Callable[[], Step]], pairs: int, threads: int) -
 
 
 def modulation(size: tuple[int, int, int], dim: int = 3072) -> dict[str, object]:
-    """MiB of modulation that a block reads for latents (F, H, W) of one sample with a timestep for each frame."""
+    """Return MiB of modulation that a block reads for latents (F, H, W) of one sample with a timestep per frame."""
     from wan_train.models.dit.dit import Dit, DitConfig
 
     seen: list[int] = []

@@ -1,7 +1,7 @@
-"""Step caches on the small built-in model: what they skip, what that costs, and how long a video takes.
+"""Measure step caches on the small built-in model: passes skipped, loss of quality, and time per video.
 
 `python benchmarks/sampling.py --caches` calibrates on captions of the model's training set, then makes videos of
-captions that it never saw: in full, with auto at its default budget, and with teacache and magcache at thresholds that
+unseen captions: in full, with auto at its default budget, and with teacache and magcache at thresholds that
 skip the same share of the passes. The runs of a caption take turns.
 """
 
@@ -38,7 +38,7 @@ IN_A_ROW = STEPS  # magcache's limit: with a smaller one it cannot skip what aut
 
 @dataclass
 class Runs:
-    """The videos of one way to make them: seconds, latents, whether each shows its caption."""
+    """The videos of one configuration: seconds, latents, and whether each matches its caption."""
 
     request: SampleRequest
     seconds: list[float] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Runs:
 
 
 def measure_caches(num_captions: int, num_calibrated: int) -> Iterator[dict[str, object]]:
-    """Yield a row for the run in full and one for each cache."""
+    """Yield a row for the full run and one for each cache."""
     models = open_models(NANO)
     scenes = choose_held_out(num_captions)
     conditions = models.encode([*(scene.caption for scene in scenes), ""])
@@ -68,20 +68,21 @@ def measure_caches(num_captions: int, num_calibrated: int) -> Iterator[dict[str,
 
 
 def request(caption: str, *, seed: int = 0, **options: object) -> SampleRequest:
-    """A video of the small world."""
+    """Return a request for a video of the small world."""
     plain = SampleRequest(caption, "", SIZE, SIZE, FRAMES, STEPS, GUIDANCE, SHIFT, seed=seed)
     return replace(plain, **options)  # type: ignore[arg-type]
 
 
 def calibration_jobs(known: SampleRequest, count: int) -> list[Job]:
-    """Videos of captions that the model was trained on, with seeds of their own."""
+    """Return requests for captions of the training set, with separate seeds."""
     scenes = training_scenes()
     chosen = [scenes[index * len(scenes) // count] for index in range(count)]
     return [Job(replace(known, prompt=scene.caption, seed=10_000 + index), index) for index, scene in enumerate(chosen)]
 
 
 def same_share(model: Dit, auto: SampleRequest) -> dict[str, Runs]:
-    """The ways to compare: thresholds by bisection, so that their share of skipped passes is nearest to auto's."""
+    """Return the configurations to compare: thresholds by bisection, so that their share of skipped passes is nearest
+    to auto's."""
     wanted = num_reused(model, auto)
     tea = replace(auto, step_cache="teacache", cache_profile=None)
     mag = replace(auto, step_cache="magcache", magcache_k=IN_A_ROW)
@@ -95,13 +96,13 @@ def same_share(model: Dit, auto: SampleRequest) -> dict[str, Runs]:
 
 
 def nearest(wanted: int, model: Dit, with_threshold: Callable[[float], SampleRequest]) -> SampleRequest:
-    """The request whose threshold reuses as many passes as wanted, or next to it."""
+    """Return the request whose threshold reuses `wanted` passes, or the nearest number."""
     values = np.geomspace(1e-4, 10, 400)
     return min(map(with_threshold, map(float, values)), key=lambda one: abs(num_reused(model, one) - wanted))
 
 
 def num_reused(model: Dit, one: SampleRequest) -> int:
-    """The passes that a request reuses, by its schedule."""
+    """Return the number of passes that a request reuses, according to its schedule."""
     guidance, empty = one.guided(), Conditions((torch.zeros(1, 1),))
     phase = Phase(plan_steps(one.steps, guidance), guidance, one.steps)
     timesteps = Sampling(one, empty, empty, device=torch.device("cpu")).solver.timesteps
@@ -109,7 +110,7 @@ def num_reused(model: Dit, one: SampleRequest) -> int:
 
 
 def run(runs: Runs, scene: Scene, index: int, *, models: Models, model: Dit, conditions: dict[str, Conditions]) -> None:
-    """Sample one caption, and take the time of it."""
+    """Sample one caption and record the time."""
     wanted = replace(runs.request, prompt=scene.caption, seed=index)
     sampling = models.start(wanted, conditions, VideoInputs())
     began = time.perf_counter()
@@ -128,7 +129,8 @@ def decode(ways: dict[str, Runs], scenes: Sequence[Scene], models: Models) -> No
 
 
 def summary(runs: Runs, full: Runs) -> dict[str, object]:
-    """Shares of passes skipped, of videos that show their caption and that keep the budget; errors; times to full."""
+    """Return the shares of skipped passes, of videos that match their caption and of those within the budget; errors;
+    times relative to the full run."""
     pairs = zip(runs.latents, full.latents, strict=True)
     errors = sorted(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
     ratios = [ours / theirs for ours, theirs in zip(runs.seconds, full.seconds, strict=True)]

@@ -1,15 +1,15 @@
-"""Whether the held-out loss can be acted on: on a task that overfits, where the true loss is known.
+"""Test whether the held-out loss finds the best checkpoint, on a task that overfits and whose true loss is known.
 
     python benchmarks/validation.py [--seeds 40]
 
 A model that is linear in the noisy latents and piecewise linear in t is trained on few draws of a normal distribution,
 by gradient descent on its exact training loss. Its true loss on fresh draws is a formula, so the best checkpoint is
-known; how many draws are trained on, and how fast, differs from seed to seed, so that it is not always the same one.
-`Validator` measures on other draws of the same distribution, through the trainer's own code. `random` is the same at
-the same cost with noise and t drawn anew at each evaluation, t from all of its range.
+known; the number of draws and the speed differ between seeds, so that it is not always the same one.
+`Validator` measures on other draws of the same distribution, using the trainer's own code. `random` is the same at
+the same cost with fresh noise and t at each evaluation, with t from its whole range.
 
 Prints JSON. `best`: over the seeds, how many evaluations the chosen checkpoint lies from the truly best one: how often
-each distance, and the share of at most one; `constant` is what the luckiest guess of one place for all seeds reaches.
+each distance, and the share of at most one; `constant` is the share of the best fixed evaluation for all seeds.
 `variance`: over 200 keys, for the held-out clips of seed 0, the variance of the estimated difference of their loss
 between two checkpoints; `single_ratio`
 is that of one estimate, at the later.
@@ -54,7 +54,7 @@ ALONE = cast(
 
 
 class DrawnClips(CachedDataset):
-    """Held-out clips that are in memory instead of in caches."""
+    """Held-out clips in memory instead of in caches."""
 
     def __init__(self, latents: Tensor) -> None:
         folder = Path("drawn")
@@ -70,7 +70,8 @@ class DrawnClips(CachedDataset):
 
 
 class LinearFlow(nn.Module):
-    """Velocity M(t) x_t, M(t) linear between `knots` (NUM_KNOTS, WIDTH, WIDTH) that are even in t."""
+    """Velocity M(t) x_t, where M(t) interpolates linearly between `knots` (NUM_KNOTS, WIDTH, WIDTH), evenly spaced in
+    t."""
 
     def __init__(self, knots: Tensor) -> None:
         super().__init__()
@@ -82,15 +83,15 @@ class LinearFlow(nn.Module):
 
 
 def hats(t: Tensor) -> Tensor:
-    """The share of each knot (..., NUM_KNOTS) at t."""
+    """Return the weight of each knot (..., NUM_KNOTS) at t."""
     places = torch.linspace(0, 1, NUM_KNOTS, dtype=t.dtype)
     return (1 - (t[..., None] - places).abs() * (NUM_KNOTS - 1)).clamp(min=0)
 
 
 def exact_loss(knots: Tensor, moments: Tensor, num_levels: int = 64) -> Tensor:
-    """The expected loss for data of these second moments (WIDTH, WIDTH), over all noise and uniform t.
+    """Return the expected loss for data with these second moments (WIDTH, WIDTH), over all noise and uniform t.
 
-    The error is (1 - tM) noise - (1 + (1-t)M) data, of which the noise has unit covariance.
+    The error is (1 - tM) noise - (1 + (1-t)M) data, where the noise has unit covariance.
     """
     t = (torch.arange(num_levels, dtype=knots.dtype) + 0.5) / num_levels
     matrices = torch.einsum("T K, K i j -> T i j", hats(t), knots)
@@ -102,7 +103,7 @@ def exact_loss(knots: Tensor, moments: Tensor, num_levels: int = 64) -> Tensor:
 
 @dataclass(frozen=True)
 class Course:
-    """One training run: the model's knots and its true loss at each evaluation, and clips held out of it."""
+    """One training run: the model's knots and its true loss at each evaluation, and the held-out clips."""
 
     knots: list[Tensor]
     risks: Tensor
@@ -110,7 +111,7 @@ class Course:
 
 
 def train(seed: int) -> Course:
-    """Overfit a model to few draws, more of them and slower with some seeds than with others."""
+    """Overfit a model to few draws; their number and the speed depend on the seed."""
     generator = torch.Generator().manual_seed(seed)
     share, speed = torch.rand(2, generator=generator).tolist()
     num_trained, rate = 28 + int(share * 28), 0.05 + 0.07 * speed
@@ -132,24 +133,24 @@ def train(seed: int) -> Course:
 
 
 def make_validator(clips: Tensor, *, key: int, num_strata: int = NUM_STRATA) -> Validator:
-    """The trainer's validator on clips in memory."""
+    """Return the trainer's validator on clips in memory."""
     settings = ValidationSettings(validation_seed=key, validation_timesteps=num_strata)
     return Validator(DrawnClips(clips), settings, TimestepSettings(), LossSettings(), variant=VARIANTS["t2v-1.3B"])
 
 
 def measure_keyed(clips: Tensor, knots: Tensor, key: int) -> Losses:
-    """The losses of a checkpoint, as the trainer measures them."""
+    """Return the losses of a checkpoint, as the trainer measures them."""
     return make_validator(clips, key=key).measure(LinearFlow(knots), ALONE)
 
 
 def measure_random(clips: Tensor, knots: Tensor, key: int) -> Losses:
-    """As many losses with noise and t of their own, t from its whole range; the key must not come again."""
+    """Return the same number of losses with fresh noise and t, with t from its whole range; do not repeat the key."""
     repeated = clips.repeat(NUM_STRATA, *[1] * (clips.ndim - 1))
     return make_validator(repeated, key=key, num_strata=1).measure(LinearFlow(knots), ALONE)
 
 
 def choose_best(course: Course, seed: int) -> int:
-    """The evaluation that the trainer's history takes for the best."""
+    """Return the evaluation that the trainer's history considers best."""
     validator = make_validator(course.held_out, key=seed)
     for number, knots in enumerate(course.knots):
         validator.evaluate(LinearFlow(knots), ALONE, step=number)
@@ -158,14 +159,14 @@ def choose_best(course: Course, seed: int) -> int:
 
 
 def choose_random(course: Course, seed: int) -> int:
-    """The evaluation with the lowest loss where each draws anew."""
+    """Return the evaluation with the lowest loss if each one uses fresh draws."""
     keys = range(1000 * (seed + 1), 1000 * (seed + 1) + len(course.knots))
     means = [measure_random(course.held_out, knots, key).mean() for knots, key in zip(course.knots, keys, strict=True)]
     return int(np.argmin(means))
 
 
 def find_best(num_seeds: int) -> dict[str, Any]:
-    """Distances between the chosen and the truly best evaluation."""
+    """Return the distances between the chosen and the truly best evaluation."""
     courses = [train(seed) for seed in range(num_seeds)]
     true = [int(course.risks.argmin()) for course in courses]
     chosen = {
@@ -182,7 +183,7 @@ def find_best(num_seeds: int) -> dict[str, Any]:
 
 
 def compare_variances(num_keys: int = NUM_KEYS) -> list[dict[str, Any]]:
-    """Variances over keys: the best checkpoint against the first, the next and the last."""
+    """Return variances over keys: the best checkpoint against the first, the next and the last."""
     course = train(0)
     best = int(course.risks.argmin())
     pairs = ((0, best), (best, best + 1), (best, EVALUATIONS))
@@ -190,7 +191,7 @@ def compare_variances(num_keys: int = NUM_KEYS) -> list[dict[str, Any]]:
 
 
 def compare_pair(course: Course, one: int, other: int, *, num_keys: int) -> dict[str, Any]:
-    """Variances of the estimated difference between two checkpoints, and of one estimate."""
+    """Return variances of the estimated difference between two checkpoints, and of one estimate."""
     clips, before, after = course.held_out, course.knots[one], course.knots[other]
     keyed = np.array([[measure_keyed(clips, at, key).mean() for at in (before, after)] for key in range(num_keys)])
     random = np.array(

@@ -1,4 +1,4 @@
-"""Encode every clip that a dataset file describes and keep its latents beside it, or in its cache folder."""
+"""Encode every clip described by a dataset config and store its latents beside it, or in its cache folder."""
 
 import functools
 from collections import Counter
@@ -46,7 +46,7 @@ logger = get_logger(__name__)
 
 
 def main(settings: CacheLatentsSettings) -> None:
-    """Check everything, then encode what is not there yet; a run that finds nothing to do loads no model."""
+    """Check everything, then encode what is missing; if nothing is missing, no model is loaded."""
     check_run(settings.run)
     if settings.controls.make_control:
         make_controls(settings.dataset, settings.controls.make_control)
@@ -68,7 +68,7 @@ def main(settings: CacheLatentsSettings) -> None:
         show_clips(make_plans(configs, settings.dataset), settings.inspect)
         return
     if not settings.vae.vae:
-        raise InputError(f"--vae is missing: name the VAE's file, such as {space.vae_file}")
+        raise InputError(f"--vae is missing: give the VAE file, such as {space.vae_file}")
     check_vae(settings.vae.vae, latent_channels=space.channels)
     if settings.image.clip:
         check_image_encoder(settings.image.clip)
@@ -96,7 +96,7 @@ def main(settings: CacheLatentsSettings) -> None:
 
 
 def make_plans(configs: Sequence[DatasetConfig], settings: DatasetSettings) -> list[ClipPlan]:
-    """What each dataset yields, from the headers of its files."""
+    """Return the plan of each dataset, from the headers of its files."""
     allowed, skip_broken = settings.allow_missing_captions, settings.skip_broken
     return [
         plan_clips(config, list_items(config, allow_missing_captions=allowed), skip_broken=skip_broken)
@@ -105,7 +105,7 @@ def make_plans(configs: Sequence[DatasetConfig], settings: DatasetSettings) -> l
 
 
 def _check_clip(plans: Sequence[ClipPlan], settings: CacheLatentsSettings) -> None:
-    """InputError where images are read through CLIP and there is no `--clip`; say where none is."""
+    """Raise InputError if images are read through CLIP without `--clip`; log the files that have no such image."""
     for plan in plans:
         images = plan.config.images
         if images is None or not images.clip:
@@ -120,7 +120,7 @@ def _check_clip(plans: Sequence[ClipPlan], settings: CacheLatentsSettings) -> No
         if len(seen) < len(plan.items):
             without = len(plan.items) - len(seen)
             logger.info(
-                "%s: %d files are cached without CLIP tokens, having no start or reference image", plan.config, without
+                "%s: %d files have no start or reference image and are cached without CLIP tokens", plan.config, without
             )
 
 
@@ -129,7 +129,7 @@ def _sees(item: Item) -> bool:
 
 
 def survey_plan(plan: ClipPlan, settings: CacheLatentsSettings, place: Place) -> Survey[Clip]:
-    """What there is for a dataset's clips, and which of them this process has to encode."""
+    """Return the state of a dataset's caches and the clips that this process has to encode."""
     mine = set(place.share(plan.items))
     dtype, model = dtype_of(settings.vae.vae_dtype), Path(settings.vae.vae)
     seen = Path(settings.image.clip) if settings.image.clip else None
@@ -143,7 +143,7 @@ def survey_plan(plan: ClipPlan, settings: CacheLatentsSettings, place: Place) ->
 
 
 def _encode(surveys: Sequence[Survey[Clip]], settings: CacheLatentsSettings, place: Place) -> list[Clip]:
-    """Encode what is due; the clips that could be."""
+    """Encode the missing clips; return those that were encoded."""
     device, dtype = rank_device(settings.run.device, place), dtype_of(settings.vae.vae_dtype)
     sees = any(_sees(clip.item) for survey in surveys for clip in survey.due)
     encoder = _open_encoder(surveys[0].config, settings, device, dtype, sees=sees)
@@ -181,9 +181,9 @@ def _open_encoder(
 def _load(
     clips: Sequence[Clip], manifest: Manifest, num_workers: int, *, skipped: list[Clip] | None
 ) -> Iterator[LoadedClip]:
-    """The images of clips, sorted by size; all clips of one item come from one decode.
+    """Yield the frames of clips, sorted by size; all clips of one item come from one decode.
 
-    With a list for what is `skipped`, items that cannot be decoded are named and their clips put there.
+    If `skipped` is a list, items that cannot be decoded are logged and their clips appended to it.
     """
     by_item: dict[Item, list[Clip]] = {}
     for clip in sorted(clips, key=lambda clip: clip.size):
@@ -192,7 +192,7 @@ def _load(
     def load(group: Sequence[Clip]) -> list[LoadedClip]:
         path = group[0].item.path
         try:
-            # Before the images: a file that is changed meanwhile is then stale.
+            # Before reading the images, so that a file modified in between is recognised as stale.
             source = take_fingerprint(path, manifest, group[0].reading)
             images = load_clips(group)
         except OSError as problem:

@@ -1,4 +1,4 @@
-"""Encode every caption that a dataset file describes and keep its embedding in the cache folder."""
+"""Encode every caption described by a dataset config and store its embedding in the cache folder."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,16 +29,16 @@ from wan_train.storage import check_writable
 
 logger = get_logger(__name__)
 
-_STRETCH = 16  # batches of which the texts are sorted together
+_STRETCH = 16  # number of batches whose texts are sorted together
 
 
 def main(settings: CacheTextSettings) -> None:
-    """Check everything, then encode what is not there yet; a run that finds nothing to do loads no model."""
+    """Check everything, then encode what is missing; if nothing is missing, no model is loaded."""
     check_run(settings.run)
     configs = read_config(settings.dataset.dataset_config)
     source, tokenizer = settings.text_encoder.t5, settings.text_encoder.tokenizer or "auto"
     if not source:
-        raise InputError("--t5 is missing: name the text encoder's file, such as models_t5_umt5-xxl-enc-bf16.pth")
+        raise InputError("--t5 is missing: give the text encoder file, such as models_t5_umt5-xxl-enc-bf16.pth")
     check_text_encoder(source, tokenizer)
     place = find_place()
     device = rank_device(settings.run.device, place)
@@ -64,8 +64,8 @@ def main(settings: CacheTextSettings) -> None:
 
 
 def survey_items(config: DatasetConfig, settings: CacheTextSettings, place: Place) -> Survey[Item]:
-    """What there is for a dataset's captions, and which of them this process has to encode."""
-    # What a model reads beside text is of no account here, and which of it may be missing depends on the task.
+    """Return the state of a dataset's text caches and the items that this process has to encode."""
+    # Other conditions do not matter here, and which of them are optional depends on the task.
     items = list_items(config, allow_missing_captions=settings.dataset.allow_missing_captions, with_partners=False)
     model = Path(settings.text_encoder.t5)
     return survey_caches(
@@ -79,20 +79,20 @@ def survey_items(config: DatasetConfig, settings: CacheTextSettings, place: Plac
 
 
 def warn_cut(items: Sequence[Item], find_cut: Callable[[Collection[str]], set[str]]) -> None:
-    """Name once the files with a caption that the text encoder cuts off."""
+    """Warn once about the files with a caption that the text encoder truncates."""
     cut = find_cut({text for item in items for text in item.captions})
     if cut:
         names = [item.path.name for item in items if not cut.isdisjoint(item.captions)]
-        told = "%d of %d captions are longer than %d tokens: their ends are cut off (%s)"
+        told = "%d of %d captions are longer than %d tokens and will be truncated (%s)"
         logger.warning(told, len(names), len(items), TEXT_LENGTH, name_some(names))
 
 
 def encode_items(
     encoder: Callable[[list[str]], Sequence[Tensor]], items: Sequence[Item], batch_size: int
 ) -> Iterator[tuple[Item, dict[str, Tensor]]]:
-    """Each item with the embeddings of its texts, as soon as it has them all; a text that items share is encoded once.
+    """Yield each item with the embeddings of its texts once all are available; shared texts are encoded once.
 
-    An embedding is let go when no further item needs it.
+    An embedding is released when no further item needs it.
     """
     lacking = [set(text_names(item).values()) for item in items]
     uses = Counter(text for texts in lacking for text in texts)
@@ -115,9 +115,9 @@ def encode_items(
 
 
 def batch_texts(items: Sequence[Item], batch_size: int) -> list[list[str]]:
-    """The distinct texts of items, those of about one length together, so that little is padded.
+    """Return the distinct texts of items in batches of similar length, to reduce padding.
 
-    All texts of an item lie within a short stretch, so that few embeddings wait for the rest of their item.
+    All texts of an item lie within a short stretch, so that few embeddings are held for incomplete items.
     """
     per_item = [list(text_names(item).values()) for item in items]
     ordered = sorted(per_item, key=lambda texts: max(map(len, texts)))
@@ -127,5 +127,5 @@ def batch_texts(items: Sequence[Item], batch_size: int) -> list[list[str]]:
 
 
 def split(texts: list[str], size: int) -> list[list[str]]:
-    """A list in parts of `size`, the last perhaps smaller."""
+    """Return a list in chunks of `size`; the last may be smaller."""
     return [texts[start : start + size] for start in range(0, len(texts), size)]

@@ -1,4 +1,4 @@
-"""The tensors of a clip that its model is given beside text, built by the functions that previews and generator use."""
+"""Build the non-text conditions of a clip, with the functions that previews and the generator use."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +26,8 @@ from wan_train.conditions.vace import vace_context
 
 @dataclass(frozen=True)
 class Given:
-    """What the conditions of a clip are built from: pixels in [-1, 1] of the clip, `video` (3, N, X, Y), of its control
-    and of its references (3, x, y); VACE's mask (N, X, Y) in [0, 1]; camera entries (N, 19)."""
+    """The inputs of a clip's conditions: pixels in [-1, 1] of the clip, `video` (3, N, X, Y), of its control and of its
+    references (3, x, y); VACE's mask (N, X, Y) in [0, 1]; camera entries (N, 19)."""
 
     clip: Clip
     video: Tensor
@@ -37,7 +37,7 @@ class Given:
     camera: Tensor | None = None
 
     def mirrored(self) -> "Given":
-        """The same, left for right."""
+        """Return a horizontally mirrored copy."""
         return replace(
             self,
             video=self.video.flip(-1),
@@ -49,7 +49,7 @@ class Given:
 
     @property
     def ends(self) -> list[Tensor]:
-        """The images (3, X, Y) that a model for images is given: the first frame or first and last, on the CPU."""
+        """Return the images (3, X, Y) for an image model, on the CPU: the first frame, or the first and last."""
         images = self.clip.item.config.images
         assert images is not None
         return [self.video[:, 0].cpu(), self.video[:, -1].cpu()][: 1 + images.last]
@@ -57,22 +57,22 @@ class Given:
 
 @dataclass(frozen=True)
 class Encoders:
-    """What pixels are encoded by: the VAE, and CLIP where the model reads images through it."""
+    """The encoders of pixels: the VAE, and CLIP if the model reads images through it."""
 
     encode: Encode
     see: EncodeClip | None = None
 
 
 def build_conditions(given: Given, encoders: Encoders, *, flipped: bool = False) -> dict[str, Tensor]:
-    """Return what a clip's file holds of conditions, by key; `flipped`: under the keys of the mirrored clip, and of
-    kinds that mirroring changes alone."""
+    """Return the condition tensors of a clip's file, by key; with `flipped`, under the keys of the mirrored clip, and
+    only those that mirroring changes."""
     kinds = [kind for kind in wanted_conditions(given.clip.item) if kind.mirrored_key or not flipped]
     shown = given.mirrored() if flipped else given
     return {kind.key_of(flipped=flipped): BUILDERS[kind.name](shown, encoders) for kind in kinds}
 
 
 def stacked_tokens(images: Sequence[Tensor], see: EncodeClip | None) -> Tensor:
-    """Return CLIP's tokens of images (3, X, Y) as files hold them: (tokens, width), of several one above the other."""
+    """Return CLIP's tokens of images (3, X, Y) as stored in files: (tokens, width), those of several images stacked."""
     assert see is not None
     tokens = clip_tokens(images, see)
     return tokens.unflatten(0, (len(images), -1)) if len(images) > 1 else tokens
@@ -83,7 +83,7 @@ def _image_latents(given: Given, encoders: Encoders) -> Tensor:
 
 
 def _clip_tokens(given: Given, encoders: Encoders) -> Tensor:
-    """Those of the reference, if there is one (VideoX-Fun), else of the images that the video is made from."""
+    """Return the tokens of the reference, if there is one (VideoX-Fun), else of the images the video starts from."""
     images = given.clip.item.config.images
     assert images is not None and (given.references or has_start(given.clip.item.config))
     seen = given.references[:1] or given.ends[: images.num_clip_images]
@@ -96,7 +96,7 @@ def _control_latents(given: Given, encoders: Encoders) -> Tensor:
 
 
 def _vace_context(given: Given, encoders: Encoders) -> Tensor:
-    """Without a video of its own, what the mask leaves of the clip itself: inpainting."""
+    """Return the VACE context; without a control video, the clip itself under its mask is used (inpainting)."""
     video = given.video if given.control is None and given.vace_mask is not None else given.control
     _, *shape = given.video.shape
     rows, columns = shape[1:]

@@ -1,4 +1,4 @@
-"""From loaded clips to cache files: the encoders, and what is written of a batch."""
+"""Encode loaded clips and write their cache files."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from wan_train.sampling.images import to_image
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """A clip with its frames (F, H, W, 3) in uint8, the file that they are from, and what goes with them."""
+    """A clip with its frames (F, H, W, 3) in uint8, the fingerprint of its file, and its accompanying images."""
 
     clip: Clip
     frames: NDArray[np.uint8]
@@ -31,8 +31,7 @@ class LoadedClip:
 
 @dataclass(frozen=True)
 class LatentEncoder:
-    """A VAE, the file that it is from, where it computes, and the dtype of what it leaves; for models that read
-    frames through CLIP that too."""
+    """A VAE with its file, device and output dtype, and CLIP for models that read frames through it."""
 
     vae: Any
     model: Fingerprint
@@ -42,15 +41,15 @@ class LatentEncoder:
     image_model: Fingerprint | None = None
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Latents (B, C, F', H', W') of pixels (B, 3, F, H, W) from anywhere."""
+        """Return latents (B, C, F', H', W') of pixels (B, 3, F, H, W) on any device."""
         latents: Tensor = self.vae.encode(pixels.to(self.device))
         return latents
 
 
 def batch_clips(loaded: Iterable[LoadedClip], batch_size: int) -> Iterator[list[LoadedClip]]:
-    """Gather clips of one size and length, at most `batch_size` together.
+    """Yield batches of at most `batch_size` clips of the same size and length.
 
-    Where clips come sorted by size, no more than one unfinished batch for each length is held.
+    If clips arrive sorted by size, at most one incomplete batch per length is held.
     """
     pending: dict[int, list[LoadedClip]] = {}
     size = None
@@ -67,10 +66,10 @@ def batch_clips(loaded: Iterable[LoadedClip], batch_size: int) -> Iterator[list[
 
 @torch.no_grad()
 def encode_batch(encoder: LatentEncoder, batch: Sequence[LoadedClip]) -> None:
-    """Encode clips of one size and length and write their files."""
+    """Encode clips of the same size and length and write their files."""
     frames = torch.from_numpy(np.stack([one.frames for one in batch])).to(encoder.device)
     images = batch[0].clip.item.config.images
-    # One at a time where a clip's own first frame is what it is given: bit for bit what previews encode of that.
+    # One at a time if the clip's own first frame is the condition, to be bit-identical to what previews encode.
     apart = 1 if images is not None and images.fused else len(batch)
     latents = torch.cat([encoder.encode(part) for part in to_pixels(frames).split(apart)])
     if one_frame := batch[0].clip.item.config.one_frame:
@@ -92,7 +91,7 @@ def encode_batch(encoder: LatentEncoder, batch: Sequence[LoadedClip]) -> None:
 
 
 def name_clip(one: LoadedClip) -> str:
-    """A clip in words: its file and where in it it begins."""
+    """Return a clip's file and first frame, for messages."""
     return f"{one.clip.item.path} from frame {one.clip.start}"
 
 

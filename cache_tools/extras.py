@@ -1,5 +1,5 @@
-"""What is cached beside a clip's latents: those of the mirrored clip and of its control, what a model for images is
-given of it, and its loss mask."""
+"""The optional tensors cached beside a clip's latents: latents of the mirrored clip and of its control, image
+conditions, and the loss mask."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,11 +48,12 @@ LATENTS = "latents"
 
 @dataclass(frozen=True)
 class ExtraImages:
-    """What goes with a clip: the images (F, H, W, 3) of its control, uint8; the mask (F, h, w) of its latent cells.
+    """What accompanies a clip: the frames (F, H, W, 3) of its control, uint8, and the loss mask (F, h, w) of its latent
+    cells.
 
-    `sources` are the files that these are from, by what they are for; `others` the images (H, W, 3) that an image is
-    trained beside as one frame of several; `references` images (H, W, 3), fitted to the clip but for VACE; `vace_mask`
-    (F, H, W) in [0, 1]; `camera` an entry (F, 19) for each frame.
+    `sources` are the files these come from, by purpose. `others` are the images (H, W, 3) that an image is trained with
+    as one frame of several. `references` are images (H, W, 3), cropped to the clip except for VACE. `vace_mask` (F, H,
+    W) is in [0, 1]. `camera` has an entry (F, 19) per frame.
     """
 
     sources: Mapping[str, Fingerprint] = field(default_factory=dict)
@@ -65,9 +66,9 @@ class ExtraImages:
 
 
 def load_extras(clips: Sequence[Clip], manifest: Manifest) -> list[ExtraImages]:
-    """What goes with clips of one item, in their size and at their frames; one decode for all.
+    """Return what accompanies clips of one item, in their size and at their frames; each file is decoded once.
 
-    Raises InputError where a file cannot be read, a mask or a camera path is too short, or a loss mask has no white.
+    Raises InputError if a file cannot be read, a mask or a camera path is too short, or a loss mask is all black.
     """
     (item,) = {clip.item for clip in clips}
     sources = {
@@ -97,10 +98,10 @@ def encode_extras(
     encode: Encode,
     see: EncodeClip | None = None,
 ) -> list[dict[str, Tensor]]:
-    """The tensors that each clip's file holds beside its latents, by kind.
+    """Return the optional tensors of each clip's file, by kind.
 
-    `images` (B, F, H, W, 3) in uint8 are those of the clips; `encode` makes pixels latents, `see` is there where the
-    model reads images through CLIP. Clips are of one dataset, so that all of them are mirrored or none.
+    `images` (B, F, H, W, 3) in uint8 are the frames of the clips. `encode` maps pixels to latents; `see` is set if the
+    model reads images through CLIP. The clips belong to one dataset, so all or none of them are mirrored.
     """
     found: list[dict[str, Tensor]] = [{} for _ in clips]
     encoders = Encoders(encode, see)
@@ -112,7 +113,7 @@ def encode_extras(
         for flipped, control in ((False, CONTROL), (True, CONTROL_FLIPPED)):
             if FLIPPED in kinds or not flipped:
                 tensors |= build_conditions(given, encoders, flipped=flipped)
-            # It is cached for whatever task, as musubi-tuner caches it.
+            # Cached for every task, as musubi-tuner does.
             if control in kinds and control not in tensors:
                 shown = (given.mirrored() if flipped else given).control
                 assert shown is not None
@@ -123,7 +124,7 @@ def encode_extras(
 
 
 def _given_of(clip: Clip, pixels: Tensor, extra: ExtraImages) -> Given:
-    """What a clip's conditions are built from, its control and references as pixels too."""
+    """Return the inputs of a clip's conditions, with its control and references as pixels."""
     control = None if extra.control is None else to_pixels(torch.from_numpy(extra.control)[None])[0].to(pixels.device)
     references = tuple(to_image(image) for image in extra.references)
     mask = None if extra.vace_mask is None else torch.from_numpy(extra.vace_mask)
@@ -131,15 +132,15 @@ def _given_of(clip: Clip, pixels: Tensor, extra: ExtraImages) -> Given:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Images (B, F, H, W, 3) in uint8 as the VAE takes them: (B, 3, F, H, W), float32 in [-1, 1]."""
+    """Return images (B, F, H, W, 3) in uint8 as VAE input: (B, 3, F, H, W), float32 in [-1, 1]."""
     return rearrange(images, "b f h w c -> b c f h w").float().div_(127.5).sub_(1.0)
 
 
 def one_frame_tensors(
     one_frame: OneFrame, latents: Tensor, controls: Sequence[Tensor], *, encode: Encode, see: EncodeClip | None
 ) -> dict[str, Tensor]:
-    """What the file of an image that is trained as one frame of several holds, by kind: its latents (C, 1, H, W)
-    among those of the others under LATENTS, and what a model for images is given of these controls (3, H, W)."""
+    """Return the tensors, by kind, of an image that is trained as one frame of several: its latents (C, 1, H, W)
+    combined with those of the others under LATENTS, and the image conditions from the controls (3, H, W)."""
     given = one_frame_latents(controls, one_frame, encode)
     whole, place = given[FRAME_STEP:].clone(), one_frame.target_place
     whole[:, place : place + 1] = latents.to(whole)
@@ -148,10 +149,10 @@ def one_frame_tensors(
 
 
 def average_cells(images: NDArray[np.uint8], stride: int = VAE_STRIDE) -> NDArray[np.float32]:
-    """A mask's images (F, H, W, 3), F = 4k+1, as the mean white, 0 to 1, of each latent cell: (k+1, H/8, W/8), or of
-    cells of another stride.
+    """Return the mean white level, 0 to 1, of each latent cell of a mask (F, H, W, 3), F = 4k+1: (k+1, H/8, W/8), or
+    with another stride.
 
-    The first latent frame holds the first image alone, each further one four.
+    The first latent frame covers only the first image, each further one four.
     """
     grey = images.mean(axis=3, dtype=np.float32) / 255
     cells = reduce(grey, "f (h a) (w b) -> f h w", "mean", a=stride, b=stride)
@@ -160,13 +161,13 @@ def average_cells(images: NDArray[np.uint8], stride: int = VAE_STRIDE) -> NDArra
 
 
 def load_controls(clips: Sequence[Clip]) -> list[NDArray[np.uint8]]:
-    """The images (F, H, W, 3) of the control of each of an item's clips."""
+    """Return the control frames (F, H, W, 3) of each of an item's clips."""
     clip, path = clips[0], clips[0].item.control
     assert path is not None
     background = clip.item.config.alpha_background
     if not clip.item.config.is_video:
         return [resize_to_bucket(read_image(path, background), clip.size)[None] for clip in clips]
-    # A control that ends early stays at its last frame.
+    # A control that ends early repeats its last frame.
     last = probe(path).num_frames - 1
     wanted = {min(index, last) for clip in clips for index in clip.frames}
     images = {index: resize_to_bucket(image, clip.size) for index, image in read_frames(path, wanted, background)}
@@ -183,12 +184,12 @@ def _load_mask(clips: Sequence[Clip]) -> list[NDArray[np.float32]]:
         if not mask.any():
             if path == clip.item.path:
                 raise InputError(
-                    f"{path} is all transparent from frame {clip.start}, and with alpha_mask nothing would be learnt"
-                    " from it: give it a mask in mask_directory, or take it out of its folder"
+                    f"{path} is fully transparent from frame {clip.start}, so with alpha_mask nothing would be learnt"
+                    " from it: add a mask in mask_directory, or remove it from its folder"
                 )
             raise InputError(
-                f"{path} is all black for {clip.item.path} from frame {clip.start}: nothing would be learnt from it;"
-                " paint what counts white, or take the mask or the file out of its folder"
+                f"{path} is all black for {clip.item.path} from frame {clip.start}, so nothing would be learnt from it:"
+                " paint the areas to train on white, or remove the mask or the file from its folder"
             )
     return masks
 
@@ -200,13 +201,13 @@ def _load_vace_mask(clips: Sequence[Clip]) -> list[NDArray[np.float32]]:
 
 
 def _fitted_masks(clips: Sequence[Clip], path: Path, background: Colour | None) -> list[NDArray[np.uint8]]:
-    """The images (F, H, W, 3) of a mask at the frames of each clip; an image is the mask of all frames."""
+    """Return the mask frames (F, H, W, 3) for each clip; a still mask applies to all frames."""
     clip = clips[0]
     if clip.item.config.is_video and is_video(path):
         wanted = {index for clip in clips for index in clip.frames}
         num_frames = probe(path).num_frames
         if max(wanted) >= num_frames:
-            raise InputError(f"{path}: a mask of {num_frames} frames for {clip.item.path}, which is longer: redo it")
+            raise InputError(f"{path}: the mask has {num_frames} frames, fewer than {clip.item.path}: extend it")
         fitted: Mapping[int, NDArray[np.uint8]] = {
             index: _fit_mask(image, clip) for index, image in read_frames(path, wanted, background)
         }
@@ -217,7 +218,7 @@ def _fitted_masks(clips: Sequence[Clip], path: Path, background: Colour | None) 
 
 
 def _load_references(clip: Clip) -> tuple[NDArray[np.uint8], ...]:
-    """The reference images that the model reads, cropped like clips; a VACE context has them whole."""
+    """Return the reference images that the model reads, cropped like clips; uncropped for a VACE context."""
     control, background = clip.item.config.control, clip.item.config.alpha_background
     images = [read_image(path, background) for path in read_references(clip.item)]
     whole = control is not None and control.vace
@@ -225,8 +226,8 @@ def _load_references(clip: Clip) -> tuple[NDArray[np.uint8], ...]:
 
 
 def _load_camera(clip: Clip) -> Tensor | None:
-    """The camera's entry at each frame of a clip: of its file those of the frames that the clip has, else by direction
-    and speed from the clip's first frame on."""
+    """Return the camera's entry at each frame of a clip: from its file, or generated by direction and speed from the
+    clip's first frame on."""
     camera = clip.item.camera
     if camera is None or KINDS[CAMERA] not in wanted_conditions(clip.item):
         return None
@@ -235,14 +236,15 @@ def _load_camera(clip: Clip) -> Tensor | None:
     entries = read_camera_file(camera.path)
     if max(clip.frames) >= len(entries):
         raise InputError(
-            f"{camera.path} has {len(entries)} camera entries and {clip.item.path} more frames: it takes one for each"
+            f"{camera.path} has {len(entries)} camera entries, fewer than the frames of {clip.item.path}: add one"
+            " for each"
             " frame of the video"
         )
     return entries[list(clip.frames)]
 
 
 def _fit_mask(image: NDArray[np.uint8], clip: Clip) -> NDArray[np.uint8]:
-    """A mask stretched over the clip's image and then cropped like it."""
+    """Stretch a mask to the size of the clip's image, then crop it like the image."""
     if image.shape[1::-1] != clip.source_size:
         image = np.asarray(cv2.resize(image, clip.source_size, interpolation=cv2.INTER_AREA), np.uint8)
     return resize_to_bucket(image, clip.size)

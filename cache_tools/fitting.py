@@ -1,4 +1,4 @@
-"""Encoding what does not fit into the device's memory: fewer clips at once, then smaller tiles."""
+"""Encode clips that do not fit into device memory: smaller batches first, then smaller tiles."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,16 +18,17 @@ Task = TypeVar("Task")
 def encode_fitting(
     vae: Any, batch: Sequence[Task], encode: Callable[[Sequence[Task]], None], *, name: Callable[[Task], str]
 ) -> None:
-    """`encode(batch)`; out of memory, one clip after another, and a clip that does not fit alone in ever smaller tiles.
+    """Run `encode(batch)`; when out of memory, retry clip by clip, and a clip that does not fit alone with ever smaller
+    tiles.
 
-    `vae.tiling` is the same afterwards. Each retry is a warning that names the clip. Raises RunError for a clip that
-    fits in no way.
+    `vae.tiling` is restored afterwards. Each retry logs a warning that names the clip. Raises RunError for a clip that
+    does not fit at all.
     """
     if _fits(encode, batch):
         return
     if len(batch) > 1:
         logger.warning(
-            "out of memory with a batch of %d clips (%s ...): encoding one at a time", len(batch), name(batch[0])
+            "out of memory with %d clips per batch (%s ...): retrying with one at a time", len(batch), name(batch[0])
         )
         for one in batch:
             encode_fitting(vae, [one], encode, name=name)
@@ -36,15 +37,15 @@ def encode_fitting(
     before: Tiling | None = vae.tiling
     try:
         while tiling := _smaller(vae.tiling):
-            logger.warning("out of memory with %s: encoding in tiles of %d latent pixels", name(one), tiling.size)
+            logger.warning("out of memory with %s: retrying with tiles of %d latent cells", name(one), tiling.size)
             vae.tiling = tiling
             if _fits(encode, batch):
                 return
     finally:
         vae.tiling = before
     raise RunError(
-        f"{name(one)} does not fit into the device's memory, not even in tiles: free some of it, or take"
-        " --vae_cache_cpu, a smaller resolution or fewer frames; what is cached is kept"
+        f"not enough device memory to encode {name(one)}, even with tiling: free some, or use"
+        " --vae_cache_cpu, a lower resolution or fewer frames; finished caches are kept"
     )
 
 
@@ -53,16 +54,16 @@ def _fits(encode: Callable[[Sequence[Task]], None], batch: Sequence[Task]) -> bo
         encode(batch)
         return True
     except RuntimeError as problem:
-        # A CPU has no error class of its own for this.
+        # PyTorch has no error class for this on the CPU.
         if not isinstance(problem, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(problem):
             raise
-    # Only here, where the error no longer holds the tensors of the failed call, can their memory be given back.
+    # Only here, where the exception no longer references the tensors of the failed call, can their memory be freed.
     torch.cuda.empty_cache()
     return False
 
 
 def _smaller(tiling: Tiling | None) -> Tiling | None:
-    """The tiles to try next, or None where smaller ones would hardly save anything or spoil the result."""
+    """Return the next tiling to try, or None if smaller tiles would save little memory or degrade the result."""
     if tiling is None:
         return Tiling()
     half = tiling.size // 2

@@ -1,4 +1,4 @@
-"""Control videos and images made of a dataset's own media, without a model: what OpenCV draws of each frame."""
+"""Make control videos and images from a dataset's own media with OpenCV, without a model."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,8 +29,8 @@ Pixels = NDArray[np.uint8]
 
 _EDGES = (100, 200)  # Canny's thresholds, as in OpenCV's tutorial and the preprocessors of ControlNet
 _BLUR = 5.0  # pixels, the standard deviation of the Gaussian
-_TILE = 8  # pixels to a side of a tile
-_MOST_DENOMINATOR = 1001  # of frame rates: 30000/1001 and its kin
+_TILE = 8  # pixels per side of a tile
+_MOST_DENOMINATOR = 1001  # of frame rates such as 30000/1001
 
 
 def _grey(image: Pixels) -> Pixels:
@@ -51,7 +51,7 @@ def _tile(image: Pixels) -> Pixels:
     return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)
 
 
-# By the names that `MakeControlSettings` takes: an image (H, W, 3) as its control, of the same shape.
+# By the choices of `MakeControlSettings`: functions from an image (H, W, 3) to its control, of the same shape.
 MAKERS: dict[str, Callable[[Pixels], Pixels]] = {
     "canny": lambda image: _in_three(np.asarray(cv2.Canny(_grey(image), *_EDGES), np.uint8)),
     "gray": lambda image: _in_three(_grey(image)),
@@ -61,18 +61,19 @@ MAKERS: dict[str, Callable[[Pixels], Pixels]] = {
 
 
 def make_controls(settings: DatasetSettings, control_kind: str) -> None:
-    """Write a control of this `control_kind`, one of `MAKERS`, for each media file of each dataset that has none.
+    """Write a control of this `control_kind`, one of `MAKERS`, for each media file without one.
 
-    They go into `control_directory`, or into a folder beside that of the media, or the listing, with `_control` behind
-    its name: videos as lossless mp4 with all frames of the file at its rate and size, images as PNG. Each appears whole
-    or not at all. Raises InputError for files that cannot be read, which `skip_broken` names and leaves out.
+    They are written to `control_directory`, or to a folder beside that of the media, or the listing, with `_control`
+    appended to its name: videos as lossless mp4 with all frames of the file at its rate and size, images as PNG. Each
+    file is written atomically. Raises InputError for files that cannot be read; with `skip_broken`, they are skipped
+    with a warning.
     """
-    # The folder of controls need not be there yet.
+    # The folder of controls may not exist yet.
     for config in read_config(settings.dataset_config, with_sources=False):
         folder = config.control_directory or _folder_beside(config)
         check_writable(folder)
         remove_remains(folder)
-        # With it a folder of controls below that of the media is passed over.
+        # With control_directory set, a folder of controls below that of the media is skipped.
         paths = [entry.path for entry in find_entries(replace(config, control_directory=folder))]
         refuse_equal_stems(config, paths)
         there = match_controls(folder, paths, video=config.is_video)
@@ -82,7 +83,7 @@ def make_controls(settings: DatasetSettings, control_kind: str) -> None:
             num_made += _make(path, folder, control_kind, config, skip_broken=settings.skip_broken)
         hint = "" if config.control_directory else f'; add control_directory = "{folder}" to the dataset'
         logger.info(
-            "%s: %d controls written to %s, %d existing ones kept%s",
+            "%s: wrote %d controls to %s, kept %d existing ones%s",
             config,
             num_made,
             folder,
@@ -97,7 +98,7 @@ def _folder_beside(config: DatasetConfig) -> Path:
 
 
 def _make(path: Path, folder: Path, control_kind: str, config: DatasetConfig, *, skip_broken: bool) -> bool:
-    """Write the control of a file; whether it could be made."""
+    """Write the control of a file; return whether it could be made."""
     try:
         frames = map(MAKERS[control_kind], _read(path, config))
         if config.is_video:
@@ -114,6 +115,6 @@ def _make(path: Path, folder: Path, control_kind: str, config: DatasetConfig, *,
 
 
 def _read(path: Path, config: DatasetConfig) -> Iterator[Pixels]:
-    """All frames of a file as they are shown; one that is damaged raises InputError."""
+    """Yield all frames of a file as displayed. Raises InputError for a damaged one."""
     wanted = range(probe(path).num_frames)
     return (image for _, image in read_frames(path, wanted, config.alpha_background))

@@ -1,4 +1,4 @@
-"""What caching would make of the files, as a table for people and as JSON for programs; no model is needed."""
+"""The result that caching would have for each file, as a table and as JSON; no model is needed."""
 
 import json
 import sys
@@ -20,15 +20,15 @@ from dataset.sources import ClipPlan, name_some, used_frames
 from wan_train.storage import replacing
 
 _VERSION = 1
-_NAME_WIDTH = 25  # with the other columns a line of 80
+_NAME_WIDTH = 25  # 80 characters per line with the other columns
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """What becomes of a file; rates in frames per second, None for an image. `why` says what the lost seconds are.
+    """The planned clips of a file; rates in frames per second, None for an image. `why` explains the lost seconds.
 
-    `frames_lost` are stored, and do not decode; `reading` is what is done to the pixels, as `MediaInfo` has it;
-    `partners` is what goes with the file.
+    `frames_lost` are stored but cannot be decoded, `reading` is `MediaInfo.reading`, and `partners` are the
+    accompanying files.
     """
 
     path: str
@@ -47,13 +47,13 @@ class FilePlan:
 
     @property
     def seconds_lost(self) -> float:
-        """Seconds that no clip shows."""
+        """Seconds that are not part of any clip."""
         return self.seconds - self.seconds_used
 
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """Clips of one size (width, height) and length, the samples that an epoch makes of them, and its batches."""
+    """The clips of one size (width, height) and length, with the samples and batches that they give per epoch."""
 
     size: Size
     frames: int
@@ -64,10 +64,11 @@ class BucketPlan:
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """What becomes of a dataset; `empty_targets` are lengths that no file has, `model_fps` the rate of the model.
+    """The planned clips of a dataset; `empty_targets` are lengths that no file reaches, `model_fps` the model's frame
+    rate.
 
-    `unread` are the files of its folder that are not read, `reading` says in words what is done to the pixels of which
-    files, by name.
+    `unread` are the ignored files of its folder; `reading` maps descriptions of pixel processing to the names of the
+    files.
     """
 
     number: int
@@ -82,7 +83,7 @@ class DatasetPlan:
 
 
 def describe_plans(plans: Sequence[ClipPlan]) -> list[DatasetPlan]:
-    """The facts of each dataset's plan; the samples of an epoch are those that training takes."""
+    """Return the plan of each dataset; the samples of an epoch are those of training."""
     sizes = epoch_sizes(CachedDataset(plans))
     return [_describe_plan(plan, sizes) for plan in plans]
 
@@ -97,7 +98,7 @@ def _describe_plan(plan: ClipPlan, sizes: Mapping[Bucket, int]) -> DatasetPlan:
     counts = Counter((clip.size, clip.num_frames) for clip in plan.clips)
     buckets = []
     for (size, frames), count in sorted(counts.items()):
-        # Those with other conditions are batches of their own.
+        # Samples with different conditions form separate batches.
         samples = [number for bucket, number in sizes.items() if bucket[:3] == (config.number, size, frames)]
         num_batches = sum(count_batches(number, config) for number in samples)
         buckets.append(BucketPlan(size, frames, count, sum(samples), num_batches))
@@ -118,7 +119,7 @@ def _describe_plan(plan: ClipPlan, sizes: Mapping[Bucket, int]) -> DatasetPlan:
 
 
 def _describe_reading(plan: ClipPlan) -> dict[str, tuple[str, ...]]:
-    """The names of the files to whose pixels something is done, by what it is in words."""
+    """Return the names of the files whose pixels are processed, by the description of the processing."""
     found: dict[str, list[str]] = defaultdict(list)
     for item, info in plan.infos.items():
         for word in info.reading:
@@ -153,7 +154,7 @@ def _describe_file(item: Item, clips: Sequence[Clip], info: MediaInfo | None) ->
 
 
 def _rate_out(config: DatasetConfig, fps: float | None) -> float | None:
-    """Frames of a clip for each second of the file."""
+    """Return the number of clip frames per second of the file."""
     if config.source_fps == "auto":
         return float(config.space.fps)
     if fps is None or config.source_fps is None:
@@ -166,16 +167,17 @@ def _why_lost(config: DatasetConfig, num_frames: int, *, num_clips: int) -> str:
         return f"shorter than {min(config.target_frames)} frames"
     match config.frame_extraction:
         case "head":
-            return "head takes the start only"
+            return "head uses the start only"
         case "uniform":
-            return "between and beside the samples"
+            return "between and around the samples"
         case "full":
-            return "after max_frames" if num_frames > config.max_frames else "a length is 4n+1"
-    return "the rest at the end is too short"
+            return "after max_frames" if num_frames > config.max_frames else "clip lengths are 4n+1"
+    return "the remainder at the end is too short"
 
 
 def total(datasets: Sequence[DatasetPlan]) -> dict[str, Any]:
-    """Sums over all datasets; `coverage` is the share of the footage that some clip shows, None without videos."""
+    """Return sums over all datasets; `coverage` is the share of the footage that is part of a clip, None without
+    videos."""
     files = [file for dataset in datasets for file in dataset.files]
     buckets = [bucket for dataset in datasets for bucket in dataset.buckets]
     seconds, used = sum(file.seconds for file in files), sum(file.seconds_used for file in files)
@@ -192,7 +194,7 @@ def total(datasets: Sequence[DatasetPlan]) -> dict[str, Any]:
 
 
 def format_json(datasets: Sequence[DatasetPlan]) -> str:
-    """All facts, for programs."""
+    """Return the plans as JSON."""
     listed = [
         {
             **asdict(dataset),
@@ -205,14 +207,14 @@ def format_json(datasets: Sequence[DatasetPlan]) -> str:
 
 
 def format_table(datasets: Sequence[DatasetPlan]) -> str:
-    """All facts, for people; lines of 80 characters but for names in lists."""
+    """Return the plans as a table, at most 80 characters wide except for lists of names."""
     sums = total(datasets)
     lines = [line for dataset in datasets for line in (*_format_dataset(dataset), "")]
     counts = f"{sums['files']} files, {sums['clips']} clips, {sums['samples']} samples in {sums['batches']} batches"
-    lines.append(f"total: {counts} an epoch")
+    lines.append(f"total: {counts} per epoch")
     if sums["coverage"] is not None:
         used = f"{sums['seconds_used']:.1f} of {sums['seconds']:.1f} s"
-        lines.append(f"video that some clip shows: {used}, {100 * sums['coverage']:.0f}%")
+        lines.append(f"footage covered by clips: {used}, {100 * sums['coverage']:.0f}%")
     return "\n".join(lines)
 
 
@@ -226,14 +228,14 @@ def _format_dataset(dataset: DatasetPlan) -> list[str]:
     lines += [f"lost {seconds:.1f} s: {why}" for why, seconds in lost.items() if seconds]
     nothing = [f"{Path(file.path).name} ({file.why})" for file in dataset.files if not file.clips]
     if nothing:
-        lines.append(f"nothing from {len(nothing)} of {len(dataset.files)} files: {name_some(nothing)}")
+        lines.append(f"no clips from {len(nothing)} of {len(dataset.files)} files: {name_some(nothing)}")
     if dataset.empty_targets:
-        lines.append(f"no file is as long as these target_frames: {', '.join(map(str, dataset.empty_targets))}")
+        lines.append(f"no file is long enough for these target_frames: {', '.join(map(str, dataset.empty_targets))}")
     lines += _format_rates(dataset.files, dataset.model_fps)
     lines += _format_reading(dataset)
     lines.append(f"{'bucket w x h':<15}{'frames':>8}{'clips':>8}{'samples':>9}  batches of {dataset.batch_size}")
     for bucket in dataset.buckets:
-        empty = "" if bucket.batches else "  too few for a batch: drop_last drops them all"
+        empty = "" if bucket.batches else "  fewer than a batch: dropped by drop_last"
         size = f"{bucket.size[0]} x {bucket.size[1]}"
         lines.append(f"{size:<15}{bucket.frames:>8}{bucket.clips:>8}{bucket.samples:>9}{bucket.batches:>9}{empty}")
     return lines
@@ -242,10 +244,10 @@ def _format_dataset(dataset: DatasetPlan) -> list[str]:
 def _format_rates(files: Sequence[FilePlan], model_fps: int) -> list[str]:
     lines = []
     if dropped := sum(max(file.frames - file.frames_at_rate, 0) for file in files):
-        lines.append(f"the rate leaves out {dropped} of {sum(file.frames for file in files)} frames")
+        lines.append(f"source_fps drops {dropped} of {sum(file.frames for file in files)} frames")
     other = [Path(f.path).name for f in files if f.fps_out and f.frames > 1 and abs(f.fps_out - model_fps) > 0.1]
     if other:
-        lines.append(f"not at {model_fps} frames a second, they move at another speed: {name_some(other)}")
+        lines.append(f"not at {model_fps} fps, so they play at a different speed: {name_some(other)}")
     return lines
 
 
@@ -255,9 +257,9 @@ def _format_reading(dataset: DatasetPlan) -> list[str]:
         f"{told}: {len(names)} of {num_files} files: {name_some(names)}" for told, names in dataset.reading.items()
     ]
     if undecoded := [f"{Path(file.path).name} ({file.frames_lost})" for file in dataset.files if file.frames_lost]:
-        lines.append(f"start within a GOP, with frames that cannot be decoded: {name_some(undecoded)}")
+        lines.append(f"begin in the middle of a GOP, frames that cannot be decoded: {name_some(undecoded)}")
     if dataset.unread:
-        lines.append(f"not read: {len(dataset.unread)} files: {name_some(map(str, dataset.unread))}")
+        lines.append(f"ignored: {len(dataset.unread)} files: {name_some(map(str, dataset.unread))}")
     return lines
 
 
@@ -274,7 +276,7 @@ def _row(name: str, rates: str, frames: str, clips: str, size: str, *seconds: st
 
 
 def show_plan(plans: Sequence[ClipPlan], json_path: str) -> None:
-    """Print the table; with `json_path` write the facts there, or with "-" print them in place of the table."""
+    """Print the table; with `json_path`, write JSON to that file, or with "-" print it instead of the table."""
     datasets = describe_plans(plans)
     if json_path == "-":
         print(format_json(datasets))

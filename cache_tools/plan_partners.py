@@ -1,4 +1,4 @@
-"""What goes with each file of a dataset, for the plan: controls, references, masks, camera path and motion bucket."""
+"""What accompanies each media file, for the plan: controls, references, masks, camera path and motion bucket."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ _OWN_ALPHA = "its own alpha"
 
 @dataclass(frozen=True)
 class CameraPlan:
-    """A camera path: the path of a file, or else a direction and what the camera moves by in each frame."""
+    """A camera path: a file, or a direction and the camera's movement per frame."""
 
     path: str | None
     direction: str
@@ -21,8 +21,11 @@ class CameraPlan:
 
 @dataclass(frozen=True)
 class PartnersPlan:
-    """What goes with a file: the paths of other files, `mask` being the loss mask, the camera path, and the id of the
-    motion bucket. Its text is a line for people, empty where nothing does."""
+    """What accompanies a media file: paths of other files (`mask` is the loss mask), the camera path, and the motion
+    bucket.
+
+    `str()` gives one line of text, empty if there is nothing.
+    """
 
     controls: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
@@ -44,7 +47,7 @@ class PartnersPlan:
 
 
 def describe_partners(item: Item) -> PartnersPlan:
-    """Return what goes with an item."""
+    """Return what accompanies an item."""
     camera, mask, planned = item.camera, item.mask, None
     if camera is not None:
         planned = CameraPlan(str(camera.path) if camera.path else None, camera.direction, camera.speed)

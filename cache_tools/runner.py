@@ -1,4 +1,4 @@
-"""What the cache tools share: working ahead in threads, and the last line of a run."""
+"""Helpers shared by the caching scripts: prefetching in threads, and the summary of a run."""
 
 import logging
 from collections import deque
@@ -17,9 +17,9 @@ Result = TypeVar("Result")
 
 
 def work_ahead(function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int) -> Iterator[Result]:
-    """The results of `function` in the order of the tasks, up to `num_workers` of them computed ahead in threads.
+    """Yield the results of `function` in the order of the tasks, prefetching up to `num_workers` of them in threads.
 
-    No more than `num_workers` + 1 results are held, and the first error ends the work. Nothing runs ahead with 0.
+    At most `num_workers` + 1 results are held, and the first error stops the work. 0 disables prefetching.
     """
     if num_workers == 0:
         yield from map(function, tasks)
@@ -39,7 +39,8 @@ def work_ahead(function: Callable[[Task], Result], tasks: Iterable[Task], num_wo
 
 
 def rank_device(name: str, place: Place) -> torch.device:
-    """The named device or the first there is; of several processes each takes the device of its number."""
+    """Return the named device or the first available one; with several processes, each uses the device of its local
+    rank."""
     device = default_device(name)
     if device.type == "cpu" or device.index is not None or place.num_ranks == 1:
         return device
@@ -54,9 +55,9 @@ def summarise_run(
     num_encoded: int,
     left_out: Mapping[str, int] | None = None,
 ) -> None:
-    """Log the last line of a run: what became of the caches by kind, and the files left out by reason.
+    """Log the summary of a run: the number of caches by state, and of files left out by reason.
 
-    Each of several processes says it of its own share.
+    With several processes, each reports its own share.
     """
     num_kept = kinds.get("up to date", 0) + kinds.get("adopted", 0)
     parts = [f"{num_encoded} encoded", f"{num_kept} kept"]
@@ -64,5 +65,5 @@ def summarise_run(
     parts += [f"{count} files gave no clip ({why})" for why, count in (left_out or {}).items() if count]
     who = f" (process {place.rank + 1} of {place.num_ranks})" if place.num_ranks > 1 else ""
     summary = get_logger("summary")
-    summary.setLevel(logging.INFO)  # processes after the first say nothing else at this level
+    summary.setLevel(logging.INFO)  # processes after the first log nothing else at this level
     summary.info("%s%s: %s", label, who, ", ".join(parts))

@@ -1,4 +1,4 @@
-"""Settings of the two cache tools."""
+"""Options of the two caching scripts."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ class LatentRunSettings:
 
 @dataclass(frozen=True)
 class InspectSettings:
-    """Looking in place of caching."""
+    """Inspection instead of caching."""
 
     plan: bool = option(
         False, "Print what would be cached, without a model: frame rates, clips, buckets, and what is dropped and why."
@@ -92,7 +92,7 @@ class TextRunSettings:
     """Encoding."""
 
     device: str = option("", _DEVICE_HELP)
-    batch_size: int = option(4, "Captions in one call of the text encoder.", minimum=1)
+    batch_size: int = option(4, "Number of captions per text encoder batch.", minimum=1)
     skip_existing: bool = option(False, _SKIP_HELP)
     keep_cache: bool = option(False, _KEEP_HELP)
     prune: bool = option(False, _PRUNE_HELP)
@@ -100,7 +100,7 @@ class TextRunSettings:
 
 @dataclass(frozen=True)
 class CacheLatentsSettings:
-    """All of `wan_cache_latents.py`."""
+    """All options of `wan_cache_latents.py`."""
 
     dataset: DatasetSettings
     folder: CheckpointFolderSettings
@@ -114,7 +114,7 @@ class CacheLatentsSettings:
 
 @dataclass(frozen=True)
 class CacheTextSettings:
-    """All of `wan_cache_text_encoder_outputs.py`."""
+    """All options of `wan_cache_text_encoder_outputs.py`."""
 
     dataset: DatasetSettings
     folder: CheckpointFolderSettings
@@ -123,23 +123,23 @@ class CacheTextSettings:
 
 
 def check_run(run: LatentRunSettings | TextRunSettings) -> None:
-    """Refuse options that contradict each other."""
+    """Raise InputError for contradictory options."""
     if run.keep_cache and run.prune:
-        raise InputError("--keep_cache keeps every cache and --prune deletes some: give one of them")
+        raise InputError("--keep_cache and --prune contradict each other: use one of them")
 
 
 def control_inputs(settings: CacheLatentsSettings) -> ControlInputs | None:
-    """What else than images the caches are to hold conditions of; None: the task is not known."""
+    """Return the conditions other than images to cache; None: task unknown."""
     task, one_frame = settings.images.task, settings.images.one_frame
-    if not task or one_frame:  # one frame is made beside the images of a control_directory
+    if not task or one_frame:  # one_frame uses the images of a control_directory differently
         return VARIANTS[task].control if task else None
     return VARIANTS[task].control or ControlInputs()
 
 
 def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:
-    """Which images the caches are to hold conditions of. InputError for options that contradict each other.
+    """Return the images to cache conditions of. Raises InputError for contradictory options.
 
-    `--clip` may be missing where a model goes without a start image: what the dataset file gives it decides.
+    `--clip` may be missing if a start image is optional for the model: then the dataset config decides.
     """
     task, clip, i2v = settings.images.task, bool(settings.image.clip), settings.images.i2v
     if not task:
@@ -147,13 +147,13 @@ def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:
     images = VARIANTS[task].images
     if images is None and (i2v or clip):
         flag = "--i2v" if i2v else "--clip"
-        raise InputError(f"{flag}: --task {task} is given no images: leave out one of the two")
+        raise InputError(f"{flag}: --task {task} does not take images: remove one of the two")
     if clip and not VARIANTS[task].reads_clip:
-        raise InputError(f"--clip: --task {task} reads no images through CLIP: leave it out")
+        raise InputError(f"--clip: --task {task} does not use CLIP: remove it")
     looking = settings.inspect.plan or settings.inspect.plan_json or settings.inspect.debug_mode
     if images is not None and images.clip and not images.optional and not clip and not looking:
         raise InputError(
-            f"--clip is missing: --task {task} reads its images through CLIP too; give"
+            f"--clip is missing: --task {task} also reads its images through CLIP; give"
             " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
         )
     return images
@@ -161,13 +161,13 @@ def image_inputs(settings: CacheLatentsSettings) -> ImageInputs | None:
 
 LATENTS_TOOL = Tool(
     "wan_cache_latents.py",
-    "Encode the clips and images that a dataset file describes with the VAE, so that training need not.",
+    "Encode the videos and images of a dataset config with the VAE and cache their latents for training.",
     CacheLatentsSettings,
     "cache_tools.cache_latents:main",
 )
 TEXT_TOOL = Tool(
     "wan_cache_text_encoder_outputs.py",
-    "Encode the captions of the files that a dataset file describes with the text encoder, so that training need not.",
+    "Encode the captions of a dataset config with the text encoder and cache their embeddings for training.",
     CacheTextSettings,
     "cache_tools.cache_text_encoder_outputs:main",
 )

@@ -1,4 +1,4 @@
-"""Show what would be cached, in place of caching it: as images, as videos, or in the terminal."""
+"""Show what would be cached instead of caching it: as images, as videos, or in the terminal."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,14 @@ from wan_train.media_out import write_image, write_video
 Pixels = NDArray[np.uint8]
 
 _SHEET_WIDTH = 2048
-_CELL_ASPECT = 2  # a character is about twice as high as wide, and shows two pixels above one another
+_CELL_ASPECT = 2  # a character is about twice as high as wide, and shows two pixels, one above the other
 
 
 def show_clips(plans: Sequence[ClipPlan], settings: InspectSettings) -> None:
-    """Show the clips of each dataset, each with its caption and beside its control, the way that `debug_mode` names.
+    """Show the clips of each dataset, with captions and beside their controls, in the format set by `debug_mode`.
 
-    "image" writes a sheet of each clip's frames and "video" an mp4, below `debug_dir`; "console" prints first frames.
+    "image" writes a contact sheet of each clip's frames and "video" an mp4, below `debug_dir`; "console" prints first
+    frames.
     """
     for plan in plans:
         folder = Path(settings.debug_dir) / f"dataset_{plan.config.number}"
@@ -44,9 +45,9 @@ def show_clips(plans: Sequence[ClipPlan], settings: InspectSettings) -> None:
 
 
 def draw_blocks(image: Pixels, width: int, back: str = "") -> Iterator[str]:
-    """Lines of a terminal that show an image (H, W, 3), `width` characters wide and two pixels to a character.
+    """Yield terminal lines that show an image (H, W, 3), `width` characters wide, with two pixels per character.
 
-    The colours are 24-bit escape sequences. `back`, one of `CONSOLE_COLOURS`, lays a rim of that colour around it.
+    Colours are 24-bit escape sequences. `back`, one of `CONSOLE_COLOURS`, adds a border of that colour.
     """
     rim = f"\x1b[{40 + CONSOLE_COLOURS.index(back)}m  \x1b[0m" if back else ""
     inner = max(width - 4 * bool(back), 1)
@@ -63,7 +64,7 @@ def draw_blocks(image: Pixels, width: int, back: str = "") -> Iterator[str]:
 
 
 def make_sheet(images: Pixels) -> Pixels:
-    """Images (F, H, W, 3) in rows, in one image; made smaller where they would be wider than 2048 together."""
+    """Return a contact sheet of images (F, H, W, 3), scaled down if it would be wider than 2048."""
     columns = math.ceil(math.sqrt(len(images)))
     if columns > 1 and columns * images.shape[2] > _SHEET_WIDTH:
         width = _SHEET_WIDTH // columns

@@ -1,4 +1,4 @@
-"""What there is in the cache folders and what is to be made: looked up, counted, named, and cleared away on demand."""
+"""Survey the cache folders: what exists and what has to be made; report it, and prune on request."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ Wanted = TypeVar("Wanted")
 class Survey(Generic[Wanted]):
     """The caches of one kind in a dataset's folder.
 
-    `due` is what this process has to make, in order; `states` are those of all that it answers for; `orphans` are the
-    files that belong to nothing planned.
+    `due` is what this process has to make, in order; `states` are those of its share of the caches; `orphans` are files
+    that match nothing planned.
     """
 
     config: DatasetConfig
@@ -33,7 +33,7 @@ class Survey(Generic[Wanted]):
     orphans: tuple[Path, ...]
 
     def named(self, *kinds: Staleness) -> list[CacheState]:
-        """The states of these kinds."""
+        """Return the states of these kinds."""
         return [state for state in self.states if state.kind in kinds]
 
 
@@ -46,9 +46,9 @@ def survey_caches(
     place: Place,
     is_text: bool = False,
 ) -> Survey[Wanted]:
-    """Look up the caches of what is `wanted` of this process; `planned` are the files of all.
+    """Look up the caches of this process's share `wanted`; `planned` are the files of all processes.
 
-    The first process answers for the orphans.
+    The first process reports the orphans.
     """
     with Manifest(config.cache_directory) as manifest:
         states = tuple(look(one, manifest) for one in wanted)
@@ -58,44 +58,41 @@ def survey_caches(
 
 
 def clear_remains(config: DatasetConfig) -> None:
-    """Delete what killed runs left in a dataset's cache folder."""
+    """Delete unfinished files that killed runs left in a dataset's cache folder."""
     if removed := remove_remains(config.cache_directory):
-        logger.info("%s: %d unfinished files of ended runs deleted", config, len(removed))
+        logger.info("%s: deleted %d unfinished files of earlier runs", config, len(removed))
 
 
 def report_findings(survey: Survey[Wanted]) -> None:
-    """Name what is stale, cut off, adopted or orphaned."""
+    """Log what is stale, truncated, adopted or orphaned."""
     config = survey.config
     if bad := survey.named(Staleness.STALE, Staleness.TRUNCATED):
-        logger.info("%s: %d stale caches are encoded again: %s", config, len(bad), name_some(map(str, bad)))
+        logger.info("%s: %d caches will be recreated: %s", config, len(bad), name_some(map(str, bad)))
     if adopted := survey.named(Staleness.FOREIGN):
         some = name_some(state.path.name for state in adopted)
-        logger.info("%s: %d caches without metadata match and are used: %s", config, len(adopted), some)
+        logger.info("%s: %d caches without a recipe match and are adopted: %s", config, len(adopted), some)
     if survey.orphans:
         some = name_some(path.name for path in survey.orphans)
         logger.info(
-            "%s: %d caches belong to no item of the dataset (--prune deletes them): %s",
-            config,
-            len(survey.orphans),
-            some,
+            "%s: %d caches match nothing in the dataset (--prune deletes them): %s", config, len(survey.orphans), some
         )
 
 
 def prune_caches(survey: Survey[Wanted]) -> int:
-    """Delete the orphaned and the stale caches of a folder; say which and how many."""
+    """Delete the orphaned and stale caches of a folder; log and count them."""
     bad = [state.path for state in survey.named(Staleness.STALE, Staleness.TRUNCATED)]
     for path in (*survey.orphans, *bad):
         path.unlink(missing_ok=True)
     if survey.orphans:
         some = name_some(path.name for path in survey.orphans)
-        logger.info("%s: %d orphaned caches deleted: %s", survey.config, len(survey.orphans), some)
+        logger.info("%s: deleted %d orphaned caches: %s", survey.config, len(survey.orphans), some)
     if bad:
-        logger.info("%s: %d stale caches deleted: %s", survey.config, len(bad), name_some(path.name for path in bad))
+        logger.info("%s: deleted %d stale caches: %s", survey.config, len(bad), name_some(path.name for path in bad))
     return len(survey.orphans) + len(bad)
 
 
 def count_kinds(surveys: Sequence[Survey[Wanted]]) -> Counter[str]:
-    """How many caches of each kind there are, by its name; orphans too."""
+    """Return the number of caches in each state, by its name, and of orphans."""
     counts = Counter(state.kind.value for survey in surveys for state in survey.states)
     counts["orphaned"] = sum(len(survey.orphans) for survey in surveys)
     return counts

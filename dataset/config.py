@@ -1,7 +1,6 @@
-"""The TOML or JSON file that describes the data, read into one `DatasetConfig` for each table of `datasets`.
+"""Parse the TOML or JSON dataset file into one `DatasetConfig` per `[[datasets]]` table.
 
-Keys and defaults are those that musubi-tuner's users have in their files; a value of `[general]` holds for every table
-that does not set it.
+Keys and defaults are musubi-tuner's; a value in `[general]` applies to every table that does not set it.
 """
 
 import os
@@ -26,16 +25,18 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """One `[[datasets]]` table with everything resolved; sizes are (width, height) in pixels.
+    """One `[[datasets]]` table with all defaults resolved; sizes are (width, height) in pixels.
 
-    `number` counts from 1 in the order of the file; `target_frames` are sorted, distinct and of the form 4k+1;
-    `listing` is a JSONL or CSV file that names the media in place of `directory`, which is then the file's folder.
-    `images`, `control` and `space` are not in the file: which of a clip's frames the model is given as images, what
-    else it is given, and its latents.
-    `mask_directory` is that of the loss masks, whatever its key is; `camera_direction` and `camera_speed` are for files
-    without a camera file; `start_image`: a model that may go without one is given the first frame.
-    `one_frame` is there where images are trained as one frame of several, which the two keys before it describe.
-    `shares_folder` says that another dataset of the file reads the folder's media of the other kind.
+    `number` counts from 1 in file order. `target_frames` are sorted, distinct and of the form 4k+1. `listing` is a
+    JSONL or CSV file that lists the media instead of `directory`, which is then the file's folder.
+
+    `images`, `control` and `space` do not come from the file: they say which frames of a clip the model receives as
+    images, which other conditions it receives, and the latent space.
+
+    `mask_directory` holds the loss masks, whichever key set it. `camera_direction` and `camera_speed` apply to files
+    without a camera file. `start_image` passes the first frame to a model for which a start image is optional.
+    `one_frame` is set when images are trained as one frame of several, as described by the two `fp_1f_*` keys.
+    `shares_folder` is true if another dataset of the file reads the folder's media of the other type.
     """
 
     source: Path
@@ -86,14 +87,14 @@ class DatasetConfig:
 
     @property
     def num_clip_images(self) -> int:
-        """How many images of a clip the model is given through CLIP."""
+        """Number of images of a clip that the model receives through CLIP."""
         if self.images is None or not self.images.clip:
             return 0
         return self.images.num_clip_images if self.one_frame is None else len(self.one_frame.controls)
 
     @property
     def partner_directories(self) -> tuple[tuple[str, Path], ...]:
-        """The folders of what goes with the media, each with its key."""
+        """The folders of the files that accompany the media, each with its key."""
         folders = (
             ("mask_directory", self.mask_directory),
             ("mask_directory", self.vace_mask_directory),
@@ -116,27 +117,28 @@ def read_config(
     space: LatentSpace = WAN21,
     one_frame: bool = False,
 ) -> tuple[DatasetConfig, ...]:
-    """Every dataset of a TOML file, or of a `.json` file with the same keys, in its order, for a model with `images`
-    and `control`, and latents in `space`; with `one_frame` as images that are one frame of several.
+    """Return all datasets of a TOML file, or of a `.json` file with the same keys, in file order.
 
-    Relative paths start at the working directory, as users know it. Raises InputError for a file that does not parse
-    (with the line), unknown or misplaced keys, wrong types, values out of range, missing folders and datasets that
-    share a cache folder; the message names dataset and key. Without `with_sources` the media need not be there.
+    `images`, `control` and `space` are those of the model; with `one_frame`, images are trained as one frame of
+    several. Relative paths start at the working directory. Without `with_sources` the media need not exist.
+
+    Raises InputError for a file that does not parse (with the line), unknown or misplaced keys, wrong types, values out
+    of range, missing folders and datasets that share a cache folder; the message names the dataset and the key.
     """
     source = Path(path)
     document = parse_file(source)
     refuse_unknown(document, ("general", "datasets"), f"{source}", "table")
     general, tables = document.get("general", {}), document.get("datasets", [])
     if not isinstance(general, dict):
-        raise InputError(f"{source}: general is a table: write [general]")
+        raise InputError(f"{source}: general must be a table: write [general]")
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise InputError(f"{source}: datasets is a list of tables: write [[datasets]] with two brackets")
+        raise InputError(f"{source}: datasets must be an array of tables: write [[datasets]] with two brackets")
     if not tables:
         raise InputError(f"{source}: no datasets: add a [[datasets]] with video_directory or image_directory")
     place = f"{source}: [general]"
     for key in general:
         if key in SOURCE_KEYS or key in VIDEO_KEYS or key in IMAGE_KEYS:
-            raise InputError(f"{place}: {key} is each dataset's own: move it below [[datasets]]")
+            raise InputError(f"{place}: {key} is set per dataset: move it below [[datasets]]")
     refuse_unknown(general, SHARED_KEYS, place, "key")
     defaults = convert(general, place)
     defaults |= {"images": images, "control": control, "space": space}
@@ -153,17 +155,17 @@ def _read_dataset(source: Path, number: int, table: Mapping[str, Any], defaults:
     values = {**defaults, **convert(table, place)}
     media = [key for key in MEDIA_KEYS if key in values]
     if len(media) != 1:
-        raise InputError(f"{place}: takes one of {', '.join(MEDIA_KEYS)}")
+        raise InputError(f"{place}: set exactly one of {', '.join(MEDIA_KEYS)}")
     is_video = media[0].startswith("video")
     if not is_video and (misplaced := sorted(table.keys() & VIDEO_KEYS.keys())):
-        raise InputError(f"{place}: {misplaced[0]} is for videos and this dataset has {media[0]}: remove it")
+        raise InputError(f"{place}: {misplaced[0]} is only for videos, and this dataset has {media[0]}: remove it")
     if is_video and (misplaced := sorted(table.keys() & IMAGE_KEYS.keys())):
-        raise InputError(f"{place}: {misplaced[0]} is for images and this dataset has {media[0]}: remove it")
+        raise InputError(f"{place}: {misplaced[0]} is only for images, and this dataset has {media[0]}: remove it")
     values |= _find_media(media[0], values.pop(media[0]), values, place)
     values = settle_conditions(values, place)
     config = DatasetConfig(source=source, number=number, is_video=is_video, **values)
     if config.listing and "recursive" in table:
-        raise InputError(f"{place}: recursive is for folders and this dataset has {media[0]}: remove it")
+        raise InputError(f"{place}: recursive is only for folders, and this dataset has {media[0]}: remove it")
     _check_size(config, place)
     if asked := table.get("target_frames"):
         _warn_floored(asked, config, place)
@@ -172,11 +174,11 @@ def _read_dataset(source: Path, number: int, table: Mapping[str, Any], defaults:
 
 
 def _find_media(key: str, path: Path, values: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """`directory`, `listing` and `cache_directory` of a dataset whose media are where `key` says."""
+    """Return `directory`, `listing` and `cache_directory` of a dataset whose media are given by `key`."""
     if key.endswith("_directory"):
         return {"directory": path, "cache_directory": values.get("cache_directory", path)}
     if "cache_directory" not in values:
-        raise InputError(f"{location}: {key} names files anywhere: say with cache_directory where their caches go")
+        raise InputError(f"{location}: {key} may list files in any folder: set cache_directory for their caches")
     return {"directory": path.parent, "listing": path}
 
 
@@ -195,12 +197,12 @@ def _refuse_missing(config: DatasetConfig) -> None:
 def _check_size(config: DatasetConfig, location: str) -> None:
     step = config.space.size_step
     if min(config.resolution) < step:
-        raise InputError(f"{location}: resolution {list(config.resolution)}: a side takes {step} or more")
+        raise InputError(f"{location}: resolution {list(config.resolution)}: each side must be at least {step}")
     floored = tuple(side // step * step for side in config.resolution)
     if not config.enable_bucket and floored != config.resolution:
         raise InputError(
-            f"{location}: resolution {list(config.resolution)} without enable_bucket takes multiples of {step}:"
-            f" {list(floored)} would do"
+            f"{location}: resolution {list(config.resolution)} must be multiples of {step} without enable_bucket:"
+            f" use {list(floored)}"
         )
 
 
@@ -209,48 +211,50 @@ def _warn_floored(asked: int | list[int], config: DatasetConfig, location: str) 
     changed = [f"{frames} to {floor_frames(frames)}" for frames in given if floor_frames(frames) != frames]
     if changed:
         taken = ", ".join(map(str, config.target_frames))
-        logger.warning("%s: target_frames are 4k+1: %s; taken are %s", location, ", ".join(changed), taken)
+        logger.warning(
+            "%s: target_frames must be 4k+1, rounded down: %s; using %s", location, ", ".join(changed), taken
+        )
 
 
 def _warn_idle(table: Mapping[str, Any], config: DatasetConfig, location: str) -> None:
-    """Say which of the keys about clips change nothing."""
+    """Warn about frame extraction keys that have no effect."""
     extraction = config.frame_extraction
     if extraction == "uniform" and config.frame_sample == 1:
-        logger.warning('%s: frame_extraction "uniform" with frame_sample 1 takes the same clip as "head"', location)
+        logger.warning('%s: frame_extraction "uniform" with frame_sample 1 gives the same clip as "head"', location)
     users = {"frame_sample": "uniform", "frame_stride": "slide", "max_frames": "full"}
     for key, user in users.items():
         if key in table and extraction != user:
-            logger.warning('%s: %s is for frame_extraction "%s" and has no effect here', location, key, user)
+            logger.warning('%s: %s has no effect: it is only used with frame_extraction "%s"', location, key, user)
     if "target_frames" in table and extraction == "full":
-        logger.warning('%s: frame_extraction "full" uses whole videos: target_frames has no effect', location)
+        logger.warning('%s: target_frames has no effect: frame_extraction "full" uses whole videos', location)
 
 
 def _as_one_frame(config: DatasetConfig) -> DatasetConfig:
-    """The dataset with `one_frame`. InputError for one that cannot be trained so."""
+    """Return the dataset with `one_frame` set. Raises InputError if it cannot be trained this way."""
     place = f"{config.source}: dataset {config.number}"
     if config.images is None or not config.images.clip or config.control is not None:
-        raise InputError("--one_frame is for Wan2.1's tasks with images: give --task i2v-14B or flf2v-14B")
+        raise InputError("--one_frame needs a Wan2.1 image task: give --task i2v-14B or flf2v-14B")
     if config.is_video:
-        raise InputError(f"{place} has videos, and --one_frame trains images: leave it out of the file")
+        raise InputError(f"{place} has videos, and --one_frame only trains images: remove it from the file")
     if not config.fp_1f_clean_indices or config.fp_1f_target_index is None:
         raise InputError(
-            f"{place}: --one_frame needs fp_1f_clean_indices and fp_1f_target_index, such as [0] and 1: say where in"
-            " time its control images and its own are"
+            f"{place}: --one_frame needs fp_1f_clean_indices and fp_1f_target_index, such as [0] and 1: the"
+            " temporal positions of its control images and of its own image"
         )
     for key in ("flip_augment", "mask_directory", "alpha_mask"):
         if getattr(config, key):
-            raise InputError(f"{place}: {key} does not go with --one_frame: remove it")
+            raise InputError(f"{place}: {key} cannot be combined with --one_frame: remove it")
     try:
         one_frame = OneFrame(config.fp_1f_clean_indices, config.fp_1f_target_index)
     except ValueError as problem:
         raise InputError(f"{place}: fp_1f_clean_indices and fp_1f_target_index: {problem}") from None
     if config.images.last and len(one_frame.controls) != 2:
-        raise InputError(f"{place}: fp_1f_clean_indices: a flf2v task takes two images: list two indices")
+        raise InputError(f"{place}: fp_1f_clean_indices: an flf2v task takes two images: list two indices")
     return replace(config, one_frame=one_frame)
 
 
 def _mark_shared(configs: Sequence[DatasetConfig]) -> tuple[DatasetConfig, ...]:
-    """The datasets, with `shares_folder` where it holds."""
+    """Return the datasets with `shares_folder` set where it applies."""
     folders = {(config.directory.resolve(), config.is_video) for config in configs if not config.listing}
     return tuple(
         replace(config, shares_folder=(config.directory.resolve(), not config.is_video) in folders)

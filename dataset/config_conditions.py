@@ -1,4 +1,4 @@
-"""The keys of a dataset about what a model is given beside text: what they mean for the task, and which do not fit."""
+"""Dataset keys for conditions other than text: their meaning for the task, and which ones do not fit it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from wan_train.models.variants import ControlInputs
 
 @dataclass(frozen=True)
 class ConditionKey:
-    """What a key or a listing's column gives: `name` in words, which models read it, and the tasks that they are of."""
+    """What a key or a listing column provides: `name` in words, the models that read it, and their tasks."""
 
     name: str
     is_read: Callable[[ControlInputs], bool]
@@ -31,19 +31,20 @@ _KEYS = {
 
 
 def refuse_idle(key: str, given: ConditionKey, control: ControlInputs | None, location: str) -> None:
-    """Raise InputError for a key or column that gives what the task does not read; None: the task is not known."""
+    """Raise InputError for a key or column with a condition that the task does not read (None: task unknown)."""
     if control is not None and not given.is_read(control):
         raise InputError(
-            f"{location}: {key}: the task reads no {given.name}: remove it, or give a task that does"
+            f"{location}: {key}: the task does not use a {given.name}: remove it, or choose a task that does"
             f" ({given.tasks} tasks)"
         )
 
 
 def settle_conditions(values: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """Return the values of a dataset with the keys about conditions as `DatasetConfig` has them.
+    """Return a dataset's values with the condition keys as `DatasetConfig` stores them.
 
-    Under a VACE task `mask_directory` holds VACE's masks, elsewhere loss masks; `loss_mask_directory` always these.
-    Raises InputError for keys that the task does not read, and for `start_image` where the task leaves no choice.
+    With a VACE task, `mask_directory` holds VACE masks, otherwise loss masks; `loss_mask_directory` always holds loss
+    masks. Raises InputError for keys that the task does not read, and for `start_image` where the task leaves no
+    choice.
     """
     settled = {key: value for key, value in values.items() if key != "loss_mask_directory"}
     control, loss_masks = values["control"], values.get("loss_mask_directory")
@@ -64,6 +65,6 @@ def settle_conditions(values: Mapping[str, Any], location: str) -> dict[str, Any
 def _refuse_start_image(values: Mapping[str, Any], location: str) -> None:
     images = values["images"]
     if images is None:
-        raise InputError(f"{location}: start_image: the task reads no start image: remove it")
+        raise InputError(f"{location}: start_image: the task does not use a start image: remove it")
     if not images.optional:
-        raise InputError(f"{location}: start_image: the task always reads a start image: remove it")
+        raise InputError(f"{location}: start_image: the task always uses a start image: remove it")

@@ -1,4 +1,5 @@
-"""The keys of a dataset file; a reader returns what the key is set to, or says in a ValueError what it takes."""
+"""The keys of a dataset file. Each reader returns the parsed value, or raises a ValueError that states what is
+expected."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from wan_train.cli import nearest
 from wan_train.conditions.camera import DIRECTIONS
 from wan_train.models.variants import SIZE_STEP
 
-MOST_MOTION = 100  # the greatest motion bucket id of DiffSynth-Studio's speed control model
+MOST_MOTION = 100  # highest motion bucket id of DiffSynth-Studio's speed control model
 
 
 def _whole(value: Any, label: str, minimum: int = 1) -> int:
@@ -24,7 +25,7 @@ def _whole(value: Any, label: str, minimum: int = 1) -> int:
 
 
 def _read_count(value: Any) -> int:
-    return _whole(value, "a whole number of 1 or more")
+    return _whole(value, "an integer of 1 or more")
 
 
 def _read_switch(value: Any) -> bool:
@@ -35,7 +36,7 @@ def _read_switch(value: Any) -> bool:
 
 def _read_size(value: Any) -> tuple[int, int]:
     sides = value if isinstance(value, list) else [value, value]
-    label = f"[width, height] or one whole number, {SIZE_STEP} or more"
+    label = f"[width, height] or one integer, each {SIZE_STEP} or more"
     if len(sides) != 2:
         raise ValueError(label)
     return _whole(sides[0], label, SIZE_STEP), _whole(sides[1], label, SIZE_STEP)
@@ -43,22 +44,22 @@ def _read_size(value: Any) -> tuple[int, int]:
 
 def _read_extension(value: Any) -> str:
     if not isinstance(value, str) or not value or "/" in value:
-        raise ValueError('the end of a caption file\'s name, such as ".txt"')
+        raise ValueError('a caption file extension, such as ".txt"')
     return value if "." in value else f".{value}"
 
 
 def _read_folder(value: Any) -> Path:
     if not isinstance(value, str) or not value:
-        raise ValueError("the path of a folder")
+        raise ValueError("the path to a folder")
     return Path(value).expanduser()
 
 
 def _read_listing(suffix: str) -> Callable[[Any], Path]:
-    """A reader for the path of a file that lists media. Only CSV is known by its suffix."""
+    """Return a reader for the path of a file that lists media. Only CSV is recognised by its suffix."""
 
     def read(value: Any) -> Path:
         if not isinstance(value, str) or not value or (Path(value).suffix.lower() == ".csv") != (suffix == ".csv"):
-            raise ValueError(f"the path of a {suffix} file")
+            raise ValueError(f"the path to a {suffix} file")
         return Path(value).expanduser()
 
     return read
@@ -66,7 +67,7 @@ def _read_listing(suffix: str) -> Callable[[Any], Path]:
 
 def _read_text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError("text in quotes")
+        raise ValueError("a string in quotes")
     return value
 
 
@@ -86,7 +87,7 @@ def _read_colour(value: Any) -> Colour:
 
 
 def _read_frames(value: Any) -> tuple[int, ...]:
-    label = "whole numbers of 1 or more, such as [1, 25, 81]"
+    label = "integers of 1 or more, such as [1, 25, 81]"
     given = value if isinstance(value, list) else [value]
     if not given:
         raise ValueError(label)
@@ -94,18 +95,18 @@ def _read_frames(value: Any) -> tuple[int, ...]:
 
 
 def _read_indices(value: Any) -> tuple[int, ...]:
-    label = "places in time as whole numbers from 0, such as [0]"
+    label = "temporal positions as integers from 0, such as [0]"
     if not isinstance(value, list) or not value:
         raise ValueError(label)
     return tuple(_whole(index, label, 0) for index in value)
 
 
 def _read_index(value: Any) -> int:
-    return _whole(value, "a place in time as a whole number from 0", 0)
+    return _whole(value, "a temporal position as an integer from 0", 0)
 
 
 def _read_word(*words: str) -> Callable[[Any], str]:
-    """A reader for one of these words."""
+    """Return a reader that accepts one of these words."""
 
     def read(value: Any) -> str:
         if value not in words:
@@ -141,20 +142,20 @@ def _read_rate(value: Any) -> float | str:
 
 
 def read_direction(value: Any) -> str:
-    """Return one of `DIRECTIONS`; ValueError with what a direction is for another value."""
+    """Return one of `DIRECTIONS`. Raises ValueError, with the expected values, for anything else."""
     return _read_word(*DIRECTIONS)(value)
 
 
 def read_speed(value: Any) -> float:
-    """Return what a camera moves by in each frame, 0 or more; ValueError with what it is for another value."""
+    """Return the camera's movement per frame, 0 or more. Raises ValueError, with the expected value, otherwise."""
     if not _is_number(value) or value < 0:
-        raise ValueError("what the camera moves by in each frame, a number of 0 or more")
+        raise ValueError("the camera's movement per frame, a number of 0 or more")
     return float(value)
 
 
 def read_motion_bucket(value: Any) -> int:
-    """Return the id of a motion bucket, 0 slow to 100 fast; ValueError with what it is for another value."""
-    label = f"a whole number from 0, slow, to {MOST_MOTION}, fast"
+    """Return a motion bucket id, 0 (slow) to 100 (fast). Raises ValueError, with the expected value, otherwise."""
+    label = f"an integer from 0 (slow) to {MOST_MOTION} (fast)"
     if _whole(value, label, 0) > MOST_MOTION:
         raise ValueError(label)
     return int(value)
@@ -180,7 +181,7 @@ SHARED_KEYS: dict[str, Callable[[Any], Any]] = {
     "motion_bucket_id": read_motion_bucket,
     "start_image": _read_switch,
 }
-# One of them says where a dataset's media are, and of which kind they are.
+# A dataset sets exactly one of these: the location of its media, and whether they are videos or images.
 MEDIA_KEYS: dict[str, Callable[[Any], Any]] = {
     "video_directory": _read_folder,
     "image_directory": _read_folder,
@@ -209,7 +210,7 @@ VIDEO_KEYS: dict[str, Callable[[Any], Any]] = {
     "max_frames": _read_count,
     "source_fps": _read_rate,
 }
-# Where in time images are that are trained as one frame of several.
+# Temporal positions of images that are trained as one frame of several.
 IMAGE_KEYS: dict[str, Callable[[Any], Any]] = {
     "fp_1f_clean_indices": _read_indices,
     "fp_1f_target_index": _read_index,

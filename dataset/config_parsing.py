@@ -1,4 +1,4 @@
-"""From the text of a dataset file to the values of its keys; errors name the file, the table and the key."""
+"""Parse the text of a dataset file into the values of its keys; errors name the file, the table and the key."""
 
 import json
 import tomllib
@@ -14,17 +14,17 @@ from wan_train.errors import InputError
 
 @contextmanager
 def reading_text(source: Path) -> Iterator[None]:
-    """InputError where the text file that is read inside cannot be opened, or is not UTF-8."""
+    """Raise InputError if the text file read inside this context cannot be opened or is not UTF-8."""
     try:
         yield
     except OSError as problem:
         raise InputError(f"cannot read {source}: {problem.strerror or problem}") from None
     except UnicodeDecodeError:
-        raise InputError(f"{source} is not text in UTF-8: save it as UTF-8") from None
+        raise InputError(f"{source} is not UTF-8 text: save it as UTF-8") from None
 
 
 def parse_file(source: Path) -> dict[str, Any]:
-    """Return the tables of a TOML or `.json` file. Raises InputError, with the line, for one that does not parse."""
+    """Return the tables of a TOML or `.json` file. Raises InputError, with the line, if it does not parse."""
     with reading_text(source):
         text = source.read_text(encoding="utf-8-sig")
     try:
@@ -34,25 +34,25 @@ def parse_file(source: Path) -> dict[str, Any]:
     except json.JSONDecodeError as problem:
         raise InputError(f"{source} is not valid JSON: {problem}") from None
     if not isinstance(document, dict):
-        raise InputError(f'{source}: takes an object with "datasets"')
+        raise InputError(f'{source}: expected an object with "datasets"')
     return document
 
 
 def refuse_unknown(table: Mapping[str, Any], known: Collection[str], location: str, table_name: str) -> None:
-    """Raise InputError for a key or table that is not among the known ones, with the nearest of these."""
+    """Raise InputError for an unknown key or table, with the nearest known one."""
     for key in table:
         if key not in known:
-            hint = nearest(key, known) or f"; known are {', '.join(known)}"
+            hint = nearest(key, known) or f"; valid names: {', '.join(known)}"
             raise InputError(f"{location}: unknown {table_name} {key}{hint}")
 
 
 def convert(table: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """Return the values of a table, each as the reader of its key makes it. Raises InputError for wrong ones."""
+    """Return the values of a table, each parsed by its key's reader. Raises InputError for invalid values."""
     readers = {**SHARED_KEYS, **SOURCE_KEYS, **VIDEO_KEYS, **IMAGE_KEYS}
     values = {}
     for key, value in table.items():
         try:
             values[key] = readers[key](value)
         except ValueError as problem:
-            raise InputError(f"{location}: {key} = {value!r}: takes {problem}") from None
+            raise InputError(f"{location}: {key} = {value!r}: expected {problem}") from None
     return values

@@ -1,4 +1,4 @@
-"""What travels from a folder to the cache: source files with their captions, and the clips taken from them."""
+"""The objects passed from reading to caching: source files with their captions, and the clips cut from them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from wan_train.models.variants import FRAME_STEP
 
 @dataclass(frozen=True)
 class CameraSource:
-    """A camera path: a file of RealEstate10K's lines, or a direction and a speed."""
+    """A camera path: a file in RealEstate10K's format, or a direction and a speed."""
 
     path: Path | None = None
     direction: str = ""
@@ -19,11 +19,11 @@ class CameraSource:
 
 @dataclass(frozen=True)
 class Item:
-    """One image or video of a dataset, and its captions: one or more, of which training takes one each time.
+    """One image or video of a dataset, with one or more captions, one of which is used per training sample.
 
-    `controls` and `mask` are the images, videos or folders of frames that go with it: one control, or for an image
-    that is trained as one frame of several those others. A mask that is the file itself is its alpha. `references` are
-    images, `vace_mask` is like a mask and says what VACE makes anew.
+    `controls` and `mask` are images, videos or folders of frames: one control, or several for an image that is trained
+    as one frame of several. If the mask is the file itself, its alpha channel is used. `references` are images.
+    `vace_mask` has the format of a mask and marks what VACE generates.
     """
 
     config: DatasetConfig
@@ -38,22 +38,22 @@ class Item:
 
     @property
     def control(self) -> Path | None:
-        """The first control, of most tasks the only one."""
+        """The first control; most tasks have only one."""
         return next(iter(self.controls), None)
 
     @property
     def caption(self) -> str:
-        """The first caption, which is the one that musubi-tuner knows."""
+        """The first caption, the only one that musubi-tuner reads."""
         return self.captions[0]
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A run of frames of an item, as it is trained on; an image is a clip of one frame.
+    """A sequence of frames of an item to train on; an image is a clip of one frame.
 
-    `frames` are the indices to decode, `start` is the first frame's number among those that `source_fps` keeps, `size`
-    the bucket and `source_size` the image before resizing, both (width, height) in pixels. `reading` is what is done
-    to the pixels beyond decoding, in a recipe's words.
+    `frames` are the indices to decode and `start` is the first frame's index among the frames kept by `source_fps`.
+    `size` is the bucket and `source_size` the size before resizing, both (width, height) in pixels. `reading` describes
+    the pixel processing beyond decoding, as stored in a recipe.
     """
 
     item: Item
@@ -65,12 +65,12 @@ class Clip:
 
     @property
     def num_frames(self) -> int:
-        """Pixel frames, 4k+1."""
+        """Number of pixel frames, 4k+1."""
         return len(self.frames)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of its latents; an image that is one frame of several has those of the others too."""
+        """Shape (C, F, H, W) of the latents; for an image trained as one frame of several, F includes the others."""
         width, height = self.size
         one_frame, space = self.item.config.one_frame, self.item.config.space
         frames = (self.num_frames - 1) // FRAME_STEP + 1 if one_frame is None else len(one_frame.positions)

@@ -1,4 +1,4 @@
-"""Settings that name the data: shared by both cache tools and by training."""
+"""Dataset options shared by both caching scripts and by training."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""From a dataset's folder to its items, and from items to the clips that they yield. Nothing is decoded."""
+"""List the items of a dataset's folder, and plan the clips to cut from them. No frame is decoded."""
 
 import functools
 import os
@@ -28,16 +28,17 @@ from wan_train.log import get_logger
 
 logger = get_logger(__name__)
 
-_NUM_PROBES = 4  # headers read at once; opening files waits more than it computes
+_NUM_PROBES = 4  # headers read in parallel; opening files is I/O-bound
 _NUM_SHOWN = 10
-_RATE_TOLERANCE = 0.1  # frames per second; average rates of short files are not exact
+_RATE_TOLERANCE = 0.1  # frames per second; average rates of short files are inexact
 
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """What a dataset yields: its items, their clips in order, the items too short for any clip and those left out.
+    """The planned contents of a dataset: its items, their clips in order, items too short for any clip, and skipped
+    files.
 
-    `infos` is what each file that could be read says of itself.
+    `infos` maps each readable file's item to its media information.
     """
 
     config: DatasetConfig
@@ -49,11 +50,12 @@ class ClipPlan:
 
 
 def list_items(config: DatasetConfig, *, allow_missing_captions: bool, with_partners: bool = True) -> list[Item]:
-    """Every image or video of a dataset with its captions, in the order of `find_entries`; and with what else goes with
-    it, unless `with_partners` is false.
+    """Return every image or video of a dataset with its captions and, unless `with_partners` is false, its accompanying
+    files, in the order of `find_entries`.
 
-    Raises InputError as that does, for two files of one stem (their caches would collide) and for missing captions,
-    which `allow_missing_captions` turns into empty text and a warning. `caption_prefix` goes before all of them.
+    `caption_prefix` is prepended to every caption. With `allow_missing_captions`, missing captions become empty text
+    with a warning. Raises InputError as `find_entries` does, for missing captions, and for two files with the same stem
+    (their caches would collide).
     """
     entries = find_entries(config)
     refuse_equal_stems(config, [entry.path for entry in entries])
@@ -62,11 +64,11 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool, with_part
         label = "caption" if config.listing else f"{config.caption_extension} caption"
         raise InputError(
             f"{config}: {len(missing)} of {len(entries)} files have no {label} ({name_some(missing)}):"
-            " write them, or train on empty text with --allow_missing_captions"
+            " add them, or train with empty captions with --allow_missing_captions"
         )
     if missing:
         logger.warning(
-            "%s: empty captions for %d files without a caption (%s)", config, len(missing), name_some(missing)
+            "%s: using an empty caption for %d files without one (%s)", config, len(missing), name_some(missing)
         )
     blank = [entry.path.name for entry in entries if "" in entry.captions]
     if blank:
@@ -81,19 +83,19 @@ def list_items(config: DatasetConfig, *, allow_missing_captions: bool, with_part
 
 
 def _with_partners(config: DatasetConfig, entries: Sequence[Entry], captions: Sequence[tuple[str, ...]]) -> list[Item]:
-    """The items of entries, each with what goes with it; what is optional and missing is named in a warning."""
+    """Return the entries' items with their accompanying files; warn about optional ones that are missing."""
     paths = [entry.path for entry in entries]
     controls, cameras = find_controls(config, entries), find_cameras(config, entries)
     masks, vace_masks = find_masks(config, paths), find_vace_masks(config, entries)
     references = find_references(config, entries)
     if config.control is not None and config.control.video and not any(controls):
-        logger.warning("%s: no control_directory or control_path: training without a control video", config)
+        logger.warning("%s: no control_directory and no control_path: the model receives no control video", config)
     if config.control is not None and config.control.vace and config.control_directory:
-        _warn_without(config, paths, controls, "control", "VACE reads the clip under its mask, or no video")
+        _warn_without(config, paths, controls, "control", "VACE uses the masked clip, or no video")
     if config.mask_directory:
-        _warn_without(config, paths, masks, "mask", "all of their image counts")
+        _warn_without(config, paths, masks, "mask", "the loss covers the whole image")
     if config.vace_mask_directory:
-        _warn_without(config, paths, vace_masks, "VACE mask", "VACE generates all of them")
+        _warn_without(config, paths, vace_masks, "VACE mask", "VACE generates the whole video")
     if config.reference_directory:
         _warn_without(config, paths, references, "reference", "they are trained without one")
     return [
@@ -117,7 +119,7 @@ def _with_partners(config: DatasetConfig, entries: Sequence[Entry], captions: Se
 def _warn_without(
     config: DatasetConfig, paths: Sequence[Path], found: Sequence[object], file_kind: str, consequence: str
 ) -> None:
-    """Name the files for which nothing is `found`."""
+    """Warn about the files for which nothing was `found`."""
     without = [path.name for path, partner in zip(paths, found, strict=True) if not partner]
     if without:
         told = f"{len(without)} of {len(paths)} files have no {file_kind} ({name_some(without)})"
@@ -125,16 +127,16 @@ def _warn_without(
 
 
 def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: bool = False) -> ClipPlan:
-    """The clips that a dataset's items yield, from the headers of the files alone; those known are not read again.
+    """Return the clips of a dataset's items, based on file headers alone; known headers are not read again.
 
-    Raises InputError when there is none, or for a file that cannot be read, which `skip_broken` leaves out; and, where
-    the model reads controls, for one that does not go with its file, see `check_pairs`.
+    Raises InputError if there are no clips, for an unreadable file (skipped with `skip_broken`), and, if the model
+    reads controls, for a control that does not match its file, see `check_pairs`.
     """
     with Manifest(config.cache_directory) as manifest, ThreadPoolExecutor(_NUM_PROBES) as pool:
         with_times = config.source_fps == "auto"
         read = functools.partial(recall_header, manifest=manifest, with_times=with_times, skip_broken=skip_broken)
         headers = pool.map(read, [item.path for item in items])
-        # The bar appears only when there is time to look at it.
+        # The progress bar appears only if this takes a while.
         shown = tqdm(headers, desc="reading headers", total=len(items), unit="file", delay=2, leave=False)
         infos = {item: header for item, header in zip(items, shown, strict=True) if header}
         clips = {item: _clips_of(item, header) for item, header in infos.items()}
@@ -151,7 +153,7 @@ def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: boo
         raise InputError(f"{config}: none of {len(items)} files can be read ({name_some(i.path.name for i in broken)})")
     if not found:
         raise InputError(
-            f"{config}: no clip at all: each of {len(infos)} videos is shorter than {min(config.target_frames)} frames"
+            f"{config}: no clips: each of {len(infos)} videos is shorter than {min(config.target_frames)} frames"
             f"{_after_rate(config)} ({name_some(item.path.name for item in infos)}): lower target_frames"
         )
     _refuse_long_names(clips)
@@ -159,11 +161,11 @@ def plan_clips(config: DatasetConfig, items: Sequence[Item], *, skip_broken: boo
 
 
 def warn_too_short(plans: Iterable[ClipPlan]) -> None:
-    """Say which items give no clip since they are shorter than every target."""
+    """Warn about items that give no clip because they are shorter than every target length."""
     for plan in plans:
         if plan.too_short:
             logger.warning(
-                "%s: %d of %d videos give no clips because they have fewer than %d frames%s (%s)",
+                "%s: %d of %d videos give no clip: fewer than %d frames%s (%s)",
                 plan.config,
                 len(plan.too_short),
                 len(plan.items),
@@ -174,17 +176,17 @@ def warn_too_short(plans: Iterable[ClipPlan]) -> None:
 
 
 def name_some(names: Iterable[str]) -> str:
-    """The first ten names, and how many more there are."""
+    """Return the first ten names and the number of further ones."""
     known = list(names)
     more = len(known) - _NUM_SHOWN
     return ", ".join(known[:_NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def used_frames(config: DatasetConfig, header: MediaInfo) -> tuple[int, ...]:
-    """The frames of a video that remain at the rate that `source_fps` asks for, of which clips are cut."""
+    """Return the indices of the frames that clips are cut from, after resampling to the rate set by `source_fps`."""
     rate = config.source_fps
     if rate == "auto":
-        # An image, or an animation of one, says nothing of time.
+        # An image, or an animation of one frame, has no frame rate.
         if not header.times or header.fps is None:
             return tuple(range(header.num_frames))
         return timed_frames(header.times, target_fps=config.space.fps)
@@ -203,8 +205,8 @@ def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
     )
     if min(size) < config.space.size_step:
         raise InputError(
-            f"{item.path} is {describe_size(source_size)}: with bucket_no_upscale a side takes"
-            f" {config.space.size_step} or more"
+            f"{item.path} is {describe_size(source_size)}: with bucket_no_upscale each side must be"
+            f" at least {config.space.size_step}"
         )
     reading = recipe_words(header.reading, config.alpha_background, is_video=config.is_video)
     if not config.is_video:
@@ -222,7 +224,7 @@ def _clips_of(item: Item, header: MediaInfo) -> list[Clip]:
 
 
 def refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
-    """Raise InputError for files whose caches, or controls, would have one name."""
+    """Raise InputError for files whose caches or controls would have the same name."""
     stems = defaultdict(list)
     for path in paths:
         stems[path.stem].append(path)
@@ -233,20 +235,21 @@ def refuse_equal_stems(config: DatasetConfig, paths: Sequence[Path]) -> None:
     ]
     if clashes:
         raise InputError(
-            f"{config}: files of one name share their caches in {config.cache_directory} ({name_some(clashes)}):"
-            " rename one of each, or give them datasets with cache folders of their own"
+            f"{config}: files with the same name would share caches in {config.cache_directory} ({name_some(clashes)}):"
+            " rename them, or put them in datasets with separate cache folders"
         )
 
 
 def _refuse_long_names(clips: Mapping[Item, Sequence[Clip]]) -> None:
-    """Refuse a file whose caches have names that the file system of their folder does not take; the longest tells."""
+    """Raise InputError if a cache file's name is too long for the file system of its folder; only the longest is
+    checked."""
     names = ((path, item) for item, of_item in clips.items() for path in (text_path(item), *map(latents_path, of_item)))
     longest, item = max(names, key=lambda named: len(os.fsencode(named[0].name)))
-    check_name(longest, f"rename {shortened(item.path.name)}, or set cache_directory elsewhere")
+    check_name(longest, f"rename {shortened(item.path.name)}, or set cache_directory to another file system")
 
 
 def _warn_lost_frames(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) -> None:
-    """Name the videos that begin with frames that cannot be decoded."""
+    """Warn about videos that begin with frames that cannot be decoded."""
     lost = [
         f"{item.path.name} ({info.lost_frames} of {info.num_frames + info.lost_frames})"
         for item, info in infos.items()
@@ -254,7 +257,7 @@ def _warn_lost_frames(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) ->
     ]
     if lost:
         logger.warning(
-            "%s: %d videos start within a GOP; frames that cannot be decoded are skipped (%s)",
+            "%s: %d videos begin in the middle of a GOP; frames that cannot be decoded are left out (%s)",
             config,
             len(lost),
             name_some(lost),
@@ -262,11 +265,11 @@ def _warn_lost_frames(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) ->
 
 
 def _after_rate(config: DatasetConfig) -> str:
-    return f" at {config.space.fps} a second after source_fps {config.source_fps}" if config.source_fps else ""
+    return f" at {config.space.fps} fps after source_fps {config.source_fps}" if config.source_fps else ""
 
 
 def _warn_other_rate(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) -> None:
-    """Say once which files would play at another speed, where all frames are used as they are."""
+    """Warn once about files that would play at a different speed because all their frames are used unchanged."""
     stills = config.target_frames == (1,) and config.frame_extraction != "full"
     if not config.is_video or config.source_fps is not None or stills:
         return
@@ -277,8 +280,9 @@ def _warn_other_rate(config: DatasetConfig, infos: Mapping[Item, MediaInfo]) -> 
     ]
     if other:
         logger.warning(
-            "%s: %d of %d videos are not at %g frames a second (%s) and all their frames are used, so that they move at"
-            ' another speed than the model\'s: source_fps = "auto" keeps their speed',
+            "%s: %d of %d videos are not at %g fps (%s) and all their frames are used, so they play at a different"
+            " speed:"
+            ' source_fps = "auto" keeps their speed',
             config,
             len(other),
             len(infos),

@@ -1,4 +1,4 @@
-"""A dataset in words: for the log, and for a LoRA's metadata."""
+"""Summaries of a dataset for the log and for a LoRA's metadata."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataset.config import DatasetConfig
 
 
 def summarise(dataset: CachedDataset) -> str:
-    """Lines for the log: files, clips and repeats of each dataset, samples and batches of each of its buckets."""
+    """Return log lines with files, clips and repeats of each dataset, and samples and batches of each bucket."""
     lines = []
     for plan in dataset.plans:
         config, kind = plan.config, "videos" if plan.config.is_video else "images"
@@ -28,7 +28,8 @@ def summarise(dataset: CachedDataset) -> str:
 
 
 def metadata(dataset: CachedDataset, configs: Sequence[DatasetConfig]) -> str:
-    """JSON for a LoRA's `ss_datasets`: each dataset's settings and samples, and its folders without their path."""
+    """Return JSON for a LoRA's `ss_datasets`: each dataset's settings and sample count, and its folder names without
+    paths."""
     return json.dumps([_describe(config, dataset) for config in configs])
 
 

@@ -1,4 +1,4 @@
-"""LoRA files as branches of a model that generates: what was trained computes as it did in training."""
+"""Attach LoRA files as branches to a model for generation, computing exactly as in training."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,13 +14,12 @@ from wan_train.errors import InputError
 def attach_loras(
     model: nn.Module, loras: Sequence[tuple[Mapping[str, Delta], float]], *, device: torch.device
 ) -> dict[str, Branch]:
-    """Let LoRAs, changes by official module name and a multiplier each, act on the model's Linears and convolutions,
-    and return the frozen float32 branches by module name. They are on `device`, where the model computes wherever it
-    rests.
+    """Attach LoRAs, each a dict of changes by official module name with a multiplier, to the model's Linears and
+    convolutions; return the frozen float32 branches by module name.
 
-    A LoRA by itself with multiplier 1 does bit for bit what it did while it was trained. Several on one module become
-    one branch. To be called before blocks are compiled or wrapped. InputError for what the model has not, or of another
-    size.
+    The branches are on `device`, where the model computes, wherever its weights are stored. A single LoRA with
+    multiplier 1 is bit-identical to training. Several LoRAs on one module become one branch. Call this before blocks
+    are compiled or wrapped. Raises InputError for modules that the model lacks or that differ in size.
     """
     targets = branch_targets(model)
     _require_modules(loras, targets)
@@ -35,7 +34,8 @@ def attach_loras(
 
 
 def joined(changes: Sequence[tuple[Delta, float]]) -> Branch:
-    """One branch that does what all of these changes of a matrix do together; those of a kind join as the kind says."""
+    """Return one branch with the combined effect of several changes of a matrix; changes of one kind are merged by that
+    kind."""
     by_kind: dict[type[Delta], list[tuple[Delta, float]]] = {}
     for delta, multiplier in changes:
         by_kind.setdefault(type(delta), []).append((delta, multiplier))
@@ -47,6 +47,9 @@ def _require_modules(loras: Sequence[tuple[Mapping[str, Delta], float]], targets
         missing = [name for name in deltas if name not in targets]
         if missing:
             listed = ", ".join(missing[:10])
-            raise InputError(f"the model lacks {len(missing)} modules of the LoRA: {listed}; give a LoRA of this model")
+            raise InputError(
+                f"the LoRA was trained for a different model: {len(missing)} of its modules are not in this one:"
+                f" {listed}"
+            )
         for name, delta in deltas.items():
             require_fit(name, delta.shape, weight_shape(targets[name]), "the LoRA")

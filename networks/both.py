@@ -1,4 +1,4 @@
-"""Weights of a model and a LoRA on others of its Linears, trained together: `--train_also`."""
+"""Train weights of a model together with a LoRA on its other Linears: `--train_also`."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,41 +17,43 @@ from networks.norms import Norms
 from networks.settings import NetworkSettings
 from wan_train.errors import InputError
 
-LORA = "lora"  # what is added to the name of its file
+LORA = "lora"  # suffix of its file's name
 KNOWN = "networks.lora_wan"
 
 
 def lora_settings(settings: NetworkSettings) -> NetworkSettings:
-    """Those of the LoRA alone."""
+    """Return the settings of the LoRA alone."""
     return replace(settings, network_module=KNOWN, train_also=None, trainable=(), full_bf16=False)
 
 
 def check_both(settings: NetworkSettings, linears: Mapping[str, Shape], trained: Collection[str]) -> None:
-    """InputError for a LoRA that cannot be trained beside the `trained` tensors of a model with these `linears`."""
+    """Raise InputError if a LoRA cannot be trained beside the `trained` tensors of a model with these `linears`."""
     if settings.train_also != KNOWN:
-        raise InputError(f"--train_also {settings.train_also}: the one that can be trained beside weights is {KNOWN}")
+        raise InputError(f"--train_also {settings.train_also} is not supported: use {KNOWN}")
     if not settings.trainable:
-        raise InputError("--train_also trains a LoRA on what --trainable leaves, and without that it leaves nothing")
+        raise InputError("--train_also needs --trainable: otherwise all weights are trained, leaving none for a LoRA")
     rest = without_trained(linears, trained)
     if not lora_wan.in_blocks(rest):
-        raise InputError("--train_also: the --trainable patterns leave no Linear of the blocks: leave it out")
+        raise InputError(
+            "--train_also: the --trainable patterns leave no Linear layer in the blocks for a LoRA: remove it"
+        )
     lora_wan.check(lora_settings(settings))
     lora_wan.check_model(lora_settings(settings), rest)
 
 
 def weights_of_lora(settings: NetworkSettings, linears: Mapping[str, Shape], trained: Collection[str]) -> set[str]:
-    """The weights that the LoRA beside the `trained` tensors changes, of a model with these `linears`."""
+    """Return the weights changed by the LoRA beside the `trained` tensors of a model with these `linears`."""
     modules = lora_wan.chosen_modules(lora_settings(settings), without_trained(linears, trained))
     return {f"{module}.weight" for module in modules}
 
 
 def without_trained(linears: Mapping[str, Any], trained: Collection[str]) -> dict[str, Any]:
-    """Those of the `linears`, by module name, whose weight is not among the `trained` tensors."""
+    """Return the `linears`, by module name, whose weights are not among the `trained` tensors."""
     return {name: linear for name, linear in linears.items() if f"{name}.weight" not in trained}
 
 
 class Both:
-    """The two as one `Adapter`; `parts` are what is saved apart, by what is added to the file's name."""
+    """Both networks as one `Adapter`; `parts` are saved to separate files, by file name suffix."""
 
     def __init__(self, full: Full, model: nn.Module, settings: NetworkSettings, *, seed: int) -> None:
         rest = without_trained(branch_targets(model), dict(full.named_parameters()))
@@ -59,40 +61,40 @@ class Both:
         self.parts: dict[str | None, Full | Lora] = {None: self.full, LORA: self.lora}
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """The groups of the weights, then those of the LoRA."""
+        """Return the groups of the weights, then those of the LoRA."""
         return [*self.full.parameter_groups(learning_rate), *self.lora.parameter_groups(learning_rate)]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained of both, each under its own name."""
+        """Yield the trained parameters of both, under their own names."""
         yield from self.full.named_parameters()
         yield from self.lora.named_parameters()
 
     def export(self, read: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-        """Both; files hold each by itself."""
+        """Return the tensors of both; they are saved to separate files."""
         return self.full.export(read) | self.lora.export(read)
 
     def metadata(self) -> dict[str, str]:
-        """That of the weights; the LoRA's file has its own."""
+        """Return the metadata of the weights; the LoRA's file has its own."""
         return self.full.metadata()
 
     def describe(self) -> str:
-        """Both in words."""
+        """Return the descriptions of both."""
         return f"{self.full.describe()}, and {self.lora.describe()}"
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `export` gave."""
+        """Load the tensors of `export`."""
         of_lora = self.lora.export().keys()
         self.full.load({name: tensor for name, tensor in tensors.items() if name not in of_lora})
         self.lora.load({name: tensor for name, tensor in tensors.items() if name in of_lora})
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Not to be had: see `Full.disabled`."""
+        """Raise InputError: see `Full.disabled`."""
         return self.full.disabled()
 
     def norm(self) -> float:
-        """The length of all trained weights and of the LoRA's change together."""
+        """Return the norm of all trained weights and the LoRA's change together."""
         return math.hypot(self.full.norm(), self.lora.norm())
 
     def scale_norms(self, limit: float) -> Norms:
-        """Of the LoRA alone."""
+        """Limit the norms of the LoRA only."""
         return self.lora.scale_norms(limit)

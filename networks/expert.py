@@ -1,6 +1,6 @@
-"""Which expert of a Wan2.2 pair a LoRA file is of: written into its metadata, and compared with where it is put.
+"""Which expert of a Wan2.2 pair a LoRA file belongs to: stored in its metadata and compared with where it is used.
 
-A file that was trained on one expert fits the other by every name and shape; only what it says tells them apart.
+A file trained on one expert fits the other by all names and shapes; only its metadata distinguishes them.
 """
 
 from wan_train.errors import InputError
@@ -14,19 +14,20 @@ KEY = "wan_train_expert"
 
 
 def expert_of(path: str) -> str | None:
-    """The expert that a file was trained on, if it says so."""
+    """Return the expert that a file was trained on, if its metadata has it."""
     try:
         said = read_header(path).metadata.get(KEY)
     except InputError:
-        return None  # told with the file's other faults
+        return None  # reported with the file's other problems
     return said if said in ORDER else None
 
 
 def warn_of_other_expert(path: str, expert: str) -> None:
-    """A warning for a file of the other expert."""
+    """Warn about a file of the other expert."""
     said = expert_of(path)
     if said is not None and said != expert:
         log.warning(
-            "%s was trained for the %s expert and is applied to the %s expert",
+            "%s was trained on the expert for %s but is applied to the one for %s: the experts handle different"
+            " noise levels",
             *(path, said.replace("_", " "), expert.replace("_", " ")),
         )

@@ -18,31 +18,31 @@ from networks.settings import NetworkSettings, read_arguments
 from wan_train.errors import InputError
 from wan_train.storage import TensorSource
 
-SMALL_SCALE = 0.25  # below this the log says where a weak result may come from
+SMALL_SCALE = 0.25  # below this, the log explains how alpha may make the result weak
 
 
 @dataclass(frozen=True)
 class Size:
-    """Rank and alpha of a pair. Alpha is what a file can hold, so that a file holds exactly what was trained."""
+    """Rank and alpha of a pair; alpha is rounded to float32, so that a file stores exactly what was trained."""
 
     dim: int
     alpha: float
 
     @classmethod
     def of(cls, dim: int, alpha: float) -> "Size":
-        """A size with its alpha rounded to float32."""
+        """Return a size with alpha rounded to float32."""
         return cls(dim, float(torch.tensor(alpha, dtype=torch.float32)))
 
     @property
     def scale(self) -> float:
-        """What the product of the pair is multiplied by."""
+        """The effective scale, alpha/rank."""
         return self.alpha / self.dim
 
 
 class Lora:
-    """The branches of a model, as an `Adapter`. Weights are float32, saved under kohya's names with alpha.
+    """The branches of a model as an `Adapter`. Weights are float32 and are saved with kohya's names and alpha.
 
-    `sizes` of the pairs by module name; default: as the settings say.
+    `sizes` are those of the pairs by module name; default: those of the settings for all pairs.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Lora:
         seed: int,
         sizes: Mapping[str, Size] | None = None,
     ) -> None:
-        assert targets, "the model has nothing to adapt"
+        assert targets, "the model has no modules to adapt"
         self.settings, self.arguments = settings, lora_arguments(settings)
         self.sizes = sizes or dict.fromkeys(targets, Size.of(settings.dim, settings.network_alpha))
         self.branches: dict[str, LoraBranch] = {}
@@ -75,8 +75,8 @@ class Lora:
         self._groups = by_shape(self.branches.values())
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """One group of all pairs; with a `loraplus_lr_ratio` the downs and, at the rate times it, the ups
-        (LoRA+, Hayou et al. 2024)."""
+        """Return one group of all pairs; with `loraplus_lr_ratio`, one of all `down` and one of all `up`, at the
+        learning rate times the ratio (LoRA+, Hayou et al. 2024)."""
         ratio = self.arguments.loraplus_lr_ratio
         if ratio == 1:
             return [{"params": [parameter for _, parameter in self.named_parameters()], "lr": learning_rate}]
@@ -87,33 +87,33 @@ class Lora:
         ]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Each pair's `{module}.lora.down.weight` and `.up.weight`, in the model's order."""
+        """Yield each pair's `{module}.lora.down.weight` and `.up.weight`, in the model's order."""
         for name, branch in self.branches.items():
             yield f"{name}.lora.down.weight", branch.down.weight
             yield f"{name}.lora.up.weight", branch.up.weight
 
     def act_on(self, model: nn.Module) -> None:
-        """Change another model of the same geometry too, by the same pairs."""
+        """Attach the same pairs to another model of the same geometry."""
         model.requires_grad_(False)
         targets = branch_targets(model)
         for name, branch in self.branches.items():
             attach_branch(targets[name], branch)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """While it lasts the model computes as if it had no branches; see `networks.deltas.branch.disabled`."""
+        """Return a context in which the model computes without branches; see `networks.deltas.branch.disabled`."""
         return disabled(self.branches.values())
 
     def norm(self) -> float:
-        """The Frobenius norm of the change of all weights together."""
+        """Return the Frobenius norm of the change of all weights together."""
         return float(delta_norms(self._groups).norm())
 
     def scale_norms(self, limit: float) -> Norms:
-        """Shrink each module's ||alpha/dim * up @ down|| to this at most."""
+        """Limit each module's ||alpha/dim * up @ down|| to `limit`."""
         return limit_norms(self._groups, limit)
 
     def export(self, read: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-        """`lora_unet_{module}.lora_down.weight` (r, in) or (r, in, k, k), `.lora_up.weight` (out, r) or (out, r, 1, 1)
-        and `.alpha`, float32."""
+        """Return `lora_unet_{module}.lora_down.weight` (r, in) or (r, in, k, k), `.lora_up.weight` (out, r) or (out, r,
+        1, 1) and `.alpha`, in float32."""
         return kohya_state(
             {
                 name: LoraDelta(read(branch.down.weight), read(branch.up.weight), branch.scale)
@@ -122,12 +122,12 @@ class Lora:
         )
 
     def metadata(self) -> dict[str, str]:
-        """Module, dim, alpha and dropout, as a loader needs them to build the network again."""
+        """Return the module, dim, alpha and dropout that a loader needs to rebuild the network."""
         settings = self.settings
         common = self._common_size()
         rows = {
             "ss_network_module": settings.network_module,
-            "ss_network_dim": str(common.dim) if common else "Dynamic",  # the word of sd-scripts for several
+            "ss_network_dim": str(common.dim) if common else "Dynamic",  # as in sd-scripts, for several ranks
             "ss_network_alpha": str(self._alpha(common)) if common else "Dynamic",
             "ss_network_dropout": str(settings.network_dropout),
         }
@@ -136,7 +136,8 @@ class Lora:
         return rows
 
     def describe(self) -> str:
-        """Log the number of modules and parameters and the effective scale; with `verbose` each module too."""
+        """Return the number of modules and parameters and the effective scale; with `verbose`, also the size of each
+        module."""
         count = sum(parameter.numel() for _, parameter in self.named_parameters())
         text = f"LoRA on {len(self.branches)} modules, {count:,} parameters, "
         common = self._common_size()
@@ -159,17 +160,17 @@ class Lora:
 
     @torch.no_grad()
     def load(self, tensors: TensorSource) -> None:
-        """Take over a LoRA of any known naming, of these dims and modules; its own alpha/dim is kept in `up`."""
+        """Load a LoRA in any known naming, with these dims and modules; its own alpha/dim is folded into `up`."""
         self.take(read_lora(tensors, self.branches))
 
     @torch.no_grad()
     def take(self, deltas: Mapping[str, LoraDelta]) -> None:
-        """Take over the pairs of a LoRA by official module name, as `load` does."""
+        """Load the pairs of a LoRA by official module name, as `load` does."""
         missing = [name for name in self.branches if name not in deltas]
         if missing:
             listed = ", ".join(missing[:10])
             raise InputError(
-                f"the LoRA lacks {len(missing)} modules of the network: {listed}; give one of this network"
+                f"the LoRA lacks {len(missing)} modules of the network: {listed}; use a LoRA with the same modules"
             )
         for name, branch in self.branches.items():
             _require_size(name, deltas[name], branch)
@@ -181,14 +182,14 @@ class Lora:
                 branch.up.weight.mul_(delta.scale / branch.scale)
 
     def _common_size(self) -> Size | None:
-        """The size of all pairs, if it is the same; a conv_dim and a conv_alpha of the settings aside."""
+        """Return the size of all pairs, ignoring convolutions with conv_dim or conv_alpha; None if they differ."""
         if not self.settings.dim_from_weights:
             return Size.of(self.settings.dim, self.settings.network_alpha)
         sizes = set(self.sizes.values())
         return sizes.pop() if len(sizes) == 1 else None
 
     def _alpha(self, common: Size) -> float:
-        """As the user wrote it, where it is his."""
+        """Return alpha as the user wrote it, if it comes from the settings."""
         return common.alpha if self.settings.dim_from_weights else self.settings.network_alpha
 
 

@@ -1,4 +1,4 @@
-"""The `--network_args` that a LoRA takes."""
+"""The `--network_args` of a LoRA."""
 
 import ast
 import math
@@ -13,7 +13,7 @@ from wan_train.errors import InputError
 
 @dataclass(frozen=True)
 class LoraArguments:
-    """What `--network_args` say, read."""
+    """The parsed `--network_args`."""
 
     exclude_patterns: tuple[str, ...] = ()
     include_patterns: tuple[str, ...] = ()
@@ -26,7 +26,7 @@ class LoraArguments:
 
 
 def lora_arguments(settings: NetworkSettings) -> LoraArguments:
-    """The arguments of a LoRA. InputError for an unknown key or a value that it cannot have."""
+    """Return the arguments of a LoRA. Raises InputError for an unknown key or an invalid value."""
     given = read_arguments(settings, _READERS)
     return LoraArguments(**{key: _READERS[key](key, text) for key, text in given.items()})
 
@@ -43,21 +43,21 @@ def _patterns(key: str, text: str) -> tuple[str, ...]:
 def _probability(key: str, text: str) -> float:
     value = _number(key, text)
     if not 0 <= value < 1:
-        raise InputError(f"--network_args {key}={text} is out of range: give 0 or more, below 1")
+        raise InputError(f"--network_args {key}={text} is out of range: must be at least 0 and below 1")
     return value
 
 
 def _ratio(key: str, text: str) -> float:
     value = _number(key, text)
     if value <= 0:
-        raise InputError(f"--network_args {key}={text} is out of range: give a number above 0")
+        raise InputError(f"--network_args {key}={text} is out of range: must be above 0")
     return value
 
 
 def _whole(key: str, text: str) -> int:
     value = _number(key, text)
     if value != int(value) or value < 1:
-        raise InputError(f"--network_args {key}={text} is out of range: give a whole number from 1")
+        raise InputError(f"--network_args {key}={text} is out of range: must be an integer of 1 or more")
     return int(value)
 
 
@@ -75,9 +75,9 @@ def _switch(key: str, text: str) -> bool:
 
 
 def _literal(text: str) -> Any:
-    """A value in Python's notation; None for what is not in it."""
+    """Return a value in Python notation; None if it does not parse."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # '\d' is a pattern as it stands
+        warnings.simplefilter("ignore")  # '\d' in a pattern is intended
         try:
             return ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):

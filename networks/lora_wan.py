@@ -1,4 +1,4 @@
-"""LoRA on a Wan DiT: the Linears inside its blocks, all or some, and on request the convolutions of a control model."""
+"""LoRA on a Wan DiT: all or some Linears in its blocks and, on request, the convolutions of a control model."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -24,35 +24,35 @@ _CONVOLUTIONS = r"ref_conv|control_adapter\..*"
 
 
 def check(settings: NetworkSettings) -> None:
-    """InputError for `--network_args` that this network does not take."""
+    """Raise InputError for `--network_args` that this network does not accept."""
     arguments = lora_arguments(settings)
     compile_patterns(arguments.exclude_patterns, "exclude_patterns")
     compile_patterns(arguments.include_patterns, "include_patterns")
     if settings.dim_from_weights and (arguments.exclude_patterns or arguments.include_patterns):
         raise InputError(
-            "--dim_from_weights trains the modules of its file, exclude_patterns and include_patterns choose others: "
-            "leave out one of them"
+            "--dim_from_weights trains the modules of its file and cannot be combined with exclude_patterns or "
+            "include_patterns: remove one of them"
         )
 
 
 def check_model(settings: NetworkSettings, linears: Mapping[str, Shape]) -> None:
-    """InputError for patterns and `--network_weights` that do not fit a model with these Linears, (out, in) by name;
-    a warning for arguments that change nothing on it."""
+    """Raise InputError for patterns and `--network_weights` that do not fit a model with these Linears, (out, in) by
+    name; warn about arguments that have no effect on it."""
     arguments, path = lora_arguments(settings), settings.network_weights
     if settings.dim_from_weights:
         assert path is not None
         check_lora(path, linears)
-        _warn_of_conv_sizes(arguments, "--dim_from_weights takes the sizes of the file")
+        _warn_of_conv_sizes(arguments, "--dim_from_weights uses the ranks of the file")
         return
     sizes = _sizes(linears, settings)
     if not any(map(_is_convolution, sizes)):
-        _warn_of_conv_sizes(arguments, "no convolutions are trained, which include_patterns alone choose")
+        _warn_of_conv_sizes(arguments, "no convolutions are trained; select them with include_patterns")
     names = _selectable(linears)
     exclude = [*arguments.exclude_patterns, *not_by_default(names)]
     for pattern in without_effect(names, exclude, arguments.include_patterns):
         log.warning(
-            "include_patterns: %r changes nothing, since it only brings back what exclude_patterns leave out; to train "
-            "these modules alone add \"exclude_patterns=['.*']\"",
+            "include_patterns: %r has no effect: it only re-includes modules matched by exclude_patterns; to train "
+            "only these modules, add \"exclude_patterns=['.*']\"",
             pattern,
         )
     if path is not None:
@@ -60,15 +60,15 @@ def check_model(settings: NetworkSettings, linears: Mapping[str, Shape]) -> None
 
 
 def attach(model: nn.Module, settings: NetworkSettings, *, seed: int = 0) -> Lora:
-    """Freeze `model` and give each target a trainable pair; the model computes as before until it is trained, or as
-    with the LoRA of `--network_weights`."""
+    """Freeze `model` and give each target a trainable pair; until trained, the model computes as before, or as with the
+    LoRA of `--network_weights`."""
     check(settings)
     model.requires_grad_(False)
     return attach_to(branch_targets(model), settings, seed=seed)
 
 
 def attach_to(modules: Mapping[str, Target], settings: NetworkSettings, *, seed: int) -> Lora:
-    """The same for these modules of a model, by their names, whoever froze what of it."""
+    """Give each of these modules, by name, a trainable pair, without freezing anything."""
     deltas = None if settings.network_weights is None else read_lora(settings.network_weights, modules)
     if settings.dim_from_weights:
         assert deltas is not None
@@ -84,25 +84,25 @@ def attach_to(modules: Mapping[str, Target], settings: NetworkSettings, *, seed:
 
 
 def targets(model: nn.Module) -> dict[str, nn.Linear]:
-    """The Linears inside `blocks` by dotted name, in the model's order."""
+    """Return the Linears inside `blocks` by dotted name, in the model's order."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return {name: linears[name] for name in in_blocks(linears)}
 
 
 def in_blocks(names: Iterable[str]) -> list[str]:
-    """The names of what is inside `blocks`."""
+    """Return the names of modules inside `blocks`."""
     return [name for name in names if read_block_name(name) is not None]
 
 
 def not_by_default(names: Iterable[str]) -> tuple[str, ...]:
-    """Patterns of what `include_patterns` alone choose: convolutions, and of a VACE model the base's blocks and the
-    projections between both stacks (DiffSynth-Studio's recipe)."""
+    """Return patterns of modules that are only trained if `include_patterns` match: convolutions and, in a VACE model,
+    the base's blocks and the projections between both stacks (as in DiffSynth-Studio)."""
     is_vace = any(part.stack == VACE for part in map(read_block_name, names) if part is not None)
     return (_CONVOLUTIONS, *(_NOT_OF_VACE if is_vace else ()))
 
 
 def _selectable(names: Iterable[str]) -> list[str]:
-    """The names that patterns choose from."""
+    """Return the names that patterns can select."""
     return [name for name in names if read_block_name(name) is not None or _is_convolution(name)]
 
 
@@ -116,7 +116,7 @@ def _warn_of_conv_sizes(arguments: LoraArguments, reason: str) -> None:
 
 
 def _sizes(modules: Iterable[str], settings: NetworkSettings) -> dict[str, Size]:
-    """The size of the pair of each module that the settings choose of these."""
+    """Return the size of each pair, for the modules selected by the settings."""
     arguments, names = lora_arguments(settings), _selectable(modules)
     plain = Size.of(settings.dim, settings.network_alpha)
     convolution = Size.of(arguments.conv_dim or settings.dim, arguments.conv_alpha or settings.network_alpha)
@@ -125,7 +125,7 @@ def _sizes(modules: Iterable[str], settings: NetworkSettings) -> dict[str, Size]
 
 
 def chosen_modules(settings: NetworkSettings, modules: Mapping[str, Shape]) -> list[str]:
-    """The modules that get a pair, of a model with these, by name. InputError for what does not fit it."""
+    """Return the names of the modules of a model that get a pair. Raises InputError if the settings do not fit it."""
     if settings.dim_from_weights and settings.network_weights is not None:
         return list(check_lora(settings.network_weights, modules))
     return list(_sizes(modules, settings))
@@ -134,14 +134,14 @@ def chosen_modules(settings: NetworkSettings, modules: Mapping[str, Shape]) -> l
 def _size(module: str, delta: LoraDelta) -> Size:
     rank = delta.down.shape[0]
     if delta.scale == 0:
-        raise InputError(f"the LoRA's {module} has alpha 0, with which nothing is learnt: leave out --dim_from_weights")
+        raise InputError(f"the LoRA's {module} has alpha 0, so it would learn nothing: remove --dim_from_weights")
     return Size.of(rank, delta.scale * rank)
 
 
 def _require_same(ranks: Mapping[str, int], sizes: Mapping[str, Size], settings: NetworkSettings) -> None:
-    """InputError unless a file with these ranks by module holds just the modules of these sizes."""
+    """Raise InputError unless a file with these ranks by module has exactly the modules of these sizes."""
     label = f"--network_weights {settings.network_weights}"
-    way = "choose the same with exclude_patterns, or give --dim_from_weights"
+    way = "select the same modules with exclude_patterns, or use --dim_from_weights"
     for few, many, text in ((ranks, sizes, "lacks"), (sizes, ranks, "has")):
         if odd := [name for name in many if name not in few]:
             whose = "that this network has" if text == "lacks" else "that this network does not train"
@@ -151,4 +151,4 @@ def _require_same(ranks: Mapping[str, int], sizes: Mapping[str, Size], settings:
         dims, ours = set(ranks.values()), {size.dim for size in sizes.values()}
         shown, wanted = (", ".join(map(str, sorted(each))) for each in (dims, ours))
         one = f"set --network_dim {shown}, or " if len(dims) == len(ours) == 1 else ""
-        raise InputError(f"{label} has dim {shown}, the network {wanted}: {one}give --dim_from_weights")
+        raise InputError(f"{label} has dim {shown}, the network {wanted}: {one}use --dim_from_weights")

@@ -1,4 +1,4 @@
-"""Merging LoRA files into a checkpoint while it streams by."""
+"""Merge LoRA files into the tensors of a checkpoint while they are streamed."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
@@ -16,11 +16,11 @@ def merged(
     *,
     unrounded: Container[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
-    """A pipe that adds multiplier * its change to `M.weight` for each LoRA that changes the module M.
+    """Yield the tensors with multiplier * change added to `M.weight` for each LoRA that changes the module M.
 
-    The sum is taken in float32 on the tensor's device and rounded once, to the tensor's dtype; for the modules in
-    `unrounded`, which something else will quantise, it stays float32. What no LoRA changes passes as it is.
-    InputError when a change does not fit its matrix, or is left over at the end.
+    The sum is computed in float32 on the tensor's device and rounded once, to the tensor's dtype; for modules in
+    `unrounded`, which are quantised later, it stays float32. Other tensors are passed through unchanged. Raises
+    Raises InputError if a change does not fit its matrix, or matches no tensor.
     """
     waiting = {module for deltas, _ in loras for module in deltas}
     for name, tensor in tensors:
@@ -36,11 +36,13 @@ def merged(
             yield name, tensor
     if waiting:
         listed = ", ".join(sorted(waiting)[:10])
-        raise InputError(f"the model lacks {len(waiting)} modules of the LoRA: {listed}; give a LoRA of this model")
+        raise InputError(
+            f"the LoRA was trained for a different model: {len(waiting)} of its modules are not in this one: {listed}"
+        )
 
 
 def add_deltas(weight: Tensor, changes: Iterable[tuple[Delta, float]]) -> Tensor:
-    """weight (out, in) + the sum of multiplier * change, in float32."""
+    """Return weight (out, in) + the sum of multiplier * change, in float32."""
     total = weight.to(torch.float32, copy=True)
     for delta, multiplier in changes:
         delta.add_to(total, multiplier)

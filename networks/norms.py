@@ -1,4 +1,4 @@
-"""How long the changes that pairs make are, and shortening those that are too long."""
+"""Compute and limit the norms of the changes made by pairs."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from networks.deltas.lora import LoraBranch
 
-TOLERANCE = 1e-5  # of a norm in float32: what was just shrunk to the limit is not too long again
+TOLERANCE = 1e-5  # relative, in float32: a norm just limited does not exceed the limit again
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Of the changes of all modules once they were limited: how many had been too long, their mean and largest norm."""
+    """Norms of all modules' changes after limiting: how many were limited, their mean and their maximum."""
 
     num_scaled: int
     mean: float
@@ -22,7 +22,7 @@ class Norms:
 
 
 def by_shape(branches: Iterable[LoraBranch]) -> list[list[LoraBranch]]:
-    """The branches in groups of equal shapes, which can be worked on at once."""
+    """Return the branches in groups of equal shapes, for batched computation."""
     groups: dict[tuple[torch.Size, torch.Size], list[LoraBranch]] = {}
     for branch in branches:
         groups.setdefault((branch.down.weight.shape, branch.up.weight.shape), []).append(branch)
@@ -31,7 +31,7 @@ def by_shape(branches: Iterable[LoraBranch]) -> list[list[LoraBranch]]:
 
 @torch.no_grad()
 def delta_norms(groups: Sequence[Sequence[LoraBranch]]) -> Tensor:
-    """||scale * up @ down|| of every branch, group by group (n,), float32 on the parameters' device."""
+    """Return ||scale * up @ down|| of every branch, group by group (n,), in float32 on the parameters' device."""
     norms = []
     for group in groups:
         down = torch.stack([branch.down.weight.flatten(1) for branch in group])
@@ -42,7 +42,7 @@ def delta_norms(groups: Sequence[Sequence[LoraBranch]]) -> Tensor:
 
 
 def limit_norms(groups: Sequence[Sequence[LoraBranch]], limit: float) -> Norms:
-    """Shrink both factors of each branch alike until ||scale * up @ down|| is `limit` at most (kohya's max norm)."""
+    """Scale both factors of each branch equally until ||scale * up @ down|| is at most `limit` (kohya's max norm)."""
     branches = [branch for group in groups for branch in group]
     norms = delta_norms(groups).tolist()
     long = [
@@ -59,9 +59,10 @@ def limit_norms(groups: Sequence[Sequence[LoraBranch]], limit: float) -> Norms:
 
 
 def _product_norms(up: Tensor, down: Tensor) -> Tensor:
-    """Frobenius norms (n,) of up (n, out, r) @ down (n, r, in): the root of <up^T up, down down^T>, r x r both.
+    """Return the Frobenius norms (n,) of up (n, out, r) @ down (n, r, in), as the root of <up^T up, down down^T>, both
+    r x r.
 
-    The product itself is built, one at a time, where the rank is so high that it is the smaller work.
+    If the rank is so high that this takes more work, the product is computed instead, one at a time.
     """
     rank, inputs, outputs = down.shape[1], down.shape[2], up.shape[1]
     if rank * (inputs + outputs) >= inputs * outputs:

@@ -1,16 +1,16 @@
-"""Which modules a network acts on, by regular expressions on their dotted names."""
+"""Select the modules that a network acts on, by regular expressions on their dotted names."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 from wan_train.errors import InputError
 
-# What kohya's networks for Wan leave out whatever they are told; of a block's own Linears it names none.
+# Always excluded by kohya's networks for Wan; matches none of the Linears inside blocks.
 ALWAYS_EXCLUDED = r".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*"
 
 
 def compile_patterns(patterns: Iterable[str], label: str) -> list[re.Pattern[str]]:
-    """The regular expressions that `label`, an option, holds; InputError for one that is none."""
+    """Return the compiled regular expressions of the option `label`. Raises InputError for an invalid one."""
     compiled = []
     for pattern in patterns:
         try:
@@ -23,10 +23,10 @@ def compile_patterns(patterns: Iterable[str], label: str) -> list[re.Pattern[str
 def trained_modules(
     names: Iterable[str], exclude: Sequence[str], include: Sequence[str], by_default: Sequence[str] = ()
 ) -> list[str]:
-    """The names to train: all but those that a pattern of `exclude` and none of `include` is fully equal to.
+    """Return the names to train: all except those that fully match a pattern of `exclude` and none of `include`.
 
-    `include` alone restricts nothing. `by_default` are further patterns of what is excluded, which need not fit.
-    InputError for a pattern that is equal to no name, and if nothing is left.
+    `include` alone restricts nothing. `by_default` are further patterns to exclude, which need not match. Raises
+    Raises InputError for a pattern that matches no name, and if no name is left.
     """
     names = list(names)
     excluding = compile_patterns(exclude, "exclude_patterns")
@@ -37,22 +37,22 @@ def trained_modules(
     excluding += [re.compile(pattern) for pattern in (ALWAYS_EXCLUDED, *by_default)]
     kept = [name for name in names if not _is_any(excluding, name) or _is_any(including, name)]
     if not kept:
-        raise InputError(f"exclude_patterns leave none of {len(names)} modules to train: exclude less")
+        raise InputError(f"exclude_patterns exclude all {len(names)} modules: exclude fewer")
     return kept
 
 
 def without_effect(names: Iterable[str], exclude: Sequence[str], include: Sequence[str]) -> list[str]:
-    """The patterns of `include` that bring nothing back, since `exclude` did not take it away."""
+    """Return the patterns of `include` that re-include nothing, because `exclude` did not exclude it."""
     excluding = compile_patterns([*exclude, ALWAYS_EXCLUDED], "exclude_patterns")
     away = [name for name in names if _is_any(excluding, name)]
     return [pattern for pattern in include if not any(re.fullmatch(pattern, name) for name in away)]
 
 
 def choose_modules(modules: Iterable[str], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
-    """The dotted names that a pattern of `include` (none: all) and none of `exclude` is found in.
+    """Return the dotted names in which a pattern of `include` (none: all) and none of `exclude` is found.
 
-    A pattern may be found in `blocks.0.self_attn.q` or in `lora_unet_blocks_0_self_attn_q`, as a file calls it.
-    InputError for a pattern that is found nowhere, and if nothing is left.
+    A pattern may be found in `blocks.0.self_attn.q` or in `lora_unet_blocks_0_self_attn_q`, the name in files. Raises
+    Raises InputError for a pattern that is found nowhere, and if no name is left.
     """
     modules = list(modules)
     including = compile_patterns(include, "--include_patterns")
@@ -62,8 +62,8 @@ def choose_modules(modules: Iterable[str], include: Sequence[str] = (), exclude:
         for pattern in patterns:
             if not any(_is_found([pattern], names) for names in spellings.values()):
                 raise InputError(
-                    f"{label}: {pattern.pattern!r} is found in none of {len(modules)} modules, which are named like "
-                    f"{next(iter(modules), 'nothing')}: correct it or leave it out"
+                    f"{label}: {pattern.pattern!r} matches none of {len(modules)} modules, which have names such as "
+                    f"{next(iter(modules), 'nothing')}: correct or remove it"
                 )
     kept = [
         name
@@ -71,7 +71,7 @@ def choose_modules(modules: Iterable[str], include: Sequence[str] = (), exclude:
         if (not including or _is_found(including, spellings[name])) and not _is_found(excluding, spellings[name])
     ]
     if not kept:
-        raise InputError(f"--include_patterns and --exclude_patterns leave none of {len(modules)} modules: loosen them")
+        raise InputError(f"--include_patterns and --exclude_patterns select none of {len(modules)} modules: relax them")
     return kept
 
 
@@ -87,9 +87,9 @@ def _require_use(pattern: re.Pattern[str], names: Sequence[str], label: str) -> 
     if any(pattern.fullmatch(name) for name in names):
         return
     inside = any(pattern.search(name) for name in names)
-    way = f"write .*{pattern.pattern}.* for a part of it" if inside else "correct it or leave it out"
+    way = f"use .*{pattern.pattern}.* to match part of a name" if inside else "correct or remove it"
     example = names[0] if names else "nothing"
     raise InputError(
-        f"{label}: {pattern.pattern!r} is the whole name of none of {len(names)} modules, which are named like "
+        f"{label}: {pattern.pattern!r} fully matches none of {len(names)} modules, which have names such as "
         f"{example}: {way}"
     )

@@ -1,4 +1,4 @@
-"""Settings of the trained network and of the tools for LoRA files."""
+"""Options of the trained network and of the scripts for LoRA files."""
 
 import math
 from collections.abc import Collection
@@ -58,30 +58,33 @@ class NetworkSettings:
     def __post_init__(self) -> None:
         self._check_weights()
         if not (self.network_alpha > 0 and math.isfinite(self.network_alpha)):
-            raise InputError(f"--network_alpha {self.network_alpha:g} is out of range: give a number above 0")
+            raise InputError(f"--network_alpha {self.network_alpha:g} is out of range: must be above 0")
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
-            raise InputError(f"--network_dropout {self.network_dropout:g} is out of range: give 0 or more, below 1")
+            raise InputError(
+                f"--network_dropout {self.network_dropout:g} is out of range: must be at least 0 and below 1"
+            )
 
     def _check_weights(self) -> None:
         limit = self.scale_weight_norms
         if limit is not None and not (limit > 0 and math.isfinite(limit)):
-            raise InputError(f"--scale_weight_norms {limit:g} is out of range: give a number above 0")
+            raise InputError(f"--scale_weight_norms {limit:g} is out of range: must be above 0")
         if self.dim_from_weights and self.network_weights is None:
-            raise InputError("--dim_from_weights needs --network_weights: give the file, or leave it out")
+            raise InputError("--dim_from_weights needs --network_weights: give the file, or remove the option")
         if self.dim_from_weights and self.network_dim is not None:
             raise InputError(
-                f"--dim_from_weights takes the dims of the file, --network_dim {self.network_dim} says another: "
-                "leave out one of them"
+                "--dim_from_weights uses the ranks of the file and cannot be combined with --network_dim"
+                f" {self.network_dim}: "
+                "remove one of them"
             )
         given, files = len(self.base_weights_multiplier), len(self.base_weights)
         if given > files:
-            raise InputError(f"{given} --base_weights_multiplier for {files} --base_weights: give one to each at most")
+            raise InputError(f"{given} --base_weights_multiplier for {files} --base_weights: give at most one per file")
         if not all(map(math.isfinite, self.base_weights_multiplier)):
             raise InputError("--base_weights_multiplier must be finite numbers")
 
     @property
     def dim(self) -> int:
-        """The rank, given or not."""
+        """The rank; default: `DEFAULT_DIM`."""
         return DEFAULT_DIM if self.network_dim is None else self.network_dim
 
     @property
@@ -91,18 +94,18 @@ class NetworkSettings:
 
 
 def read_arguments(settings: NetworkSettings, known: Collection[str] | None = None) -> dict[str, str]:
-    """`--network_args` as a dictionary, split at the first "=". InputError for a key that is not among the `known`."""
+    """Return `--network_args` as a dict, split at the first "=". Raises InputError for a key that is not in `known`."""
     arguments: dict[str, str] = {}
     for text in settings.network_args:
         key, separator, value = text.partition("=")
         if not separator:
-            raise InputError(f"--network_args {text!r} has no '=': write key=value")
+            raise InputError(f"--network_args {text!r} has no '=': use key=value")
         if known is not None and key not in known:
-            listed = f"takes {', '.join(known)}" if known else "takes none"
+            listed = f"accepts {', '.join(known)}" if known else "accepts none"
             module = settings.network_module
             raise InputError(f"unknown key {key!r} in --network_args: {module} {listed}{nearest(key, known)}")
         if key in arguments:
-            raise InputError(f"--network_args has {key} twice: give it once")
+            raise InputError(f"--network_args sets {key} twice: set it once")
         arguments[key] = value
     return arguments
 
@@ -111,8 +114,8 @@ def read_arguments(settings: NetworkSettings, known: Collection[str] | None = No
 class ConvertSettings:
     """Conversion."""
 
-    input: str = option("", "LoRA file to read, of any known naming.", required=True)
-    output: str = option("", "Safetensors file to write.", required=True)
+    input: str = option("", "LoRA file to convert, with any supported key naming.", required=True)
+    output: str = option("", "Output .safetensors file.", required=True)
     target: str = option(
         "",
         "Key format to write: other is lora_A/lora_B with alpha folded in, default is kohya's lora_unet_ with"
@@ -125,14 +128,15 @@ class ConvertSettings:
 
 @dataclass(frozen=True)
 class ConvertLoraSettings:
-    """All settings of the converter."""
+    """All options of the converter."""
 
     convert: ConvertSettings
 
 
 TOOL = Tool(
     "convert_lora.py",
-    "Rename a LoRA for other tools, or their LoRA for this one, without changing what it does.",
+    "Convert a LoRA between the key namings of this project, kohya, ComfyUI and diffusers, without changing its"
+    " effect.",
     ConvertLoraSettings,
     "networks.tools.convert:main",
 )
@@ -154,14 +158,14 @@ class ExtractSettings:
 
 @dataclass(frozen=True)
 class ExtractLoraSettings:
-    """All settings of the extractor."""
+    """All options of the extractor."""
 
     extract: ExtractSettings
 
 
 EXTRACT = Tool(
     "extract_lora.py",
-    "Write as a LoRA what full fine-tuning changed, as well as a rank allows; the kept share of each block is printed.",
+    "Extract a LoRA from the difference of two checkpoints by SVD, and print the share of the change kept per block.",
     ExtractLoraSettings,
     "networks.tools.extract:main",
 )
@@ -193,14 +197,14 @@ class AverageSettings:
 
 @dataclass(frozen=True)
 class AverageLoraSettings:
-    """All settings of the averager."""
+    """All options of the averager."""
 
     average: AverageSettings
 
 
 AVERAGE = Tool(
     "lora_post_hoc_ema.py",
-    "Average LoRA files that one run saved, the later ones counting most.",
+    "Post-hoc EMA: average the LoRA files saved by one run, with most weight on the later ones.",
     AverageLoraSettings,
     "networks.tools.average:main",
 )

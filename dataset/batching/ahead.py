@@ -1,4 +1,4 @@
-"""The next batch is fetched while a step works on the one before."""
+"""Fetch the next batch in a thread while a step works on the current one."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +10,10 @@ _END = object()
 
 
 def read_ahead(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """What `loader` gives, in its order; a thread takes one more while the last is in use.
+    """Yield the batches of `loader` in order; a thread fetches the next one while the last is in use.
 
-    A DataLoader's workers read ahead as well, but what they have read still has to be received, which takes
-    milliseconds of the step. An error of the loader is raised in its turn.
+    A DataLoader's workers prefetch too, but receiving what they read still takes milliseconds of the step. An error of
+    the loader is raised at the batch where it occurred.
     """
     batches = iter(loader)
     with ThreadPoolExecutor(1, thread_name_prefix="read_ahead") as pool:

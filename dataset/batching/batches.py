@@ -1,4 +1,4 @@
-"""Cached clips as a torch dataset, and how they are stacked."""
+"""Cached clips as a torch Dataset, and how they are collated."""
 
 import itertools
 import shlex
@@ -29,9 +29,10 @@ _OF_ITEMS = (CONTROL_LATENTS, CAMERA, MOTION)  # beside references
 class Sample:
     """One cached clip: normalised latents (C, F, H, W) and text (L, dim), in the dtypes of their files.
 
-    `weights` (F, H, W), in float32 and 1 in the mean, say how much each latent cell counts; default: all the same.
-    `loss_weight` and `is_reg` are the dataset's. `extras` are what else the model reads, by name of `KINDS`;
-    `has_vace_mask`: some of the VACE video may be kept, which the packed mask alone does not tell of every frame.
+    `weights` (F, H, W), float32 with mean 1, is the loss weight of each latent cell; None weights all cells equally.
+    `loss_weight` and `is_reg` are the dataset's. `extras` are the model's other conditions, by name in `KINDS`.
+    `has_vace_mask` is true if part of the VACE video may be kept, which the packed mask alone does not show for every
+    frame.
     """
 
     key: SampleKey
@@ -46,11 +47,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one bucket: latents (B, C, F, H, W) and for each its text (L_i, dim).
+    """Samples of one bucket: latents (B, C, F, H, W) and the text (L_i, dim) of each.
 
-    `weights` (B, 1, F, H, W) are there where one of the samples has some; those of the others are 1. The loss counts
-    `loss_weight` times; `is_reg`: what the model knows already and shall keep. `extras` as of samples, stacked unless
-    they are shared; `has_vace_mask` of each sample, () for none.
+    `weights` (B, 1, F, H, W) is set if any sample has weights; those of the others are 1. The loss is multiplied by
+    `loss_weight`; `is_reg` marks prior preservation samples. `extras` are those of the samples, stacked unless shared;
+    `has_vace_mask` has one entry per sample, () if there are none.
     """
 
     keys: tuple[SampleKey, ...]
@@ -63,7 +64,7 @@ class Batch:
     has_vace_mask: tuple[bool, ...] = ()
 
     def pin_memory(self) -> "Batch":
-        """A copy in page-locked memory; a DataLoader with `pin_memory` calls this."""
+        """Return a copy in pinned memory; called by a DataLoader with `pin_memory`."""
         context = [text.pin_memory() for text in self.context]
         pinned: dict[str, Any] = {n: value.pin_memory() for n, value in vars(self).items() if isinstance(value, Tensor)}
         extras = {name: value.pin_memory() for name, value in self.extras.items()}
@@ -71,8 +72,8 @@ class Batch:
 
 
 class Bucket(NamedTuple):
-    """What samples share that can be stacked: the dataset's number, (width, height) and frames, in pixels, and which
-    conditions they have of those that one item has and another has not."""
+    """The key by which samples can be stacked: dataset number, (width, height) and frames in pixels, and the conditions
+    that differ between items."""
 
     dataset: int
     size: tuple[int, int]
@@ -81,7 +82,7 @@ class Bucket(NamedTuple):
 
 
 def bucket_of(clip: Clip) -> Bucket:
-    """The bucket that a clip's samples are in."""
+    """Return the bucket of a clip's samples."""
     item = clip.item
     conditions = [kind.name for kind in wanted_conditions(item) if kind.name in _OF_ITEMS]
     conditions += [f"reference {number}" for number in range(1, len(read_references(item)) + 1)]
@@ -89,11 +90,11 @@ def bucket_of(clip: Clip) -> Bucket:
 
 
 class CachedDataset(Dataset[Sample]):
-    """The cached clips of all datasets, each as often as its `num_repeats` says; read when asked for.
+    """The cached clips of all datasets, each repeated `num_repeats` times; read on access.
 
-    Indexed by position, by `SampleKey` or by `Pick`, which alone says which caption and whether mirrored; the others
-    take the first and not.
-    `buckets` holds the positions of each bucket's samples, in order, and `configs` each dataset's settings by number.
+    Index by position, by `SampleKey` or by `Pick`; only a `Pick` selects the caption and mirroring, the others use the
+    first caption and no mirroring. `buckets` holds the positions of each bucket's samples, in order, and `configs` the
+    settings of each dataset by number.
     """
 
     def __init__(self, plans: Sequence[ClipPlan]) -> None:
@@ -109,11 +110,11 @@ class CachedDataset(Dataset[Sample]):
                 self.keys.append(SampleKey(f"{folder}/{latents_path(clip).stem}", repeat))
                 self._clips.append(clip)
         self._positions = {key: position for position, key in enumerate(self.keys)}
-        assert len(self._positions) == len(self.keys), "two clips of one name"
+        assert len(self._positions) == len(self.keys), "two clips with the same name"
 
     @property
     def num_items(self) -> int:
-        """Samples of an epoch, repeats counted."""
+        """Number of samples in an epoch, including repeats."""
         return len(self.keys)
 
     @property
@@ -136,12 +137,12 @@ class CachedDataset(Dataset[Sample]):
         return Sample(key, latents, text, weights, config.loss_weight, config.is_reg, extras, masked)
 
     def key_of(self, pick: Pick) -> SampleKey:
-        """What a picked sample is called; when one is repeated in an epoch its repeats are counted on."""
+        """Return the key of a picked sample; if it occurs again in the same epoch, the repeat number continues."""
         key, config = self.keys[pick.position], self._clips[pick.position].item.config
         return SampleKey(key.item, key.repeat + pick.turn * config.num_repeats)
 
     def pick(self, position: int, turn: int, *, seed: int, epoch: int) -> Pick:
-        """A sample as an epoch takes it, with the caption and the side that are drawn for it."""
+        """Return a sample as an epoch uses it, with the caption and mirroring drawn for it."""
         item = self._clips[position].item
         key = self.key_of(Pick(position, turn=turn))
         variant = draw_variant(
@@ -157,10 +158,10 @@ class CachedDataset(Dataset[Sample]):
 def open_cached(
     configs: Sequence[DatasetConfig], *, allow_missing_captions: bool, skip_broken: bool = False
 ) -> CachedDataset:
-    """The samples that the TOML describes now, all of them cached; no frame is decoded.
+    """Return the samples that the TOML describes, all of them cached; no frame is decoded.
 
-    Raises InputError, with the command to run, where a cache is missing, unreadable, or was made of something else; and
-    whatever `list_items` and `plan_clips` raise.
+    Raises InputError, with the command to run, if a cache is missing, unreadable or outdated, and whatever `list_items`
+    and `plan_clips` raise.
     """
     plans = [
         plan_clips(config, list_items(config, allow_missing_captions=allow_missing_captions), skip_broken=skip_broken)
@@ -174,12 +175,12 @@ def open_cached(
 
 
 def open_trusted(configs: Sequence[DatasetConfig]) -> CachedDataset:
-    """The samples that the cache folders hold; the sources are not read. Raises what `plan_from_caches` raises."""
+    """Return the samples in the cache folders without reading the sources. Raises what `plan_from_caches` raises."""
     return CachedDataset([plan_from_caches(config) for config in configs])
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one bucket."""
+    """Stack samples of one bucket into a batch."""
     latents = torch.stack([sample.latents for sample in samples])
     context, weights = [sample.context for sample in samples], _stack_weights(samples)
     first = samples[0]
@@ -207,7 +208,7 @@ def _stack_weights(samples: Sequence[Sample]) -> Tensor | None:
 
 
 def _read_weights(clip: Clip, *, flipped: bool) -> Tensor | None:
-    """A clip's loss mask, scaled so that its mean is 1 and a masked clip counts as much as another."""
+    """Return a clip's loss mask, scaled to mean 1 so that masked and unmasked clips have the same total weight."""
     if clip.item.mask is None:
         return None
     mask = read_extra(clip, MASK).float()
@@ -216,9 +217,9 @@ def _read_weights(clip: Clip, *, flipped: bool) -> Tensor | None:
 
 
 def _read_conditions(clip: Clip, *, flipped: bool) -> dict[str, Tensor]:
-    """What else the model reads of a clip, by name of `KINDS`.
+    """Return a clip's other conditions, by name in `KINDS`.
 
-    Raises InputError where the frames are elsewhere in time than the TOML says.
+    Raises InputError if the cached temporal positions differ from those in the TOML.
     """
     extras = {}
     for kind in wanted_conditions(clip.item):
@@ -232,13 +233,13 @@ def _check_positions(clip: Clip, positions: Tensor | None) -> None:
     one_frame = clip.item.config.one_frame
     if positions is not None and one_frame is not None and tuple(positions.tolist()) != one_frame.positions:
         raise InputError(
-            f"{latents_path(clip)} has frames at {positions.tolist()} in time, {clip.item.config} says"
+            f"{latents_path(clip)} was cached for temporal positions {positions.tolist()}, {clip.item.config} sets"
             f" {list(one_frame.positions)}: cache it again"
         )
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The fewest last parts of each path that tell all of them apart, which are the same on every machine."""
+    """Return the fewest trailing path components that make all paths distinct; the same on every machine."""
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
         if len(set(names)) == len(names):

@@ -1,4 +1,4 @@
-"""Image sizes: which bucket an image goes to, and how it is brought there. The same as musubi-tuner's.
+"""Image sizes: which bucket an image belongs to, and how it is resized to it. The same as musubi-tuner's.
 
 A size is (width, height) in pixels; an image is (height, width, 3) uint8.
 """
@@ -18,9 +18,9 @@ Size = tuple[int, int]
 
 @functools.lru_cache
 def bucket_sizes(width: int, height: int, step: int = SIZE_STEP) -> tuple[Size, ...]:
-    """Every size of about the area width x height whose sides are multiples of `step`, sorted.
+    """Return all sizes of about the area width x height whose sides are multiples of `step`, sorted.
 
-    The shorter side goes from half the root of the area up to the root. Both sides are a step or more.
+    The shorter side ranges from half the square root of the area to the square root. Both sides are at least `step`.
     """
     area = width * height
     root = math.isqrt(area)
@@ -33,11 +33,11 @@ def bucket_sizes(width: int, height: int, step: int = SIZE_STEP) -> tuple[Size, 
 def choose_bucket(
     size: Size, resolution: Size, *, enable_bucket: bool, no_upscale: bool, step: int = SIZE_STEP
 ) -> Size:
-    """The bucket for an image of `size`, images and videos alike.
+    """Return the bucket for an image or video of `size`.
 
-    Without `enable_bucket` it is `resolution`. With it, the bucket of the nearest width / height; the first in order
-    where two are as near. `no_upscale` leaves an image whose area is not above that of `resolution` at its own size
-    floored to `step`, which is 0 for a side below that.
+    Without `enable_bucket` it is `resolution`. With it, it is the bucket with the nearest aspect ratio; the first one
+    if two are equally near. `no_upscale` keeps an image whose area is at most that of `resolution` at its own size,
+    rounded down to `step`, which is 0 for a side below `step`.
     """
     if not enable_bucket:
         return resolution
@@ -48,7 +48,7 @@ def choose_bucket(
 
 
 def resize_to_bucket(rgb: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
-    """Scale an image until it covers `size`, then crop the middle: Lanczos up, area average down."""
+    """Scale an image to cover `size` and crop the centre: Lanczos for upscaling, area averaging for downscaling."""
     height, width = rgb.shape[:2]
     scale = max(size[0] / width, size[1] / height)
     covering = (int(width * scale + 0.5), int(height * scale + 0.5))
@@ -61,7 +61,7 @@ def resize_to_bucket(rgb: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
 
 
 def describe_size(size: Size) -> str:
-    """A size in words that cannot be read the wrong way round."""
+    """Return a size in words that cannot be misread as height x width."""
     return f"{size[0]} wide, {size[1]} high"
 
 

@@ -13,15 +13,15 @@ from wan_train.errors import InputError
 
 
 class EpochBatches:
-    """Batches of `Pick`s from a `CachedDataset`, each of one bucket: the batch sampler of a DataLoader.
+    """Batches of `Pick`s from a `CachedDataset`, each from one bucket: the batch sampler of a DataLoader.
 
-    Samples, captions and the order of batches depend on (seed, epoch) alone: not on the number of processes or workers,
-    not on a global generator. Process `rank` of `num_ranks` takes every num_ranks-th batch; where they do not divide,
-    the first batches of the epoch are given out again, so that every process has as many.
+    Samples, captions and batch order depend only on (seed, epoch): not on the number of processes or workers, nor on a
+    global generator. Process `rank` of `num_ranks` takes every num_ranks-th batch; if they do not divide evenly, the
+    first batches of the epoch are repeated so that every process has the same number.
 
-    An epoch takes as many samples as there are, each once, unless datasets have a `weight`: then each bucket takes its
-    share of that number, at least one, and an epoch continues in it where the one before stopped. The last batch of a
-    bucket may be smaller; `drop_last` leaves it out.
+    An epoch has as many samples as the datasets, each once, unless datasets set a `weight`: then each bucket gets its
+    share of that number, at least one, and each epoch continues through it where the previous one stopped. The last
+    batch of a bucket may be smaller; `drop_last` drops it.
     """
 
     def __init__(self, dataset: CachedDataset, *, seed: int, rank: int = 0, num_ranks: int = 1) -> None:
@@ -30,14 +30,14 @@ class EpochBatches:
         self._epoch, self._skip = 0, 0
         self._sizes = epoch_sizes(dataset)
         if not len(self):
-            raise InputError("drop_last leaves no batch at all: every bucket holds less than its batch_size")
+            raise InputError("drop_last leaves no batches: every bucket has fewer samples than its batch_size")
 
     def set_epoch(self, epoch: int, *, skip: int = 0) -> None:
-        """Choose the order that the next iteration takes, without its first `skip` batches of this process."""
+        """Select the epoch that the next iteration yields, without the first `skip` batches of this process."""
         self._epoch, self._skip = epoch, skip
 
     def __len__(self) -> int:
-        """Batches of one process in an epoch."""
+        """Return the number of batches per process in an epoch."""
         total = sum(count_batches(size, self._config(bucket)) for bucket, size in self._sizes.items())
         return math.ceil(total / self._num_ranks)
 
@@ -58,7 +58,8 @@ class EpochBatches:
 
 
 def epoch_sizes(dataset: CachedDataset) -> dict[Bucket, int]:
-    """How many samples of each bucket an epoch takes; without `weight` all of them. The sum is `num_items` always."""
+    """Return the number of samples of each bucket in an epoch; all of them without `weight`. The sum is always
+    `num_items`."""
     buckets = sorted(dataset.buckets)
     present = {bucket: len(dataset.buckets[bucket]) for bucket in buckets}
     weights = {number: config.weight for number, config in dataset.configs.items()}
@@ -72,5 +73,5 @@ def epoch_sizes(dataset: CachedDataset) -> dict[Bucket, int]:
 
 
 def count_batches(num_samples: int, config: DatasetConfig) -> int:
-    """Number of batches that samples of one bucket make."""
+    """Return the number of batches that `num_samples` samples of one bucket make."""
     return num_samples // config.batch_size if config.drop_last else math.ceil(num_samples / config.batch_size)

@@ -1,6 +1,6 @@
-"""What an epoch takes and in which order: everything is drawn by key, nothing by a generator that others draw from.
+"""Which samples an epoch uses, and in which order. Every draw is keyed; no shared generator is used.
 
-Text as a seed is hashed whole, so that neighbouring seeds and epochs have nothing in common.
+Text seeds are hashed whole, so that neighbouring seeds and epochs are unrelated.
 """
 
 import heapq
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SampleKey:
-    """What a sample is called on every machine: folder and name of its cache file, and which of its repeats it is."""
+    """The machine-independent name of a sample: folder and name of its cache file, and its repeat number."""
 
     item: str
     repeat: int
@@ -20,8 +20,8 @@ class SampleKey:
 
 @dataclass(frozen=True)
 class Pick:
-    """A sample as an epoch takes it: its position, which of its captions (None: empty text), for which time, and
-    whether mirrored."""
+    """A sample as used in an epoch: its position, the index of its caption (None: empty text), how often it has already
+    occurred in the epoch, and whether it is mirrored."""
 
     position: int
     variant: int | None = 0
@@ -30,12 +30,13 @@ class Pick:
 
 
 def take_share(positions: Sequence[int], key: str, *, epoch: int, size: int) -> list[tuple[int, int]]:
-    """The `size` (position, turn) of an epoch (from 0), out of an endless row of which each takes the next.
+    """Return the `size` (position, turn) pairs of an epoch (from 0), taken from an endless shuffled sequence in which
+    each epoch continues where the previous one stopped.
 
-    Nothing comes again before everything has come; `turn` counts, from 0, how often a position came in this epoch.
+    No position repeats before all have occurred; `turn` counts, from 0, the occurrences of a position in this epoch.
     """
     first = epoch * size
-    # Whole rounds before this epoch need not be drawn.
+    # Complete rounds before this epoch need not be drawn.
     row = itertools.chain.from_iterable(
         random.Random(f"{key} {number}").sample(positions, len(positions))
         for number in itertools.count(first // len(positions))
@@ -49,10 +50,10 @@ def take_share(positions: Sequence[int], key: str, *, epoch: int, size: int) -> 
 
 
 def share_out(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` in whole parts of 1 or more about as `weights` (> 0) stand to each other.
+    """Divide `total` into integer parts of 1 or more, approximately proportional to `weights` (> 0).
 
-    Every part begins with 1 and the rest goes one by one to the part that is most behind: Webster's rule of seats in a
-    parliament. There are no more parts than `total`.
+    Every part starts at 1 and the rest is allocated one by one to the most under-represented part (Webster's method of
+    apportionment). There are at most `total` parts.
     """
     assert len(weights) <= total
     parts = [1] * len(weights)
@@ -66,12 +67,13 @@ def share_out(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def chance_of(key: SampleKey, decision: str, *, seed: int, epoch: int) -> random.Random:
-    """The generator of one decision about a sample in an epoch (from 0)."""
+    """Return the generator for one decision about a sample in an epoch (from 0)."""
     return random.Random(f"{seed} {epoch} {key.repeat} {key.item} {decision}")
 
 
 def draw_variant(key: SampleKey, *, seed: int, epoch: int, num_captions: int, dropout_rate: float) -> int | None:
-    """Which of a sample's captions an epoch takes, all alike, or None for empty text, with `dropout_rate`."""
+    """Return the index of the caption to use in an epoch, uniformly drawn, or None (empty text) with probability
+    `dropout_rate`."""
     if num_captions == 1 and not dropout_rate:
         return 0
     chance = chance_of(key, "caption", seed=seed, epoch=epoch)
@@ -79,5 +81,5 @@ def draw_variant(key: SampleKey, *, seed: int, epoch: int, num_captions: int, dr
 
 
 def draw_flip(key: SampleKey, *, seed: int, epoch: int) -> bool:
-    """Whether an epoch takes a sample mirrored: every other time."""
+    """Return whether a sample is mirrored in an epoch, with probability 0.5."""
     return chance_of(key, "flip", seed=seed, epoch=epoch).random() < 0.5

@@ -1,4 +1,4 @@
-"""Files held out of training: chosen by name, so that all clips and repeats of one are on the same side."""
+"""Hold files out of training, chosen by name, so that all clips and repeats of a file are on the same side."""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -11,24 +11,25 @@ from wan_train.errors import InputError
 
 @dataclass(frozen=True)
 class Split:
-    """Two datasets without a common file, with the keys of the whole one and its datasets' numbers."""
+    """Two datasets without common files, with the sample keys and dataset numbers of the whole one."""
 
     training: CachedDataset
     held_out: CachedDataset
 
 
 def split_off(dataset: CachedDataset, share: float, *, seed: int) -> Split:
-    """Hold out about `share` of the files of each dataset, at least one in all.
+    """Hold out about `share` of the files of each dataset, at least one in total.
 
-    Which ones depends on `seed` and on the files' names without folder and suffix: not on their order, nor on what
-    else a run does. A name that is in several datasets (one video cut in two ways) is held out of all. Datasets with
-    `is_reg` do not measure what is learnt, so none of their clips are measured. Raises InputError where no other
-    dataset has two files.
+    The choice depends only on `seed` and on the file names without folder and suffix: not on their order, nor on other
+    settings of the run. A name that occurs in several datasets (one video cut in two ways) is held out of all of them.
+    Datasets with `is_reg` do not measure what is learnt, so none of their clips are evaluated. Raises InputError if no
+    other dataset has two files.
     """
     chosen = choose_names([_names(plan) for plan in dataset.plans if not plan.config.is_reg], share, seed=seed)
     if not chosen:
         raise InputError(
-            f"--validation_split {share:g} needs a dataset of two files (is_reg aside): give --validation_config"
+            f"--validation_split {share:g} needs a dataset with at least two files (not is_reg): use"
+            " --validation_config"
         )
     return Split(
         CachedDataset([_keep(plan, _names(plan) - chosen) for plan in dataset.plans]),
@@ -37,7 +38,8 @@ def split_off(dataset: CachedDataset, share: float, *, seed: int) -> Split:
 
 
 def choose_names(datasets: Sequence[Collection[str]], share: float, *, seed: int) -> set[str]:
-    """The names whose keyed hash is lowest in each dataset; the highest of all is in none, so that some remain."""
+    """Return the names with the lowest keyed hashes in each dataset; the highest one overall is never chosen, so that
+    some remain."""
 
     def place(name: str) -> bytes:
         return hashlib.blake2b(f"held out/{seed}/{name}".encode(), digest_size=16).digest()
@@ -51,13 +53,13 @@ def choose_names(datasets: Sequence[Collection[str]], share: float, *, seed: int
 
 
 def find_shared(training: CachedDataset, held_out: CachedDataset) -> list[str]:
-    """The files, by path, that are in both."""
+    """Return the paths of the files that are in both datasets."""
     one, other = ({clip.item.path.resolve() for plan in d.plans for clip in plan.clips} for d in (training, held_out))
     return sorted(map(str, one & other))
 
 
 def name_files(dataset: CachedDataset) -> list[str]:
-    """The name, without folder and suffix, of the file that each position's clip is cut from."""
+    """Return the name, without folder and suffix, of each position's source file."""
     names = [
         clip.item.path.stem for plan in dataset.plans for clip in plan.clips for _ in range(plan.config.num_repeats)
     ]
@@ -70,7 +72,8 @@ def _names(plan: ClipPlan) -> set[str]:
 
 
 def _keep(plan: ClipPlan, names: Collection[str]) -> ClipPlan:
-    """The plan with the clips of these names alone; a plan without clips stays, so that keys are as they were."""
+    """Return the plan with only the clips of these names; a plan without clips is kept, so that sample keys do not
+    change."""
     return replace(
         plan,
         items=tuple(item for item in plan.items if item.path.stem in names),

@@ -1,4 +1,4 @@
-"""The cache files: names, keys and metadata, with one writer and one reader; the format is musubi-tuner's."""
+"""Cache files: names, keys and metadata, with one writer and one reader. The format is musubi-tuner's."""
 
 import hashlib
 import math
@@ -20,7 +20,7 @@ from wan_train.storage import read_tensors, save_tensors
 
 ARCHITECTURE = "wan"
 _FORMAT_VERSION = "1.0.1"
-# File systems limit the number of bytes of a name; these follow the stem in names of latents, in most cases.
+# File systems limit the bytes of a name; these are the usual suffixes after the stem in names of latents.
 _LONGEST_NAME = 255
 _BEHIND_VIDEO, _BEHIND_IMAGE = "_00000-000_0000x0000_wan.safetensors", "_0000x0000_wan.safetensors"
 _SHORT_STEM = 160
@@ -28,7 +28,7 @@ LATENTS_KEY = re.compile(r"latents_\d+x\d+x\d+_\w+")
 
 
 def latents_path(clip: Clip) -> Path:
-    """Where a clip's latents are kept; an image's name tells its own size, a video's the size of its bucket."""
+    """Return the path of a clip's latents; the name contains an image's own size, or the bucket size of a video."""
     config, stem = clip.item.config, _stem(clip.item)
     width, height = clip.size if config.is_video else clip.source_size
     span = f"{clip.start:05d}-{clip.num_frames:03d}_" if config.is_video else ""
@@ -36,13 +36,13 @@ def latents_path(clip: Clip) -> Path:
 
 
 def text_path(item: Item) -> Path:
-    """Where an item's text embedding is kept; its clips share it."""
+    """Return the path of an item's text embedding, which its clips share."""
     return item.config.cache_directory / f"{_stem(item)}_{ARCHITECTURE}_te.safetensors"
 
 
 def _stem(item: Item) -> str:
-    """What the names of an item's caches begin with: its stem, or where those would be too long for a file system, the
-    stem's beginning with a hash of the whole."""
+    """Return the stem of an item's cache names: the item's own, or, if too long for a file system, its beginning and a
+    hash."""
     stem = os.fsencode(item.path.stem)
     behind = _BEHIND_VIDEO if item.config.is_video else _BEHIND_IMAGE
     if len(stem) + len(behind) <= _LONGEST_NAME:
@@ -51,20 +51,20 @@ def _stem(item: Item) -> str:
 
 
 def find_text_misfit(item: Item, names: Collection[str], metadata: Mapping[str, str]) -> str:
-    """Why a file with these tensors and this metadata is not the item's text, in words; nothing where it is.
+    """Return why a file with these tensors and this metadata does not match the item's text, or "" if it matches.
 
-    What it holds beyond that does not matter.
+    Additional content is ignored.
     """
     if any(metadata.get(f"caption{number}") != caption for number, caption in enumerate(item.captions, 1)):
-        return "another caption"
+        return "different caption"
     lacking = [text for name, text in text_names(item).items() if not find_key(_text_key(name), names)]
-    return ("no embedding in it" if any(lacking) else "no embedding of empty text in it") if lacking else ""
+    return ("no embedding" if any(lacking) else "no embedding of empty text") if lacking else ""
 
 
 def text_names(item: Item) -> dict[str, str]:
-    """Every text that training may take for an item, under the name of its tensor without the dtype.
+    """Return all texts that training may use for an item, by tensor name without the dtype.
 
-    The first is named as musubi-tuner names its only one; empty text is among them where captions are dropped.
+    The first name is musubi-tuner's only one; empty text is included if captions are dropped.
     """
     texts = {_text_name(variant): caption for variant, caption in enumerate(item.captions)}
     return texts | ({_text_name(None): ""} if item.config.caption_dropout_rate else {})
@@ -78,9 +78,9 @@ def save_latents(
     *,
     extras: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a clip's normalised latents (C, F, H, W) and, by kind, what `dataset.caching.extras` names beside them.
+    """Write a clip's normalised latents (C, F, H, W) and the extra tensors, by key as in `dataset.caching.extras`.
 
-    Raises InputError where they are not finite numbers.
+    Raises InputError if they contain NaN or Inf.
     """
     assert latents.shape == clip.latent_shape
     tensors = {_latents_key(clip, dtype): latents.to(dtype)}
@@ -88,8 +88,8 @@ def save_latents(
         tensors[extra_key(kind, clip, dtype)] = tensor.to(extra_dtype(kind, dtype))
     if not all(map(_is_finite, tensors.values())):
         raise InputError(
-            f"{clip.item.path}, from frame {clip.start}: its latents are not finite in {name_of(dtype)}:"
-            " take --vae_dtype fp32, or the file out of its folder"
+            f"{clip.item.path}, from frame {clip.start}: its latents contain NaN or Inf in {name_of(dtype)}:"
+            " use --vae_dtype fp32, or remove the file from its folder"
         )
     width, height = clip.size if clip.item.config.is_video else clip.source_size
     metadata = {
@@ -106,14 +106,14 @@ def save_latents(
 
 
 def save_text(item: Item, embeddings: Mapping[str, Tensor], recipe: Recipe | None = None) -> None:
-    """Write the embeddings (L, dim) of an item's texts in bfloat16, out of those of `embeddings`, which go by text.
+    """Write the embeddings (L, dim) of an item's texts in bfloat16; `embeddings` maps each text to its embedding.
 
-    Raises InputError where they are not finite numbers.
+    Raises InputError if they contain NaN or Inf.
     """
     dtype = torch.bfloat16
     stored = {f"{name}_{name_of(dtype)}": embeddings[text].to(dtype) for name, text in text_names(item).items()}
     if not all(map(_is_finite, stored.values())):
-        raise InputError(f"{item.path}: the embedding of its caption is not finite: check --t5 and the caption")
+        raise InputError(f"{item.path}: the embedding of its caption contains NaN or Inf: check --t5 and the caption")
     metadata = {"architecture": ARCHITECTURE, "format_version": _FORMAT_VERSION}
     metadata |= {f"caption{number}": caption for number, caption in enumerate(item.captions, 1)}
     if recipe:
@@ -122,14 +122,14 @@ def save_text(item: Item, embeddings: Mapping[str, Tensor], recipe: Recipe | Non
 
 
 def read_latents(clip: Clip) -> Tensor:
-    """A clip's normalised latents (C, F, H, W), in the dtype of the file."""
+    """Return a clip's normalised latents (C, F, H, W), in the dtype of the file."""
     return _read(latents_path(clip), LATENTS_KEY)
 
 
 def read_extra(clip: Clip, condition: str) -> Tensor:
-    """What a clip's file holds of a kind that `extras.wanted_extras` names for it, in the dtype of the file.
+    """Return a clip's tensor of a kind listed by `extras.wanted_extras`, in the dtype of the file.
 
-    Where a file of another tool has none of a start image, it is the first frame, without mask, of what stands for it.
+    Files of other tools without start latents hold them as the first frame, without mask, of the stand-in tensor.
     """
     path = latents_path(clip)
     if (tensor := _find(path, extra_pattern(condition))) is not None:
@@ -140,17 +140,17 @@ def read_extra(clip: Clip, condition: str) -> Tensor:
 
 
 def read_text(item: Item, variant: int | None = 0) -> Tensor:
-    """The embedding (L, dim) of one of an item's captions, or with None of empty text, in the dtype of the file."""
+    """Return the embedding (L, dim) of one of an item's captions (None: of empty text), in the dtype of the file."""
     return _read(text_path(item), _text_key(_text_name(variant)))
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # The extremes carry every NaN and infinity, and are found twenty times as fast as isfinite looks at each number.
+    # Min and max propagate NaN and Inf, and aminmax is twenty times as fast as isfinite.
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
 def find_key(pattern: re.Pattern[str], names: Iterable[str]) -> str | None:
-    """The first of a file's tensors whose name is of this kind."""
+    """Return the first tensor name that matches the pattern."""
     return next(filter(pattern.fullmatch, names), None)
 
 
@@ -161,7 +161,7 @@ def _text_name(variant: int | None) -> str:
 
 
 def _text_key(name: str) -> re.Pattern[str]:
-    """Matches this text's tensor in any dtype, and none of the others."""
+    """Return a pattern that matches only this text's tensor, in any dtype."""
     return re.compile(rf"{name}_(?!v\d+_|empty_)\w+")
 
 
@@ -181,4 +181,4 @@ def _read(path: Path, key: re.Pattern[str]) -> Tensor:
 
 
 def _gone(path: Path) -> InputError:
-    return InputError(f"{path} no longer holds what training read in it at the start: make the cache again")
+    return InputError(f"{path} has changed since training started: create the cache again")

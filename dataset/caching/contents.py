@@ -1,4 +1,4 @@
-"""What each sample was made of, so that a run that is resumed can tell whether it still trains on the same."""
+"""What each sample was made from, so that a resumed run can tell whether its data has changed."""
 
 import hashlib
 import json
@@ -15,8 +15,11 @@ from dataset.sources import name_some
 
 
 class Content(NamedTuple):
-    """Digests of what made a sample's latents (its files, its frames, the VAE), of its captions, and of the text
-    encoder. A cache that does not say what it was made of has "", which is equal to everything."""
+    """Digests of the inputs of a sample's latents (its files, frames and VAE), of its captions, and of the text
+    encoder.
+
+    A cache without a recipe has "", which equals everything.
+    """
 
     latents: str
     captions: str
@@ -25,11 +28,15 @@ class Content(NamedTuple):
 
 Contents = Mapping[str, Content]  # by `SampleKey.item`
 
-_CHANGES = ("{count} with another video or image", "{count} with other captions", "{count} with another text encoder")
+_CHANGES = (
+    "{count} with a different video or image",
+    "{count} with different captions",
+    "{count} with a different text encoder",
+)
 
 
 def read_contents(dataset: CachedDataset) -> dict[str, Content]:
-    """What each sample is made of now, by its caches; only headers are read, and those that are known are not."""
+    """Return the current contents of each sample, read from its caches; only new headers are read."""
     found: dict[str, Content] = {}
     manifests: dict[int, Manifest] = {}
     for item, clip in dataset.clips.items():
@@ -42,17 +49,17 @@ def read_contents(dataset: CachedDataset) -> dict[str, Content]:
 
 
 def changes(before: Contents, now: Contents) -> list[str]:
-    """What is not as it was, in words, each with the names of the first ten files."""
+    """Return descriptions of what has changed, each with the names of the first ten files."""
     both = [item for item in now if item in before]
     told = []
     for number, text in enumerate(_CHANGES):
         changed = [item for item in both if before[item][number] and now[item][number]]
         told += _told(text, (item for item in changed if before[item][number] != now[item][number]))
     new, gone = ([item for item in some if item not in others] for some, others in ((now, before), (before, now)))
-    # Of equal names the folders differ: a cache folder has got another name, and with it the noise of its samples.
+    # Equal names in different folders: a cache folder was renamed, which also changes the noise of its samples.
     moved = {_file(item) for item in new} & {_file(item) for item in gone}
     told += _told("{count} that {is_} new", new, with_folder=moved)
-    return told + _told("{count} that {is_} gone", gone, with_folder=moved)
+    return told + _told("{count} that {is_} missing", gone, with_folder=moved)
 
 
 def _told(text: str, items: Iterable[str], *, with_folder: Collection[str] = ()) -> list[str]:
@@ -64,7 +71,7 @@ def _told(text: str, items: Iterable[str], *, with_folder: Collection[str] = ())
 
 
 def _file(item: str) -> str:
-    """The file, without its suffix, that a sample is of."""
+    """Return the name, without suffix, of a sample's file."""
     name = item.rpartition("/")[2]
     named = LATENTS_NAME.fullmatch(name)
     return named["stem"] if named else name
@@ -85,7 +92,8 @@ def _recipe_of(facts: Facts | None) -> Recipe | None:
 
 
 def _made_of(recipe: Recipe) -> list[object]:
-    """What a recipe says of contents; names and times of change may be others on another machine."""
+    """Return the content digests of a recipe; names and modification times may differ between machines and are left
+    out."""
 
     def content(file: Fingerprint | None) -> str:
         return file.sha256 if file else ""
@@ -93,7 +101,7 @@ def _made_of(recipe: Recipe) -> list[object]:
     extras = sorted((kind, content(extra)) for kind, extra in recipe.extras.items())
     files = [content(recipe.model), content(recipe.source), extras]
     made = [*files, recipe.dtype, recipe.start, recipe.frames, recipe.size, recipe.positions, recipe.last]
-    # Nothing is added for a sample without them: states that are older know it by what is above.
+    # Added only where set, so that digests of other samples match those in older states.
     beside = {"camera": recipe.camera, "motion_bucket": recipe.motion_bucket}
     return made + [[name, value] for name, value in beside.items() if value not in ("", None)]
 

@@ -1,11 +1,11 @@
-"""What a clip's cache file holds beside its latents, where the dataset file asks for it: names and shapes.
+"""Names and shapes of the optional tensors in a clip's cache file, beside its latents.
 
 `latents_flipped` are the latents of the mirrored clip, `latents_control` (and `latents_control_flipped`) those of its
-control, `mask` the weight of each latent cell. `latents_image` (4 channels of mask before those of the latents) and
-`clip`, CLIP's tokens of each image, are what a model for images is given of the clip's first frame, or of first and
-last; `f_indices` is where the frames are in time of an image that is trained as one of several. Control models are
-given `latents_start` and `latents_reference`, latents of one image each, `vace_context`, `camera`, an entry for each
-pixel frame, and `motion_bucket`. musubi-tuner reads such names and uses what it knows.
+control, and `mask` is the loss weight of each latent cell. `latents_image` (4 mask channels before those of the
+latents) and `clip`, CLIP's tokens of each image, condition a model on the clip's first frame, or on its first and last.
+`f_indices` are the temporal positions of an image that is trained as one frame of several. Control models read
+`latents_start` and `latents_reference`, the latents of one image each, `vace_context`, `camera` with one entry per
+pixel frame, and `motion_bucket`. musubi-tuner ignores names that it does not know.
 """
 
 import re
@@ -51,19 +51,19 @@ _OF_VACE, _OF_ONE_FRAME = _keys(VACE_CONTEXT), (*_keys(START_LATENTS), *_keys(RE
 _WITHOUT_SIZE = (*_OF_TOKENS, *_OF_CAMERAS, *_keys(MOTION), POSITIONS)
 _DTYPES = {MASK: MASK_DTYPE, **dict.fromkeys((POSITIONS, *_keys(MOTION)), torch.int32)}
 _DTYPES |= dict.fromkeys(_OF_CAMERAS, torch.float32)
-# What musubi-tuner caches holds it: the latents of a start image are those of the first frame of a video that begins
+# musubi-tuner's caches contain it: the latents of a start image are those of the first frame of a video that begins
 # with it.
 STAND_INS = dict(zip(_keys(START_LATENTS), _OF_IMAGES, strict=True))
 
 
 def has_start(config: DatasetConfig) -> bool:
-    """Whether a model is given the first frame of a dataset's clips as an image."""
+    """Return whether a model receives the first frame of a dataset's clips as an image."""
     images = config.images
     return images is not None and not images.fused and (not images.optional or config.start_image)
 
 
 def read_references(item: Item) -> tuple[Path, ...]:
-    """The reference images of an item that its model reads: all in a VACE context, else one."""
+    """Return the reference images of an item that its model reads: all of them in a VACE context, else one."""
     control = item.config.control or ControlInputs()
     return item.references if control.vace else item.references[: int(control.reference)]
 
@@ -82,7 +82,7 @@ def _is_vace(item: Item) -> bool:
     return item.config.control is not None and item.config.control.vace
 
 
-# Which items want a kind of condition.
+# Whether an item needs each kind of condition.
 WANTED: dict[str, Callable[[Item], bool]] = {
     IMAGE_LATENTS: lambda item: _wants_start(item, alone=False),
     CLIP_FEATURES: _wants_clip,
@@ -97,14 +97,14 @@ WANTED: dict[str, Callable[[Item], bool]] = {
 
 
 def wanted_conditions(item: Item) -> list[ConditionKind]:
-    """The kinds of conditions that an item's files hold."""
+    """Return the kinds of conditions in an item's cache files."""
     return [kind for name, kind in KINDS.items() if WANTED[name](item)]
 
 
 def wanted_extras(item: Item) -> tuple[str, ...]:
-    """The kinds of tensors that an item's files hold beside the latents, by their keys."""
+    """Return the keys of the optional tensors in an item's cache files."""
     flips = item.config.flip_augment
-    # As one frame of several a control is among these, and in a VACE context it is a part of that.
+    # With one_frame a control is part of the latents, and with VACE part of the context.
     controlled = item.control is not None and item.config.one_frame is None and not _is_vace(item)
     kinds = {FLIPPED: flips, CONTROL: controlled, CONTROL_FLIPPED: controlled and flips, MASK: item.mask is not None}
     for kind in wanted_conditions(item):
@@ -113,7 +113,7 @@ def wanted_extras(item: Item) -> tuple[str, ...]:
 
 
 def extra_sources(item: Item) -> dict[str, Path]:
-    """The files beside its own that an item's caches are made from, by what they are for."""
+    """Return the accompanying files that an item's caches are made from, by their purpose."""
     control = item.config.control or ControlInputs()
     camera = item.camera.path if control.camera and item.camera else None
     sources = {
@@ -131,44 +131,44 @@ def _numbered(name: str, paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def extra_key(condition: str, clip: Clip, dtype: torch.dtype) -> str:
-    """The name of a tensor: its kind, the latent's frames, height and width unless it is of tokens, and its dtype."""
+    """Return a tensor's name: its kind, its frames, height and width unless it holds tokens, and its dtype."""
     size = "" if condition in _WITHOUT_SIZE else f"{'x'.join(map(str, _shape_of(condition, clip)[-3:]))}_"
     return f"{condition}_{size}{name_of(extra_dtype(condition, dtype))}"
 
 
 def extra_dtype(condition: str, dtype: torch.dtype) -> torch.dtype:
-    """What a kind is stored in beside latents in `dtype`; CLIP's tokens keep the bits that the official code gives
-    them."""
+    """Return the dtype of a kind of tensor beside latents in `dtype`; CLIP's tokens keep the precision of the official
+    code."""
     if condition in _OF_TOKENS:
         return torch.float32 if dtype is torch.float32 else torch.float16
     return _DTYPES.get(condition, dtype)
 
 
 def extra_pattern(condition: str) -> re.Pattern[str]:
-    """What the name of a tensor of this kind looks like, in whatever size and dtype."""
+    """Return a pattern for the names of a kind of tensor, in any size and dtype."""
     return re.compile(
         rf"{condition}_[a-z0-9]+" if condition in _WITHOUT_SIZE else rf"{condition}_\d+x\d+x\d+_[a-z0-9]+"
     )
 
 
 def find_extras_misfit(clip: Clip, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype | None = None) -> str:
-    """Why a file with these tensors lacks something that is wanted, in words; nothing where it lacks nothing.
+    """Return why a file with these tensors lacks a required one, or "" if none is missing.
 
-    Without `dtype` any will do.
+    With `dtype` None, any dtype is accepted.
     """
     for kind in wanted_extras(clip.item):
         if kind in STAND_INS and not _keys_like(kind, shapes) and _has_any(STAND_INS[kind], clip, shapes):
             continue
-        # Tokens that other tools cached are in another dtype than their name says, and good.
+        # Tokens cached by other tools may differ in dtype from their name; they are valid.
         exact = None if dtype is None or kind in _OF_TOKENS else re.escape(extra_key(kind, clip, dtype))
         pattern = extra_pattern(kind) if exact is None else re.compile(exact)
         found = [tuple(shape) for key, shape in shapes.items() if pattern.fullmatch(key)]
         if kind in _OF_VACE and _keys_like(kind, shapes) and not _has_any(kind, clip, shapes):
-            return f"its {kind} has another number of references"
+            return f"{kind} with a different number of references"
         if not found:
-            return f"no {kind} in it"
+            return f"no {kind}"
         if not any(_has_shape(kind, clip, shape) for shape in found):
-            return f"its {kind} is of another task, or of other images" if kind in _OF_TOKENS else f"no {kind} in it"
+            return f"{kind} for a different task or different images" if kind in _OF_TOKENS else f"no {kind}"
     return ""
 
 
@@ -181,7 +181,7 @@ def _has_any(condition: str, clip: Clip, shapes: Mapping[str, Sequence[int]]) ->
 
 
 def _has_shape(condition: str, clip: Clip, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of a kind has the shape that it has beside the clip's latents."""
+    """Return whether a tensor of this kind has the shape that the clip's latents require."""
     if condition in _OF_TOKENS:
         images = shape[0] if len(shape) == 3 else 1
         return len(shape) in (2, 3) and images == clip.item.config.num_clip_images
@@ -189,7 +189,7 @@ def _has_shape(condition: str, clip: Clip, shape: tuple[int, ...]) -> bool:
 
 
 def _shape_of(condition: str, clip: Clip) -> tuple[int, ...]:
-    """The shape of a kind's tensor beside the clip's latents; of CLIP's tokens it is not known."""
+    """Return the shape of this kind's tensor beside the clip's latents; not defined for CLIP's tokens."""
     channels, frames, *size = clip.latent_shape
     wanted: dict[str, tuple[int, ...]] = {
         MASK: (frames, *size),

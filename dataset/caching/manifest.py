@@ -1,7 +1,7 @@
-"""What was found out about files, kept in a cache folder so that no run finds it out again: `manifest.db`.
+"""Facts about files, kept in `manifest.db` in a cache folder so that later runs need not determine them again.
 
-A fact holds as long as the size and the time of change of its file stay the same. The manifest only saves
-time: if it is missing or broken, the same facts are found out again and written anew.
+A fact is valid as long as the size and modification time of its file are unchanged. The manifest only saves time: if it
+is missing or corrupt, the facts are determined again and rewritten.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _TABLE = (
 
 
 class _Fact(NamedTuple):
-    """A fact as JSON, and the state of the file that it was read from."""
+    """A fact as JSON, and the size and modification time of the file it was read from."""
 
     size: int
     mtime_ns: int
@@ -38,9 +38,9 @@ _Facts = dict[tuple[str, str], _Fact]
 
 
 class Manifest:
-    """The facts that a cache folder's manifest holds; what is learnt is written by `save`, or at the end of a `with`.
+    """The facts in a cache folder's manifest; new ones are written by `save`, or at the end of a `with` block.
 
-    Several threads may use one manifest, and several processes one folder.
+    Safe for several threads per manifest and several processes per folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,9 +55,9 @@ class Manifest:
         self.save()
 
     def recall(self, topic: str, path: Path, learn: Callable[[Path], Any]) -> Any:
-        """`learn(path)`, a value that JSON can hold, or what it was when the file was last in this state.
+        """Return `learn(path)`, a JSON value, or its stored result if the file has not changed.
 
-        Raises OSError where there is no such file, and whatever `learn` raises.
+        Raises OSError if the file does not exist, and whatever `learn` raises.
         """
         status = path.stat()
         key = (topic, self._name(path))
@@ -68,12 +68,12 @@ class Manifest:
         return json.loads(fact.text)
 
     def note(self, topic: str, path: Path, value: Any) -> None:
-        """Remember something of a file as it is now."""
+        """Store a value for the current state of a file."""
         self._facts.pop((topic, self._name(path)), None)
         self.recall(topic, path, lambda _: value)
 
     def noted(self, topic: str, path: Path) -> Any:
-        """What is remembered of a file as it is now, or None."""
+        """Return the value stored for the current state of a file, or None."""
         fact = self._facts.get((topic, self._name(path)))
         if fact is None:
             return None
@@ -81,7 +81,7 @@ class Manifest:
         return json.loads(fact.text) if (fact.size, fact.mtime_ns) == (status.st_size, status.st_mtime_ns) else None
 
     def save(self) -> None:
-        """Write what was learnt since the last time; a folder that cannot be written to is left as it is."""
+        """Write new facts to disk; a read-only folder is left unchanged."""
         if not self._new:
             return
         try:
@@ -92,23 +92,27 @@ class Manifest:
                 kept = {key: fact for key, fact in facts.items() if os.sep in key[1] or key[1] in there}
                 _write(self._folder / MANIFEST, kept)
         except (InputError, OSError, sqlite3.Error) as problem:
-            logger.info("%s cannot be saved (%s): the next start will not be faster", self._folder / MANIFEST, problem)
+            logger.info(
+                "could not write %s (%s): the next start will take as long as this one",
+                self._folder / MANIFEST,
+                problem,
+            )
         self._new = {}
 
     def _name(self, path: Path) -> str:
-        # Caches by name alone, so that their folder may move.
+        # Caches by file name only, so that their folder can be moved.
         return _spell(path.name if path.parent == self._folder else os.path.abspath(path))
 
 
 def _spell(name: str) -> str:
-    """A name of any bytes that a file system allows, as text that a database takes."""
+    """Return a file name of arbitrary bytes as text for the database."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _read(path: Path) -> _Facts:
-    """What a manifest holds; nothing, where it is missing, broken or of another version."""
+    """Return the contents of a manifest; empty if it is missing, corrupt or of another version."""
     try:
-        # It is replaced whole and never changed in place, so that no lock is needed to read it.
+        # The file is replaced atomically and never modified in place, so reading needs no lock.
         address = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
         with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
             if database.execute("PRAGMA user_version").fetchone() != (_VERSION,):
@@ -132,7 +136,7 @@ def _write(path: Path, facts: _Facts) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, where the system has such locks; elsewhere the last one's facts win."""
+    """Hold an exclusive lock between processes where the system supports it; elsewhere the last writer wins."""
     try:
         import fcntl
     except ImportError:

@@ -1,6 +1,6 @@
-"""What a cache was made from: written into its metadata, and compared with what there is now.
+"""The recipe of a cache: what it was made from, stored in its metadata and compared with the current files.
 
-Size and time of change tell that a file is the same; its content is read only where they differ.
+Equal size and modification time mean an unchanged file; contents are read only if they differ.
 """
 
 import dataclasses
@@ -22,9 +22,10 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Which file it was: of a folder or a set of shards the sum of sizes, the latest change and a hash over all.
+    """Identity of a file; for a folder or a set of shards, the sum of sizes, the latest modification and a hash over
+    all.
 
-    `reading` is what is done to a media file's pixels beyond decoding; caches that are older than it have none.
+    `reading` describes the pixel processing of a media file beyond decoding; older caches have none.
     """
 
     name: str
@@ -36,12 +37,12 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a cache was made from and how; a caption's has no source, frames and size.
+    """What a cache was made from, and how; a caption's recipe has no source, frames and size.
 
-    `frames` are indices of decoded frames, `size` the bucket (width, height) in pixels, `extras` what else went into
-    the file, by what it is for; `positions` where in time the images of a one-frame sample are, its own last;
-    `last` whether the clip's last frame is given beside the first; `camera` direction and speed of a camera's path that
-    is of no file; `motion_bucket` the speed that a motion controller is given.
+    `frames` are the indices of the decoded frames, `size` the bucket (width, height) in pixels, and `extras` the other
+    files that went in, by purpose. `positions` are the temporal positions of the images of a one-frame sample, its own
+    last. `last` is true if the clip's last frame is given in addition to the first. `camera` is the direction and speed
+    of a camera path without a file, and `motion_bucket` the speed given to a motion controller.
     """
 
     model: Fingerprint
@@ -58,18 +59,18 @@ class Recipe:
 
 
 def places_in_time(config: DatasetConfig) -> tuple[int, ...]:
-    """`Recipe.positions` of a dataset's samples."""
+    """Return `Recipe.positions` of a dataset's samples."""
     one_frame = config.one_frame
     return () if one_frame is None else (*one_frame.controls, one_frame.target)
 
 
 def gives_last(config: DatasetConfig) -> bool:
-    """`Recipe.last` of a dataset's samples."""
+    """Return `Recipe.last` of a dataset's samples."""
     return config.images is not None and config.images.last
 
 
 def names_camera(item: Item) -> str:
-    """`Recipe.camera` of an item."""
+    """Return `Recipe.camera` of an item."""
     control, camera = item.config.control, item.camera
     if control is None or not control.camera or camera is None or camera.path:
         return ""
@@ -77,12 +78,12 @@ def names_camera(item: Item) -> str:
 
 
 def write_recipe(recipe: Recipe) -> str:
-    """The recipe as one value of a file's metadata."""
+    """Return the recipe as one metadata value."""
     return json.dumps({"version": _VERSION, **dataclasses.asdict(recipe)}, separators=(",", ":"))
 
 
 def read_recipe(text: str) -> Recipe | None:
-    """The recipe in a file's metadata, or None where it is of another version."""
+    """Return the recipe in a file's metadata, or None if its version is not supported."""
     try:
         values = json.loads(text)
         if values.pop("version") != _VERSION:
@@ -100,16 +101,16 @@ def read_recipe(text: str) -> Recipe | None:
 
 
 def take_fingerprint(path: Path, manifest: Manifest, reading: str = "") -> Fingerprint:
-    """The fingerprint of a file, of a set of shards or of a folder's files; a known hash is kept.
+    """Return the fingerprint of a file, of a set of shards or of a folder's files; known hashes are not recomputed.
 
-    Raises OSError or InputError where it is not there.
+    Raises OSError or InputError if the path does not exist.
     """
     size, mtime_ns = _state(path)
     return Fingerprint(path.name, size, mtime_ns, _digest(path, manifest), reading)
 
 
 def is_same(known: Fingerprint, path: Path, manifest: Manifest) -> bool:
-    """Whether a path still holds what it held; one that is gone does not."""
+    """Return whether a path still has the same contents; False if it does not exist."""
     try:
         size, mtime_ns = _state(path)
         if size != known.size:
@@ -120,7 +121,7 @@ def is_same(known: Fingerprint, path: Path, manifest: Manifest) -> bool:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """Size and time of change in nanoseconds."""
+    """Return the size in bytes and the modification time in nanoseconds."""
     found = [file.stat() for file in _files_of(path)]
     return sum(status.st_size for status in found), max((status.st_mtime_ns for status in found), default=0)
 

@@ -1,4 +1,4 @@
-"""What killed runs leave in a folder: hidden folders and files, which no reader takes for caches or states."""
+"""Clean up what killed runs leave in a folder: hidden folders and files that are never read as caches or states."""
 
 import os
 import re
@@ -14,10 +14,10 @@ _MINUTE, _DAY = 60, 24 * 60 * 60
 
 
 def put_back(folder: Path) -> list[Path]:
-    """Finish what a process began that was killed while it replaced a folder in this one; say which are in place again.
+    """Complete the replacements of folders that killed processes left unfinished; return the restored paths.
 
-    Nobody writes to it any more: the process is gone, or of another machine and has not touched it for a minute, where
-    a living one takes no time between the two renames.
+    Only temporaries without a living writer are touched: its process has ended, or it runs on another machine and has
+    not written for a minute, far longer than the two renames take.
     """
     found: list[Path] = []
     hidden = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)] if folder.is_dir() else []
@@ -25,18 +25,20 @@ def put_back(folder: Path) -> list[Path]:
         try:
             for old in (temporary / OLD).iterdir():
                 new, target = temporary / NEW / old.name, folder / old.name
-                # It was whole and on disk before the old one was moved.
+                # The new one was complete and on disk before the old one was moved.
                 if new.exists() and not target.exists() and _is_left_over(temporary, seconds=_MINUTE):
                     new.rename(target)
                     found.append(target)
-        except OSError:  # it replaces no folder, another process was faster, or it is another user's
+        except OSError:  # not replacing a folder, handled by another process, or owned by another user
             continue
     return found
 
 
 def remove_remains(folder: Path) -> list[Path]:
-    """Delete the temporaries of runs that are gone, or that are older than a day; say which. What one of them had moved
-    away, and not yet replaced, is put back first."""
+    """Delete temporaries of ended runs and those older than a day; return their paths.
+
+    Folders that were moved aside and not yet replaced are restored first.
+    """
     removed = []
     put_back(folder)
     for path in folder.iterdir():
@@ -44,13 +46,13 @@ def remove_remains(folder: Path) -> list[Path]:
             if path.name.startswith(".") and _is_left_over(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path)
-        except OSError:  # another run was faster, or owns it
+        except OSError:  # deleted by another run, or in use by it
             continue
     return removed
 
 
 def _is_left_over(path: Path, *, seconds: int = _DAY) -> bool:
-    """Whether a process of this machine that left it is gone, or nobody has touched it for so long."""
+    """Return whether its process on this machine has ended, or nothing has modified it for `seconds`."""
     temporary = TEMPORARY.fullmatch(path.name)
     if temporary and temporary["host"] == HOST and not _is_alive(int(temporary["process"])):
         return True
@@ -58,12 +60,12 @@ def _is_left_over(path: Path, *, seconds: int = _DAY) -> bool:
 
 
 def _is_alive(process: int) -> bool:
-    if os.name != "posix":  # elsewhere asking may end the process
+    if os.name != "posix":  # on Windows os.kill may end the process
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is another user's
+    except OSError:  # owned by another user
         return True
     return True

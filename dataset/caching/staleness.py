@@ -1,4 +1,4 @@
-"""Whether a cache file is what would be written now, and if not, in words, why not. Nothing is decoded."""
+"""Whether a cache file matches what would be written now, and if not, why. Nothing is decoded."""
 
 import re
 from collections.abc import Collection
@@ -26,7 +26,7 @@ _TEXT_NAME = re.compile(rf".+_{ARCHITECTURE}_te")
 
 
 class Staleness(Enum):
-    """What a cache file is to a clip or caption; `FOREIGN` fits and has no recipe, as musubi-tuner's have none."""
+    """State of a cache file for a clip or caption; `FOREIGN` matches but has no recipe, as files of musubi-tuner."""
 
     UP_TO_DATE = "up to date"
     FOREIGN = "adopted"
@@ -37,7 +37,7 @@ class Staleness(Enum):
 
 @dataclass(frozen=True)
 class CacheState:
-    """What a cache file is, and why."""
+    """The state of a cache file, and the reason."""
 
     path: Path
     kind: Staleness
@@ -45,7 +45,7 @@ class CacheState:
 
     @property
     def usable(self) -> bool:
-        """Whether training may read it."""
+        """Whether training can read it."""
         return self.kind in (Staleness.UP_TO_DATE, Staleness.FOREIGN)
 
     def __str__(self) -> str:
@@ -53,14 +53,14 @@ class CacheState:
 
 
 class Facts(NamedTuple):
-    """What a cache file says of itself: the shapes of its tensors, and its metadata."""
+    """A cache file's tensor shapes and metadata."""
 
     shapes: dict[str, list[int]]
     metadata: dict[str, str]
 
 
 def read_facts(path: Path, manifest: Manifest) -> Facts | None:
-    """A cache file's header, read once for each state of the file; None where it is cut off or no such file at all."""
+    """Return a cache file's header, read once per state of the file; None if it is truncated or not a cache file."""
     found = manifest.recall("header", path, _read_header)
     return Facts(*found) if found else None
 
@@ -73,7 +73,7 @@ def latents_state(
     model: Path | None = None,
     image_model: Path | None = None,
 ) -> CacheState:
-    """The state of a clip's latents, compared with `dtype` and the files of VAE and CLIP where they are given."""
+    """Return the state of a clip's latents, compared with `dtype` and the VAE and CLIP files if given."""
     path = latents_path(clip)
     facts = _facts_or_state(path, manifest)
     if isinstance(facts, CacheState):
@@ -82,12 +82,14 @@ def latents_state(
     recipe, is_ours = _recipe_of(facts)
     if not is_ours:
         return CacheState(path, Staleness.STALE, reason) if reason else CacheState(path, Staleness.FOREIGN)
-    reason = reason or (_compare_recipe(clip, recipe, manifest, model, image_model) if recipe else "of another version")
+    reason = reason or (
+        _compare_recipe(clip, recipe, manifest, model, image_model) if recipe else "unsupported recipe version"
+    )
     return CacheState(path, Staleness.STALE, reason) if reason else CacheState(path, Staleness.UP_TO_DATE)
 
 
 def text_state(item: Item, manifest: Manifest, *, model: Path | None = None) -> CacheState:
-    """The state of a caption's embedding, compared with the text encoder's file where it is given."""
+    """Return the state of a caption's embedding, compared with the text encoder's file if given."""
     path = text_path(item)
     facts = _facts_or_state(path, manifest)
     if isinstance(facts, CacheState):
@@ -98,14 +100,14 @@ def text_state(item: Item, manifest: Manifest, *, model: Path | None = None) -> 
     if not is_ours:
         return CacheState(path, Staleness.FOREIGN)
     if recipe is None:
-        return CacheState(path, Staleness.STALE, "of another version")
+        return CacheState(path, Staleness.STALE, "unsupported recipe version")
     if model and not is_same(recipe.model, model, manifest):
-        return CacheState(path, Staleness.STALE, f"of another text encoder ({recipe.model.name})")
+        return CacheState(path, Staleness.STALE, f"different text encoder ({recipe.model.name})")
     return CacheState(path, Staleness.UP_TO_DATE)
 
 
 def list_orphans(folder: Path, planned: Collection[Path], *, is_text: bool) -> list[Path]:
-    """The files in a folder that are named like caches of one kind and belong to none of the planned."""
+    """Return the files in a folder that are named like caches of one kind and are not among the planned ones."""
     names, pattern = {path.name for path in planned}, _TEXT_NAME if is_text else LATENTS_NAME
     if not folder.is_dir():
         return []
@@ -114,7 +116,7 @@ def list_orphans(folder: Path, planned: Collection[Path], *, is_text: bool) -> l
 
 
 def _facts_or_state(path: Path, manifest: Manifest) -> Facts | CacheState:
-    """What a cache file says of itself, or the state of one that says nothing."""
+    """Return a cache file's facts, or its state if they cannot be read."""
     try:
         facts = read_facts(path, manifest)
     except OSError:
@@ -123,21 +125,21 @@ def _facts_or_state(path: Path, manifest: Manifest) -> Facts | CacheState:
 
 
 def _compare_contents(clip: Clip, facts: Facts, dtype: torch.dtype | None) -> str:
-    """Why the tensors and the names that every tool writes do not fit the clip; nothing where they do."""
+    """Return why the tensors and metadata common to all tools do not match the clip, or "" if they do."""
     key = find_key(LATENTS_KEY, facts.shapes)
     if key is None:
-        return "no latents in it"
+        return "no latents"
     if facts.shapes[key][0] != clip.latent_shape[0]:
-        return f"of another VAE, with {facts.shapes[key][0]} channels"
+        return f"different VAE, with {facts.shapes[key][0]} channels"
     if tuple(facts.shapes[key]) != clip.latent_shape:
-        return "other frames or another size"
+        return "different frames or size"
     if dtype is not None and not key.endswith(f"_{name_of(dtype)}"):
-        return f"in {re.sub(r'.*_', '', key)}, not in {name_of(dtype)}"
+        return f"{re.sub(r'.*_', '', key)}, not {name_of(dtype)}"
     known = facts.metadata.get("architecture", ARCHITECTURE)
     if known != ARCHITECTURE:
-        return f"of another model family ({known})"
+        return f"different model family ({known})"
     if clip.item.config.is_video and facts.metadata.get("frame_count", str(clip.num_frames)) != str(clip.num_frames):
-        return "other frames"
+        return "different frames"
     return find_extras_misfit(clip, facts.shapes, dtype)
 
 
@@ -145,13 +147,13 @@ def _compare_recipe(
     clip: Clip, recipe: Recipe, manifest: Manifest, model: Path | None, image_model: Path | None
 ) -> str:
     if recipe.size != clip.size:
-        return "another size"
+        return "different size"
     if recipe.frames != clip.frames:
-        return "other frames"
+        return "different frames"
     if recipe.positions != places_in_time(clip.item.config):
-        return "other places in time"
+        return "different temporal positions"
     if clip.item.config.images is not None and recipe.last != gives_last(clip.item.config):
-        return "of other images"
+        return "different images"
     if recipe.source and not is_same(recipe.source, clip.item.path, manifest):
         return "source changed"
     if recipe.source and recipe.source.reading != clip.reading:
@@ -165,15 +167,16 @@ def _compare_recipe(
     if told := _compare_conditions(clip.item, recipe):
         return told
     if model and not is_same(recipe.model, model, manifest):
-        return f"another VAE ({recipe.model.name})"
+        return f"different VAE ({recipe.model.name})"
     seen = recipe.extras.get(CLIP)
     if image_model and seen and not is_same(seen, image_model, manifest):
-        return f"another CLIP ({seen.name})"
+        return f"different CLIP ({seen.name})"
     return ""
 
 
 def _compare_conditions(item: Item, recipe: Recipe) -> str:
-    """Why what an item's conditions are made of beside files is not as it was, or a file is gone; nothing otherwise."""
+    """Return what has changed in an item's conditions other than the contents of files, or which file was removed; else
+    ""."""
     camera, control = names_camera(item), item.config.control
     if camera and recipe.camera != camera:
         return "camera changed"
@@ -181,18 +184,18 @@ def _compare_conditions(item: Item, recipe: Recipe) -> str:
         return "motion bucket changed"
     if control is None or not (control.reference or control.vace):
         return ""
-    # Of the other files nothing is read any more that was made of them.
+    # The tensors made from other removed files are no longer read.
     read = ("reference", "vace_mask", *(("control",) if control.vace else ()))
     gone = sorted(kind for kind in recipe.extras.keys() - extra_sources(item).keys() if kind.startswith(read))
     return f"{gone[0]} removed" if gone else ""
 
 
 def _compare_reading(condition: str, known: str, now: str) -> str:
-    return f"{condition} read in another way (then {known or 'as decoded'}, now {now or 'as decoded'})"
+    return f"{condition} is now processed differently (then {known or 'as decoded'}, now {now or 'as decoded'})"
 
 
 def _recipe_of(facts: Facts) -> tuple[Recipe | None, bool]:
-    """The recipe, if it can be read, and whether there is one at all."""
+    """Return the recipe, if it can be read, and whether there is one."""
     text = facts.metadata.get(RECIPE_KEY)
     return (read_recipe(text) if text else None), text is not None
 

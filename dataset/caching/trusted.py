@@ -1,4 +1,4 @@
-"""Training without the sources: the clips and captions that a cache folder holds, taken as they are."""
+"""Training without the sources: use the clips and captions in a cache folder unchecked."""
 
 import re
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ from wan_train.models.variants import FRAME_STEP
 
 
 def plan_from_caches(config: DatasetConfig) -> ClipPlan:
-    """What a dataset's cache folder holds, sorted by name; nothing else is read, and nothing compared with the sources.
+    """Return the plan of a dataset's cache folder, sorted by name; the sources are neither read nor compared.
 
-    Raises InputError where the folder holds no latents, for files that are cut off or lack what the TOML asks of them,
-    and for latents without a text.
+    Raises InputError if the folder has no latents, for truncated files and files that lack tensors required by the
+    TOML, and for latents without a text embedding.
     """
     folder = config.cache_directory
     clips: dict[Item, list[Clip]] = {}
@@ -45,23 +45,23 @@ def plan_from_caches(config: DatasetConfig) -> ClipPlan:
             else:
                 problems.append(f"{path.name}: {clip}")
     if problems:
-        raise InputError(f"{config}: {len(problems)} caches cannot be trusted: {name_some(problems)}")
+        raise InputError(f"{config}: {len(problems)} caches cannot be used: {name_some(problems)}")
     if not clips:
         kind = "videos" if config.is_video else "images"
-        raise InputError(f"{config}: no latents of {kind} in {folder}: cache them first, or copy their folder here")
+        raise InputError(f"{config}: no latents of {kind} in {folder}: cache them first, or copy their folder there")
     found = tuple(clip for of_item in clips.values() for clip in of_item)
     return ClipPlan(config, tuple(clips), found, ())
 
 
 def _read_item(config: DatasetConfig, stem: str, latents: Facts, manifest: Manifest) -> Item | str:
-    """The item that latents and text of this stem are of, or what is amiss."""
-    # Its suffix is not known and not needed: caches are named by the stem.
+    """Return the item of the latents and text with this stem, or a description of the problem."""
+    # The suffix is unknown and not needed: caches are named after the stem.
     path = config.directory / f"{stem}.{'mp4' if config.is_video else 'png'}"
     bare = Item(config, path, ("",), **_partners_of(config, path, latents))
     try:
         facts = read_facts(text_path(bare), manifest)
     except OSError:
-        return f"no {text_path(bare).name} beside it"
+        return f"{text_path(bare).name} is missing"
     if facts is None:
         return f"{text_path(bare).name} is truncated"
     item = replace(bare, captions=_read_captions(facts.metadata))
@@ -69,7 +69,7 @@ def _read_item(config: DatasetConfig, stem: str, latents: Facts, manifest: Manif
 
 
 def _partners_of(config: DatasetConfig, path: Path, latents: Facts) -> dict[str, Any]:
-    """What stands in an item for what went with it, where latents tell that something did: it is read no more."""
+    """Return placeholders for the files that accompanied an item, as far as its latents show that there were any."""
     found = {name: find_key(extra_pattern(kind.key), latents.shapes) for name, kind in KINDS.items()}
     recipe = read_recipe(latents.metadata.get(RECIPE_KEY, ""))
     return {
@@ -86,7 +86,7 @@ def _num_references(config: DatasetConfig, latents: Facts, reference: str | None
     main = find_key(LATENTS_KEY, latents.shapes)
     if config.control is None or not config.control.vace:
         return int(reference is not None)
-    # The context has frames of its own for them, in front of those of the video.
+    # In the VACE context, reference frames come before those of the video.
     return max(latents.shapes[context][1] - latents.shapes[main][1], 0) if context and main else 0
 
 
@@ -98,24 +98,24 @@ def _read_captions(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _read_clip(item: Item, named: re.Match[str], facts: Facts) -> Clip | str:
-    """The clip that latents are of, or what is amiss; where no recipe tells its frames, they follow each other."""
+    """Return the clip of cached latents, or a description of the problem; without a recipe, frames are consecutive."""
     key = find_key(LATENTS_KEY, facts.shapes)
     if key is None:
-        return "no latents in it"
+        return "no latents"
     channels, num_latents, height, width = facts.shapes[key]
     if channels != item.config.space.channels:
-        return f"of another VAE, with {channels} channels"
+        return f"different VAE, with {channels} channels"
     stride = item.config.space.stride
     size = (width * stride, height * stride)
     start, length = int(named["start"] or 0), int(named["length"] or 1)
     one_frame = item.config.one_frame
     if num_latents != (len(one_frame.positions) if one_frame else (length - 1) // FRAME_STEP + 1):
-        return "other frames than its name says"
+        return "frames do not match its name"
     recipe = read_recipe(facts.metadata.get(RECIPE_KEY, ""))
     frames = recipe.frames if recipe else tuple(range(start, start + length))
     clip = Clip(item, start, frames, size, (int(named["width"]), int(named["height"])))
     if latents_path(clip).stem != named[0]:
-        return "another size than its name says"
+        return "size does not match its name"
     if recipe and item.config.images is not None and recipe.last != gives_last(item.config):
-        return "of other images"
+        return "different images"
     return find_extras_misfit(clip, facts.shapes) or clip

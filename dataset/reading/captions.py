@@ -1,4 +1,4 @@
-"""The captions of a file: one, or variants of which training takes one each time."""
+"""The captions of a file: one, or several variants, one of which is used per training sample."""
 
 import itertools
 import re
@@ -11,9 +11,9 @@ VARIANTS = ("none", "lines", "files")
 
 
 def find_caption_files(media: Collection[Path], extension: str, variants: str) -> dict[Path, tuple[Path, ...]]:
-    """For each media file the caption files beside it: `clip.txt` and, with "files", `clip.1.txt` and so on by number.
+    """Return the caption files of each media file: `clip.txt` and, with "files", `clip.1.txt` and so on by number.
 
-    What is the caption of another media file, `clip.1.mp4`, is not a variant of this one's.
+    The caption of another media file, such as `clip.1.mp4`, is not a variant.
     """
     found = {path: [path.with_name(f"{path.stem}{extension}")] for path in media}
     if variants == "files":
@@ -25,12 +25,12 @@ def find_caption_files(media: Collection[Path], extension: str, variants: str) -
 
 
 def read_captions(paths: Iterable[Path], variants: str) -> tuple[str, ...]:
-    """The captions in files, which are UTF-8; empty where there is no file."""
+    """Return the captions in UTF-8 files; empty if there is no file."""
     return split_variants([_read(path) for path in paths], variants)
 
 
 def split_variants(texts: Iterable[str], variants: str) -> tuple[str, ...]:
-    """Texts without the space around them; with "lines" each line that holds something by itself."""
+    """Return the texts without surrounding white space; with "lines", each non-empty line is a separate caption."""
     if variants != "lines":
         return tuple(text.strip() for text in texts)
     lines = [[stripped for line in text.splitlines() if (stripped := line.strip())] or [""] for text in texts]
@@ -38,7 +38,7 @@ def split_variants(texts: Iterable[str], variants: str) -> tuple[str, ...]:
 
 
 def _find_numbered(folders: Iterable[Path], extension: str) -> dict[Path, list[Path]]:
-    """The numbered caption files of folders, by number, under the path that they would have otherwise."""
+    """Return the numbered caption files of folders, in order, by the path that they would have without the number."""
     pattern = re.compile(rf"(.+)\.(\d+){re.escape(extension)}")
     found: dict[Path, list[tuple[int, Path]]] = {}
     for path in (path for folder in folders for path in folder.iterdir()):

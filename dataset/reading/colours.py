@@ -1,4 +1,4 @@
-"""From what Pillow decodes to 8-bit sRGB: deep greys scaled, colour profiles converted, transparency composed."""
+"""Convert decoded Pillow images to 8-bit sRGB: scale high bit depths, convert colour profiles, compose transparency."""
 
 import functools
 import io
@@ -15,16 +15,16 @@ from wan_train.log import get_logger
 logger = get_logger(__name__)
 
 _GREY_MODES = ("L", "LA", "La", "1")
-# The mode of pixels that a profile of each colour space (its ICC signature) converts.
+# Pixel mode for profiles of each colour space, by ICC signature.
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
-_SAME = 2  # 8-bit levels by which a profile may differ from sRGB, by rounding, and count as it
+_SAME = 2  # 8-bit levels by which a profile may differ from sRGB (rounding) and still be treated as sRGB
 
 
 def to_rgb(image: Image.Image, path: Path, background: Colour | None) -> NDArray[np.uint8]:
-    """An image as 8-bit sRGB (H, W, 3); where it is transparent, composed on `background`.
+    """Return an image as 8-bit sRGB (H, W, 3), composed on `background` where it is transparent.
 
-    With None it is the alpha itself, in all three channels; 255 throughout for an image without. A profile that cannot
-    be used is ignored with a warning. Raises InputError for values out of range.
+    With `background` None, return its alpha in all three channels; 255 if it has none. An unusable colour profile is
+    ignored with a warning. Raises InputError for values out of range.
     """
     if background is None:
         return np.repeat(_alpha(image)[..., None], 3, axis=2)
@@ -35,17 +35,17 @@ def to_rgb(image: Image.Image, path: Path, background: Colour | None) -> NDArray
 
 
 def compose(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8], background: Colour) -> NDArray[np.uint8]:
-    """An image (H, W, 3) on a background, as much of it as its straight alpha (H, W) says."""
+    """Return an image (H, W, 3) composed on a background by its straight alpha (H, W)."""
     weight = alpha[..., None].astype(np.uint16)
     mixed = rgb * weight + np.array(background, np.uint16) * (255 - weight)
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
 def describe_reading(image: Image.Image, path: Path, *, alone: bool) -> tuple[str, ...]:
-    """What `to_rgb` will do to an opened image, as `MediaInfo.reading` has it.
+    """Return the conversions that `to_rgb` applies to an opened image, as in `MediaInfo.reading`.
 
-    Only deep greys are decoded for it, and what has an alpha if it is `alone`: an alpha that is opaque throughout
-    changes nothing, but a frame says nothing of those after it. Raises InputError as `to_rgb` does.
+    Only greyscale images of more than 8 bits are decoded, and those with alpha if the image is `alone`: a fully opaque
+    alpha has no effect, but one frame does not tell this for the frames after it. Raises InputError as `to_rgb` does.
     """
     words = []
     deep = image.mode[0] in "IF"
@@ -71,17 +71,18 @@ def _alpha(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _to_eight_bits(image: Image.Image, path: Path) -> Image.Image:
-    """Greys of 16 and 32 bits and of floats as 8-bit ones; other images as they are.
+    """Return 16-bit, 32-bit and float greyscale images as 8-bit ones; others unchanged.
 
-    Integers are 16-bit and lose their lower byte, as Pillow does it to 16-bit RGB; floats go from 0, black, to 1.
+    Integers are 16-bit and are truncated to the upper byte, as Pillow does with 16-bit RGB; floats range from 0 (black)
+    to 1.
     """
     if image.mode[0] not in "IF":
         return image
     values = np.asarray(image)
     top = 1.0 if image.mode == "F" else 65535
-    if not (values.min() >= 0 and values.max() <= top):  # NaN is in no range
+    if not (values.min() >= 0 and values.max() <= top):  # also false for NaN
         raise InputError(
-            f"{path} holds grey values from {values.min():g} to {values.max():g}, and white is {top:g}: save it with 8"
+            f"{path} has grey values from {values.min():g} to {values.max():g}, outside 0 to {top:g}: save it with 8"
             " or 16 bits"
         )
     grey = np.round(values * 255) if image.mode == "F" else values.astype(np.uint16) >> 8
@@ -89,7 +90,7 @@ def _to_eight_bits(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _base_mode(image: Image.Image) -> str:
-    """The mode of an image's colours without alpha and palette."""
+    """Return the mode of an image's colours without alpha and palette."""
     return "L" if image.mode in _GREY_MODES else image.mode if image.mode in ("CMYK", "LAB") else "RGB"
 
 
@@ -104,13 +105,13 @@ def _to_srgb(image: Image.Image, profile: bytes | None, path: Path) -> Image.Ima
 
 
 def _profile(profile: bytes, mode: str, path: Path) -> str:
-    """The name of a profile by which pixels of a mode become others in sRGB; nothing where they stay as they are."""
+    """Return the name of a colour profile if converting from it to sRGB changes pixels of this mode, else ""."""
     try:
         name, its_mode = _examine(profile)
     except (ImageCms.PyCMSError, OSError, KeyError):
         _warn_ignored(path, "cannot be read")
         return ""
-    # Grey pixels may have a profile for RGB: they are RGB of equal parts.
+    # Grey pixels may have an RGB profile: they are RGB with equal channels.
     if mode != its_mode and not (mode == "L" and its_mode == "RGB"):
         _warn_ignored(path, f"is for {its_mode} pixels")
         return ""
@@ -119,7 +120,7 @@ def _profile(profile: bytes, mode: str, path: Path) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _examine(profile: bytes) -> tuple[str, str]:
-    """A profile's name, nothing for one that is sRGB, and the mode of the pixels that it is for."""
+    """Return a profile's name ("" if it is sRGB) and the mode of the pixels that it applies to."""
     transform, mode = _transform(profile)
     steps = np.linspace(0, 255, 9).astype(np.uint8)
     if mode in ("RGB", "L"):
@@ -131,12 +132,12 @@ def _examine(profile: bytes) -> tuple[str, str]:
         if np.abs(difference).max() <= _SAME:
             return "", mode
     described = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile)))
-    return " ".join(described.split()) or "without a name", mode
+    return " ".join(described.split()) or "unnamed", mode
 
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile: bytes) -> tuple[ImageCms.ImageCmsTransform, str]:
-    """The conversion to sRGB and the mode of the pixels that it takes; what is outside sRGB is clipped."""
+    """Return the conversion to sRGB and its input mode; colours outside sRGB are clipped."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     mode = _PROFILE_MODES[source.profile.xcolor_space.strip()]
     target = ImageCms.createProfile("sRGB")

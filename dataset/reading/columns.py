@@ -1,6 +1,6 @@
-"""What a line of a listing gives for its file beside the caption: controls, references, masks, camera path and speed.
+"""The columns of a listing other than the caption: controls, references, masks, camera path and speed.
 
-Our own names are read under every task; those of DiffSynth-Studio's `metadata.csv` where the task reads what they give.
+Our own column names are read for every task; those of DiffSynth-Studio's `metadata.csv` if the task uses them.
 """
 
 import re
@@ -19,7 +19,7 @@ from wan_train.models.variants import ControlInputs
 
 @dataclass(frozen=True)
 class Columns:
-    """What a line gives; a camera's direction and speed may each be left to the dataset."""
+    """The values of one line; a camera's direction and speed may each default to the dataset's."""
 
     controls: tuple[Path, ...] = ()
     references: tuple[Path, ...] = ()
@@ -30,14 +30,14 @@ class Columns:
     motion_bucket_id: int | None = None
 
     def camera(self, direction: str, speed: float) -> CameraSource | None:
-        """Return the camera path of the line, with the dataset's direction and speed where it leaves them to it."""
+        """Return the camera path of the line, with the dataset's direction and speed as defaults."""
         if self.camera_path is not None:
             return CameraSource(self.camera_path)
         chosen = self.camera_direction or direction
         return CameraSource(None, chosen, speed if self.camera_speed is None else self.camera_speed) if chosen else None
 
 
-# Each of our columns; the first two may be several, with _0, _1 and so on behind their names.
+# Our columns; the first two may be repeated, with _0, _1 and so on appended to their names.
 _CONTROL, _REFERENCE, _VACE_MASK, _MOTION = "control_path", "reference_path", "vace_mask_path", "motion_bucket_id"
 _CAMERA, _DIRECTION, _SPEED = "camera_path", "camera_direction", "camera_speed"
 _OURS = (_CONTROL, _REFERENCE, _VACE_MASK, _CAMERA, _DIRECTION, _SPEED, _MOTION)
@@ -50,7 +50,7 @@ _GIVEN = {
 }
 
 
-# DiffSynth-Studio's, and ours for the same, by what a task reads.
+# DiffSynth-Studio's columns and our names for them, by the inputs of a task.
 _OF_VIDEO, _OF_REFERENCE = {"control_video": _CONTROL}, {"reference_image": _REFERENCE}
 _OF_VACE = {"vace_video": _CONTROL, "vace_video_mask": _VACE_MASK, "vace_reference_image": _REFERENCE}
 _OF_CAMERA = {"camera_control_direction": _DIRECTION, "camera_control_speed": _SPEED}
@@ -58,7 +58,7 @@ OF_SOME_TASKS = frozenset({**_OF_VIDEO, **_OF_REFERENCE, **_OF_VACE, **_OF_CAMER
 
 
 def _foreign_names(control: ControlInputs | None) -> dict[str, str]:
-    """DiffSynth-Studio's columns that a task reads, and ours for the same."""
+    """Return DiffSynth-Studio's columns that a task reads, each with our name for it."""
     if control is None:
         return {}
     names: dict[str, str] = {}
@@ -73,7 +73,7 @@ def _foreign_names(control: ControlInputs | None) -> dict[str, str]:
 
 
 def _our_names(names: Iterable[str], control: ControlInputs | None) -> dict[str, str]:
-    """Which of these columns are read, in order of their numbers, and the name of ours that each is one of."""
+    """Return the columns that are read, in order of their numbers, each with our name for it."""
     ours = {name: name for name in _OURS} | _foreign_names(control)
     ordered = sorted(names, key=lambda name: (len(name), name))
     found = {name: matched[1] if (matched := _NUMBERED.fullmatch(name)) else ours.get(name, "") for name in ordered}
@@ -81,16 +81,16 @@ def _our_names(names: Iterable[str], control: ControlInputs | None) -> dict[str,
 
 
 def read_names(names: Collection[str], control: ControlInputs | None) -> set[str]:
-    """Return those of the names that are read for a model with `control`; None: the task is not known."""
+    """Return the names that are read for a model with `control`; None: task unknown."""
     return set(_our_names(names, control))
 
 
 def read_columns(cells: Mapping[str, Any], config: DatasetConfig, location: str) -> Columns:
-    """Return what the cells of a line give; None in a cell: nothing.
+    """Return the values in the cells of a line; None in a cell means no value.
 
-    Relative paths start at the working directory, or at the folder of a CSV file. Raises InputError, which begins with
-    `location`, for files that are missing, other values, two columns for one thing, and our own columns that give what
-    the task does not read.
+    Relative paths start at the working directory, or at the folder of a CSV file. Raises InputError, prefixed with
+    `location`, for missing files, invalid values, two columns for the same value, and our own columns that the task
+    does not read.
     """
     given: dict[str, dict[str, Any]] = {}
     for name, column in _our_names(cells, config.control).items():
@@ -117,14 +117,14 @@ def read_columns(cells: Mapping[str, Any], config: DatasetConfig, location: str)
         **values,
     )
     if columns.camera_path and (columns.camera_direction or columns.camera_speed is not None):
-        raise InputError(f"{location}: gives a camera path by file and by direction or speed: give one of them")
+        raise InputError(f"{location}: sets a camera path both by file and by direction or speed: use one of them")
     if columns.camera_speed is not None and not (columns.camera_direction or config.camera_direction):
-        raise InputError(f"{location}: gives the speed of a camera without its direction: add {_DIRECTION}")
+        raise InputError(f"{location}: sets a camera's speed without its direction: add {_DIRECTION}")
     return columns
 
 
 _PATHS = (_CONTROL, _REFERENCE, _VACE_MASK, _CAMERA)
-# Columns that hold values under their own names in `Columns`.
+# Columns with values, stored under the same names in `Columns`.
 _VALUES: dict[str, Callable[[Any], Any]] = {
     _DIRECTION: read_direction,
     _SPEED: lambda cell: read_speed(_number(cell)),
@@ -136,7 +136,7 @@ def _refuse_doubles(given: Mapping[str, Mapping[str, Any]], location: str) -> No
     for column, cells in given.items():
         families = {_NUMBERED.sub(r"\1", name): name for name in cells}
         if len(families) > 1:
-            raise InputError(f"{location}: {' and '.join(families)} both give the {column}: leave one of them empty")
+            raise InputError(f"{location}: {' and '.join(families)} both set the {column}: leave one of them empty")
 
 
 def _read_path(config: DatasetConfig, location: str, name: str, given: Any) -> Path:
@@ -152,11 +152,11 @@ def _read_value(read: Callable[[Any], Any], location: str, name: str, given: Any
     try:
         return read(given)
     except ValueError as problem:
-        raise InputError(f"{location}: {name} {given!r}: takes {problem}") from None
+        raise InputError(f"{location}: {name} {given!r}: expected {problem}") from None
 
 
 def _number(cell: Any) -> Any:
-    """A cell of a table as the number that it writes, whole ones as int; other cells as they are."""
+    """Return a table cell as a number, an int if it is whole; other cells unchanged."""
     try:
         value = float(cell) if isinstance(cell, str) else cell
     except ValueError:

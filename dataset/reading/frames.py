@@ -1,4 +1,4 @@
-"""Which frames of a video make which clips: pure arithmetic, the same as musubi-tuner's."""
+"""Which frames of a video form which clips: pure arithmetic, the same as musubi-tuner's."""
 
 import bisect
 import itertools
@@ -10,20 +10,20 @@ import numpy as np
 from wan_train.models.variants import FRAME_STEP
 
 EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
-TARGET_FPS = 16.0  # the rate that Wan2.1 was trained at
-_ROUNDING = 0.0011  # seconds; two stamps, each rounded to a millisecond
+TARGET_FPS = 16.0  # the frame rate that Wan2.1 was trained at
+_ROUNDING = 0.0011  # seconds; two time stamps, each rounded to a millisecond
 
 
 def floor_frames(num_frames: int) -> int:
-    """The greatest clip length 4k+1 that is not above `num_frames` (1 or more): what the VAE takes."""
+    """Return the greatest clip length 4k+1 that is at most `num_frames` (1 or more), as the VAE requires."""
     return (num_frames - 1) // FRAME_STEP * FRAME_STEP + 1
 
 
 def kept_frames(num_frames: int, source_fps: float | None, *, target_fps: float = TARGET_FPS) -> tuple[int, ...]:
-    """Indices of the frames that remain when a video of `source_fps` is thinned to `target_fps`.
+    """Return the indices of the frames kept when a video is resampled from `source_fps` to `target_fps`.
 
-    Frame 0 is kept, and each frame at which `int(i * target_fps / source_fps)` moves on. Nothing is ever repeated, so
-    that a slower source keeps all of its frames; so does None.
+    Frame 0 is kept, and each frame i at which `int(i * target_fps / source_fps)` increases. Frames are never repeated,
+    so a slower source keeps all of its frames, as with `source_fps` None.
     """
     if source_fps is None:
         return tuple(range(num_frames))
@@ -32,12 +32,12 @@ def kept_frames(num_frames: int, source_fps: float | None, *, target_fps: float 
 
 
 def timed_frames(times: Sequence[float], *, target_fps: float = TARGET_FPS) -> tuple[int, ...]:
-    """Index of the frame on screen at each k / `target_fps` s, so that a second of the source is a second of the clip.
+    """Return the index of the frame shown at each k / `target_fps` s, so that the clip keeps the speed of the source.
 
-    `times` are the seconds, sorted and from 0, at which each frame begins, and at last the one at which the last ends.
-    A frame that stays longer than a step is repeated; one that comes and goes between two steps is left out.
+    `times` are the start times of the frames in seconds, sorted and from 0, followed by the end time of the last. A
+    frame shown for longer than one step is repeated; one shown only between two steps is dropped.
     """
-    # Containers round to a millisecond: a frame that begins half of one late is still the one for its step.
+    # Containers round to a millisecond: a frame may begin up to half a millisecond late and still belong to its step.
     starts, end = times[:-1], times[-1] - _ROUNDING
     steps = itertools.takewhile(lambda second: second < end, (k / target_fps for k in itertools.count()))
     return tuple(bisect.bisect_right(starts, second + _ROUNDING) - 1 for second in steps)
@@ -52,10 +52,10 @@ def clip_positions(
     frame_stride: int = 1,
     max_frames: int = 129,
 ) -> tuple[tuple[int, int], ...]:
-    """(first frame, length) of each clip of a video with `num_frames` (kept) frames, without repeats.
+    """Return (first frame, length) of each clip of a video with `num_frames` (kept) frames, without duplicates.
 
-    `extraction` is one of `EXTRACTIONS`. A target longer than the video gives none; "full" takes one clip, whatever the
-    targets are. All counts are 1 or more.
+    `extraction` is one of `EXTRACTIONS`. A target longer than the video gives no clip; "full" gives one clip,
+    regardless of the targets. All counts are 1 or more.
     """
     if extraction == "full":
         return ((0, floor_frames(min(num_frames, max_frames))),) if num_frames else ()

@@ -1,7 +1,7 @@
-"""What a media file says of itself, and in words what reading it does to its pixels beyond decoding them.
+"""Media information of a file, and the names of the pixel processing applied beyond decoding.
 
-The words go into recipes, so that a cache is stale where its file is read in another way than when it was made, and
-into the plan.
+The names are stored in recipes, so that a cache is stale if its file is now processed differently, and shown in the
+plan.
 """
 
 from collections.abc import Iterable
@@ -10,19 +10,21 @@ from dataclasses import dataclass
 Colour = tuple[int, int, int]
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-# First words of `MediaInfo.reading`; what follows them is the detail.
+# First words of the entries of `MediaInfo.reading`; details follow.
 PIXELS, HDR, PROFILE, ALPHA, GREY, TURNED = "pixels", "hdr", "profile", "alpha", "grey", "turned"
 
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a file says of itself: size in pixels as shown, frames that decode, frames per second (None: an image).
+    """Displayed size in pixels, number of decodable frames, and frames per second (None: an image).
 
-    `times` is there when asked for: the second at which each frame begins, from 0, and the one at which the last ends.
-    `reading` is what is done to the pixels: "pixels 64:45" (scaled to square ones), "hdr PQ" (tone-mapped), "profile
-    NAME" (converted to sRGB), "alpha" (composed on a background), "grey 16-bit" (scaled to 8 bits), "turned" (an image,
-    by its EXIF data).
-    `lost_frames` are stored, and cannot be decoded.
+    `times` is set on request: the start time of each frame in seconds, from 0, followed by the end time of the last.
+
+    `reading` lists the pixel processing: "pixels 64:45" (scaled to square pixels), "hdr PQ" (tone-mapped), "profile
+    NAME" (converted to sRGB), "alpha" (composed on a background), "grey 16-bit" (scaled to 8 bits), "turned" (an image
+    rotated by its EXIF data).
+
+    `lost_frames` are stored but cannot be decoded.
     """
 
     width: int
@@ -35,25 +37,28 @@ class MediaInfo:
 
 
 def describe_colour(colour: Colour) -> str:
-    """A colour as HTML writes it."""
+    """Return a colour in HTML notation."""
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def recipe_words(reading: Iterable[str], background: Colour | None, *, is_video: bool) -> str:
-    """`MediaInfo.reading` as a recipe holds it: with the background on which transparency is composed, None where the
-    alpha itself is read. Images of an image dataset have always been turned, so that there it makes no difference."""
+    """Return `MediaInfo.reading` as stored in a recipe, with the background for transparency (None: the alpha itself is
+    read).
+
+    Images of an image dataset have always been rotated by their EXIF data, so "turned" is left out for them.
+    """
     ground = "read" if background is None else describe_colour(background)
     kept = [word for word in reading if word != TURNED or is_video]
     return ", ".join(f"{word} {ground}" if word == ALPHA else word for word in kept)
 
 
 def plan_words(word: str, background: Colour) -> str:
-    """One of `MediaInfo.reading` in words for people; nothing for what needs no mention."""
+    """Return a `MediaInfo.reading` entry as text for the plan; "" if it needs no mention."""
     kind, _, detail = word.partition(" ")
     return {
         PIXELS: f"non-square pixels ({detail}), scaled to the displayed width",
         HDR: f"HDR ({detail}), tone-mapped to SDR",
-        PROFILE: f"another colour profile ({detail}), converted to sRGB",
+        PROFILE: f"colour profile {detail}, converted to sRGB",
         ALPHA: f"transparency, composed on alpha_background {describe_colour(background)}",
         GREY: f"{detail} grey, scaled to 8 bits",
         TURNED: "",

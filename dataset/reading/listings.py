@@ -1,4 +1,4 @@
-"""The media files of a dataset with their captions, out of a folder, a JSONL file or a CSV file. No media is opened."""
+"""The media files of a dataset with their captions, from a folder, a JSONL file or a CSV file. No media are opened."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """A media file with its captions, none where none is given, and what else a listing gives for it."""
+    """A media file with its captions (possibly none) and the other values that a listing sets for it."""
 
     path: Path
     captions: tuple[str, ...]
@@ -29,10 +29,9 @@ class Entry:
 
 
 def find_entries(config: DatasetConfig) -> list[Entry]:
-    """What a dataset consists of: its folder's files sorted by path, or its listing's in their order.
+    """Return the entries of a dataset: the files of its folder sorted by path, or those of its listing in order.
 
-    Raises InputError for a folder or listing that cannot be read, lines that are not what they should be (with their
-    number) and files that are not there.
+    Raises InputError for an unreadable folder or listing, invalid lines (with their number) and missing files.
     """
     if config.listing is None:
         found = [Entry(path, captions) for path, captions in _in_folder(config)]
@@ -42,8 +41,8 @@ def find_entries(config: DatasetConfig) -> list[Entry]:
     if not found:
         kind, suffixes = ("videos", VIDEO_SUFFIXES) if config.is_video else ("images", IMAGE_SUFFIXES)
         where = "folder" if config.listing is None else "file"
-        hint = "" if config.listing or config.recursive else "; sub-folders are read with recursive = true"
-        raise InputError(f"{config}: no {kind} in the {where}; read are {', '.join(suffixes)}{hint}")
+        hint = "" if config.listing or config.recursive else "; set recursive = true to include subfolders"
+        raise InputError(f"{config}: no {kind} in the {where}; supported: {', '.join(suffixes)}{hint}")
     return found
 
 
@@ -63,10 +62,11 @@ def _is_image(path: Path) -> bool:
 
 
 def walk_folder(config: DatasetConfig) -> Iterator[Path]:
-    """Files and folders of a dataset's folder, and with `recursive` below it, each real folder entered once.
+    """Yield the files and folders in a dataset's folder and, with `recursive`, below it; each real folder is entered
+    once.
 
-    Folders of controls, masks, references and camera paths are passed over, hidden ones too; a folder of frames is one
-    video.
+    Hidden folders and folders of controls, masks, references and camera paths are skipped; a folder of frames counts as
+    one video.
     """
     apart = {config.directory.resolve(), *(folder.resolve() for _, folder in config.partner_directories)}
     waiting = [config.directory]
@@ -84,7 +84,7 @@ def walk_folder(config: DatasetConfig) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Row:
-    """A line of a listing: its number, and the path, the captions and the other cells in it, as they stand there."""
+    """A line of a listing: its number, path, captions and other cells, unparsed."""
 
     number: int
     path: Any
@@ -102,7 +102,7 @@ def _read_jsonl(config: DatasetConfig, listing: Path) -> Iterator[_Row]:
         except json.JSONDecodeError as problem:
             raise InputError(f"{listing} line {number} is not JSON: {problem.msg} at column {problem.colno}") from None
         if not isinstance(row, dict) or key not in row:
-            raise InputError(f'{listing} line {number}: takes {{"{key}": ..., "caption": ...}}')
+            raise InputError(f'{listing} line {number}: expected {{"{key}": ..., "caption": ...}}')
         names |= row.keys() - {key, "caption"}
         caption = row.get("caption")
         captions = tuple(caption) if isinstance(caption, list) else () if caption is None else (caption,)
@@ -116,10 +116,12 @@ def _read_csv(config: DatasetConfig, listing: Path) -> Iterator[_Row]:
     try:
         columns = set(reader.fieldnames or ())
         if missing := [name for name in (key, "prompt") if name not in columns]:
-            raise InputError(f"{listing} has no column {missing[0]}: its first line names the columns, {key},prompt")
+            raise InputError(f"{listing} has no column {missing[0]}: the first line must name the columns {key},prompt")
         for row in reader:
             if row[key] is None or row["prompt"] is None or None in row:
-                raise InputError(f"{listing} line {reader.line_num}: takes one cell for each column of the first line")
+                raise InputError(
+                    f"{listing} line {reader.line_num}: expected one cell for each column of the first line"
+                )
             cells = {name: (cell or "").strip() or None for name, cell in row.items()}
             media = row[key].strip()
             path = str(listing.parent / media) if media else ""
@@ -135,13 +137,13 @@ def _read_row(config: DatasetConfig, row: _Row) -> Entry:
     if not isinstance(row.path, str) or not row.path:
         raise InputError(f"{place}: the path of the {'video' if config.is_video else 'image'} is not a string")
     if not all(isinstance(caption, str) for caption in row.captions):
-        raise InputError(f"{place}: the caption is neither a string nor a list of strings")
+        raise InputError(f"{place}: the caption is not a string or a list of strings")
     path = Path(row.path).expanduser()
     if not path.is_file() and not (config.is_video and path.is_dir()):
-        start = "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
+        start = "" if path.is_absolute() else f" (relative paths start at {Path.cwd()})"
         raise InputError(f"{place}: no such file: {path}{start}")
     if not config.is_video and path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise InputError(f"{place}: {path.name} is not a supported image: supported are {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(f"{place}: {path.name} is not a supported image: use {', '.join(IMAGE_SUFFIXES)}")
     columns = read_columns(row.cells, config, place)
     return Entry(path, split_variants(row.captions, config.caption_variants), columns)
 
@@ -154,6 +156,6 @@ def _read_lines(listing: Path) -> list[str]:
 def _warn_unread(config: DatasetConfig, names: Collection[str]) -> None:
     unread = set(names) - read_names(names, config.control)
     if unknown := sorted(unread - OF_SOME_TASKS):
-        logger.warning("%s: not read from it: %s", config, ", ".join(unknown))
+        logger.warning("%s: ignoring unknown columns: %s", config, ", ".join(unknown))
     if of_others := sorted(unread & OF_SOME_TASKS):
-        logger.info("%s: read from it under the tasks that they are for: %s", config, ", ".join(of_others))
+        logger.info("%s: ignoring columns that only some tasks read: %s", config, ", ".join(of_others))

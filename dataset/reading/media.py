@@ -1,4 +1,4 @@
-"""Images and videos from disk: what a file announces, and the images of a clip, (height, width, 3) uint8 each."""
+"""Read images and videos: their media information, and the frames of a clip, (height, width, 3) uint8 each."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -32,28 +32,28 @@ VIDEO_SUFFIXES = (
 
 
 def is_frame_folder(path: Path) -> bool:
-    """Whether this is a folder with images directly in it and no video, which is taken for a video."""
+    """Return whether this is a folder with images directly in it and no video, which is treated as a video."""
     if not path.is_dir() or not frame_files(path):
         return False
     return not any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.iterdir())
 
 
 def is_video(path: Path) -> bool:
-    """Whether a path is taken for a video: by its suffix, a WebP animation, or a folder of images."""
+    """Return whether a path is treated as a video: by its suffix, as a WebP animation, or as a folder of images."""
     if path.is_dir():
         return is_frame_folder(path)
     return (path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()) or is_animation(path)
 
 
 def probe(path: Path, *, with_times: bool = False) -> MediaInfo:
-    """Read what a file says of itself, in most cases from its header; see `probe_video` for videos.
+    """Return a file's media information, usually from its header; see `probe_video` for videos.
 
-    Raises InputError with the file's name where it cannot be read, holds no image, or is a video that has no times
-    when they are asked for. An image has none.
+    Raises InputError with the file's name if it cannot be read, contains no image, or is a video without time stamps
+    and `with_times` is set. Images have no times.
     """
     if path.is_dir():
         if not frame_files(path):
-            raise InputError(f"{path} holds no images; a folder of frames takes {', '.join(IMAGE_SUFFIXES)}")
+            raise InputError(f"{path} contains no images; supported in a folder of frames: {', '.join(IMAGE_SUFFIXES)}")
         return _timed(read_header(frame_files(path)[0], alone=False), folder_times(path), with_times=with_times)
     if is_animation(path):
         return _timed(read_header(path, alone=False), animation_times(path), with_times=with_times)
@@ -65,11 +65,11 @@ def probe(path: Path, *, with_times: bool = False) -> MediaInfo:
 def read_frames(
     path: Path, wanted: Collection[int], background: Colour | None = WHITE
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(index, image) of the wanted frames of a video, in order; nothing after the last of them is decoded. An image
-    is a video of one frame.
+    """Yield (index, frame) of the wanted frames of a video, in order; decoding stops after the last one. An image is a
+    video of one frame.
 
-    Images are as they are shown: with square pixels, turned as the file says, in 8-bit sRGB, and composed on
-    `background` where they are transparent; with None they are their alpha, in all three channels.
+    Frames are as displayed: with square pixels, rotated as the file specifies, in 8-bit sRGB, and composed on
+    `background` where they are transparent; with None, their alpha in all three channels.
     """
     if path.is_dir():
         yield from read_folder(path, wanted, background)
@@ -80,7 +80,8 @@ def read_frames(
 
 
 def load_clips(clips: Sequence[Clip]) -> list[NDArray[np.uint8]]:
-    """The images (F, H, W, 3) of clips of one item, resized and cropped to their bucket; one decode for all."""
+    """Return the frames (F, H, W, 3) of clips of one item, resized and cropped to their bucket; the file is decoded
+    once."""
     (item,) = {clip.item for clip in clips}
     (size,) = {clip.size for clip in clips}
     background = item.config.alpha_background

@@ -1,4 +1,4 @@
-"""Before training reads caches: are they all there, and of what the data is now?"""
+"""Check before training that all caches exist and match the current data."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -17,7 +17,7 @@ Wanted = TypeVar("Wanted", Clip, Item)
 
 
 class _Tool(NamedTuple):
-    """The command that makes one kind of cache, and what it needs."""
+    """The script that creates one kind of cache, and its model option."""
 
     kind: str
     program: str
@@ -29,10 +29,10 @@ _TEXT = _Tool("text", "wan_cache_text_encoder_outputs.py", "--t5")
 
 
 def check_caches(plans: Sequence[ClipPlan], options: str) -> None:
-    """Raise InputError, with the command to run (its data `options` given), where a cache cannot be trained on.
+    """Raise InputError, with the command to run (including the data `options`), if a cache cannot be used for training.
 
-    Missing and cut off are such, and whatever was made of another source, for another size, of other frames or for
-    another caption. No source is read whose size and time of change are known.
+    This covers missing and truncated caches, and those made from another source, size, frames or caption. Sources of
+    known size and modification time are not read.
     """
     problems = []
     for tool, states in (
@@ -41,7 +41,7 @@ def check_caches(plans: Sequence[ClipPlan], options: str) -> None:
     ):
         if bad := [state for state in states if not state.usable]:
             problems.append(
-                f"{len(bad)} of {len(states)} {tool.kind} caches are missing or not for what the TOML describes now"
+                f"{len(bad)} of {len(states)} {tool.kind} caches are missing or do not match the TOML"
                 f" ({name_some(map(str, bad))}): run `python {tool.program} {options} {tool.model} ..."
                 f"{_conditions(plans, tool)}`"
             )
@@ -50,11 +50,11 @@ def check_caches(plans: Sequence[ClipPlan], options: str) -> None:
 
 
 def _conditions(plans: Sequence[ClipPlan], tool: _Tool) -> str:
-    """What the command for latents says of images and controls."""
+    """Return the options for images and controls of the latent caching command."""
     config = plans[0].config
     if tool is not _LATENTS or (config.images is None and config.control is None):
         return ""
-    # The first of those that such caches are for.
+    # The first task that uses such caches.
     read = config.images, config.space, config.control
     task = next(
         variant.name for variant in VARIANTS.values() if (variant.images, variant.space, variant.control) == read

@@ -1,4 +1,4 @@
-"""Which files of other folders go with a clip, matched by name: its masks, its control, references and camera path."""
+"""Files in other folders that accompany a media file, matched by name: masks, controls, references, camera paths."""
 
 import os
 import re
@@ -15,11 +15,11 @@ from dataset.reading.stills import IMAGE_SUFFIXES
 from wan_train.errors import InputError
 
 _NUMBERED = re.compile(r"(.+)_\d+")
-_CAMERA = ".txt"  # as the files of RealEstate10K are called
+_CAMERA = ".txt"  # as in RealEstate10K
 
 
 def find_masks(config: DatasetConfig, paths: Sequence[Path]) -> list[Path | None]:
-    """The mask of each media file, or None: the video or folder of frames that goes with it, else an image, else with
+    """Return the mask of each media file, or None: the matching video or folder of frames, else an image, else with
     `alpha_mask` the file itself."""
     alone: list[Path | None] = [path if config.alpha_mask else None for path in paths]
     if config.mask_directory is None:
@@ -29,8 +29,8 @@ def find_masks(config: DatasetConfig, paths: Sequence[Path]) -> list[Path | None
 
 
 def find_vace_masks(config: DatasetConfig, entries: Sequence[Entry]) -> list[Path | None]:
-    """The VACE mask of each media file, or None: what its listing names, else the video, folder of frames or image in
-    the folder of VACE masks."""
+    """Return the VACE mask of each media file, or None: the one in its listing, else the matching video, folder of
+    frames or image in the folder of VACE masks."""
     found: list[Path | None] = [None] * len(entries)
     if config.vace_mask_directory:
         paths = [entry.path for entry in entries]
@@ -44,11 +44,13 @@ def _match_masks(folder: Path, paths: Sequence[Path], *, video: bool) -> list[Pa
 
 
 def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple[Path, ...]]:
-    """The controls of each media file: what its listing names, else what `control_directory` has; none without both.
+    """Return the controls of each media file: those in its listing, else those in `control_directory`; empty if neither
+    is set.
 
-    A video takes the video of its whole name, else a folder of frames or a video with its stem; an image takes the
-    image with its stem, then `stem_0`, `stem_1` and so on, unless there is an image of that stem: one, or as many as
-    it is trained beside as one frame. Raises InputError with the names of those without; under a VACE task each may be.
+    A video matches the video with its full name, else a folder of frames or a video with its stem. An image matches the
+    image with its stem, then `stem_0`, `stem_1` and so on, unless these are stems of other images: one, or as many as
+    needed for training it as one frame of several. Raises InputError with the names of files without controls; for VACE
+    tasks, controls are optional.
     """
     wanted = 1 if config.one_frame is None else len(config.one_frame.controls)
     given = [entry.columns.controls for entry in entries]
@@ -59,22 +61,22 @@ def find_controls(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple
     if config.control is None or not config.control.vace:
         where = f"in {config.control_directory}" if config.control_directory else f"as control_path in {config.listing}"
         label = "no control" if wanted == 1 else f"fewer than {wanted} controls"
-        hint = ": add them, or take these files out of the dataset"
+        hint = ": add them, or remove these files from the dataset"
         _refuse_missing(config, entries, [len(controls) >= wanted for controls in found], f"{label} {where}", hint)
     return [controls[:wanted] for controls in found]
 
 
 def match_controls(folder: Path | None, paths: Sequence[Path], *, video: bool) -> list[tuple[Path, ...]]:
-    """The controls that a folder has for each media file, the best first; see `find_controls`."""
+    """Return the matching controls in a folder for each media file, the best first; see `find_controls`."""
     known = _find_partners(folder, paths)
     return [tuple(_choices(path, known, video=video, still=not video)) for path in paths]
 
 
 def find_references(config: DatasetConfig, entries: Sequence[Entry]) -> list[tuple[Path, ...]]:
-    """The reference images of each media file: what its listing names, else the image with its stem and then `stem_0`,
-    `stem_1` and so on in `reference_directory`.
+    """Return the reference images of each media file: those in its listing, else the image with its stem and then
+    `stem_0`, `stem_1` and so on in `reference_directory`.
 
-    Raises InputError for a file with several under a task that reads one.
+    Raises InputError for a file with several references if the task reads one.
     """
     known = _find_partners(config.reference_directory, [entry.path for entry in entries])
     found = [
@@ -84,15 +86,15 @@ def find_references(config: DatasetConfig, entries: Sequence[Entry]) -> list[tup
     for entry, references in zip(entries, found, strict=True):
         if reads_one and len(references) > 1:
             names = ", ".join(map(str, references))
-            raise InputError(f"{config}: {entry.path} has {len(references)} references and the task reads one: {names}")
+            raise InputError(f"{config}: {entry.path} has {len(references)} references, but the task uses one: {names}")
     return found
 
 
 def find_cameras(config: DatasetConfig, entries: Sequence[Entry]) -> list[CameraSource | None]:
-    """The camera path of each media file: what its listing gives, else the file `stem.txt` in `camera_directory`, else
+    """Return the camera path of each media file: the one in its listing, else `stem.txt` in `camera_directory`, else
     the dataset's direction and speed.
 
-    Raises InputError with the names of those without, under a task that reads one.
+    Raises InputError with the names of files without one, for a task that reads camera paths.
     """
     known = _find_partners(config.camera_directory, [entry.path for entry in entries])
     found: list[CameraSource | None] = []
@@ -104,7 +106,7 @@ def find_cameras(config: DatasetConfig, entries: Sequence[Entry]) -> list[Camera
             found.append(columns.camera(config.camera_direction, config.camera_speed))
     if config.control is not None and config.control.camera:
         where = f" in {config.camera_directory}" if config.camera_directory else ""
-        hint = ": give camera_direction, camera_directory or camera_path"
+        hint = ": set camera_direction, camera_directory or camera_path"
         _refuse_missing(config, entries, [camera is not None for camera in found], f"no camera path{where}", hint)
     return found
 
@@ -119,8 +121,8 @@ def _refuse_missing(
 
 
 class _Partners(NamedTuple):
-    """What lies in a folder and below it, sorted, by stem; and for each stem those that are it with a number, by that,
-    but for the stems of media, whose own they are."""
+    """The sorted files in a folder and below it, by stem, and by the stem that is left without a trailing number,
+    unless the numbered stem belongs to a media file."""
 
     by_stem: dict[str, list[Path]]
     numbered: dict[str, list[str]]
@@ -143,10 +145,10 @@ def _find_partners(folder: Path | None, media: Sequence[Path]) -> _Partners:
 
 
 def _choices(path: Path, known: _Partners, *, video: bool, still: bool) -> Iterator[Path]:
-    """What goes with a media file, the best first."""
+    """Yield the files that match a media file, the best first."""
     if video:
         videos = [p for p in known.by_stem.get(path.stem, ()) if p.suffix.lower() in VIDEO_SUFFIXES or p.is_dir()]
-        # The whole name first, then a folder of frames.
+        # The full name first, then a folder of frames.
         videos.sort(key=lambda p: (p.name != path.name, not p.is_dir()))
         yield from filter(is_video, videos)
     if not still:

@@ -1,4 +1,4 @@
-"""What media files say of themselves, read once for each state of a file; and which were found broken."""
+"""Media information, read once per state of a file, and which files were found to be broken."""
 
 import dataclasses
 from pathlib import Path
@@ -10,8 +10,8 @@ from dataset.reading.info import BLACK, Colour, MediaInfo, recipe_words
 from dataset.reading.media import probe
 from wan_train.errors import InputError
 
-_READERS = 2  # raised whenever the readers tell something else of files that did not change
-# Facts of other readers, or of a `MediaInfo` with other fields, are not read as these.
+_READERS = 2  # incremented whenever the readers return something different for unchanged files
+# Facts stored by other readers, or with other fields of `MediaInfo`, have a different topic.
 _PROBED = f"media {_READERS} {' '.join(field.name for field in dataclasses.fields(MediaInfo))}"
 _BROKEN = "broken"
 
@@ -19,9 +19,9 @@ _BROKEN = "broken"
 def recall_header(
     path: Path, manifest: Manifest, *, with_times: bool = False, skip_broken: bool = False
 ) -> MediaInfo | None:
-    """What `probe` says of a file.
+    """Return the result of `probe` for a file.
 
-    Raises InputError where it cannot be read; with `skip_broken` that is None, and so is a file noted as broken.
+    Raises InputError if it cannot be read; with `skip_broken`, returns None, also for a file noted as broken.
     """
     try:
         if skip_broken and manifest.noted(_BROKEN, path):
@@ -36,12 +36,13 @@ def recall_header(
         return None
     except OSError as problem:
         raise InputError(
-            f"{path} cannot be read ({problem.strerror}): replace it or take it out of its folder"
+            f"{path} cannot be read ({problem.strerror}): replace it or remove it from its folder"
         ) from None
 
 
 def extra_reading(item: Item, condition: str, path: Path, manifest: Manifest) -> str:
-    """How a file beside an item's own is read, in a recipe's words; nothing for one that cannot be, or of no pixels."""
+    """Return the pixel processing of an accompanying file as stored in a recipe; "" if it is unreadable or has no
+    pixels."""
     if condition == "camera":
         return ""
     try:
@@ -55,12 +56,13 @@ def extra_reading(item: Item, condition: str, path: Path, manifest: Manifest) ->
 
 
 def mask_background(item: Item) -> Colour | None:
-    """On what an item's mask is composed: what is transparent does not count. None where its alpha is the mask."""
+    """Return the background on which an item's mask is composed (transparent areas have weight 0), or None if its alpha
+    is the mask."""
     return None if item.mask == item.path else BLACK
 
 
 def note_broken(manifest: Manifest, path: Path, problem: InputError) -> None:
-    """Remember that a file cannot be decoded, until it changes."""
+    """Record that a file cannot be decoded, until it changes."""
     manifest.note(_BROKEN, path, str(problem))
 
 

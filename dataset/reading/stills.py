@@ -1,4 +1,4 @@
-"""Images kept one by one: image files, folders of them that are a video, and animations in GIF and WebP."""
+"""Still images: image files, folders of images that form a video, and GIF and WebP animations."""
 
 import contextlib
 import itertools
@@ -21,29 +21,29 @@ IMAGE_SUFFIXES = (
 )
 
 _EXIF_ORIENTATION = 0x0112
-_TURNED = range(2, 9)  # values of the EXIF tag above that turn or mirror
+_TURNED = range(2, 9)  # values of the EXIF tag above that rotate or mirror
 _ON_ITS_SIDE = range(5, 9)  # those that swap width and height
-_NO_TIME = 0.1  # seconds for a frame that lasts 0 ms, as in browsers
-# What Pillow raises for files that are cut off, damaged, or claim absurd sizes.
+_NO_TIME = 0.1  # seconds for a frame with a duration of 0 ms, as in browsers
+# What Pillow raises for files that are truncated, damaged or declare absurd sizes.
 _PROBLEMS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image as it is shown, from its header."""
+    """Return the displayed (width, height) of an image, from its header."""
     info = read_header(path, alone=False)
     return info.width, info.height
 
 
 def read_header(path: Path, *, alone: bool = True) -> MediaInfo:
-    """What an image says of itself, as it is shown. It is `alone` unless it is the first frame of several.
+    """Return an image's media information, as displayed. It is `alone` unless it is the first frame of several.
 
-    Only grey values of more than 8 bits are decoded, for their range, and an image alone with an alpha, which may be
-    opaque throughout. Raises InputError where it cannot be read.
+    Only greyscale values of more than 8 bits are decoded, for their range, and an image alone with an alpha channel,
+    which may be fully opaque. Raises InputError if it cannot be read.
     """
     with _opened(path) as image:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
         size = (image.width, image.height)
-        # Pillow turns TIFF by itself, and announces the turned size.
+        # Pillow rotates TIFF files itself and reports the rotated size.
         if orientation in _ON_ITS_SIDE and not isinstance(image, TiffImagePlugin.TiffImageFile):
             size = (image.height, image.width)
         turned = (TURNED,) if orientation in _TURNED else ()
@@ -51,16 +51,18 @@ def read_header(path: Path, *, alone: bool = True) -> MediaInfo:
 
 
 def read_image(path: Path, background: Colour | None = WHITE) -> NDArray[np.uint8]:
-    """An image as 8-bit sRGB, the way up that its EXIF data says, composed on `background` where it is transparent.
+    """Return an image as 8-bit sRGB, rotated as its EXIF data specifies and composed on `background` where it is
+    transparent.
 
-    With None as background it is its alpha, 0 to 255, in all three channels.
+    With `background` None, return its alpha, 0 to 255, in all three channels.
     """
     with _opened(path) as image:
         return to_rgb(ImageOps.exif_transpose(image), path, background)
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The images of a folder, by the numbers in their names: 2.png before 10.png; hidden files are passed over."""
+    """Return the images of a folder, sorted by the numbers in their names: 2.png before 10.png; hidden files are
+    skipped."""
     try:
         found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     except OSError as problem:
@@ -69,27 +71,29 @@ def frame_files(folder: Path) -> list[Path]:
 
 
 def folder_times(folder: Path) -> tuple[float, ...]:
-    """When each image of a folder begins and the last one ends, in seconds: 16 of them are a second."""
+    """Return the start time of each image of a folder and the end time of the last, in seconds, at 16 fps."""
     return tuple(i / TARGET_FPS for i in range(len(frame_files(folder)) + 1))
 
 
 def read_folder(
     folder: Path, wanted: Collection[int], background: Colour | None = WHITE
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(index, image) of the wanted images of a folder, each as `read_image` gives it; InputError where they are not
-    all of one size."""
+    """Yield (index, image) of the wanted images of a folder, as returned by `read_image`. Raises InputError if their
+    sizes differ."""
     files = frame_files(folder)
     _refuse_beyond(folder, wanted, len(files))
     size = image_size(files[0])
     for index in sorted(set(wanted)):
         image = read_image(files[index], background)
         if image.shape[1::-1] != size:
-            raise InputError(f"{files[index]} has another size than {files[0].name}: frames of a video have one size")
+            raise InputError(
+                f"{files[index]} differs in size from {files[0].name}: all frames of a video must have the same size"
+            )
         yield index, image
 
 
 def is_animation(path: Path) -> bool:
-    """Whether a GIF or WebP file holds several frames; False for what cannot be read."""
+    """Return whether a GIF or WebP file has several frames; False if it cannot be read."""
     if path.suffix.lower() not in _TIMES or not path.is_file():
         return False
     try:
@@ -100,7 +104,7 @@ def is_animation(path: Path) -> bool:
 
 
 def animation_times(path: Path) -> tuple[float, ...]:
-    """When each frame of an animation begins and the last one ends, in seconds; nothing is decoded."""
+    """Return the start time of each frame of an animation and the end time of the last, in seconds (not decoded)."""
     return tuple(itertools.accumulate(_TIMES[path.suffix.lower()](path.read_bytes()), initial=0.0))
 
 
@@ -115,8 +119,10 @@ def _webp_lengths(data: bytes) -> Iterator[float]:
 
 
 def _gif_lengths(data: bytes) -> Iterator[float]:
-    """By the blocks of the GIF89a specification; a frame without a Graphic Control Extension states no duration, and
-    one of 10 ms lasts as long as one of 0."""
+    """Yield the duration of each frame, from the blocks of the GIF89a specification.
+
+    A frame without a Graphic Control Extension has no duration, and 10 ms is treated as 0.
+    """
     position, delay = 13 + _colour_table(data[10:11]), 0
     while data[position : position + 1] in (b"!", b","):
         if data[position : position + 1] == b"!":
@@ -127,13 +133,13 @@ def _gif_lengths(data: bytes) -> Iterator[float]:
             yield delay / 100 if delay > 1 else _NO_TIME
             delay = 0
             position += 11 + _colour_table(data[position + 9 : position + 10])
-        while position < len(data) and data[position]:  # sub-blocks, until one of no bytes
+        while position < len(data) and data[position]:  # sub-blocks, until an empty one
             position += data[position] + 1
         position += 1
 
 
 def _colour_table(flags: bytes) -> int:
-    """The bytes of the colour table that a GIF's flags announce."""
+    """Return the size in bytes of the colour table that a GIF's flags declare."""
     return 3 * 2 ** (flags[0] % 8 + 1) if flags and flags[0] & 0x80 else 0
 
 
@@ -143,7 +149,7 @@ _TIMES: dict[str, Callable[[bytes], Iterator[float]]] = {".gif": _gif_lengths, "
 def read_still(
     path: Path, wanted: Collection[int], background: Colour | None = WHITE
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(0, image) of an image that stands for a video of one frame."""
+    """Yield (0, image) of an image that is treated as a video of one frame."""
     _refuse_beyond(path, wanted, 1)
     yield 0, read_image(path, background)
 
@@ -151,7 +157,7 @@ def read_still(
 def read_animation(
     path: Path, wanted: Collection[int], background: Colour | None = WHITE
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(index, image) of the wanted frames of a GIF or WebP animation, in order."""
+    """Yield (index, image) of the wanted frames of a GIF or WebP animation, in order."""
     with _opened(path) as image:
         _refuse_beyond(path, wanted, getattr(image, "n_frames", 1))
         for index in sorted(set(wanted)):
@@ -177,4 +183,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except _PROBLEMS as problem:
         if isinstance(problem, InputError):
             raise
-        raise InputError(f"{path} is not a whole image ({problem}): replace it or take it out of its folder") from None
+        raise InputError(
+            f"{path} is an incomplete image ({problem}): replace it or remove it from its folder"
+        ) from None

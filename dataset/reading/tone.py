@@ -1,8 +1,8 @@
-"""From HDR to SDR, by published formulas: PQ and HLG to light, light to what an SDR screen shows.
+"""Convert HDR to SDR by published formulas: PQ and HLG codes to light, and light to SDR codes.
 
-Highlights are rolled off by the EETF of ITU-R BT.2390 (section 5.4.1), from a screen of 1000 cd/m2 to one whose white
-is the 203 cd/m2 that BT.2408 gives to paper in HDR; colours go from their primaries to those of BT.709, and the light
-through the inverse of BT.1886's gamma.
+Highlights are rolled off by the EETF of ITU-R BT.2390 (section 5.4.1), from a display with a peak of 1000 cd/m2 to one
+whose peak is the 203 cd/m2 of HDR reference white (BT.2408). Colours are converted from their primaries to BT.709, and
+the light through the inverse of the BT.1886 EOTF.
 """
 
 import functools
@@ -26,17 +26,18 @@ _TO_709 = {
     9: np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]),
     12: np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]]),
 }
-_UNKNOWN = 9  # what HDR is in where it does not say
+_UNKNOWN = 9  # assumed for HDR without declared primaries
 
 
 def to_sdr(codes: NDArray[np.uint16], transfer: int, primaries: int) -> NDArray[np.uint8]:
-    """An image (H, W, 3) in 16-bit codes of an HDR transfer as 8-bit SDR; the numbers are those of H.273.
+    """Return an image (H, W, 3) in 16-bit codes of an HDR transfer as 8-bit SDR; `transfer` and `primaries` are codes
+    of H.273.
 
-    What is brighter than 1000 cd/m2, or outside BT.709, is clipped.
+    Light above 1000 cd/m2 and colours outside BT.709 are clipped.
     """
     light = _light_table(transfer)[codes]
     if HDR_TRANSFERS[transfer] == "HLG":
-        # The system gamma of a screen of 1000 cd/m2 (BT.2100, table 5).
+        # The system gamma of a display of 1000 cd/m2 (BT.2100, table 5).
         light *= _PEAK * (light @ _LUMA)[..., None] ** np.float32(0.2)
     shown = np.maximum(light @ _TO_709.get(primaries, _TO_709[_UNKNOWN]).T.astype(np.float32), 0)
     brightest = np.maximum(shown.max(axis=2, keepdims=True), np.float32(1e-4))
@@ -45,7 +46,7 @@ def to_sdr(codes: NDArray[np.uint16], transfer: int, primaries: int) -> NDArray[
 
 
 def roll_off(light: Light) -> Light:
-    """Light in cd/m2 on a screen of 1000 as that on one of 203: the same up to some 90, then ever less of it."""
+    """Map light in cd/m2 on a 1000 cd/m2 display to a 203 cd/m2 one: unchanged up to about 90, compressed above."""
     peak, white = _encode_pq(np.array(_PEAK)), _encode_pq(np.array(_WHITE))
     top = white / peak
     knee = 1.5 * top - 0.5
@@ -58,7 +59,7 @@ def roll_off(light: Light) -> Light:
 
 @functools.lru_cache(maxsize=2)
 def _light_table(transfer: int) -> Light:
-    """The light of each 16-bit code: of PQ in cd/m2, of HLG that of the scene, 0 to 1."""
+    """Return the light of each 16-bit code: in cd/m2 for PQ, scene light from 0 to 1 for HLG."""
     codes = np.arange(65536) / 65535
     if HDR_TRANSFERS[transfer] == "PQ":
         return _decode_pq(codes).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What lies in a dataset's folder and is not read, so that nothing is passed over without a word. Nothing is opened."""
+"""Find the files in a dataset's folder that are ignored, so that they can be reported. No file is opened."""
 
 import mimetypes
 import re
@@ -15,7 +15,7 @@ from dataset.reading.stills import IMAGE_SUFFIXES
 
 @dataclass(frozen=True)
 class UnreadFile:
-    """A file that is not read, and why."""
+    """A file that is ignored, and why."""
 
     path: Path
     reason: str
@@ -25,10 +25,11 @@ class UnreadFile:
 
 
 def find_unread(config: DatasetConfig, media: Collection[Path]) -> list[UnreadFile]:
-    """The files in a dataset's folder that look as if they were meant to be trained on and are not among its `media`:
-    those of the other kind, captions without their file, and what is named like media or has a caption, sorted.
+    """Return the files in a dataset's folder that look like training data and are not among its `media`, sorted.
 
-    A file of the other kind does not count where another dataset reads those of the folder. A list leaves out nothing.
+    These are files of the other media type, captions without a media file, and files that are named like media or have
+    a caption. Files of the other type are left out if another dataset reads them from the same folder. Empty for a
+    listing.
     """
     if config.listing:
         return []
@@ -44,14 +45,14 @@ def find_unread(config: DatasetConfig, media: Collection[Path]) -> list[UnreadFi
         named = (path.parent, captions.get(path, path.stem))
         if path in captions:
             if named not in of_others and not _has_owner(path.parent, captions[path], config, of_media):
-                found.append(UnreadFile(path, "a caption without its file"))
+                found.append(UnreadFile(path, "a caption without a media file"))
         elif path.name == MANIFEST or path.suffix == ".safetensors" or not path.is_file():
             continue
         elif path.suffix.lower() in others:
             if not config.shares_folder:
                 found.append(UnreadFile(path, "an image" if config.is_video else "a video"))
         elif named not in of_media and (named in with_caption or _is_named_like_media(path)):
-            found.append(UnreadFile(path, f"{path.suffix or 'a file without suffix'} is not read"))
+            found.append(UnreadFile(path, f"{path.suffix or 'a file without suffix'} is not supported"))
     return found
 
 
@@ -60,7 +61,7 @@ def _is_caption(path: Path, config: DatasetConfig) -> bool:
 
 
 def _has_owner(folder: Path, name: str, config: DatasetConfig, stems: Collection[tuple[Path, str]]) -> bool:
-    """Whether a caption of this name, or a numbered variant, belongs to one of the media with these stems."""
+    """Return whether a caption of this name, or a numbered variant, belongs to one of the media with these stems."""
     numbered = re.fullmatch(r"(.+)\.\d+", name) if config.caption_variants == "files" else None
     return (folder, name) in stems or bool(numbered and (folder, numbered[1]) in stems)
 

@@ -1,4 +1,4 @@
-"""Video files, read through PyAV: what they say of themselves, and their frames as they are shown."""
+"""Read video files through PyAV: their media information, and their frames as displayed."""
 
 import contextlib
 import itertools
@@ -19,12 +19,13 @@ from dataset.reading.tone import HDR_TRANSFERS, to_sdr
 from wan_train.errors import InputError
 
 _UNSPECIFIED = 2  # in H.273's tables
-_AHEAD = 16  # packets after a key frame among which those are that are shown before it, or without which it is alone
+_AHEAD = 16  # packets after a key frame that are searched for frames displayed before it
 
 
 @dataclass(frozen=True)
 class _Rotation:
-    """How a decoded image becomes the one shown: mirrored left to right first, then quarter turns to the left."""
+    """The transform from a decoded to a displayed image: mirrored horizontally first, then rotated left by quarter
+    turns."""
 
     mirrored: bool = False
     quarters: int = 0
@@ -34,11 +35,11 @@ class _Rotation:
 
 
 def probe_video(path: Path, *, with_times: bool) -> MediaInfo:
-    """What a video says of itself; its first frame is decoded, for the way that it is turned.
+    """Return a video's media information; its first frame is decoded to find its rotation.
 
-    Packets are scanned only for times, or where no index counts the frames; all frames are decoded only where the first
-    ones may not decode. Raises InputError with the file's name where it cannot be read, has no times when they are
-    asked for.
+    Packets are scanned only for times, or if no index counts the frames; all frames are decoded only if the first ones
+    may be undecodable. Raises InputError with the file's name if it cannot be read, or has no time stamps and
+    `with_times` is set.
     """
     with _opened(path) as container:
         stream = container.streams.video[0]
@@ -50,7 +51,7 @@ def probe_video(path: Path, *, with_times: bool) -> MediaInfo:
         entries = stream.index_entries
         width, height, reading = _shown_size(stream, first)
         is_whole = _starts_whole(path, stream, seen)
-        # The announced count alone includes what an edit list cuts away.
+        # The declared count also includes frames that an edit list removes.
         if is_whole and not with_times and stream.frames and len(entries) == stream.frames:
             num_frames = sum(not entry.is_discard for entry in entries)
             return MediaInfo(width, height, num_frames, rate, reading=reading)
@@ -61,40 +62,40 @@ def probe_video(path: Path, *, with_times: bool) -> MediaInfo:
         seconds = _decode_seconds(path)
         num_frames, times = len(seconds), _frame_times(seconds, rate) if with_times else ()
     if not num_frames:
-        raise InputError(f"{path} holds no frame that can be decoded: replace it or take it out of its folder")
+        raise InputError(f"{path} has no frame that can be decoded: replace it or remove it from its folder")
     if with_times and not times:
-        raise InputError(f'{path} has no time stamps: give its frame rate as source_fps in place of "auto"')
+        raise InputError(f'{path} has no time stamps: set source_fps to its frame rate instead of "auto"')
     return MediaInfo(width, height, num_frames, rate, times, reading, max(num_stored - num_frames, 0))
 
 
 def decode_frames(
     path: Path, wanted: Collection[int], background: Colour | None = WHITE
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(index, image) of the wanted frames of a video, in order; nothing after the last of them is decoded.
+    """Yield (index, frame) of the wanted frames of a video, in order; decoding stops after the last one.
 
-    Images are scaled to square pixels, turned as the file says, tone-mapped to SDR where they are HDR and composed on
-    `background` where they are transparent; with None they are their alpha in all three channels.
+    Frames are scaled to square pixels, rotated as the file specifies, tone-mapped to SDR if they are HDR, and composed
+    on `background` where they are transparent; with None, their alpha in all three channels.
     """
     remaining = set(wanted)
     with _opened(path) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "NONE"  # with threads the decoder does not report all damage
+        stream.thread_type = "NONE"  # a multithreaded decoder does not report all damage
         turn = None
         for index, frame in enumerate(_decode(container, stream)):
-            # A damaged frame spoils all that are predicted from it, wanted or not.
+            # A damaged frame corrupts all frames predicted from it, so unwanted frames are checked too.
             if frame.is_corrupt:
-                raise InputError(f"{path} is damaged at frame {index}: re-encode it or take it out of its folder")
+                raise InputError(f"{path} is damaged at frame {index}: re-encode it or remove it from its folder")
             turn = turn or _turn_of(frame)
             if index in remaining:
                 remaining.remove(index)
                 yield index, turn(_to_rgb(stream, frame, background))
             if not remaining:
                 return
-    raise InputError(f"{path} ends before frame {max(remaining)}: it is cut off; copy or re-encode it")
+    raise InputError(f"{path} ends before frame {max(remaining)}: it is truncated; copy it again or re-encode it")
 
 
 def _decoder(stream: Any) -> Any:
-    """What decodes a stream: libvpx for a WebM with alpha, which FFmpeg's own decoders of VP8 and VP9 leave out."""
+    """Return a stream's decoder: libvpx for a WebM with alpha, which FFmpeg's own VP8 and VP9 decoders drop."""
     with_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name, "")
     if stream.metadata.get("alpha_mode") != "1" or with_alpha not in av.codecs_available:
         return stream.codec_context
@@ -104,19 +105,19 @@ def _decoder(stream: Any) -> Any:
 
 
 def _decode(container: Any, stream: Any) -> Iterator[Any]:
-    """The frames of a stream."""
+    """Yield the frames of a stream."""
     decoder = _decoder(stream)
     for packet in container.demux(stream):
         yield from decoder.decode(packet)
 
 
 def _find_first(stream: Any, packets: Iterator[Any]) -> tuple[list[Any], Any]:
-    """The packets up to the first decoded frame, and that frame or None; damage is for the decoding to report."""
+    """Return the packets up to the first decoded frame, and that frame or None; damage is reported by decoding."""
     seen, decoder = [], _decoder(stream)
     for packet in packets:
         seen.append(packet)
         try:
-            # Emptied at once: the decoder would wait for the images that are shown before and after.
+            # Flushed at once: the decoder would wait for the frames displayed before and after.
             frames = decoder.decode(packet) or (decoder.decode(None) if packet.is_keyframe else [])
         except av.FFmpegError:
             break
@@ -128,13 +129,13 @@ def _find_first(stream: Any, packets: Iterator[Any]) -> tuple[list[Any], Any]:
 
 
 def _transfer(stream: Any, frame: Any) -> int:
-    """The number of an HDR transfer, or 0 for any other."""
+    """Return the H.273 code of an HDR transfer, or 0 for any other."""
     known = (int(frame.color_trc), int(stream.codec_context.color_trc))
     return next((transfer for transfer in known if transfer in HDR_TRANSFERS), 0)
 
 
 def _shown_size(stream: Any, first: Any) -> tuple[int, int, tuple[str, ...]]:
-    """Width, height and `MediaInfo.reading` of a video whose first frame this is."""
+    """Return the width, height and `MediaInfo.reading` of a video, from its first frame."""
     aspect, turn = _pixel_aspect(stream), _turn_of(first) if first is not None else _Rotation()
     width, height = _square_width(stream.codec_context.width, aspect), stream.codec_context.height
     reading = [f"{PIXELS} {aspect.numerator}:{aspect.denominator}"] * (width != stream.codec_context.width)
@@ -146,7 +147,7 @@ def _shown_size(stream: Any, first: Any) -> tuple[int, int, tuple[str, ...]]:
 
 
 def _pixel_aspect(stream: Any) -> Fraction:
-    """Width to height of a stored pixel; before the image is turned."""
+    """Return the width-to-height ratio of a stored pixel, before rotation."""
     return stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
 
 
@@ -159,7 +160,7 @@ def _has_alpha(frame: Any) -> bool:
 
 
 def _to_rgb(stream: Any, frame: Any, background: Colour | None) -> NDArray[np.uint8]:
-    """A decoded frame with square pixels, (H, W, 3), in SDR; only its width is scaled."""
+    """Return a decoded frame with square pixels, (H, W, 3), in SDR; only its width is scaled."""
     size: dict[str, Any] = {}
     width = _square_width(frame.width, _pixel_aspect(stream))
     if width != frame.width:
@@ -182,7 +183,7 @@ def _to_rgb(stream: Any, frame: Any, background: Colour | None) -> NDArray[np.ui
 def _turn_of(frame: Any) -> _Rotation:
     try:
         matrices = [data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
-    except ValueError:  # a kind of side data, EXIF for one, that PyAV has no name for
+    except ValueError:  # side data of a type unknown to PyAV, such as EXIF
         return _Rotation()
     if not matrices:
         return _Rotation()
@@ -199,10 +200,10 @@ def _is_shown(packet: Any) -> bool:
 
 
 def _starts_whole(path: Path, stream: Any, packets: Sequence[Any]) -> bool:
-    """Whether all frames among the first packets can be decoded.
+    """Return whether all frames among the first packets can be decoded.
 
-    A file that was cut without re-encoding may begin within a GOP: with frames before its first key
-    frame, or with some that are shown before it and refer to what was cut away (an open group).
+    A file that was cut without re-encoding may begin in the middle of a GOP: with frames before its first key frame, or
+    with frames that are displayed before it and refer to removed ones (an open GOP).
     """
     held = [packet for packet in packets if packet.size]
     shown = [packet for packet in held if not packet.is_discard]
@@ -210,14 +211,14 @@ def _starts_whole(path: Path, stream: Any, packets: Sequence[Any]) -> bool:
         return not held or bool(held[0].is_keyframe)
     stamps = [packet.pts for packet in shown]
     is_avi = "avi" in stream.container.format.name.split(",")
-    # AVI keeps H.264 in the order of decoding, without its presentation stamps: only trying tells.
+    # AVI stores H.264 in decoding order, without presentation time stamps: only decoding tells.
     if None in stamps or held[0].pts is None or (is_avi and stamps == sorted(stamps)):
         return len(_decode_seconds(path, num_packets=len(packets))) >= len(shown)
     return bool(held[0].is_keyframe) and min(stamps) >= held[0].pts
 
 
 def _decode_seconds(path: Path, *, num_packets: int | None = None) -> list[float | None]:
-    """The second at which each frame that decodes begins, or of the first packets alone."""
+    """Return the start time in seconds of each decodable frame, of all packets or only the first `num_packets`."""
     seconds: list[float | None] = []
     with _opened(path) as container:
         stream = container.streams.video[0]
@@ -230,7 +231,7 @@ def _decode_seconds(path: Path, *, num_packets: int | None = None) -> list[float
 
 
 def _frame_times(seconds: Sequence[float | None], rate: float | None) -> tuple[float, ...]:
-    """`MediaInfo.times` of frames that begin at these seconds; by the rate where they are not in order."""
+    """Return `MediaInfo.times` for frames that begin at these seconds; from the rate if they are not in order."""
     known = [second for second in seconds if second is not None]
     steps = [later - earlier for earlier, later in itertools.pairwise(known)]
     if len(known) == len(seconds) and all(step > 0 for step in steps) and (rate or steps):
@@ -240,9 +241,11 @@ def _frame_times(seconds: Sequence[float | None], rate: float | None) -> tuple[f
 
 
 def _packet_times(packets: Sequence[Any], rate: float | None) -> tuple[float, ...]:
-    """Seconds from the first frame at which each begins and the last ends, from the packets' stamps; () without any.
+    """Return the start time of each frame and the end time of the last, in seconds from the first, from the packets'
+    time stamps; () if there are none.
 
-    AVI stores no presentation stamps for reordered frames; there the decoding stamps, sorted, are the same grid.
+    AVI stores no presentation time stamps for reordered frames; there, the sorted decoding time stamps form the same
+    grid.
     """
     for kind in ("pts", "dts"):
         stamps = sorted(getattr(packet, kind) for packet in packets if getattr(packet, kind) is not None)
@@ -260,9 +263,9 @@ def _opened(path: Path) -> Iterator[Any]:
         with av.open(str(path)) as container:
             contexts = [stream.codec_context for stream in container.streams.video]
             if not contexts or not contexts[0] or not contexts[0].width:
-                raise InputError(f"{path} holds no video that can be read: take it out of its folder")
+                raise InputError(f"{path} contains no readable video stream: remove it from its folder")
             yield container
     except av.FFmpegError as problem:
         raise InputError(
-            f"{path} cannot be decoded ({problem.strerror}): replace it or take it out of its folder"
+            f"{path} cannot be decoded ({problem.strerror}): replace it or remove it from its folder"
         ) from None

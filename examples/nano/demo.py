@@ -1,9 +1,9 @@
-"""Teach the small model a word that it has never seen, with the commands that any training takes, and show the result.
+"""Teach the small model a word that it has never seen, with the usual training commands, and show the result.
 
     python examples/nano/demo.py [FOLDER] [--fast]
 
 Clips of cyan shapes and of known ones are drawn as mp4 files with captions; a LoRA is trained on them, converted, and
-used; what the generator makes before and after is judged by rules. All that is written goes to FOLDER (demo/), and
+used for generation; videos generated before and after are judged by rules. All output goes to FOLDER (demo/), and
 `FOLDER/report.html` shows it.
 """
 
@@ -25,18 +25,18 @@ from examples.nano.world import FRAMES, SIZE, Scene, all_scenes, choose_scenes, 
 ROOT = Path(__file__).resolve().parents[2]
 NEW = "cyan"
 MODEL = Path(__file__).resolve().parent
-# The model was trained with an empty text for guidance to lead away from, not with the published negative prompt.
+# The model was trained for guidance against empty text, not against the published negative prompt.
 SAMPLING = f"--video_size {SIZE} {SIZE} --video_length {FRAMES} --flow_shift 3 --guidance_scale 2 --negative_prompt ''"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything: clips of the new word and old ones, epochs, and what is generated to judge."""
+    """The amount of work: clips of the new word and of old ones, epochs, and videos to generate and judge."""
 
     new_clips: int = 48
     old_clips: int = 60
     epochs: int = 25
-    previews: int = 5  # an epoch with previews every so many
+    previews: int = 5  # previews every N epochs
     new_videos: int = 10
     old_videos: int = 30
     steps: int = 20
@@ -48,7 +48,7 @@ FAST = Plan(new_clips=30, old_clips=30, epochs=24, previews=12, new_videos=5, ol
 
 @dataclass(frozen=True)
 class Done:
-    """A command that has run: its words, its seconds, and the most memory that it took, in MiB."""
+    """A finished command: its words, its seconds, and its peak memory in MiB."""
 
     title: str
     command: str
@@ -75,29 +75,29 @@ def main() -> int:
     outcome = judge_all(folder, new_scenes(plan), old_scenes(plan))
     page = write_report(folder, done, outcome)
     print("\n" + outcome.text(NEW))
-    print(f"All of it took {(time.monotonic() - began) / 60:.1f} minutes; the page is {page}")
+    print(f"Finished in {(time.monotonic() - began) / 60:.1f} minutes; open {page}")
     return 0 if outcome.claim_holds or given.fast else 1
 
 
 def new_scenes(plan: Plan) -> list[Scene]:
-    """What is asked for with the new word: scenes whose shape, motion and ground all occur."""
+    """Return the scenes to generate with the new word, covering all shapes, motions and backgrounds."""
     return choose_scenes(plan.new_videos, seed=101, colours=[NEW])
 
 
 def old_scenes(plan: Plan) -> list[Scene]:
-    """What is asked for with old words."""
+    """Return the scenes to generate with old words."""
     return choose_scenes(plan.old_videos, seed=102)
 
 
 def prepare(folder: Path, plan: Plan) -> None:
-    """Draw the clips, and write the dataset file and the prompts."""
+    """Draw the clips, and write the dataset config and the prompts."""
     asked = set(new_scenes(plan))
     others = [scene for scene in all_scenes([NEW]) if scene not in asked]
     taught = [others[(7 * index) % len(others)] for index in range(plan.new_clips)]
     for name, scenes, seed in (("new", taught, 1000), ("old", choose_scenes(plan.old_clips, seed=103), 2000)):
         (folder / "clips" / name).mkdir(parents=True, exist_ok=True)
         for path in (folder / "clips" / name).glob("[0-9][0-9][0-9]_*_*"):
-            path.unlink()  # of an earlier demo; what else lies there is not ours
+            path.unlink()  # from an earlier demo; other files are not ours
         write_clips(folder / "clips" / name, scenes, first_seed=seed)
     shown = _shown(folder)
     datasets = [
@@ -117,7 +117,7 @@ def prepare(folder: Path, plan: Plan) -> None:
 
 
 def commands(folder: str, model: str, plan: Plan) -> list[tuple[str, list[str]]]:
-    """What a user types, with a title each."""
+    """Return the commands that a user would type, each with a title."""
     dit, vae, t5 = f"{model}/{DIT}", f"{model}/{VAE}", f"{model}/{T5}"
     make = (
         f"python wan_generate_video.py --task t2v-1.3B --dit {dit} --vae {vae} --t5 {t5}"
@@ -145,7 +145,7 @@ def commands(folder: str, model: str, plan: Plan) -> list[tuple[str, list[str]]]
 
 
 def run(title: str, words: Sequence[str]) -> Done:
-    """Run a command from the repo root, with the programs of this environment; its failure ends the demo."""
+    """Run a command from the repo root, with the programs of this environment; a failure ends the demo."""
     programs = Path(sys.executable).parent
     began = time.monotonic()
     path = f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -159,7 +159,7 @@ def run(title: str, words: Sequence[str]) -> Done:
 
 
 def _shown(folder: Path) -> str:
-    """A folder as it is typed in the repo root."""
+    """Return a folder as typed in the repo root."""
     return (folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder).as_posix()
 
 

@@ -1,4 +1,4 @@
-"""What the demo has shown: verdicts on its videos, and a page with all of it that opens without a network."""
+"""The demo's results: verdicts on its videos, and a self-contained page that shows them."""
 
 import base64
 import html
@@ -29,7 +29,7 @@ ENLARGED = 4  # times: 32 pixels are small on a page
 
 @dataclass(frozen=True)
 class Outcome:
-    """Shares of right videos: of the new word without and with the LoRA, and of old captions likewise."""
+    """Shares of correct videos: of the new word without and with the LoRA, and of old captions likewise."""
 
     new_scenes: Sequence[Scene]
     old_scenes: Sequence[Scene]
@@ -37,27 +37,27 @@ class Outcome:
     after: Sequence[Verdict]
 
     def right(self, verdicts: Sequence[Verdict]) -> int:
-        """How many of the new word's videos show one whole shape in its colour."""
+        """Return the number of the new word's videos with one whole shape in its colour."""
         pairs = zip(self.new_scenes, verdicts, strict=False)
         return sum(verdict.whole and verdict.colour == scene.colour for scene, verdict in pairs)
 
     def kept(self, verdicts: Sequence[Verdict]) -> dict[str, float]:
-        """Shares of what is right of the old captions."""
+        """Return the shares of old captions that are still correct."""
         return shares(verdicts[len(self.new_scenes) :], self.old_scenes)
 
     @property
     def lost_points(self) -> float:
-        """By how many points in a hundred the colour of old captions got worse."""
+        """Percentage points by which the colour of old captions got worse."""
         return 100 * (self.kept(self.before)["colour"] - self.kept(self.after)["colour"])
 
     @property
     def claim_holds(self) -> bool:
-        """The new word in at least 8 of 10, in none before, and at most 10 points lost."""
+        """Whether the new word is correct in at least 8 of 10 and in none before, with at most 10 points lost."""
         enough = self.right(self.after) >= 0.8 * len(self.new_scenes)
         return enough and self.right(self.before) == 0 and self.lost_points <= 10
 
     def text(self, word: str) -> str:
-        """The outcome in lines."""
+        """Return the outcome as text."""
         count = len(self.new_scenes)
         before, after = self.kept(self.before), self.kept(self.after)
         return "\n".join(
@@ -68,14 +68,14 @@ class Outcome:
                     f"old captions, {what}: {100 * before[name]:.0f}% before, {100 * after[name]:.0f}% after"
                     for name, what in (("whole", "one whole shape"), ("colour", "colour"), ("direction", "direction"))
                 ),
-                # Of a few videos, after a short training, the claim says nothing.
+                # The claim does not apply to few videos after a short training.
                 *([f"the claim ({CLAIM}) {'holds' if self.claim_holds else 'fails'}"] if count >= 10 else []),
             ]
         )
 
 
 def judge_all(folder: Path, new_scenes: Sequence[Scene], old_scenes: Sequence[Scene]) -> Outcome:
-    """The verdicts on what was generated before and after."""
+    """Return the verdicts on the videos generated before and after."""
     count = len(new_scenes) + len(old_scenes)
     before, after = (
         [judge(read(folder / side / f"{i:03d}.mp4")) for i in range(count)] for side in ("before", "after")
@@ -84,7 +84,7 @@ def judge_all(folder: Path, new_scenes: Sequence[Scene], old_scenes: Sequence[Sc
 
 
 def read(path: Path) -> np.ndarray:
-    """The frames (F, H, W, 3) of a video."""
+    """Return the frames (F, H, W, 3) of a video."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
@@ -109,8 +109,8 @@ def write_report(folder: Path, done: Sequence["Done"], outcome: Outcome) -> Path
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>wan-train demo</title>
 <style>{STYLE} video {{ width: 128px; height: 128px; }} td {{ vertical-align: middle; }}</style></head><body>
 <h1>A new word in a few minutes</h1><pre>{html.escape(outcome.text(outcome.new_scenes[0].colour))}</pre>
-<table><tr><th>prompt</th><th>without the LoRA</th><th>with it</th></tr>{rows}</table>
-<h2>Previews while it learnt</h2>{_previews(folder)}
+<table><tr><th>prompt</th><th>without the LoRA</th><th>with the LoRA</th></tr>{rows}</table>
+<h2>Previews during training</h2>{_previews(folder)}
 <h2>Curves</h2>{charts}
 <h2>Commands</h2><table><tr><th>step</th><th>time</th><th>memory</th><th>command</th></tr>{times}</table>
 </body></html>"""
@@ -130,7 +130,7 @@ def _cell(folder: Path, side: str, index: int) -> str:
 
 
 def _playing(folder: Path, path: Path) -> str:
-    """A video as part of the page, enlarged and in a form that every browser plays."""
+    """Return a video as HTML, enlarged and in a format that every browser plays."""
     frames = read(path).repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
     copy = folder / "shown.mp4"
     write_video(copy, frames, fps=16, quality=20)
@@ -140,7 +140,7 @@ def _playing(folder: Path, path: Path) -> str:
 
 
 def _previews(folder: Path) -> str:
-    """A row for each moment of the training, a video for each prompt."""
+    """Return a row for each preview time, with a video for each prompt."""
     moments: dict[str, list[Path]] = {}
     for path in sorted((folder / "out" / "sample").glob("*.mp4")):
         moments.setdefault(path.stem.split("_")[1], []).append(path)

@@ -1,4 +1,4 @@
-"""What a clip of the small world shows, told from its pixels by rules: the measure of everything that is claimed."""
+"""Judge by rules, from its pixels, what a clip of the small world shows; all claims are measured with it."""
 
 import math
 from collections.abc import Mapping
@@ -11,23 +11,23 @@ from numpy.typing import NDArray
 from examples.nano.world import COLOURS, FRAMES, MOTIONS, NEW_COLOURS, RADIUS, Colour, Scene
 
 PALETTE = COLOURS | NEW_COLOURS
-_CONTRAST = 45.0  # of a pixel to the ground, Euclidean in RGB: what belongs to a shape
+_CONTRAST = 45.0  # minimum Euclidean RGB distance of a shape's pixels from the background
 _AREAS = (0.5 * 1.8 * RADIUS**2, 1.5 * 4 * RADIUS**2)  # pixels, from half a triangle to one and a half squares
-_SOLID = 0.8  # share of its convex hull that a whole shape fills
-_MOVED = 4.0  # pixels: a third of what a moving shape goes
+_SOLID = 0.8  # minimum share of its convex hull that a whole shape fills
+_MOVED = 4.0  # pixels: a third of a moving shape's path
 _NEAR = 3.0  # pixels: half a shape's radius
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a clip shows: whether exactly one whole shape is there all the time, its colour, and how it moves."""
+    """What a clip shows: whether exactly one whole shape is visible throughout, its colour, and its motion."""
 
     whole: bool
     colour: str
     motion: str
 
     def fits(self, scene: Scene) -> bool:
-        """Whether it is what the scene says."""
+        """Return whether it matches the scene."""
         return self.whole and self.colour == scene.colour and self.motion == scene.motion
 
 
@@ -39,7 +39,7 @@ class _Spot:
 
 
 def judge(frames: NDArray[np.uint8], palette: Mapping[str, Colour] = PALETTE) -> Verdict:
-    """The verdict on a clip (F, 32, 32, 3)."""
+    """Return the verdict on a clip (F, 32, 32, 3)."""
     looked_at = [int(i) for i in np.linspace(0, len(frames) - 1, 5)]
     spots = [_find(frames[index]) for index in looked_at]
     found = [spot for spot in spots if spot is not None]
@@ -52,20 +52,21 @@ def judge(frames: NDArray[np.uint8], palette: Mapping[str, Colour] = PALETTE) ->
 
 
 def centres(frames: NDArray[np.uint8]) -> list[tuple[float, float] | None]:
-    """Where the one whole shape of each frame (F, 32, 32, 3) is, right and down in pixels; None where there is none."""
+    """Return the centre of the one whole shape in each frame (F, 32, 32, 3), right and down in pixels; None without
+    one."""
     spots = [_find(frame) for frame in frames]
     return [None if spot is None else (spot.x, spot.y) for spot in spots]
 
 
 def follows(frames: NDArray[np.uint8], shown: NDArray[np.uint8]) -> bool:
-    """Whether a clip's shape goes the way of another's: within 3 pixels of it in 3 of 4 frames."""
+    """Return whether a clip's shape follows another's: within 3 pixels of it in 3 of 4 frames."""
     pairs = zip(centres(frames), centres(shown), strict=True)
     near = [here is not None and there is not None and math.dist(here, there) <= _NEAR for here, there in pairs]
     return sum(near) >= 0.75 * len(near)
 
 
 def _find(frame: NDArray[np.uint8]) -> _Spot | None:
-    """The one whole shape of a frame, or None if there is none, or more than that."""
+    """Return the one whole shape of a frame, or None if there is none or more than one."""
     pixels = frame.astype(np.float64)
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     mask = (np.linalg.norm(pixels - np.median(edge, axis=0), axis=-1) > _CONTRAST).astype(np.uint8)
@@ -94,7 +95,7 @@ def _motion(right: float, down: float) -> str:
 
 
 def psnr(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
-    """Peak signal to noise ratio of two clips in dB."""
+    """Return the peak signal-to-noise ratio of two clips in dB."""
     error = np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 

@@ -1,4 +1,4 @@
-"""What the small model can do, on scenes that its training never saw.
+"""Measure the small model on scenes not seen in its training.
 
     python examples/nano/measure.py [--folder examples/nano] [--captions 100] [--steps 20] [--guidance 2] [OPTION ...]
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def vae_psnr(vae: WanVAE, count: int = 48, seed: int = 5_000_000) -> float:
-    """Mean PSNR in dB of held-out clips through the VAE."""
+    """Return the mean PSNR in dB of held-out clips through the VAE."""
     scenes = held_out_scenes()
     values = []
     for index in range(count):
@@ -44,7 +44,7 @@ def vae_psnr(vae: WanVAE, count: int = 48, seed: int = 5_000_000) -> float:
 
 
 def open_models(folder: Path, options: Sequence[str] = ()) -> Models:
-    """The generator's models on the files of a folder, with further options of the generator."""
+    """Return the generator's models from the files of a folder, with further options of the generator."""
     files = [f"--dit={folder / DIT}", f"--vae={folder / VAE}", f"--t5={folder / T5}"]
     settings = parse(GenerateSettings, ["--task=t2v-1.3B", *files, *options])
     return Models(settings, {None: weighted_loras(settings.lora)}, CPU)
@@ -53,7 +53,7 @@ def open_models(folder: Path, options: Sequence[str] = ()) -> Models:
 def generate_clips(
     models: Models, captions: Sequence[str], *, steps: int = 20, guidance: float = 2.0, first_seed: int = 0
 ) -> list[np.ndarray]:
-    """The clip (17, 32, 32, 3) that the generator makes of each caption; the seeds follow each other."""
+    """Return the generated clip (17, 32, 32, 3) of each caption; seeds are consecutive."""
     requests = [
         SampleRequest(caption, "", SIZE, SIZE, FRAMES, steps, guidance, 3.0, seed=first_seed + index)
         for index, caption in enumerate(captions)
@@ -69,7 +69,7 @@ def generate_clips(
 
 
 def shares(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Shares of clips that show one whole shape, the scene's colour, its direction, and all of that."""
+    """Return the shares of clips that show one whole shape, the scene's colour, its direction, and all of these."""
     pairs = list(zip(verdicts, scenes, strict=True))
     return {
         "whole": float(np.mean([verdict.whole for verdict, _ in pairs])),
@@ -80,7 +80,7 @@ def shares(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, fl
 
 
 def choose_held_out(count: int) -> list[Scene]:
-    """Held-out scenes in an order that mixes them, again from the start where there are not enough."""
+    """Return shuffled held-out scenes, repeated if there are not enough."""
     scenes = held_out_scenes()
     order = np.random.Generator(np.random.PCG64(7)).permutation(len(scenes))
     return [scenes[order[index % len(scenes)]] for index in range(count)]

@@ -1,4 +1,4 @@
-"""What the files of the small model are called, as the published ones are."""
+"""File names of the small model, the same as those of the published models."""
 
 DIT = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"

@@ -1,9 +1,9 @@
-"""Make the small model from nothing: text encoder, VAE, DiT, each with the project's own parts.
+"""Pretrain the small model from scratch: text encoder, VAE and DiT, each with the project's own parts.
 
     python examples/nano/pretrain.py [--folder examples/nano] [--work FOLDER] [--vae_minutes 22] [--dit_minutes 45]
 
-What is interrupted continues where it was. Losses are in FOLDER/losses.jsonl, and the files that other tools load in
-`--folder`. Minutes are of this machine's clock: a faster one trains longer.
+An interrupted run resumes where it stopped. Losses are in FOLDER/losses.jsonl, and the model files in
+`--folder`. Minutes are wall-clock time: a faster machine trains for more steps.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from wan_train.models.vae.vae import WanVAE, load_vae
 
 CLIPS_PER_SCENE = 16
 
-# The published names of a block's weights, and transformers'.
+# The published names of a block's weights, and those of transformers.
 _BLOCK = {
     **{f"attn.{part}": f"0.SelfAttention.{part}" for part in "qkvo"},
     "pos_embedding.embedding": "0.SelfAttention.relative_attention_bias",
@@ -44,8 +44,8 @@ _BLOCK = {
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=here, help="where the model's files go")
-    parser.add_argument("--work", type=Path, default=here / "work", help="what is gone on with after an interruption")
+    parser.add_argument("--folder", type=Path, default=here, help="folder for the model files")
+    parser.add_argument("--work", type=Path, default=here / "work", help="folder for the states to resume from")
     parser.add_argument("--vae_minutes", type=float, default=VaeSettings.minutes)
     parser.add_argument("--dit_minutes", type=float, default=DitSettings.minutes)
     parser.add_argument("--batch", type=int, default=DitSettings.batch)
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def make_text(folder: Path, trail: Trail) -> None:
-    """Write tokenizer and text encoder, unless they are there."""
+    """Write the tokenizer and the text encoder unless they exist."""
     if (folder / T5).is_file():
         return
     encoder = train_text_encoder(folder / TOKENIZER, trail)
@@ -67,7 +67,7 @@ def make_text(folder: Path, trail: Trail) -> None:
 
 
 def make_vae_file(folder: Path, work: Path, settings: VaeSettings, trail: Trail) -> None:
-    """Write the VAE, unless it is there."""
+    """Write the VAE unless it exists."""
     if (folder / VAE).is_file():
         return
     work.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def make_vae_file(folder: Path, work: Path, settings: VaeSettings, trail: Trail)
 
 
 def make_samples(folder: Path, work: Path) -> Samples:
-    """Latents and captions to learn from, encoded by the files that are there."""
+    """Return latents and captions to train on, encoded by the existing files."""
     scenes = training_scenes()
     encoder = load_text_encoder(folder / T5)
     context, lengths = pad_captions([encoder([text])[0] for text in [*(scene.caption for scene in scenes), ""]])
@@ -94,7 +94,7 @@ def make_samples(folder: Path, work: Path) -> Samples:
 
 
 def save_dit(folder: Path, state: dict[str, Tensor], *, in_dim: int = GEOMETRY.in_dim) -> None:
-    """Write the DiT and its configuration, as the published folders hold them."""
+    """Write the DiT and its configuration in the layout of the published folders."""
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / DIT, state)
     about = {
@@ -114,7 +114,7 @@ def save_dit(folder: Path, state: dict[str, Tensor], *, in_dim: int = GEOMETRY.i
 
 
 def official_text_names(encoder: TextEncoder) -> dict[str, Tensor]:
-    """The encoder's weights under the names of the published file."""
+    """Return the encoder's weights with the names of the published file."""
     state = encoder.model.state_dict()
     named = {"token_embedding.weight": state["shared.weight"], "norm.weight": state["encoder.final_layer_norm.weight"]}
     for index in range(encoder.model.config.num_layers):

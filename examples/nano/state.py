@@ -1,4 +1,4 @@
-"""What the stages of the pretraining share: continuing after an interruption, and the trail of losses."""
+"""Helpers shared by the pretraining stages: resuming after an interruption, and the log of losses."""
 
 import json
 import time
@@ -12,14 +12,14 @@ from wan_train.storage import read_parts, replacing, save_parts
 
 
 class Trail:
-    """Losses, a line of JSON for every few steps of a stage: the mean since the line before."""
+    """A log of losses, with a line of JSON every few steps of a stage: the mean since the line before."""
 
     def __init__(self, path: Path, every: int = 100) -> None:
         self._path, self._every, self._sum, self._began = path, every, 0.0, time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def note(self, stage: str, step: int, loss: float, about: str = "") -> None:
-        """Add a step's loss."""
+        """Add the loss of a step."""
         self._sum += loss
         if step % self._every == 0:
             minutes = (time.monotonic() - self._began) / 60
@@ -28,7 +28,7 @@ class Trail:
             self._sum = 0.0
 
     def write(self, row: Mapping[str, object]) -> None:
-        """Add a line of its own, and show it."""
+        """Write a separate line, and print it."""
         line = json.dumps(row)
         print(line, flush=True)
         with self._path.open("a", encoding="utf-8") as file:
@@ -44,7 +44,7 @@ def save_state(
     step: int,
     spent: float,
 ) -> None:
-    """Keep all that a stage continues with; `spent` in seconds."""
+    """Save everything needed to resume a stage; `spent` is in seconds."""
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": dict(average)}
     with replacing(path) as temporary:
         save_parts(temporary, parts | {"step": step, "spent": spent})
@@ -53,7 +53,7 @@ def save_state(
 def load_state(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
 ) -> tuple[int, float]:
-    """Resume from what was kept, if anything was: the step, and the seconds spent."""
+    """Resume from the saved state, if there is one; return the step and the seconds spent."""
     if not path.is_file():
         return 0, 0.0
     parts = read_parts(path)

@@ -1,11 +1,11 @@
-"""Make a control model of the small one, by `--init_control`'s way, and see whether its shapes follow an outline.
+"""Make a control model from the small one, as `--init_control` does, and test whether its shapes follow an outline.
 
     python examples/nano/train_control.py [FOLDER] [--minutes 12] [--clips 4]
 
-The layers that Wan2.1-Fun-Control has beside a plain model are added to the small one, and its weights trained on drawn
+The additional layers of Wan2.1-Fun-Control are added to the small model, and its weights are trained on drawn
 clips, each with the outline of its shape as the control. Then the generator makes videos for captions and outlines that
-the training never saw, with the outline and without. Model, videos and losses are in FOLDER (control/); what is
-interrupted resumes where it was. The last line tells what share of the videos goes the way of its outline.
+not seen in training, with the outline and without. Model, videos and losses are in FOLDER (control/); an
+interrupted run resumes where it stopped. The last line gives the share of the videos that follow their outline.
 """
 
 import argparse
@@ -44,7 +44,7 @@ MODEL = Path(__file__).resolve().parent
 ROOT = MODEL.parents[1]
 TASK = "fun-control-1.3B"
 PAIRS = 60
-FIRST_SEED = 5_000_000  # of the clips that are judged: no training clip has it
+FIRST_SEED = 5_000_000  # of the clips to judge; not used by training clips
 SAMPLING = (
     *("--video_size", str(SIZE), str(SIZE), "--video_length", str(FRAMES), "--infer_steps", "20"),
     *("--flow_shift", "3", "--guidance_scale", "2", "--negative_prompt", "", "--codec", "lossless"),
@@ -54,8 +54,8 @@ SAMPLING = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "control")
-    parser.add_argument("--minutes", type=float, default=12.0, help="of training, by the clock")
-    parser.add_argument("--clips", type=int, default=4, help="of each scene")
+    parser.add_argument("--minutes", type=float, default=12.0, help="training time (wall-clock)")
+    parser.add_argument("--clips", type=int, default=4, help="clips per scene")
     given = parser.parse_args()
     folder = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,14 +66,14 @@ def main() -> int:
 
 
 def train(folder: Path, *, minutes: float, clips: int) -> None:
-    """Add the layers, train, and write the model, unless it is there."""
+    """Add the layers, train, and write the model unless it exists."""
     if (folder / DIT).is_file():
         return
     path = MODEL / DIT
     shapes = {name: tuple(shape) for name, shape in read_header(path).shapes.items()}
     new = new_layers(shapes, VARIANTS[TASK], "auto", str(path))
     state = {name: tensor.float() for name, tensor in initialised(read_tensors(path), new)}
-    # The layers for CLIP add nothing without an image: a model that lacks them computes the same.
+    # The layers for CLIP have no effect without an image: a model without them computes the same.
     model = Dit(replace(CONFIG, in_dim=state["patch_embedding.weight"].shape[1]))
     model.load_state_dict({name: state[name] for name in model.state_dict()})
     settings = DitSettings(minutes=minutes, rate=1e-3, batch=32)
@@ -82,7 +82,7 @@ def train(folder: Path, *, minutes: float, clips: int) -> None:
 
 
 def make_samples(folder: Path, clips: int) -> Samples:
-    """Latents of clips and of their outlines, and the captions."""
+    """Return latents of clips and of their outlines, and the captions."""
     scenes, kept = training_scenes(), folder / f"latents_{clips}.pt"
     if not kept.is_file():
         vae = load_vae(MODEL / VAE)
@@ -96,7 +96,7 @@ def make_samples(folder: Path, clips: int) -> Samples:
 
 
 def share(folder: Path, scenes: Sequence[Scene], way: str) -> float:
-    """The share of the scenes whose video, made with its outline or without, goes the way of the outline."""
+    """Return the share of the scenes whose video, made with or without its outline, follows the outline."""
     lines = []
     for index, scene in enumerate(scenes):
         outline = folder / "outlines" / f"{index:03d}.mp4"

@@ -1,7 +1,7 @@
-"""The DiT of the small model: the project's own model, path and noise levels in a loop without frills.
+"""Train the DiT of the small model: the project's own model, path and noise levels in a minimal loop.
 
-Captions are short and the model reads 512 rows of text, of which all but a dozen are the same padding. A row that
-stands for n equal ones, with log n added to its attention score, gives the same result for a fraction of the work.
+Captions are short and the model reads 512 rows of text, of which all but a dozen are the same padding. One row in place
+of n equal ones, with log n added to its attention score, gives the same result with a fraction of the work.
 """
 
 import math
@@ -28,7 +28,7 @@ NO_CONTROL = 0.1  # share of samples that get zeros for their control
 
 @dataclass(frozen=True)
 class DitSettings:
-    """How long and how fast; `minutes` of clock."""
+    """Duration and speed of the training; `minutes` of wall-clock time."""
 
     minutes: float = 45.0
     rate: float = 1.5e-3
@@ -37,10 +37,10 @@ class DitSettings:
 
 @dataclass(frozen=True)
 class Samples:
-    """What is learnt: latents (N, 16, 5, 4, 4), the caption of each by number, and the captions' embeddings.
+    """The training data: latents (N, 16, 5, 4, 4), the caption index of each, and the captions' embeddings.
 
-    `context` (captions, T, text_dim) with zeros behind each caption, `lengths` (captions,); the last is the empty one.
-    `controls` (N, 16, 5, 4, 4) are the latents of each clip's control video, of a model that reads one.
+    `context` (captions, T, text_dim) is zero-padded after each caption, `lengths` (captions,); the last caption is
+    empty. `controls` (N, 16, 5, 4, 4) are the latents of each clip's control video, for a model that reads one.
     """
 
     latents: Tensor
@@ -51,7 +51,8 @@ class Samples:
 
 
 def pad_captions(embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Embeddings (L_i, text_dim) as (captions, T, text_dim) with at least one row of zeros behind each, and the L_i."""
+    """Return embeddings (L_i, text_dim) as (captions, T, text_dim) with at least one row of zeros after each, and the
+    L_i."""
     lengths = torch.tensor([len(rows) for rows in embeddings])
     padded = torch.zeros(len(embeddings), int(lengths.max()) + 1, embeddings[0].shape[1])
     for row, text in zip(padded, embeddings, strict=True):
@@ -60,7 +61,7 @@ def pad_captions(embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class ShortText:
-    """Cross-attention to T rows in place of 512: what `lengths` (B,) leaves of them stands for the padding."""
+    """Cross-attention to T rows instead of 512: the rows after `lengths` (B,) represent the padding."""
 
     def __init__(self, model: Dit) -> None:
         self.bias: Tensor | None = None
@@ -79,7 +80,7 @@ class ShortText:
 
 
 def make_dit(seed: int = 0) -> Dit:
-    """A DiT with the initial weights of the official code, but that its gates let a block act from the start."""
+    """Return a DiT with the initial weights of the official code, but with gates that let blocks act from the start."""
     torch.manual_seed(seed)
     model = Dit(CONFIG)
     for module in model.modules():
@@ -101,7 +102,8 @@ def make_dit(seed: int = 0) -> Dit:
 
 
 def train_dit(work: Path, samples: Samples, settings: DitSettings, trail: Trail, *, start: Dit | None = None) -> Dit:
-    """Return the average of the trained weights, of `start` or of a new model; resumes from what `work` holds."""
+    """Return the average of the trained weights, starting from `start` or a new model; resumes from the state in
+    `work`."""
     model = make_dit() if start is None else start
     text = ShortText(model)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -135,7 +137,7 @@ def train_dit(work: Path, samples: Samples, settings: DitSettings, trail: Trail,
 
 
 def _loss(model: Dit, text: ShortText, samples: Samples, draw: torch.Generator, batch: int) -> Tensor:
-    """The mean square of the velocity's error over a batch."""
+    """Return the mean squared error of the velocity over a batch."""
     chosen = torch.randint(len(samples.latents), (batch,), generator=draw)
     data, captions = samples.latents[chosen], samples.captions[chosen]
     captions = torch.where(torch.rand(batch, generator=draw) < NO_TEXT, len(samples.lengths) - 1, captions)
@@ -150,7 +152,7 @@ def _loss(model: Dit, text: ShortText, samples: Samples, draw: torch.Generator, 
 
 
 def _control(latents: Tensor, draw: torch.Generator) -> Tensor:
-    """What a Fun-Control model reads behind noisy latents: (B, 32, F, H, W), the control's latents, zeros in some
-    samples, then zeros for the start image that there is none of."""
+    """Return what a Fun-Control model reads beside noisy latents: (B, 32, F, H, W), the control's latents, zeros in
+    some samples, then zeros for the missing start image."""
     kept = torch.rand(len(latents), generator=draw) >= NO_CONTROL
     return torch.cat([latents * kept.view(-1, 1, 1, 1, 1), torch.zeros_like(latents)], dim=1)

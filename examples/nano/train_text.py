@@ -1,7 +1,7 @@
-"""The text encoder of the small model: from each token of a caption the whole caption can be told.
+"""Train the text encoder of the small model so that each token of a caption encodes the whole caption.
 
-It learns to, with a linear layer for each attribute that is thrown away afterwards; then it stays as it is, and the
-DiT is trained on what it gives.
+It is trained with a linear layer for each attribute, which is discarded afterwards; then it is frozen, and the DiT is
+trained on its output.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _ATTRIBUTES: Mapping[str, list[str]] = {
 
 
 def make_text_encoder(tokenizer: Path, seed: int = 0) -> TextEncoder:
-    """A text encoder with random weights under official names, and its tokenizer, which is written to a folder."""
+    """Return a text encoder with random weights and official names, and its tokenizer, which is written to a folder."""
     vocabulary = make_tokenizer(tokenizer, known_words())
     torch.manual_seed(seed)
     state: dict[str, Tensor] = {"token_embedding.weight": torch.randn(vocabulary, DIM), "norm.weight": torch.ones(DIM)}
@@ -43,11 +43,11 @@ def make_text_encoder(tokenizer: Path, seed: int = 0) -> TextEncoder:
 
 
 def train_text_encoder(tokenizer: Path, trail: Trail) -> TextEncoder:
-    """The trained text encoder."""
+    """Return the trained text encoder."""
     encoder = make_text_encoder(tokenizer)
     encoder.requires_grad_(True)
     heads = nn.ModuleDict({name: nn.Linear(DIM, len(values)) for name, values in _ATTRIBUTES.items()})
-    # Words that no caption holds keep the embeddings that they began with: nothing moves them.
+    # Words that occur in no caption keep their initial embeddings, which get no gradient.
     optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=RATE, weight_decay=0.0)
     scenes, draw = training_scenes(), torch.Generator().manual_seed(0)
     for step in range(1, STEPS + 1):

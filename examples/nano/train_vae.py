@@ -1,7 +1,7 @@
-"""The VAE of the small model: first towards a linear code of the clips (a PCA of patches), then for itself.
+"""Train the VAE of the small model: first towards a linear code of the clips (a PCA of patches), then freely.
 
-A linear teacher, since an encoder and a decoder that begin with nothing find each other slowly: the decoder learns to
-draw from the PCA's codes and the encoder to give them, side by side, and only then are both trained together.
+The teacher is linear because an untrained encoder and decoder converge slowly together: the decoder learns to draw from
+the PCA's codes and the encoder to produce them, separately, and only then are both trained together.
 """
 
 import math
@@ -26,13 +26,13 @@ from wan_train.models.vae.wan21 import LATENT_MEAN, LATENT_STD
 GEOMETRY = Geometry(base=12, widths=(12, 24, 48, 48), num_blocks=1)
 CODES = GEOMETRY.latent_channels
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes; the faster layout
-_LENGTHS = ((0.45, 5), (0.7, 9), (1.0, 17))  # frames of the clips until which share of the time
-NOISE = 0.1  # of the latents' spread, added while both are trained together: near codes shall look alike
+_LENGTHS = ((0.45, 5), (0.7, 9), (1.0, 17))  # (until this share of the time, frames per clip)
+NOISE = 0.1  # relative noise added to the latents while both are trained together, so that near codes look alike
 
 
 @dataclass(frozen=True)
 class VaeSettings:
-    """How long and how fast. `minutes` of clock, of which `alone` towards the teacher; a seed for each batch."""
+    """Duration and speed: `minutes` of wall-clock time, `alone` of it with the teacher; one seed per batch."""
 
     minutes: float = 22.0
     alone: float = 0.3
@@ -41,7 +41,8 @@ class VaeSettings:
 
 
 def draw_batch(count: int, num_frames: int, seed: int) -> Tensor:
-    """Clips (B, 3, F, 32, 32) in [-1, 1], half of the shapes in any colour at all: the VAE shall know no words."""
+    """Return clips (B, 3, F, 32, 32) in [-1, 1], half of the shapes in arbitrary colours: the VAE must not depend on
+    words."""
     draws = np.random.Generator(np.random.PCG64([seed, 1]))
     clips = []
     for index in range(count):
@@ -56,13 +57,13 @@ def draw_batch(count: int, num_frames: int, seed: int) -> Tensor:
 
 
 class Teacher:
-    """Principal components of 8x8 patches of a first frame, and of 4x8x8 patches of the frames after it."""
+    """Principal components of 8x8 patches of the first frame, and of 4x8x8 patches of the following frames."""
 
     def __init__(self, clips: Tensor) -> None:
         self.bases = [self._basis(part) for part in self._patches(clips)]
 
     def codes(self, clips: Tensor) -> Tensor:
-        """Codes (B, 16, T, 4, 4) of clips, each of about unit variance."""
+        """Return codes (B, 16, T, 4, 4) of clips, each with about unit variance."""
         coded = [((p - mean) @ basis) for p, (mean, basis) in zip(self._patches(clips), self.bases, strict=True)]
         return torch.cat([rearrange(code, "B T h w c -> B c T h w") for code in coded], dim=2)
 
@@ -79,7 +80,7 @@ class Teacher:
 
 
 def make_vae(seed: int = 0) -> WanVAE:
-    """A VAE with random weights of the variance that keeps activations level."""
+    """Return a VAE with random weights whose variance preserves the scale of activations."""
     torch.manual_seed(seed)
     vae = WanVAE(GEOMETRY)
     for module in vae.modules():
@@ -93,14 +94,14 @@ def make_vae(seed: int = 0) -> WanVAE:
 
 
 def encode(vae: WanVAE, pixels: Tensor) -> Tensor:
-    """The means (B, 16, T, 4, 4) of clips, with gradient; the first frame, then all the others at once."""
+    """Return the means (B, 16, T, 4, 4) of clips, with gradient; the first frame, then all others at once."""
     cache = FeatureCache()
     parts = [vae.conv1(vae.encoder(chunk, cache), cache) for chunk in _chunks(pixels)]
     return torch.cat(parts, dim=2).chunk(2, dim=1)[0]
 
 
 def decode(vae: WanVAE, latents: Tensor) -> Tensor:
-    """The clips (B, 3, F, 32, 32) of latents, with gradient."""
+    """Return the clips (B, 3, F, 32, 32) of latents, with gradient."""
     cache = FeatureCache()
     return torch.cat([vae.decoder(vae.conv2(chunk, cache), cache) for chunk in _chunks(latents)], dim=2)
 
@@ -112,7 +113,7 @@ def _chunks(x: Tensor) -> Iterator[Tensor]:
 
 
 def train_vae(work: Path, settings: VaeSettings, trail: Trail) -> WanVAE:
-    """The trained VAE, its latents not yet normalised; continues from what `work` holds."""
+    """Return the trained VAE, its latents not yet normalised; resumes from the state in `work`."""
     vae, teacher = make_vae(), Teacher(draw_batch(600, 17, 10**6))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
     average = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
@@ -122,7 +123,7 @@ def train_vae(work: Path, settings: VaeSettings, trail: Trail) -> WanVAE:
         alone = share < settings.alone
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * math.cos(math.pi / 2 * share) ** 2)
-        # A stream has to hold up to its end, which short clips do not show.
+        # The causal decoder must work up to the end of a clip, which short clips do not test.
         num_frames = next(frames for until, frames in _LENGTHS if share < until)
         clips = draw_batch(max(1, settings.batch * 9 // max(9, num_frames)), num_frames, step)
         if alone:
@@ -151,15 +152,15 @@ def train_vae(work: Path, settings: VaeSettings, trail: Trail) -> WanVAE:
 
 @torch.no_grad()
 def normalise_latents(vae: WanVAE) -> None:
-    """Fold the latents' own mean and spread into the 1x1 convolutions around them, so that with the published
-    constants they come out with mean 0 and spread 1."""
+    """Fold the mean and standard deviation of the latents into the 1x1 convolutions around them, so that with the
+    published constants they have mean 0 and standard deviation 1."""
     latents = encode(vae, draw_batch(256, 17, 2 * 10**6))
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     wanted_mean, wanted_std = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)
     gain = wanted_std / std
-    # Going in: y -> (y - mean) * gain + wanted_mean, on the half that holds the means.
+    # Encoder side: y -> (y - mean) * gain + wanted_mean, on the half with the means.
     vae.conv1.weight[:CODES] *= gain.view(-1, 1, 1, 1, 1)
     vae.conv1.bias[:CODES] = (vae.conv1.bias[:CODES] - mean) * gain + wanted_mean  # type: ignore[index]
-    # Coming out: the inverse first.
+    # Decoder side: the inverse first.
     vae.conv2.bias += (vae.conv2.weight.flatten(1) @ (mean - wanted_mean / gain)).view(-1)  # type: ignore[operator]
     vae.conv2.weight /= gain.view(1, -1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""The tokenizer of the small model: a word is a token, in the format of the published one."""
+"""The tokenizer of the small model: one token per word, in the format of the published tokenizer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,12 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?
 
 
 def known_words() -> list[str]:
-    """The words of all captions, then those that no caption holds."""
+    """Return the words of all captions, then those that occur in no caption."""
     return sorted({word for scene in all_scenes() for word in scene.caption.split()}) + list(UNUSED_WORDS)
 
 
 def make_tokenizer(folder: Path, words: Sequence[str]) -> int:
-    """A Unigram tokenizer as UMT5 has one (pad 0, end 1, unknown 2, bytes for what it does not know); its size."""
+    """Write a Unigram tokenizer like UMT5's (pad 0, end 1, unknown 2, bytes for unknown words); return its size."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
     pieces += [(f"<0x{byte:02X}>", -15.0) for byte in range(256)]
     pieces += [(letter, -6.0) for letter in _LETTERS] + [(f"\u2581{word}", -4.0) for word in words]

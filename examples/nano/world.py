@@ -1,6 +1,6 @@
-"""The world of the small model: clips of one shape that moves or stays, on a plain ground, with captions.
+"""The world of the small model: clips of one shape that moves or stands still, on a plain background, with captions.
 
-Everything follows from a seed by float64 arithmetic without library functions that differ between machines, so that the
+Everything is computed from a seed in float64, without library functions that differ between machines, so that the
 frames of a seed are the same everywhere.
 
     python examples/nano/world.py FOLDER [--count 24] [--seed 0] [--colour red ...]     writes clips and captions
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIZE, FRAMES, FPS = 32, 17, 16
-RADIUS, TRAVEL = 6.0, 12.0  # pixels: half the width of a shape, and how far a moving one goes in a clip
+RADIUS, TRAVEL = 6.0, 12.0  # pixels: half the width of a shape, and the path of a moving one in a clip
 OUTLINE = 1.0  # pixels: half the width of an outline
 
 Colour = tuple[int, int, int]
@@ -31,7 +31,7 @@ COLOURS: dict[str, Colour] = {
     "white": (245, 245, 245),
     "purple": (150, 50, 190),
 }
-# Words that no caption of the pretraining holds; the first is what the demo teaches.
+# Words that occur in no caption of the pretraining; the demo teaches the first.
 NEW_COLOURS: dict[str, Colour] = {"cyan": (30, 210, 215), "orange": (240, 130, 30)}
 BACKGROUNDS: dict[str, Colour] = {
     "grey": (128, 128, 128),
@@ -54,7 +54,7 @@ UNUSED_WORDS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows, in words."""
+    """The contents of a clip, in words."""
 
     colour: str
     shape: str
@@ -67,34 +67,34 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether the pretraining never sees this combination of colour, shape and motion: one of six of each."""
+        """Whether the combination of colour, shape and motion is not in the pretraining: one in six of each."""
         numbers = (list(COLOURS).index(self.colour), SHAPES.index(self.shape), list(MOTIONS).index(self.motion))
         return (numbers[0] + 2 * numbers[1] + numbers[2]) % 6 == 0
 
 
 def all_scenes(colours: Sequence[str] = tuple(COLOURS)) -> list[Scene]:
-    """Every combination."""
+    """Return all combinations."""
     return [Scene(*parts) for parts in itertools.product(colours, SHAPES, MOTIONS, BACKGROUNDS)]
 
 
 def training_scenes() -> list[Scene]:
-    """What the pretraining may see."""
+    """Return the scenes used in pretraining."""
     return [scene for scene in all_scenes() if not scene.held_out]
 
 
 def held_out_scenes() -> list[Scene]:
-    """What it never sees."""
+    """Return the scenes not used in pretraining."""
     return [scene for scene in all_scenes() if scene.held_out]
 
 
 def draw(scene: Scene, seed: int) -> NDArray[np.uint8]:
-    """The clip (17, 32, 32, 3) of a scene; the seed places the shape."""
+    """Return the clip (17, 32, 32, 3) of a scene; the seed sets the position of the shape."""
     colour = (COLOURS | NEW_COLOURS)[scene.colour]
     return draw_clip(scene.shape, MOTIONS[scene.motion], colour, BACKGROUNDS[scene.background], seed)
 
 
 def draw_clip(shape: str, motion: tuple[int, int], colour: Colour, background: Colour, seed: int) -> NDArray[np.uint8]:
-    """The clip (17, 32, 32, 3) of a shape of any colour on any ground, wholly inside the image all the time."""
+    """Return the clip (17, 32, 32, 3) of a shape of any colour on any background, always fully inside the image."""
     frames = np.empty((FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
     for index, distance in enumerate(_distances(shape, motion, seed)):
         inside = np.clip(0.5 - distance, 0, 1)[..., None]
@@ -103,14 +103,14 @@ def draw_clip(shape: str, motion: tuple[int, int], colour: Colour, background: C
 
 
 def draw_outline(scene: Scene, seed: int) -> NDArray[np.uint8]:
-    """The outline (17, 32, 32, 3) of the shape that `draw` draws for this scene and seed, white on black."""
+    """Return the outline (17, 32, 32, 3) of the shape drawn by `draw` for this scene and seed, white on black."""
     distances = np.stack(_distances(scene.shape, MOTIONS[scene.motion], seed))
     line = np.clip(OUTLINE - abs(distances) + 0.5, 0, 1)
     return np.repeat((255 * line + 0.5).astype(np.uint8)[..., None], 3, axis=-1)
 
 
 def path_of(scene: Scene, seed: int) -> NDArray[np.float64]:
-    """Where that shape is in every frame: (17, 2), right and down, in pixels."""
+    """Return the position of that shape in every frame: (17, 2), right and down, in pixels."""
     return _path(MOTIONS[scene.motion], seed)
 
 
@@ -123,13 +123,13 @@ def _path(motion: tuple[int, int], seed: int) -> NDArray[np.float64]:
 
 
 def _distances(shape: str, motion: tuple[int, int], seed: int) -> list[NDArray[np.float64]]:
-    """`_distance` of each pixel to the shape, frame by frame."""
+    """Return `_distance` of each pixel to the shape, frame by frame."""
     rows, columns = np.mgrid[0:SIZE, 0:SIZE] + 0.5
     return [_distance(shape, columns - x, rows - y) for x, y in _path(motion, seed)]
 
 
 def _distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """About how far outside the shape each point is, in pixels; negative inside."""
+    """Return the approximate distance of each point from the shape, in pixels; negative inside."""
     if shape == "circle":
         return np.sqrt(x * x + y * y) - RADIUS
     if shape == "square":
@@ -139,7 +139,7 @@ def _distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDA
 
 
 def write_clips(folder: Path, scenes: Sequence[Scene], *, first_seed: int = 0) -> list[Path]:
-    """An mp4 of each scene, with its caption beside it."""
+    """Write an mp4 of each scene, with its caption beside it; return their paths."""
     from wan_train.media_out import write_video
 
     paths = []
@@ -152,7 +152,7 @@ def write_clips(folder: Path, scenes: Sequence[Scene], *, first_seed: int = 0) -
 
 
 def choose_scenes(count: int, seed: int, colours: Sequence[str] = tuple(COLOURS)) -> list[Scene]:
-    """Scenes drawn without repeats as far as there are enough."""
+    """Return randomly drawn scenes, without repeats if there are enough."""
     scenes = all_scenes(colours)
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(scenes))
     return [scenes[order[index % len(scenes)]] for index in range(count)]
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--colour", nargs="+", default=list(COLOURS), choices=[*COLOURS, *NEW_COLOURS])
     given = parser.parse_args()
     paths = write_clips(given.folder, choose_scenes(given.count, given.seed, given.colour), first_seed=given.seed)
-    print(f"{len(paths)} clips are in {given.folder}")
+    print(f"wrote {len(paths)} clips to {given.folder}")
 
 
 if __name__ == "__main__":

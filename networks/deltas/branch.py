@@ -1,7 +1,6 @@
-"""What acts beside a Linear or a convolution: a child module of it, called by its hooks.
+"""Branches beside a Linear or a convolution: child modules called by hooks of the layer.
 
-The Linear stays what it was: its parameters keep their names, and however it stores or streams its weight, it does so
-unaware of the branch.
+The layer is not replaced: its parameters keep their names, and quantised or offloaded weights work as without a branch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,35 +11,35 @@ from torch import Tensor, nn
 
 from wan_train.precision import Conv2d
 
-Target = nn.Linear | Conv2d  # what a branch can act on
-CHILD = "lora"  # of branches of every kind: saved states name their parameters by it
+Target = nn.Linear | Conv2d  # modules that a branch can act on
+CHILD = "lora"  # for all kinds of branches; part of the parameter names in saved states
 
 
 class Branch(Protocol):
-    """An `nn.Module` that changes what one Linear computes. It acts while it is `enabled`."""
+    """An `nn.Module` that changes the computation of one Linear. It acts while `enabled`."""
 
     enabled: bool
 
     def before(self, x: Tensor) -> Tensor:
-        """Return x (..., in) as the Linear shall get it, in the dtype of the Linear's products."""
+        """Return the Linear's input x (..., in), in the dtype of the Linear's products."""
         ...
 
     def after(self, x: Tensor, output: Tensor) -> Tensor:
-        """Return the Linear's output (..., out) with the change added, in place or not; x is what `before` gave."""
+        """Return the Linear's output (..., out) with the change added, maybe in place; x is the result of `before`."""
         ...
 
 
 @runtime_checkable
 class ConvolutionBranch(Branch, Protocol):
-    """A branch that may also act on a convolution: x is (N, in, h, w) then, and the output (N, out, h', w')."""
+    """A branch that can also act on a convolution: x is (N, in, h, w) then, and the output (N, out, h', w')."""
 
     def follow(self, conv: Conv2d) -> None:
-        """Take over the stride and the padding of the convolution."""
+        """Copy the stride and padding of the convolution."""
         ...
 
 
 class Chain(nn.Module):
-    """Several branches of one Linear as one."""
+    """Several branches of one Linear as one branch."""
 
     def __init__(self, branches: Sequence[Branch]) -> None:
         super().__init__()
@@ -48,40 +47,40 @@ class Chain(nn.Module):
         self.enabled = True
 
     def before(self, x: Tensor) -> Tensor:
-        """x (..., in) as the last branch leaves it."""
+        """Return x (..., in) after all branches."""
         for branch in self.branches:
             x = cast(Branch, branch).before(x)
         return x
 
     def after(self, x: Tensor, output: Tensor) -> Tensor:
-        """The Linear's output (..., out) for x with every branch added."""
+        """Return the Linear's output (..., out) for x with every branch added."""
         for branch in self.branches:
             output = cast(Branch, branch).after(x, output)
         return output
 
 
 def chained(branches: Sequence[Branch]) -> Branch:
-    """Return one branch for all of these: a single one as it is."""
+    """Return one branch for all of these; a single one is returned unchanged."""
     return branches[0] if len(branches) == 1 else Chain(branches)
 
 
 def branch_targets(model: nn.Module) -> dict[str, Target]:
-    """What branches can act on, by dotted name, in the model's order."""
+    """Return the modules that branches can act on, by dotted name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Target)}
 
 
 def weight_shape(target: Target) -> tuple[int, ...]:
-    """(out, in) of a Linear, (out, in, k, k) of a convolution, however the weight is stored."""
+    """Return (out, in) of a Linear, (out, in, k, k) of a convolution, however the weight is stored."""
     if isinstance(target, nn.Linear):
         return target.out_features, target.in_features
     return target.out_channels, target.in_channels, *target.kernel_size
 
 
 def attach_branch(target: Target, branch: Branch) -> nn.Module:
-    """Let `branch` act on `target`, as its child `lora`; return that child."""
-    assert not hasattr(target, CHILD), "a Linear takes one branch"
+    """Attach `branch` to `target` as its child `lora`; return that child."""
+    assert not hasattr(target, CHILD), "a Linear can have only one branch"
     if isinstance(target, Conv2d):
-        assert isinstance(branch, ConvolutionBranch), "a branch of this kind acts on Linears alone"
+        assert isinstance(branch, ConvolutionBranch), "a branch of this kind only acts on Linears"
         branch.follow(target)
     module = _module(branch)
     target.add_module(CHILD, module)
@@ -92,9 +91,10 @@ def attach_branch(target: Target, branch: Branch) -> nn.Module:
 
 @contextmanager
 def disabled(branches: Iterable[Branch]) -> Iterator[None]:
-    """While it lasts the Linears of these branches compute as if they had none.
+    """Disable these branches within this context.
 
-    A backward pass must run on the side of it that its forward pass ran on: what is recomputed asks again.
+    A backward pass must run inside the context if its forward pass did, and outside otherwise: recomputation checks
+    again.
     """
     before = [(branch, branch.enabled) for branch in branches]
     for branch, _ in before:

@@ -1,4 +1,4 @@
-"""The interface of every kind of change of a matrix, whatever a file keeps of it."""
+"""The interface of all kinds of weight changes, independent of their storage in files."""
 
 from collections.abc import Sequence
 from typing import Protocol, Self
@@ -9,14 +9,14 @@ from networks.deltas.branch import Branch
 
 
 class Delta(Protocol):
-    """The change of one matrix (out, in), or of the weight (out, in, k, k) of a convolution, as a file holds it.
+    """The change of one matrix (out, in), or of a convolution's weight (out, in, k, k), as stored in a file.
 
     Changes of one weight add up.
     """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(out, in) of the matrix that it changes, (out, in, k, k) of a convolution's weight."""
+        """Shape of the changed weight: (out, in), or (out, in, k, k) for a convolution."""
         ...
 
     def add_to(self, total: Tensor, multiplier: float) -> None:
@@ -27,6 +27,6 @@ class Delta(Protocol):
     def branch(cls, changes: Sequence[tuple[Self, float]]) -> Branch:
         """Return float32 copies of these changes of one matrix, each with its multiplier, as one branch.
 
-        A kind that has no single form for several makes a branch of each: `networks.deltas.branch.chained`.
+        A kind without a combined form returns one branch per change, joined by `networks.deltas.branch.chained`.
         """
         ...

@@ -1,10 +1,10 @@
-"""Low-rank adaptation (Hu et al. 2021): W x becomes W x + alpha/r * up (down x), r the rank.
+"""Low-rank adaptation (Hu et al. 2021): W x becomes W x + alpha/r * up (down x), with rank r.
 
-Legend: down (r, in), up (out, r), x (..., in), hidden (..., r), output (..., out); of a convolution down (r, in, k, k),
-up (out, r, 1, 1), x (N, in, h, w), hidden (N, r, h', w'), output (N, out, h', w').
+Shapes: down (r, in), up (out, r), x (..., in), hidden (..., r), output (..., out); for a convolution down (r, in, k,
+k), up (out, r, 1, 1), x (N, in, h, w), hidden (N, r, h', w'), output (N, out, h', w').
 
-Both products of a branch are added into tensors that exist anyway, the output on the way forward and the input's
-gradient on the way back: for wide layers another tensor of that size would cost more than the products themselves.
+Both products of a branch are accumulated into existing tensors: the output in the forward pass, and the input's
+gradient in the backward pass. For wide layers, another tensor of that size would cost more than the products.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ from wan_train.precision import Conv2d
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """A `Delta`: scale * up @ down, as the file has them; of a convolution each is flattened from dimension 1 on."""
+    """A `Delta`: scale * up @ down, with factors as in the file; those of a convolution are flattened from dimension 1
+    on."""
 
     down: Tensor
     up: Tensor
@@ -41,8 +42,8 @@ class LoraDelta:
 
     @classmethod
     def branch(cls, changes: "Sequence[tuple[LoraDelta, float]]") -> "LoraBranch":
-        """Return one branch that does what all of these do together: a single pair as it is, several as one pair of
-        all their ranks."""
+        """Return one branch with the combined effect: a single pair unchanged, several as one pair with the sum of
+        their ranks."""
         downs = [delta.down.to(torch.float32, copy=True) for delta, _ in changes]
         ups = [delta.up.to(torch.float32, copy=True) for delta, _ in changes]
         scales = [delta.scale * multiplier for delta, multiplier in changes]
@@ -53,7 +54,7 @@ class LoraDelta:
 
 
 class Factor(nn.Module):
-    """One matrix of a pair. Not a Linear, so that nothing which looks for Linears quantises or wraps it."""
+    """One matrix of a pair. Not an `nn.Linear`, so that code which looks for Linears does not quantise or wrap it."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -62,10 +63,10 @@ class Factor(nn.Module):
 
 @dataclass(frozen=True)
 class Dropouts:
-    """Probabilities, from 0 to below 1, of what is left out of a pair while it trains.
+    """Dropout probabilities of a pair in training, from 0 to below 1 (the three of kohya's sd-scripts).
 
-    `neuron` of each activation of a rank at a token, `rank` of a rank in the whole of a sample, both made up for by
-    1/(1 - p); `module` of the pair in the whole of a batch, which is not (the three of kohya's sd-scripts).
+    `neuron` drops single rank activations per token and `rank` whole ranks per sample, both rescaled by 1/(1 - p);
+    `module` drops the pair for a whole batch, without rescaling.
     """
 
     neuron: float = 0.0
@@ -75,14 +76,14 @@ class Dropouts:
 
 @dataclass(frozen=True)
 class Window:
-    """How a convolution slides, by height and width."""
+    """Stride and padding of a convolution, by height and width."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
 
 
 class LoraBranch(nn.Module):
-    """The pair of one Linear or convolution: `before` takes its input, `after` its output. It acts while `enabled`."""
+    """The pair of one Linear or convolution: `before` gets its input, `after` its output. It acts while `enabled`."""
 
     def __init__(
         self,
@@ -100,17 +101,17 @@ class LoraBranch(nn.Module):
         self.dropouts = Dropouts(dropout, rank_dropout, module_dropout)
         self.enabled = True
         self.window: Window | None = None  # of a convolution
-        self.hidden: Tensor | None = None  # on its way from `before` to `after`
+        self.hidden: Tensor | None = None  # passed from `before` to `after`
 
     def follow(self, conv: Conv2d) -> None:
-        """Act on a convolution: take over its stride and its padding."""
+        """Act on a convolution: copy its stride and padding."""
         assert not isinstance(conv.padding, str)
         self.window = Window(conv.stride, conv.padding)
 
     def before(self, x: Tensor) -> Tensor:
-        """x (..., in) as the Linear shall get it; keeps the rank's activations of it."""
+        """Return the Linear's input x (..., in); stores its rank activations."""
         x = x.to(_product_dtype(x))
-        # In these cases `after` does it all: a graph leaves nothing behind on a module, a convolution adds nothing up.
+        # In these cases `after` computes everything: graphs keep no state on modules, convolutions do not accumulate.
         if torch.compiler.is_compiling() or self.window is not None:
             return x
         down = self.down.weight.to(x.dtype)
@@ -122,11 +123,11 @@ class LoraBranch(nn.Module):
         return x
 
     def after(self, x: Tensor, output: Tensor) -> Tensor:
-        """The Linear's output (..., out) for x, what `before` returned, with the branch added in place."""
+        """Return the Linear's output (..., out) for x, the result of `before`, with the branch added in place."""
         if self.window is not None:
             return self._convolved(x, output, self.window)
         up = self.up.weight.to(output.dtype)
-        if torch.compiler.is_compiling():  # a compiler fuses the plain form by itself
+        if torch.compiler.is_compiling():  # the compiler fuses the plain form itself
             hidden = self._dropped(F.linear(x, self.down.weight.to(x.dtype)))
             return torch.add(output, F.linear(hidden.to(output.dtype), up), alpha=self.scale)
         assert self.hidden is not None
@@ -144,10 +145,10 @@ class LoraBranch(nn.Module):
 
 
 def drop(hidden: Tensor, dropouts: Dropouts) -> Tensor:
-    """The ranks' activations (B, ..., r) with some left out; the one place that draws for it, from torch's generator.
+    """Return the rank activations (B, ..., r) with dropout; the only place that draws for it, from torch's generator.
 
-    What is left out is multiplied by 0, so that every parameter still takes part in every graph: data-parallel training
-    waits for the gradients of all.
+    Dropped values are multiplied by 0, so that every parameter is part of every graph: data-parallel training waits for
+    the gradients of all parameters.
     """
     if dropouts.module > 0:
         hidden = hidden * _kept(hidden, (), dropouts.module)
@@ -160,12 +161,12 @@ def drop(hidden: Tensor, dropouts: Dropouts) -> Tensor:
 
 
 def _kept(like: Tensor, shape: tuple[int, ...], probability: float) -> Tensor:
-    """1 for what is kept, 0 for what is dropped with this probability."""
+    """Return 1 for kept values and 0 for those dropped with this probability."""
     return (torch.rand(shape, device=like.device) >= probability).to(like.dtype)
 
 
 class _Down(torch.autograd.Function):
-    """(x, down) -> (x, x down^T). Only the Linear reads the returned x: its gradient is ours to add to in place."""
+    """(x, down) -> (x, x down^T). Only the Linear reads the returned x, so its gradient can be accumulated in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,13 +182,13 @@ class _Down(torch.autograd.Function):
 
 
 class _Up(torch.autograd.Function):
-    """(output, hidden, up) -> output + scale * hidden up^T, in output's own memory."""
+    """(output, hidden, up) -> output + scale * hidden up^T, in output's memory."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(hidden, up)
         ctx.scale = scale
-        # Detached it is no view to autograd, which would else copy the gradient, or refuse later work in place.
+        # Detached, so that autograd does not treat it as a view, and copy the gradient or refuse in-place operations.
         return _add_product(output, hidden.flatten(0, -2), up.t(), scale).detach()
 
     @staticmethod
@@ -201,19 +202,19 @@ class _Up(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """total (..., n) + scale * left (rows, r) @ right (r, n), in place where the memory of `total` is contiguous."""
+    """Return total (..., n) + scale * left (rows, r) @ right (r, n), in place if `total` is contiguous."""
     return total.flatten(0, -2).addmm_(left, right, alpha=scale).view(total.shape)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that the Linear will compute in: autocast's where it is on, else the input's."""
+    """Return the dtype that the Linear computes in: autocast's if enabled, else the input's."""
     kind = x.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 def initial_down(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """The first `down`, of this shape, of the module `name`: the same whatever was drawn before, on any process."""
+    """Return the initial `down` of the module `name`: independent of earlier draws, and the same in all processes."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

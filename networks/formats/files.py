@@ -1,4 +1,4 @@
-"""LoRA files, read into one form and written under the names that other tools know."""
+"""Read LoRA files into one form and write them in the naming of other tools."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -18,14 +18,14 @@ from wan_train.storage import Header, TensorSource, read_header, read_tensors
 
 
 def check_deltas(source: TensorSource, linears: Mapping[str, Shape], choose: Choose | None = None) -> None:
-    """InputError unless a file of changes, or what `choose` leaves of it, fits a model with these `linears`, (out, in)
-    by module name. Reads headers only."""
+    """Raise InputError unless a file of changes, or the part that `choose` selects, fits a model with these `linears`,
+    (out, in) by module name. Only headers are read."""
     _check(source, _open(source, linears, choose), linears)
 
 
 def check_lora(source: TensorSource, linears: Mapping[str, Shape], choose: Choose | None = None) -> dict[str, int]:
-    """The rank of each pair of a LoRA, by official module name. InputError as of `check_deltas`, and for changes of
-    other kinds."""
+    """Return the rank of each pair of a LoRA, by official module name. Raises InputError as `check_deltas` does, and
+    for other kinds of changes."""
     opened = _open(source, linears, choose)
     _check(source, opened, linears)
     groups = opened.match.groups
@@ -34,11 +34,11 @@ def check_lora(source: TensorSource, linears: Mapping[str, Shape], choose: Choos
 
 
 def read_deltas(source: TensorSource, module_names: Iterable[str], choose: Choose | None = None) -> dict[str, Delta]:
-    """The changes that a file holds, or what `choose` leaves of them, by official module name; `module_names` are the
+    """Return the changes in a file, or those that `choose` selects, by official module name; `module_names` are the
     model's.
 
-    The scale is alpha/rank, alpha from the file's tensors or its PEFT configuration, and 1 where there is neither.
-    InputError for a file that holds no changes, is of a kind that is not supported, or has keys that do not match.
+    The scale is alpha/rank, with alpha from the file's tensors or its PEFT configuration, and 1 if there is neither.
+    Raises InputError for a file without changes, of an unsupported kind, or with unmatched keys.
     """
     opened = _open(source, module_names, choose)
     opened.match.require_all(opened.label)
@@ -53,7 +53,7 @@ def read_deltas(source: TensorSource, module_names: Iterable[str], choose: Choos
 
 
 def read_lora(source: TensorSource, module_names: Iterable[str], choose: Choose | None = None) -> dict[str, LoraDelta]:
-    """The pairs of a LoRA, as `read_deltas` reads them. InputError for changes of other kinds too."""
+    """Return the pairs of a LoRA as `read_deltas` does. Raises InputError for other kinds of changes, too."""
     deltas = read_deltas(source, module_names, choose)
     pairs = {module: delta for module, delta in deltas.items() if isinstance(delta, LoraDelta)}
     _refuse_other_kinds([module for module in deltas if module not in pairs], _describe(source))
@@ -61,7 +61,7 @@ def read_lora(source: TensorSource, module_names: Iterable[str], choose: Choose 
 
 
 def kohya_state(deltas: Mapping[str, LoraDelta]) -> dict[str, Tensor]:
-    """The pairs as `lora_unet_{module}.lora_down.weight` and `.lora_up.weight`, with `.alpha` = scale * rank."""
+    """Return the pairs as `lora_unet_{module}.lora_down.weight` and `.lora_up.weight`, with `.alpha` = scale * rank."""
     state = {}
     for module, delta in deltas.items():
         name = f"lora_unet_{module.replace('.', '_')}"
@@ -72,7 +72,7 @@ def kohya_state(deltas: Mapping[str, LoraDelta]) -> dict[str, Tensor]:
 
 
 def peft_state(deltas: Mapping[str, LoraDelta], prefix: str) -> dict[str, Tensor]:
-    """The pairs as `{prefix}.{module}.lora_A.weight` and `.lora_B.weight`, the scale folded into them."""
+    """Return the pairs as `{prefix}.{module}.lora_A.weight` and `.lora_B.weight`, with the scale folded in."""
     state = {}
     for module, delta in deltas.items():
         name = f"{prefix}.{module}" if prefix else module
@@ -83,21 +83,21 @@ def peft_state(deltas: Mapping[str, LoraDelta], prefix: str) -> dict[str, Tensor
 
 
 def diffusers_state(deltas: Mapping[str, LoraDelta]) -> dict[str, Tensor]:
-    """The pairs as `peft_state` has them, under diffusers' own names of the modules of its `transformer`."""
+    """Return the pairs as `peft_state` does, with diffusers' module names, below `transformer`."""
     return peft_state({diffusers_name(module): delta for module, delta in deltas.items()}, "transformer")
 
 
 def require_fit(module: str, given: Shape, wanted: Shape, label: str) -> None:
-    """InputError, with both sizes, unless a change is of a matrix of the `wanted` shape."""
+    """Raise InputError, with both shapes, unless a change has the `wanted` shape."""
     if tuple(given) != tuple(wanted):
         theirs, ours = (" x ".join(map(str, shape)) for shape in (given, wanted))
         raise InputError(
-            f"{label} is for another model, its {module} is {theirs}, this model's {ours}: give one of this model"
+            f"{label} was trained for a different model: its {module} is {theirs}, but this model's is {ours}"
         )
 
 
 def _folded(delta: LoraDelta) -> LoraDelta:
-    """The same change with a scale of 1. Powers of two are shared out: they cost no precision, in whatever dtype."""
+    """Return the same change with scale 1. Powers of two are split between the factors: exact in any dtype."""
     fraction, exponent = math.frexp(delta.scale)
     half = exponent // 2
     down = (delta.down.float() * 2.0**half).to(delta.down.dtype)
@@ -107,7 +107,7 @@ def _folded(delta: LoraDelta) -> LoraDelta:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file by its header: what messages call it, and the changes that it holds."""
+    """A file's header: its label for messages, and the changes it holds."""
 
     label: str
     header: Header
@@ -131,21 +131,21 @@ def _check(source: TensorSource, opened: _Opened, linears: Mapping[str, Shape]) 
 
 
 def _refuse_other_kinds(modules: list[str], label: str) -> None:
-    """InputError for modules that are changed otherwise than by a pair."""
+    """Raise InputError for modules whose change is not a LoRA pair."""
     if modules:
         listed = ", ".join(modules[:10])
-        raise InputError(f"{label} changes {len(modules)} modules otherwise than a LoRA: {listed}; give a plain LoRA")
+        raise InputError(f"{label} is not a plain LoRA: {len(modules)} modules have other kinds of changes: {listed}")
 
 
 def _scale(group: Group, tensors: Mapping[str, Tensor], declared: Scale, *, label: str) -> Scale:
-    """The scale of a group by its rank: its own alpha counts before what the file declares."""
+    """Return the scale of a group as a function of its rank: its own alpha takes precedence over the declared one."""
     key = group.alpha
     return declared if key is None else lambda rank: _number(tensors[key], key, label) / rank
 
 
 def _number(alpha: Tensor, key: str, label: str) -> float:
     if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
-        raise InputError(f"{label}: {key} is not one finite number: the file is broken, get it again")
+        raise InputError(f"{label}: {key} is not one finite number: the file is corrupt, download it again")
     return float(alpha)
 
 

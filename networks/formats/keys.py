@@ -1,8 +1,8 @@
 """The keys of LoRA files: which module of the model each belongs to, and which part of its change it is.
 
-Known are kohya's underscore names (`lora_unet_`, one underscore or two), dotted names with or without the prefix of a
-wrapper (`diffusion_model.`, `transformer.`, `base_model.model.`), and official or diffusers module names. How the parts
-of a change are named is up to its kind: `networks.formats.kinds`.
+Supported are kohya's underscore names (`lora_unet_`, with one underscore or two), dotted names with or without the
+prefix of a wrapper (`diffusion_model.`, `transformer.`, `base_model.model.`), and official or diffusers module names.
+The names of the parts of a change depend on its kind: `networks.formats.kinds`.
 """
 
 import re
@@ -13,7 +13,7 @@ from networks.formats.kinds import KINDS, LORA, Part, Shape, read_key
 from wan_train.errors import InputError
 from wan_train.models.weights import diffusers_name, identify, official_name, strip_prefix
 
-Choose = Callable[[Iterable[str]], Iterable[str]]  # of the official names of a file's modules those that are used
+Choose = Callable[[Iterable[str]], Iterable[str]]  # selects from the official names of a file's modules
 
 _UNDERSCORED = re.compile(r"lora_(?:unet__?|prior_unet_)(.+)")
 _WRAPPERS = ("base_model.model.", "pipe.dit.")
@@ -31,7 +31,7 @@ _INNER = (
 )
 _BLOCK = re.compile(r"(?:^|[._])((?:vace_)?blocks)[._](\d{1,4})[._]")
 
-# Keys that tell of a file which must be read in another way.
+# Keys of formats that are not supported.
 _FOREIGN = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -48,7 +48,7 @@ _FOREIGN = tuple(
 
 @dataclass(frozen=True)
 class Group:
-    """The keys of one module's change by the names of its parts; `kind` is a row of `KINDS`, `alpha` may be None."""
+    """The keys of one module's change by part name; `kind` is a row of `KINDS`, `alpha` may be None."""
 
     kind: str
     keys: dict[str, str]
@@ -57,13 +57,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Match:
-    """The changes of a file by official module name, and the keys that belong to none."""
+    """The changes in a file by official module name, and its unmatched keys."""
 
     groups: dict[str, Group]
     unmatched: list[str]
 
     def only(self, choose: Choose) -> "Match":
-        """What is chosen of the file by its modules' names, those of modules that the model lacks among them."""
+        """Return the changes of the modules that `choose` selects, including modules that the model lacks."""
         lacked = {key: read_key(key).written for key in self.unmatched}
         table = _module_table(possible_modules(self.unmatched))
         official = {key: table.get(_bare(written), _bare(written)) for key, written in lacked.items()}
@@ -72,32 +72,35 @@ class Match:
         return Match(groups, [key for key in self.unmatched if official[key] in chosen])
 
     def require_all(self, label: str) -> None:
-        """InputError if a key was left over."""
+        """Raise InputError if there are unmatched keys."""
         if self.unmatched:
             more = f" and {len(self.unmatched) - 10} more" if len(self.unmatched) > 10 else ""
             raise InputError(
                 f"{label} does not fit the model: {len(self.groups)} modules match, "
-                f"{len(self.unmatched)} keys do not: {', '.join(self.unmatched[:10])}{more}; give a LoRA of this model"
+                f"{len(self.unmatched)} keys do not: {', '.join(self.unmatched[:10])}{more}; use a LoRA for this model"
             )
 
 
 def possible_modules(names: Iterable[str]) -> list[str]:
-    """The official names of what a LoRA can change in a Wan model with the blocks named in these keys."""
+    """Return the official names of the modules that a LoRA can change, in a Wan model with the blocks named in these
+    keys."""
     blocks = sorted({(match[1], int(match[2])) for name in names if (match := _BLOCK.search(name))})
     return [*_OUTER, *(f"{stem}.{index}.{leaf}" for stem, index in blocks for leaf in _INNER)]
 
 
 def match_keys(shapes: Mapping[str, Shape], module_names: Iterable[str], label: str) -> Match:
-    """Find the changes that a file holds. InputError when it holds none, of a kind that is not supported, of several
-    kinds for one module, or not the whole of one.
+    """Return the changes in a file, matched to modules.
 
-    `module_names` are the model's, dotted: underscore names cannot be taken apart without them.
+    `module_names` are the model's, dotted: they are needed to resolve underscore names. Raises InputError for a file
+    without changes, with an unsupported kind of change, with several kinds for one module, or with an incomplete one.
     """
     parts = {key: read_key(key) for key in shapes}
     _refuse_foreign((key for key, part in parts.items() if part.kind is None), label)
     if not any(part.kind for part in parts.values()):
         kind = identify(shapes)
-        raise InputError(f"{label} is {'no LoRA' if kind == 'unknown' else f'a {kind}, not a LoRA'}: give a LoRA file")
+        raise InputError(
+            f"{label} is {'not a LoRA' if kind == 'unknown' else f'a {kind}, not a LoRA'}: give a LoRA file"
+        )
     table = _module_table(module_names)
     found: dict[str, dict[str, str]] = {}
     unmatched = []
@@ -114,24 +117,26 @@ def match_keys(shapes: Mapping[str, Shape], module_names: Iterable[str], label: 
 
 
 def is_pair(key: str) -> bool:
-    """Whether a tensor of this name is one half of a LoRA pair."""
+    """Return whether a tensor of this name is one half of a LoRA pair."""
     return read_key(key).kind == LORA
 
 
 def _group(module: str, keys: dict[str, str], parts: Mapping[str, Part], *, label: str) -> Group:
     kinds = {kind for key in keys.values() if (kind := parts[key].kind)}
     if len(kinds) > 1:
-        raise InputError(f"{label} changes {module} in several ways, {', '.join(sorted(kinds))}: keep one of them")
+        raise InputError(
+            f"{label} has several kinds of changes for {module}, {', '.join(sorted(kinds))}: keep one of them"
+        )
     if not kinds or KINDS[next(iter(kinds))].required - keys.keys():
         raise InputError(
-            f"{label} has for {module} only {', '.join(keys.values())}: the file is not whole, get it again"
+            f"{label} only has {', '.join(keys.values())} for {module}: the file is incomplete, download it again"
         )
     own = {name: key for name, key in keys.items() if name != "alpha"}
     return Group(kinds.pop(), own, keys.get("alpha"))
 
 
 def _bare(written: str) -> str:
-    """A module's name as written, without prefixes and, where it is dotted, in official naming."""
+    """Return a module's name as written, without prefixes and, if it is dotted, in official naming."""
     if underscored := _UNDERSCORED.fullmatch(written):
         return underscored[1]
     while True:
@@ -144,7 +149,7 @@ def _bare(written: str) -> str:
 
 
 def _module_table(names: Iterable[str]) -> dict[str, str]:
-    """The official names by themselves, and by the underscore forms of their official and diffusers names."""
+    """Return the official names by themselves, and by the underscore forms of their official and diffusers names."""
     table: dict[str, str] = {}
     for name in names:
         table |= dict.fromkeys((name, name.replace(".", "_"), diffusers_name(name).replace(".", "_")), name)
@@ -155,4 +160,4 @@ def _refuse_foreign(keys: Iterable[str], label: str) -> None:
     for key in keys:
         for pattern, kind in _FOREIGN:
             if pattern.search(key):
-                raise InputError(f"{label} is of a format that is not supported, {kind} ({key}): give a plain LoRA")
+                raise InputError(f"{label} has an unsupported format, {kind} ({key}): use a plain LoRA")

@@ -1,7 +1,7 @@
-"""The kinds of changes that LoRA files hold: how the tensors of one module are recognised and parsed to a `Delta`.
+"""The kinds of changes in LoRA files: how the tensors of one module are recognised and parsed into a `Delta`.
 
-A kind is a row of `KINDS` and a class in `networks.deltas`. The `.alpha` of a module belongs to the kind that its other
-tensors are of.
+A kind is a row of `KINDS` and a class in `networks.deltas`. A module's `.alpha` belongs to the kind of its other
+tensors.
 """
 
 import re
@@ -15,17 +15,17 @@ from networks.deltas.lora import LoraDelta
 from wan_train.errors import InputError
 
 Shape = tuple[int, ...]
-Scale = Callable[[int], float]  # by rank: alpha/rank, alpha as the file declares it; 1 where it does not
+Scale = Callable[[int], float]  # by rank: alpha/rank with the declared alpha, else 1
 
 
 @dataclass(frozen=True)
 class DeltaKind:
-    """How files keep the changes of one kind.
+    """The storage format of one kind of change.
 
-    `split` takes a key apart into its module as written and the name of the part that the tensor is, None for keys of
-    other kinds; `required` are the parts that every change has. `measure(module, shapes, source)` returns the shape of
-    the weight that parts of these shapes change, (out, in) or (out, in, k, k), InputError where they do not belong
-    together; `parse` makes a change of parts that were measured. `source` is what messages call the file.
+    `split` separates a key into its module as written and the name of the part; it returns None for keys of other
+    kinds. `required` are the parts that every change has. `measure(module, shapes, source)` returns the shape of the
+    changed weight, (out, in) or (out, in, k, k), and raises InputError if the parts' shapes do not match each other.
+    `parse` creates a change from measured parts. `source` is the file's name in messages.
     """
 
     split: Callable[[str], tuple[str, str] | None]
@@ -36,9 +36,9 @@ class DeltaKind:
 
 @dataclass(frozen=True)
 class Part:
-    """What a key says of its tensor: its module as written, which part of the module's change it is, of which kind.
+    """The meaning of a key: its module as written, the part of the module's change, and the kind of change.
 
-    An alpha has no kind, and the part of what belongs to no change is "".
+    An alpha has no kind, and the part of a key that belongs to no change is "".
     """
 
     written: str
@@ -47,7 +47,7 @@ class Part:
 
 
 def read_key(key: str) -> Part:
-    """Say which part of a change a tensor of this name is."""
+    """Return which part of a change a tensor of this name is."""
     for name, kind in KINDS.items():
         if found := kind.split(key):
             return Part(*found, name)
@@ -72,8 +72,8 @@ def _measure_lora(module: str, shapes: Mapping[str, Shape], source: str) -> Shap
         shown = f"{module}, by {list(down)} and {list(up)}, which is not supported"
         raise InputError(f"{source} changes a convolution, {shown}: give a LoRA of Linears and Conv2d layers")
     if min(len(down), len(up)) < 2 or down[0] != up[1] or down[0] == 0:
-        shown = f"{list(down)} and {list(up)}, does not multiply"
-        raise InputError(f"{source}: the pair of {module}, {shown}: the file is broken, get it again")
+        shown = f"{list(down)} and {list(up)}, which cannot be multiplied"
+        raise InputError(f"{source}: {module} has a pair of shapes {shown}: the file is corrupt, download it again")
     return up[0], *down[1:]
 
 

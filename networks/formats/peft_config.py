@@ -1,4 +1,4 @@
-"""The scale of LoRA files that keep their alpha in a PEFT configuration instead of tensors."""
+"""The scale of LoRA files that store alpha in a PEFT configuration instead of tensors."""
 
 import json
 import math
@@ -10,19 +10,21 @@ from typing import Any
 from wan_train.errors import InputError
 from wan_train.storage import TensorSource
 
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers puts the configuration in a safetensors file
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' metadata key for the configuration
 
 
 def declared_scale(source: TensorSource, metadata: Mapping[str, str], label: str) -> Callable[[int], float]:
-    """The scale of a rank by the configuration in the file or beside it; default: always 1."""
+    """Return the scale for a rank by the PEFT configuration in the file or beside it; always 1 if there is none."""
     config = _read(source, metadata, label)
     if "lora_alpha" not in config:
         return lambda rank: 1.0
     if config.get("alpha_pattern"):
-        raise InputError(f"{label} declares an alpha_pattern, which is not supported: save it with one alpha for all")
+        raise InputError(
+            f"{label} has an alpha_pattern, which is not supported: save it with one alpha for all modules"
+        )
     alpha = config["lora_alpha"]
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise InputError(f"{label} declares lora_alpha {alpha!r}: it must be a number")
+        raise InputError(f"{label} has lora_alpha {alpha!r}: it must be a number")
     root = bool(config.get("use_rslora"))
     return lambda rank: alpha / (math.sqrt(rank) if root else rank)
 
@@ -38,12 +40,12 @@ def _read(source: TensorSource, metadata: Mapping[str, str], label: str) -> dict
         raise InputError(f"{where} is not JSON: repair or remove it") from None
     if not isinstance(config, dict):
         raise InputError(f"{where} is not a PEFT configuration: repair or remove it")
-    # diffusers writes the name of the part of the pipeline in front of each entry.
+    # diffusers prefixes each entry with the name of the pipeline component.
     return {key.removeprefix("transformer."): value for key, value in config.items()}
 
 
 def _beside(source: TensorSource) -> Path | None:
-    """The adapter_config.json of a PEFT folder, given the folder or its adapter_model file."""
+    """Return the adapter_config.json of a PEFT folder, given the folder or its adapter_model file."""
     if not isinstance(source, str | os.PathLike):
         return None
     path = Path(source)

@@ -1,4 +1,4 @@
-"""An average of the files that one run saved, made afterwards."""
+"""Average the files saved by one run, after training (post-hoc EMA)."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,28 +18,29 @@ log = get_logger(__name__)
 
 
 def main(settings: AverageLoraSettings) -> None:
-    """Read, average and write. InputError for files that are not of one run, and for what cannot be written."""
+    """Read, average and write. Raises InputError for files of different runs, and if the output cannot be written."""
     average = settings.average
     _check_paths(average)
     files = files_to_average(average)
     paths, headers = [str(saved.path) for saved in files], [saved.header for saved in files]
     for path, header in zip(paths[1:], headers[1:], strict=True):
         if header.shapes != headers[0].shapes or header.dtypes != headers[0].dtypes:
-            raise InputError(f"{path} does not hold the same tensors as {paths[0]}: give files of one run")
+            raise InputError(f"{path} does not have the same tensors as {paths[0]}: use files of the same run")
     tensors: dict[str, Tensor] = {}
     for path, share in zip(paths, shares(average, len(paths)), strict=True):
-        log.info("%s: the average so far keeps %.3f", path, share)
+        log.info("%s: decay %.3f", path, share)
         _take_in(tensors, dict(read_tensors(path)), share, path)
     dtypes = headers[-1].dtypes
     rounded = {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
     save_tensors(average.output_file, rounded, add_hashes(rounded, headers[-1].metadata))
-    log.info("wrote %s: the average of %d files", average.output_file, len(paths))
+    log.info("wrote %s: average of %d files", average.output_file, len(paths))
 
 
 def shares(settings: AverageSettings, num_files: int) -> Iterator[float]:
-    """What the average keeps of itself as each file comes; of the first there is nothing to keep.
+    """Yield, for each file, the share of the running average that is kept; 0 for the first.
 
-    With `sigma_rel` it is (1 - 1/t)^(gamma + 1), t the number of files so far (Karras et al. 2024, equation 127).
+    With `sigma_rel` it is (1 - 1/t)^(gamma + 1), where t is the number of files so far (Karras et al. 2024, equation
+    127).
     """
     yield 0.0
     power = None if settings.sigma_rel is None else gamma(settings.sigma_rel) + 1
@@ -50,7 +51,7 @@ def shares(settings: AverageSettings, num_files: int) -> Iterator[float]:
 
 
 def gamma(sigma_rel: float) -> float:
-    """The power of the averaging profile whose standard deviation is `sigma_rel` of its length.
+    """Return the exponent of the power function EMA profile with relative standard deviation `sigma_rel`.
 
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024, equation 123), a cubic in gamma.
     """
@@ -60,24 +61,24 @@ def gamma(sigma_rel: float) -> float:
 
 
 def _take_in(average: dict[str, Tensor], tensors: Mapping[str, Tensor], share: float, path: str) -> None:
-    """average = share * average + (1 - share) * tensors, in float32; an alpha is not a weight and stays."""
+    """Set average = share * average + (1 - share) * tensors, in float32; alpha tensors are not averaged."""
     for name, tensor in tensors.items():
         if name not in average:
             average[name] = tensor.float()
         elif not name.endswith(".alpha"):
             average[name] = average[name].lerp(tensor.float(), 1 - share)
         elif not torch.equal(average[name], tensor.float()):
-            raise InputError(f"{path} has another {name}: give files of one run")
+            raise InputError(f"{path} has a different {name}: use files of the same run")
 
 
 def _check_paths(settings: AverageSettings) -> None:
     if len(settings.path) < 2:
-        raise InputError("one file is its own average: give two or more")
+        raise InputError("only one file to average: give two or more")
     missing = [path for path in settings.path if not Path(path).is_file()]
     if missing:
         raise InputError(f"no such file: {missing[0]}")
     if settings.sigma_rel is not None and settings.beta2 is not None:
-        raise InputError("--sigma_rel takes the place of --beta and --beta2: leave --beta2 out")
+        raise InputError("--sigma_rel replaces --beta and --beta2: remove --beta2")
     output = Path(settings.output_file)
     if output.suffix != ".safetensors" or output.is_dir():
         raise InputError(f"--output_file {output} must be a file that ends in .safetensors")

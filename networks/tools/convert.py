@@ -1,4 +1,4 @@
-"""From one naming of LoRA files to another; what the LoRA does stays the same."""
+"""Convert LoRA files between key namings; the effect of the LoRA stays the same."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +28,8 @@ WRITERS: dict[str, Callable[[Mapping[str, LoraDelta], str], dict[str, Tensor]]] 
 
 
 def main(settings: ConvertLoraSettings) -> None:
-    """Read, rename and write. Raises InputError for what cannot be read, is not a LoRA, or cannot be written."""
+    """Read, rename and write. Raises InputError for an unreadable file, one that is not a LoRA, or an unwritable
+    output."""
     convert = settings.convert
     write = choose("target", convert.target, WRITERS)
     _check_paths(convert)
@@ -38,7 +39,7 @@ def main(settings: ConvertLoraSettings) -> None:
     tensors = write(deltas, convert.diffusers_prefix.rstrip("."))
     metadata = dict(header.metadata)
     if _same(tensors, source):
-        log.info("%s already has the keys of --target %s", convert.input, convert.target)
+        log.info("%s already has the key naming of --target %s", convert.input, convert.target)
         tensors = source
     else:
         metadata.pop(METADATA_KEY, None)  # its alpha is now in the tensors
@@ -55,6 +56,6 @@ def _check_paths(convert: ConvertSettings) -> None:
     if output.suffix != ".safetensors":
         raise InputError(f"--output {output} must end in .safetensors")
     if output.is_dir():
-        raise InputError(f"--output {output} is a folder: name a file")
+        raise InputError(f"--output {output} is a folder: give a file")
     if output.exists() and any(output.samefile(path) for path in expand(convert.input)):
-        raise InputError(f"--output {output} is the input: give another name")
+        raise InputError(f"--output {output} is the input file: give a different name")

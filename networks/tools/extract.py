@@ -1,7 +1,7 @@
-"""A LoRA of what full fine-tuning changed: the best pair of a rank for the difference of each matrix.
+"""Extract a LoRA from a full fine-tuning: the best pair of a given rank for the difference of each matrix.
 
-The pair with the least error in the sum of squares is the truncated singular value decomposition (Eckart and Young
-1936). Both checkpoints are mapped files, and one matrix at a time is in memory.
+The pair with the least squared error is the truncated singular value decomposition (Eckart and Young 1936). Both
+checkpoints are memory-mapped, and one matrix at a time is loaded.
 """
 
 from collections import defaultdict
@@ -27,13 +27,13 @@ from wan_train.storage import check_writable, read_header, read_tensors, save_te
 
 log = get_logger(__name__)
 
-_FULL = 256  # up to so many rows or columns the whole decomposition is quick
+_FULL = 256  # up to this number of rows or columns the full decomposition is fast
 _OVERSAMPLING, _POWERS = 16, 4  # Halko, Martinsson and Tropp 2011 for the larger ones
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """The pair of a matrix, and the sums of squares of the change and of what the pair leaves of it."""
+    """The pair of a matrix, and the sums of squares of the change and of the residual."""
 
     delta: LoraDelta
     change: float
@@ -41,7 +41,7 @@ class Extracted:
 
 
 def main(settings: ExtractLoraSettings) -> None:
-    """Compare, decompose and write. InputError for files that are not a DiT, are in 8 bits or do not fit together."""
+    """Compare, decompose and write. Raises InputError for files that are not a DiT, are 8-bit, or do not match."""
     extract = settings.extract
     device, dtype = default_device(extract.device or None), dtype_of(extract.save_precision)
     _check_output(extract)
@@ -57,7 +57,7 @@ def main(settings: ExtractLoraSettings) -> None:
         else:
             lost.append(name)
     if not kept:
-        raise InputError("--base and --tuned differ in no matrix that a LoRA could change: there is nothing to extract")
+        raise InputError("--base and --tuned do not differ in any matrix that a LoRA can change: nothing to extract")
     _report(kept, lost)
     tensors = kohya_state({module: result.delta for module, result in kept.items()})
     save_tensors(extract.output, tensors, add_hashes(tensors, _metadata(extract)))
@@ -66,9 +66,11 @@ def main(settings: ExtractLoraSettings) -> None:
 
 @torch.no_grad()
 def truncate(before: Tensor, after: Tensor, rank: int, *, device: torch.device, dtype: torch.dtype) -> Extracted:
-    """The pair of at most `rank` for after - before, (out, in) or (out, in, k, k), rounded to `dtype`, its scale 1.
+    """Return the pair of at most `rank` for after - before, (out, in) or (out, in, k, k), rounded to `dtype`, with
+    scale 1.
 
-    The root of each singular value goes to either side. Equal matrices give equal pairs: nothing is left to chance.
+    The square root of each singular value goes to either factor. Equal inputs give equal pairs: the result is
+    deterministic.
     """
     window = after.shape[2:]  # (k, k) of a convolution
     change = (after.to(device, torch.float32) - before.to(device, torch.float32)).flatten(1)
@@ -84,7 +86,7 @@ def truncate(before: Tensor, after: Tensor, rank: int, *, device: torch.device, 
 
 
 def _decompose(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), S (k,) and V (in, k) with k >= rank."""
+    """Return U (out, k), S (k,) and V (in, k) with k >= rank."""
     wide = rank + _OVERSAMPLING
     if min(change.shape) <= max(_FULL, wide):
         left, values, right = torch.linalg.svd(change, full_matrices=False)
@@ -96,7 +98,8 @@ def _decompose(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _open(source: str, flag: str) -> dict[str, Tensor]:
-    """The tensors of a DiT by official name, as views of its file. InputError for 8 bits and for other models."""
+    """Return the tensors of a DiT by official name, as views of its file. Raises InputError for 8-bit and for other
+    models."""
     header = read_header(source)
     require_kind(header.shapes, "DiT", f"{flag} {source}")
     eight = [name for name, dtype in header.dtypes.items() if dtype.itemsize == 1]
@@ -109,15 +112,19 @@ def _open(source: str, flag: str) -> dict[str, Tensor]:
 def _require_fit(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
     alone = sorted(base.keys() ^ tuned.keys())
     if alone:
-        raise InputError(f"only one of --base and --tuned has {alone[0]} ({len(alone)} such): give one model's files")
+        raise InputError(
+            f"only one of --base and --tuned has {alone[0]} ({len(alone)} in total): give checkpoints of the same model"
+        )
     for name, tensor in base.items():
         if tensor.shape != tuned[name].shape:
             shapes = f"{list(tensor.shape)} and {list(tuned[name].shape)}"
-            raise InputError(f"--base and --tuned have {name} as {shapes}: give files of one model")
+            raise InputError(
+                f"--base and --tuned have different shapes of {name}, {shapes}: give checkpoints of the same model"
+            )
 
 
 def _changed(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, before and after of each tensor that is not as it was, rounding to the coarser of the dtypes aside."""
+    """Yield name, before and after of each tensor that differs after rounding to the coarser of both dtypes."""
     for name, before in base.items():
         after = tuned[name]
         coarser = max(before.dtype, after.dtype, key=lambda dtype: torch.finfo(dtype).eps)
@@ -126,7 +133,8 @@ def _changed(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Iterato
 
 
 def _report(kept: Mapping[str, Extracted], lost: list[str]) -> None:
-    """The kept share of the squares of the change, by block and in all, and what no LoRA can hold."""
+    """Log the share of the squared change that is kept, per block and in total, and the tensors a LoRA cannot
+    represent."""
     parts: dict[str, list[Extracted]] = defaultdict(list)
     for module, result in kept.items():
         name = read_block_name(module)
@@ -140,7 +148,7 @@ def _report(kept: Mapping[str, Extracted], lost: list[str]) -> None:
 
 
 def kept_share(results: list[Extracted]) -> float:
-    """How much of the sum of squares of the changes the pairs hold, from 0 to 1."""
+    """Return the share of the squared changes that the pairs keep, from 0 to 1."""
     return 1 - sum(result.left for result in results) / sum(result.change for result in results)
 
 
@@ -160,5 +168,5 @@ def _check_output(extract: ExtractSettings) -> None:
         raise InputError(f"--output {output} must be a file that ends in .safetensors")
     for source in (extract.base, extract.tuned):
         if output.exists() and any(output.samefile(path) for path in expand(source)):
-            raise InputError(f"--output {output} is one of the checkpoints: give another name")
+            raise InputError(f"--output {output} is one of the checkpoints: give a different name")
     check_writable(output.parent)

@@ -1,4 +1,4 @@
-"""Which of the files that a run saved are averaged, and in which order: by what they say of themselves."""
+"""Which of a run's saved files are averaged, and in which order, according to their names and metadata."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -16,8 +16,8 @@ from wan_train.storage import Header, read_header
 log = get_logger(__name__)
 
 SUFFIX = ".safetensors"
-# What follows the moment in a name, the kind that is averaged first of those that are there: a file with -best is one
-# of the others again, one with -ema is an average already.
+# Suffixes after the epoch or step; the first kind that is present is averaged: a file with -best is a copy of one
+# of the others, one with -ema is already an average.
 KINDS = ("", EMA, BEST, BEST + EMA)
 _NAME = re.compile(rf"(?P<base>.+?)(?P<moment>{MOMENT})?(?P<kind>{'|'.join(KINDS[::-1])})")
 
@@ -31,10 +31,10 @@ class Saved:
 
     @cached_property
     def parts(self) -> tuple[str, str, str]:
-        """Of its name: that of the run (with that of an expert, where there are two), the moment, the kind."""
+        """The parts of its name: run (including the expert, if there are two), epoch or step, and kind."""
         stem, run = self.path.stem, self.header.metadata.get("ss_output_name")
         if run is not None and stem.startswith(run):
-            # The run's own name may look like a moment or a kind.
+            # The run's own name may look like an epoch, a step or a kind.
             match = _NAME.fullmatch("_" + stem.removeprefix(run))
             if match:
                 return run + match["base"][1:], match["moment"] or "", match["kind"]
@@ -44,29 +44,29 @@ class Saved:
 
     @property
     def step(self) -> int | None:
-        """The step after which it was saved, if it says so."""
+        """The step after which it was saved, if its metadata has it."""
         said = self.header.metadata.get("ss_steps", "")
         return int(said) if said.isdecimal() else None
 
     @property
     def session(self) -> str | None:
-        """The run that it is of, if it says so."""
+        """The id of its run, if its metadata has it."""
         return self.header.metadata.get("ss_session_id")
 
 
 def files_to_average(settings: AverageSettings) -> list[Saved]:
-    """The files to average, in their order. InputError where fewer than two are left, or some are of another expert."""
+    """Return the files to average, in order. Raises InputError if fewer than two remain, or they belong to different
+    experts."""
     given = [Saved(Path(path), read_header(path)) for path in dict.fromkeys(settings.path)]
     kept = _of_one_kind(given)
     if not settings.no_sort:
         kept = _in_order([*kept, *_final(kept, Path(settings.output_file))])
     if len(kept) < 2:
-        raise InputError(f"{kept[0].path} is left alone, and one file is its own average: give two or more")
+        raise InputError(f"{kept[0].path} is the only file left to average: give two or more")
     experts = {saved.header.metadata.get(EXPERT_KEY): saved.path for saved in kept}
     if len(experts) > 1:
         raise InputError(
-            f"{' and '.join(map(str, experts.values()))} belong to two experts:"
-            " average the files of each expert separately"
+            f"{' and '.join(map(str, experts.values()))} are from different experts: average each expert separately"
         )
     sessions = {saved.session: saved.path for saved in kept}
     if len(sessions) > 1:
@@ -80,13 +80,13 @@ def _of_one_kind(given: Sequence[Saved]) -> list[Saved]:
     kind = min((saved.parts[2] for saved in given), key=KINDS.index)
     others = [saved.path for saved in given if saved.parts[2] != kind]
     if others:
-        log.warning("skipped because they are of a different kind than the rest: %s", _listed(others))
+        log.warning("ignoring files of a different kind (-best or -ema): %s", _listed(others))
     return [saved for saved in given if saved.parts[2] == kind]
 
 
 def _final(kept: Sequence[Saved], output: Path) -> list[Saved]:
-    """The file of the run's end, which no pattern like NAME-*.safetensors finds, where all that the run saved on its
-    way there is to be averaged."""
+    """Return the file saved at the end of the run, which patterns like NAME-*.safetensors miss, if all files that the
+    run saved before it are averaged."""
     first, names = kept[0], {saved.path.name for saved in kept}
     base, _, kind = first.parts
     folder, path = first.path.parent, first.path.with_name(base + kind + SUFFIX)
@@ -106,16 +106,18 @@ def _is_same(path: Path, other: Path) -> bool:
 
 
 def _in_order(files: Sequence[Saved]) -> list[Saved]:
-    """By step, each once; by time of change where a file does not say its step."""
+    """Return the files sorted by step, without duplicates; by modification time if a file has no step."""
     silent = [saved.path for saved in files if saved.step is None]
     if silent:
-        log.warning("ordered by modification time because these have no step in their metadata: %s", _listed(silent))
+        log.warning(
+            "sorting by modification time, because these files have no step in their metadata: %s", _listed(silent)
+        )
         return sorted(files, key=lambda saved: saved.path.stat().st_mtime_ns)
     kept: dict[tuple[str | None, int | None], Saved] = {}
     for saved in sorted(files, key=lambda saved: saved.step or 0):
         there = kept.setdefault((saved.session, saved.step), saved)
         if there is not saved:
-            log.warning("%s is skipped: it is from the same step as %s", saved.path, there.path)
+            log.warning("ignoring %s: it has the same step as %s", saved.path, there.path)
     return list(kept.values())
 
 

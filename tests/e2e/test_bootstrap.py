@@ -45,7 +45,7 @@ def kinds(commands: list[list[str]]) -> list[str]:
 
 @pytest.mark.parametrize("version", [(3, 10), (3, 14), (2, 7)])
 def test_another_python_is_told_which_one_is_needed(version: tuple[int, int]) -> None:
-    with pytest.raises(bootstrap.Failure, match=r"CPython 3\.11 to 3\.13 is needed") as failure:
+    with pytest.raises(bootstrap.Failure, match=r"CPython 3\.11 to 3\.13 is required") as failure:
         bootstrap.check_python(version, "CPython")
     assert failure.value.code == 2
 
@@ -53,7 +53,7 @@ def test_another_python_is_told_which_one_is_needed(version: tuple[int, int]) ->
 def test_each_supported_python_is_accepted_and_other_implementations_are_not() -> None:
     for version in ((3, 11), (3, 12), (3, 13)):
         bootstrap.check_python(version, "CPython")
-    with pytest.raises(bootstrap.Failure, match="this is PyPy"):
+    with pytest.raises(bootstrap.Failure, match="PyPy"):
         bootstrap.check_python((3, 11), "PyPy")
 
 
@@ -129,8 +129,8 @@ def test_each_stage_is_one_line(clone: list[list[str]], capsys: pytest.CaptureFi
     bootstrap.prepare(DEMO)
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [
-        f"making .venv with Python {platform.python_version()}",
-        "installing requirements-base.txt (once, some minutes; log in .venv/pip.log)",
+        f"creating .venv with Python {platform.python_version()}",
+        "installing requirements-base.txt (only once, takes a few minutes; log in .venv/pip.log)",
     ]
     assert not shown.err
 

@@ -337,7 +337,7 @@ def test_from_a_image_without_an_image_encoder(desk: Desk, tmp_path: Path, capsy
     desk.run_tool("wan_cache_latents.py", *caching, "--task", "flf2v-14B", "--clip", tmp_path / CLIP)
     for more in ((), ("--trust_cache",)):
         line = told_by(TRAIN, desk.training("no", *task, *files, "--dataset_config", data, *more), capsys)
-        assert "of other images" in line
+        assert "different images" in line
 
 
 def test_killed_and_gone_on(desk: Desk) -> None:

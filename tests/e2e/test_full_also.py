@@ -98,11 +98,11 @@ def test_both_experts_have_theirs(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (("--train_also", "networks.lora_wan"), "without that it leaves nothing"),
-        (("--train_also", "networks.lora_wan", "--trainable", "blocks.*"), "leave no Linear of the blocks"),
+        (("--train_also", "networks.lora_wan"), "otherwise all weights are trained"),
+        (("--train_also", "networks.lora_wan", "--trainable", "blocks.*"), "leave no Linear layer in the blocks"),
         (("--train_also", "networks.full", "--trainable", "head.*"), "--train_also networks.full"),
-        (("--train_also", "networks.lora_wan", "--network_module", "networks.lora_wan"), "--train_also is for"),
-        (("--trainable", "head.*", "--network_dim", 4), "--network_dim is for LoRA"),
+        (("--train_also", "networks.lora_wan", "--network_module", "networks.lora_wan"), "--train_also is only for"),
+        (("--trainable", "head.*", "--network_dim", 4), "--network_dim is only for LoRA"),
         ((*ALSO, "--network_args", "what=1"), "unknown key 'what'"),
     ],
     ids=["all", "none-left", "itself", "of-lora", "alone", "argument"],

@@ -126,9 +126,9 @@ def test_patterns_choose_what_acts(folder: Path, mode: str) -> None:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (("--include_patterns", "nowhere"), "--include_patterns: 'nowhere' is found in none"),
+        (("--include_patterns", "nowhere"), "--include_patterns: 'nowhere' matches none"),
         (("--exclude_patterns", "("), "--exclude_patterns: .* is not a valid regular expression"),
-        (("--exclude_patterns", "."), "leave none"),
+        (("--exclude_patterns", "."), "select none"),
         (("--lora_mode", "both"), "--lora_mode"),
     ],
 )

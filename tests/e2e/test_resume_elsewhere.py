@@ -119,7 +119,7 @@ def test_a_run_over_the_remains_of_an_older_one(desk: Desk, kill: Callable[[str]
     desk.cache()
     capsys.readouterr()
     desk.train("name", *saving, "--resume", "auto", expect=2)
-    assert re.search(r"3 files with other captions \(.*red_circle.*\)", capsys.readouterr().err)
+    assert re.search(r"3 files with different captions \(.*red_circle.*\)", capsys.readouterr().err)
     kill("-000001")
     desk.train("name", *saving, "--network_dim", 2, expect=130)
     told = capsys.readouterr().err
@@ -162,13 +162,13 @@ def test_another_video_of_the_same_name(desk: Desk, capsys: Caught) -> None:
     capsys.readouterr()
     for more in ((), ("--trust_cache",)):
         desk.train("name", *words, *more, expect=2)
-        assert re.search(r"1 file with another video or image \(red_circle\)\..*anyway", capsys.readouterr().err)
+        assert re.search(r"1 file with a different video or image \(red_circle\)\..*anyway", capsys.readouterr().err)
     (clips / "green_triangle.mp4").rename(clips / "yellow.mp4")
     (clips / "green_triangle.txt").rename(clips / "yellow.txt")
     desk.cache()
     desk.train("name", *words, expect=2)
     told = capsys.readouterr().err
-    assert "1 file that is new (yellow)" in told and "1 file that is gone (green_triangle)" in told
+    assert "1 file that is new (yellow)" in told and "1 file that is missing (green_triangle)" in told
     assert "samples of the dataset was" not in told
     desk.train("name", *words, "--resume_anyway")
     assert "despite differences: the dataset has" in capsys.readouterr().err

@@ -146,12 +146,12 @@ def test_what_is_refused(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Wan2.2_VAE.pth" in told(GENERATE, desk.generating("no", "--vae", ""))
     assert "--i2v_ratio" in told(TRAIN, desk.training("no", "--image_dropout_rate", 0.5))
     (desk.folder / "small.toml").write_text((desk.folder / "data.toml").read_text().replace("[96, 64]", "[24, 24]"))
-    assert "32 or more" in told(TRAIN, [*desk.training("no"), "--dataset_config", desk.folder / "small.toml"])
+    assert "at least 32" in told(TRAIN, [*desk.training("no"), "--dataset_config", desk.folder / "small.toml"])
     # Caches of one VAE are not the other's.
     line = told(TRAIN, [*desk.training("no"), "--task", "t2v-1.3B", "--dit", desk.folder / DIT])
-    assert "of another VAE, with 48 channels" in line
+    assert "different VAE, with 48 channels" in line
     line = told(TRAIN, [*desk.training("no"), "--task", "t2v-1.3B", "--dit", desk.folder / DIT, "--trust_cache"])
-    assert "of another VAE, with 48 channels" in line
+    assert "different VAE, with 48 channels" in line
 
 
 def test_a_given_first_frame_stays_in_windows_over_time(desk: Desk) -> None:

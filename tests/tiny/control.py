@@ -7,7 +7,7 @@ import torch
 from tests.tiny.images import image_dit_shapes
 from tests.tiny.make import Shapes, dit_shapes, save
 
-# By kind: the channels that it reads, whether CLIP's tokens too, and what layers it has beside the base's.
+# By kind: the channels that it reads, whether it reads CLIP's tokens, and its additional layers.
 KINDS: dict[str, tuple[int, bool, str]] = {
     "fun-control": (48, True, ""),
     "fun-control-v1.1": (48, True, "reference"),
@@ -34,7 +34,7 @@ CONTROLLER = "speedcontrol.safetensors"
 
 
 def control_shapes(kind: str, *, dim: int = 256, num_layers: int = 2) -> Shapes:
-    """Names and shapes of the DiT of a kind of `KINDS`; of "speed" with the controller in the same file."""
+    """Return names and shapes of the DiT of a kind in `KINDS`; for "speed", with the controller in the same file."""
     in_dim, clip, layers = KINDS[kind]
     shapes = (image_dit_shapes if clip else dit_shapes)(dim=dim, num_layers=num_layers)
     shapes["patch_embedding.weight"] = (dim, in_dim, 1, 2, 2)
@@ -54,7 +54,7 @@ def control_shapes(kind: str, *, dim: int = 256, num_layers: int = 2) -> Shapes:
 
 
 def controller_shapes(dim: int = 256) -> Shapes:
-    """Names and shapes of a motion controller's own file."""
+    """Return names and shapes of a motion controller's own file."""
     shapes: Shapes = {}
     for index, out, width in ((0, dim, 256), (2, dim, dim), (4, 6 * dim, dim)):
         shapes |= {f"linear.{index}.weight": (out, width), f"linear.{index}.bias": (out,)}
@@ -62,7 +62,7 @@ def controller_shapes(dim: int = 256) -> Shapes:
 
 
 def make_control_models(folder: Path) -> None:
-    """The DiT of each kind as FOLDER/KIND.safetensors, and a motion controller in a file of its own."""
+    """Write the DiT of each kind as FOLDER/KIND.safetensors, and a motion controller to a separate file."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
         save(folder / f"{kind}.safetensors", control_shapes(kind), torch.bfloat16)
@@ -70,7 +70,7 @@ def make_control_models(folder: Path) -> None:
 
 
 def _vace_shapes(base: Shapes, dim: int) -> Shapes:
-    """One VACE block, whose hint is added behind the first block."""
+    """Return the shapes of one VACE block, whose hint is added after the first block."""
     shapes = {f"vace_{name}": shape for name, shape in base.items() if name.startswith("blocks.0.")}
     for part in ("before_proj", "after_proj"):
         shapes |= {f"vace_blocks.0.{part}.weight": (dim, dim), f"vace_blocks.0.{part}.bias": (dim,)}

@@ -16,7 +16,7 @@ TOKENS = PATCHES + 1
 
 
 def make_image_models(folder: Path) -> None:
-    """The two DiTs and the image encoder, and two images to begin and to end with."""
+    """Write the two DiTs and the image encoder, and two images to use as first and last frame."""
     save(folder / I2V, image_dit_shapes(), torch.bfloat16)
     save(folder / FLF2V, image_dit_shapes(images=2), torch.bfloat16)
     save(folder / CLIP, clip_shapes(), torch.float32)
@@ -26,7 +26,7 @@ def make_image_models(folder: Path) -> None:
 
 
 def image_dit_shapes(*, images: int = 1, num_layers: int = 2, dim: int = 256) -> Shapes:
-    """Names and shapes of a Wan2.1 I2V DiT, or with two images of an FLF2V one."""
+    """Return names and shapes of a Wan2.1 I2V DiT, or with two images of an FLF2V one."""
     shapes = dit_shapes(dim=dim, num_layers=num_layers, in_dim=36)
     for block in (f"blocks.{i}.cross_attn" for i in range(num_layers)):
         for part in ("k_img", "v_img"):
@@ -40,7 +40,7 @@ def image_dit_shapes(*, images: int = 1, num_layers: int = 2, dim: int = 256) ->
 
 
 def clip_shapes(*, num_layers: int = 3, patch: int = 14, inner: int = 96) -> Shapes:
-    """Names and shapes of the official CLIP file, without its texts."""
+    """Return names and shapes of the official CLIP file, without its text tower."""
     shapes: Shapes = {
         "cls_embedding": (1, 1, WIDTH),
         "pos_embedding": (1, TOKENS, WIDTH),

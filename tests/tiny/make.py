@@ -35,7 +35,7 @@ SIZE = (96, 64)  # width, height
 FRAMES = 17
 TEXT_DIM = 64
 
-# caption: colour, shape, and the way it goes as (x, y) per frame in parts of the image
+# caption: colour, shape, and direction (x, y)
 SCENES: dict[str, tuple[str, str, tuple[float, float]]] = {
     "a red circle moves to the right": ("#d8302f", "circle", (1.0, 0.0)),
     "a blue square moves down": ("#2f5fd8", "square", (0.0, 1.0)),
@@ -46,17 +46,17 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def make(folder: Path) -> None:
-    """Everything that the five commands need, in `folder`."""
+    """Write everything that the five commands need to `folder`."""
     make_models(folder)
     draw_clips(folder / CLIPS)
     write_dataset(folder / DATA, clips=folder / CLIPS, cache=folder / "cache")
     prompt = next(iter(SCENES))
     options = f"--w {SIZE[0]} --h {SIZE[1]} --f {FRAMES} --s 4 --d 1 --l 3.0 --fs 3.0"
-    (folder / PROMPTS).write_text(f"# one prompt a line\n{prompt} {options}\n", encoding="utf-8")
+    (folder / PROMPTS).write_text(f"# one prompt per line\n{prompt} {options}\n", encoding="utf-8")
 
 
 def make_models(folder: Path) -> None:
-    """DiT, VAE, text encoder and tokenizer under their official names."""
+    """Write DiT, VAE, text encoder and tokenizer under their official names."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = make_tokenizer(folder / TOKENIZER)
     save(folder / DIT, dit_shapes(), torch.bfloat16)
@@ -73,7 +73,7 @@ def dit_shapes(
     in_dim: int = 16,
     channels: int = 16,
 ) -> Shapes:
-    """Names and shapes of a Wan2.1 T2V DiT; `dim` is 128 per head, `channels` are those of the latents."""
+    """Return names and shapes of a Wan2.1 T2V DiT; `dim` is 128 per head, `channels` are those of the latents."""
     shapes: Shapes = {"patch_embedding.weight": (dim, in_dim, 1, 2, 2), "patch_embedding.bias": (dim,)}
     for name, out, width in (
         ("text_embedding.0", dim, text_dim),
@@ -97,7 +97,7 @@ def dit_shapes(
 
 
 def vae_shapes(dim: int = 8, *, latents: int = 16) -> Shapes:
-    """Names and shapes of the Wan2.1 VAE at the width `dim` (published: 96)."""
+    """Return names and shapes of the Wan2.1 VAE at the width `dim` (published: 96)."""
     top = 4 * dim
     shapes = _conv("encoder.conv1", dim, 3, 3) | _conv("decoder.conv1", top, latents, 3)
     width = dim
@@ -106,7 +106,7 @@ def vae_shapes(dim: int = 8, *, latents: int = 16) -> Shapes:
         width = out
     width = top
     for i, (kind, out) in enumerate(_stages([top, top, 2 * dim, dim], blocks=3, times=(True, True, False))):
-        # Going up, a resampling halves the channels.
+        # On the decoder side, a resampling halves the channels.
         out = width // 2 if kind != "block" else out
         shapes |= _vae_part(f"decoder.upsamples.{i}", kind, width, out)
         width = out
@@ -123,7 +123,7 @@ def vae_shapes(dim: int = 8, *, latents: int = 16) -> Shapes:
 def t5_shapes(
     vocabulary: int, *, dim: int = TEXT_DIM, ffn_dim: int = 128, num_layers: int = 2, num_heads: int = 4
 ) -> Shapes:
-    """Names and shapes of the official UMT5 encoder."""
+    """Return names and shapes of the official UMT5 encoder."""
     shapes: Shapes = {"token_embedding.weight": (vocabulary, dim), "norm.weight": (dim,)}
     for block in (f"blocks.{i}" for i in range(num_layers)):
         shapes |= {f"{block}.norm{n}.weight": (dim,) for n in (1, 2)}
@@ -135,12 +135,12 @@ def t5_shapes(
 
 
 def make_tokenizer(folder: Path) -> int:
-    """A tokenizer in which the words of the scenes are tokens; its size."""
+    """Write a tokenizer with one token per word of the scenes; return its size."""
     return words.make_tokenizer(folder, sorted({word for caption in SCENES for word in caption.split()}))
 
 
 def draw_clips(folder: Path, *, size: tuple[int, int] = SIZE, num_frames: int = 24, fps: int = 16) -> list[Path]:
-    """One clip and one caption file per scene; the paths of the clips."""
+    """Write one clip and one caption file per scene; return the paths of the clips."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for caption in SCENES:
@@ -152,7 +152,7 @@ def draw_clips(folder: Path, *, size: tuple[int, int] = SIZE, num_frames: int = 
 
 
 def draw_frames(caption: str, *, size: tuple[int, int] = SIZE, num_frames: int = 24) -> Iterator[Image.Image]:
-    """The images of a scene: one shape that crosses a grey ground."""
+    """Yield the frames of a scene: one shape that crosses a grey background."""
     colour, shape, (right, down) = SCENES[caption]
     width, height = size
     radius = min(size) * 0.22
@@ -169,7 +169,7 @@ def draw_frames(caption: str, *, size: tuple[int, int] = SIZE, num_frames: int =
 
 
 def write_dataset(path: Path, *, clips: Path, cache: Path, size: tuple[int, int] = SIZE, frames: int = FRAMES) -> None:
-    """The TOML that describes the drawn clips."""
+    """Write the TOML for the drawn clips."""
     path.write_text(
         f"""[general]
 resolution = [{size[0]}, {size[1]}]
@@ -188,7 +188,7 @@ frame_extraction = "head"
 
 
 def draw_weight(name: str, shape: Sequence[int]) -> Tensor:
-    """A float32 parameter that depends on its name and shape alone, at a scale that keeps activations near one."""
+    """Return a float32 parameter that depends only on its name and shape, scaled to keep activations near one."""
     values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "modulation" or leaf == "bias" or "pos_embedding" in name:
@@ -201,7 +201,7 @@ def draw_weight(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def save(path: Path, shapes: Shapes, dtype: torch.dtype) -> None:
-    """Weights of these names and shapes, as a file."""
+    """Write weights with these names and shapes to a file."""
     save_file({name: draw_weight(name, shape).to(dtype) for name, shape in shapes.items()}, path)
 
 
@@ -218,7 +218,7 @@ def _conv2d(name: str, out: int, width: int, kernel: int) -> Shapes:
 
 
 def _stages(widths: Sequence[int], *, blocks: int, times: Sequence[bool]) -> Iterator[tuple[str, int]]:
-    """The flat list of a VAE side: (kind, channels out), a resampling between two stages."""
+    """Yield the flat list of a VAE side: (kind, output channels), with a resampling between two stages."""
     for stage, width in enumerate(widths):
         yield from (("block", width) for _ in range(blocks))
         if stage < len(times):
@@ -226,14 +226,14 @@ def _stages(widths: Sequence[int], *, blocks: int, times: Sequence[bool]) -> Ite
 
 
 def _vae_part(name: str, kind: str, width: int, out: int) -> Shapes:
-    """A residual block, or a resampling in space (2d) or space and time (3d)."""
+    """Return the shapes of a residual block, or of a resampling in space (2d) or space and time (3d)."""
     if kind == "block":
         shapes: Shapes = {f"{name}.residual.0.gamma": (width, 1, 1, 1), f"{name}.residual.3.gamma": (out, 1, 1, 1)}
         shapes |= _conv(f"{name}.residual.2", out, width, 3) | _conv(f"{name}.residual.6", out, out, 3)
         return shapes | (_conv(f"{name}.shortcut", out, width, 1) if out != width else {})
     shapes = _conv2d(f"{name}.resample.1", out, width, 3)
     if kind == "resample3d":
-        frames = width if name.startswith("encoder") else 2 * width  # going up, each frame becomes two
+        frames = width if name.startswith("encoder") else 2 * width  # on the decoder side, each frame becomes two
         shapes |= {f"{name}.time_conv.weight": (frames, width, 3, 1, 1), f"{name}.time_conv.bias": (frames,)}
     return shapes
 
@@ -256,4 +256,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(f"usage: python {sys.argv[0]} FOLDER")
     make(Path(sys.argv[1]))
-    print(f"a tiny model and {len(SCENES)} clips are in {sys.argv[1]}")
+    print(f"wrote a tiny model and {len(SCENES)} clips to {sys.argv[1]}")

@@ -11,7 +11,8 @@ VAE22 = "Wan2.2_VAE.safetensors"
 
 
 def vae22_shapes(dim: int = 8, *, decoder_dim: int = 12, latents: int = 48) -> Shapes:
-    """Names and shapes of the Wan2.2 VAE; `dim` and `decoder_dim` are channels next to the pixels (160 and 256)."""
+    """Return names and shapes of the Wan2.2 VAE; `dim` and `decoder_dim` are the channels next to the pixels (160 and
+    256)."""
     folded = 3 * 2 * 2  # channels of a square of 2x2 pixels
     down = [dim, dim, 2 * dim, 4 * dim, 4 * dim]
     up = [4 * decoder_dim, 4 * decoder_dim, 4 * decoder_dim, 2 * decoder_dim, decoder_dim]
@@ -32,7 +33,8 @@ def vae22_shapes(dim: int = 8, *, decoder_dim: int = 12, latents: int = 48) -> S
 
 
 def _stage(prefix: str, width: int, out: int, *, blocks: int, step: str) -> Shapes:
-    """Residual blocks, of which the first changes the channels, and then a resampling unless `step` is empty."""
+    """Return the shapes of residual blocks, the first of which changes the channels, and of a resampling unless `step`
+    is empty."""
     shapes: Shapes = {}
     for i in range(blocks):
         shapes |= _vae_part(f"{prefix}.{i}", "block", out if i else width, out)

@@ -218,7 +218,7 @@ def test_another_text_encoder_makes_everything_again(folder, spy, capsys):
     (folder / "t5.pth").write_text("another text encoder")
     assert cache() == 0
     error = capsys.readouterr().err
-    assert "4 encoded, 0 kept, 4 stale" in error and "of another text encoder (t5.pth)" in error
+    assert "4 encoded, 0 kept, 4 stale" in error and "different text encoder (t5.pth)" in error
     assert cache() == 0
     assert "0 encoded, 4 kept" in capsys.readouterr().err
 
@@ -232,7 +232,7 @@ def test_prune_deletes_the_texts_of_files_that_are_gone(folder, spy, capsys):
     assert cache() == 0
     assert "1 orphaned" in capsys.readouterr().err and (folder / "cache/one/b_wan_te.safetensors").exists()
     assert cache("--prune") == 0
-    assert "1 orphaned caches deleted: b_wan_te.safetensors" in capsys.readouterr().err
+    assert "deleted 1 orphaned caches: b_wan_te.safetensors" in capsys.readouterr().err
     assert not (folder / "cache/one/b_wan_te.safetensors").exists() and latents.exists()
 
 
@@ -247,5 +247,5 @@ def test_files_whose_captions_are_cut_off_are_named_once(folder, spy, capsys):
     spy.tokenizer = LongCaptions()
     (folder / "two/c.txt").write_text("a much longer caption")
     assert cache("--batch_size", "1") == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "cut off" in line]
-    assert told == ["WARNING: 2 of 4 captions are longer than 512 tokens: their ends are cut off (b.png, c.png)"]
+    told = [line for line in capsys.readouterr().err.splitlines() if "truncated" in line]
+    assert told == ["WARNING: 2 of 4 captions are longer than 512 tokens and will be truncated (b.png, c.png)"]

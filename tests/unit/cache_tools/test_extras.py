@@ -165,13 +165,13 @@ def test_a_clip_without_an_opaque_pixel_is_an_error_that_says_so(cache, folder, 
     hidden[0].save(folder / "clips" / "c.webp", save_all=True, append_images=hidden[1:], lossless=True, exact=True)
     (folder / "clips" / "c.txt").write_text("c")
     assert cache("alpha_mask = true") == 2
-    assert "clips/c.webp is all transparent from frame 0, and with alpha_mask nothing" in capsys.readouterr().err
+    assert "clips/c.webp is fully transparent from frame 0, so with alpha_mask nothing" in capsys.readouterr().err
 
 
 def test_a_mask_that_is_too_short_is_an_error(cache, folder, capsys):
     draw_video(folder / "masks/a.mp4", 5)
     assert cache('mask_directory = "masks"') == 2
-    assert "a mask of 5 frames for clips/a.mp4" in capsys.readouterr().err
+    assert "the mask has 5 frames, fewer than clips/a.mp4" in capsys.readouterr().err
 
 
 def test_a_changed_mask_is_cached_again(cache, capsys):
@@ -287,7 +287,7 @@ def test_a_mask_of_16_bits_counts_as_much_as_it_says(cache, capsys):
     capsys.readouterr()
     assert cache('mask_directory = "masks"') == 0
     told = capsys.readouterr().err
-    assert "1 encoded" in told and "mask read in another way (then as decoded, now grey 16-bit)" in told
+    assert "1 encoded" in told and "mask is now processed differently (then as decoded, now grey 16-bit)" in told
 
 
 def test_a_control_of_16_bits_is_cached_as_grey(cache, folder, vae_path):

@@ -37,14 +37,14 @@ def test_what_fits_is_encoded_at_once() -> None:
 @pytest.mark.parametrize("problem", [torch.OutOfMemoryError, RuntimeError])
 def test_out_of_memory_with_a_batch_takes_one_clip_at_a_time(problem, caplog) -> None:
     assert encode(SmallDevice(1, 0, problem), ["a", "b"]) == [("a", None), ("b", None)]
-    assert "a batch of 2 clips (a" in caplog.text
+    assert "2 clips per batch (a" in caplog.text
 
 
 def test_a_clip_that_does_not_fit_alone_goes_in_ever_smaller_tiles(caplog) -> None:
     device = SmallDevice(0, 17)
     assert encode(device, ["a", "b"]) == [("a", 17), ("b", 17)]
     assert device.tiling is None
-    assert "a: encoding in tiles of 34" in caplog.text and "b: encoding in tiles of 17" in caplog.text
+    assert "a: retrying with tiles of 34" in caplog.text and "b: retrying with tiles of 17" in caplog.text
 
 
 def test_tiles_that_were_asked_for_get_smaller(caplog) -> None:
@@ -56,7 +56,7 @@ def test_tiles_that_were_asked_for_get_smaller(caplog) -> None:
 
 def test_a_clip_that_fits_in_no_way_ends_the_run_by_name() -> None:
     device = SmallDevice(0, 4)
-    with pytest.raises(RunError, match=r"^b .*--vae_cache_cpu"):
+    with pytest.raises(RunError, match=r"encode b, .*--vae_cache_cpu"):
         encode(device, ["b"])
     assert device.tiling is None
 
@@ -89,5 +89,5 @@ def test_caching_retries_and_names_the_clip(tmp_path, monkeypatch, capsys) -> No
     arguments = ["--dataset_config", "data.toml", "--vae", "vae.safetensors", "--device", "cpu"]
     assert run(LATENTS_TOOL, arguments) == 0
     error = capsys.readouterr().err
-    assert "out of memory with clips/b.mp4 from frame 0: encoding in tiles of 34 latent pixels" in error
+    assert "out of memory with clips/b.mp4 from frame 0: retrying with tiles of 34 latent cells" in error
     assert "2 encoded" in error and len(list(tmp_path.glob("clips/*_wan.safetensors"))) == 2

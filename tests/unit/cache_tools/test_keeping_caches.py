@@ -96,8 +96,8 @@ def test_each_kind_of_cache_is_told_counted_and_dealt_with(folder, capsys):
     error = capsys.readouterr().err
     assert "a_00000-001_0064x0048_wan.safetensors: source changed" in error
     assert "b_00000-001_0064x0048_wan.safetensors: truncated" in error
-    assert "1 caches without metadata match and are used: c_00000-001" in error
-    assert "1 caches belong to no item of the dataset (--prune deletes them): gone_00000-001" in error
+    assert "1 caches without a recipe match and are adopted: c_00000-001" in error
+    assert "1 caches match nothing in the dataset (--prune deletes them): gone_00000-001" in error
     last = error.strip().splitlines()[-1]
     for part in ("3 encoded, 3 kept", "2 stale", "1 truncated", "1 adopted", "1 orphaned"):
         assert part in last
@@ -116,7 +116,7 @@ def test_another_vae_makes_everything_again_and_a_copy_of_it_nothing(folder, cap
     save_tensors(folder / "vae.safetensors", other)
     assert cache() == 0
     error = capsys.readouterr().err
-    assert "another VAE (vae.safetensors)" in error and "6 encoded, 0 kept, 6 stale" in error
+    assert "different VAE (vae.safetensors)" in error and "6 encoded, 0 kept, 6 stale" in error
 
 
 @pytest.mark.parametrize("options", [(), ("--keep_cache",), ("--skip_existing", "--keep_cache")])
@@ -133,7 +133,7 @@ def test_prune_deletes_orphans_and_stale_caches_and_says_so(folder, capsys):
     change(folder / "clips/a.mp4")
     assert cache("--prune") == 0
     error = capsys.readouterr().err
-    assert "3 orphaned caches deleted: a_00000-005" in error and "1 stale caches deleted: a_00000-001" in error
+    assert "deleted 3 orphaned caches: a_00000-005" in error and "deleted 1 stale caches: a_00000-001" in error
     assert visible(folder) == [
         *(f"{name}_00000-001_0064x0048_wan.safetensors" for name in "abc"),
         "manifest.db",
@@ -163,7 +163,7 @@ def test_what_dead_runs_left_goes_at_the_next_start(folder, capsys):
     for path in (old, other, probe):
         os.utime(path, (0, time.time() - 2 * 24 * 60 * 60))
     assert cache() == 0
-    assert "3 unfinished files of ended runs deleted" in capsys.readouterr().err
+    assert "deleted 3 unfinished files of earlier runs" in capsys.readouterr().err
     assert living.exists() and elsewhere.exists() and other.exists()
     assert not old.exists() and not dead.exists() and not probe.exists()
 

@@ -103,7 +103,7 @@ def test_each_video_has_a_control_of_all_its_frames_without_loss(folder, kind):
 def test_what_was_made_goes_with_the_clips_that_training_takes(folder, capsys):
     assert make() == 0
     told = capsys.readouterr().err
-    assert '1 controls written to clips_control, 0 existing ones kept; add control_directory = "clips_control"' in told
+    assert 'wrote 1 controls to clips_control, kept 0 existing ones; add control_directory = "clips_control"' in told
     row = VARIANTS["fun-control-1.3B"]
     text = f'{TOML}control_directory = "clips_control"'
     (config,) = read_config(write_toml(Path("data.toml"), text), images=row.images, control=row.control)
@@ -121,7 +121,7 @@ def test_controls_go_into_the_datasets_own_folder_and_those_there_are_kept(folde
     assert sorted(path.name for path in (folder / "mine/controls").iterdir()) == ["a.mkv", "b.mp4"]
     assert mine.read_bytes() == before and not (folder / "clips_control").exists()
     told = capsys.readouterr().err
-    assert "1 controls written to mine/controls, 1 existing ones kept" in told and "add control_directory" not in told
+    assert "wrote 1 controls to mine/controls, kept 1 existing ones" in told and "add control_directory" not in told
     stamp = (folder / "mine/controls/b.mp4").stat().st_mtime_ns
     assert make("gray") == 0
     assert (folder / "mine/controls/b.mp4").stat().st_mtime_ns == stamp

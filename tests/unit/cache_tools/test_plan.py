@@ -42,12 +42,16 @@ def tell(*more: str) -> int:
 @pytest.mark.parametrize(
     ("keys", "used", "why"),
     [
-        ("target_frames = [5, 17]", 17, "head takes the start only"),
-        ("target_frames = [9]\nframe_extraction = 'chunk'", 27, "the rest at the end is too short"),
-        ("target_frames = [9]\nframe_extraction = 'slide'\nframe_stride = 4", 29, "the rest at the end is too short"),
-        ("target_frames = [9]\nframe_extraction = 'uniform'\nframe_sample = 2", 18, "between and beside the samples"),
+        ("target_frames = [5, 17]", 17, "head uses the start only"),
+        ("target_frames = [9]\nframe_extraction = 'chunk'", 27, "the remainder at the end is too short"),
+        (
+            "target_frames = [9]\nframe_extraction = 'slide'\nframe_stride = 4",
+            29,
+            "the remainder at the end is too short",
+        ),
+        ("target_frames = [9]\nframe_extraction = 'uniform'\nframe_sample = 2", 18, "between and around the samples"),
         ("frame_extraction = 'full'\nmax_frames = 21", 21, "after max_frames"),
-        ("frame_extraction = 'full'", 29, "a length is 4n+1"),
+        ("frame_extraction = 'full'", 29, "clip lengths are 4n+1"),
     ],
 )
 def test_each_mode_tells_what_it_uses_and_why_the_rest_is_lost(keys, used, why):
@@ -72,21 +76,21 @@ def test_rates_are_those_of_the_file_and_of_its_clips(folder):
     assert rates == {'"auto"': (30, 16, 60, 32), "30": (30, 16, 60, 32), "60": (30, 8, 60, 16)}
     table = format_table([describe("target_frames = [1]\nsource_fps = 30")])
     assert "30 > 16" in table and "16 > 8.5" in table
-    assert "another speed: a.mp4, b.mp4" in table
+    assert "different speed: a.mp4, b.mp4" in table
 
 
 def test_what_yields_nothing_is_named():
     plan = describe("target_frames = [17, 81]")
     table = format_table([plan])
-    assert "nothing from 1 of 2 files: b.mp4 (shorter than 17 frames)" in table
-    assert "no file is as long as these target_frames: 81" in table
+    assert "no clips from 1 of 2 files: b.mp4 (shorter than 17 frames)" in table
+    assert "no file is long enough for these target_frames: 81" in table
     assert total([plan])["files_without_clips"] == 1
 
 
 def test_a_bucket_that_drop_last_empties_is_named():
     plan = describe("target_frames = [5]\nbatch_size = 3\ndrop_last = true")
     assert [(bucket.samples, bucket.batches) for bucket in plan.buckets] == [(2, 0)]
-    assert "drop_last drops them all" in format_table([plan])
+    assert "dropped by drop_last" in format_table([plan])
 
 
 def test_weights_share_out_the_epoch_as_training_does():
@@ -165,13 +169,13 @@ def test_what_is_done_to_pixels_and_what_is_not_read_is_named(folder, capsys):
     out = capsys.readouterr().out.splitlines()
     assert "non-square pixels (2:1), scaled to the displayed width: 1 of 3 files: dv.mp4" in out
     assert "transparency, composed on alpha_background #102030: 1 of 2 files: cut_out.png" in out
-    assert "not read: 1 files: phone.heic (.heic is not read)" in out
+    assert "ignored: 1 files: phone.heic (.heic is not supported)" in out
     row = next(line for line in out if line.startswith("dv.mp4"))
     assert "96 x 32" in row  # 128 by 48 as shown
     assert tell("--plan_json", "-", "--allow_missing_captions") == 0
     videos, stills = json.loads(capsys.readouterr().out)["datasets"]
     assert [file["reading"] for file in videos["files"]] == [[], [], ["pixels 2:1"]]
-    assert stills["unread"] == [{"path": "stills/phone.heic", "reason": ".heic is not read"}]
+    assert stills["unread"] == [{"path": "stills/phone.heic", "reason": ".heic is not supported"}]
 
 
 def test_what_goes_with_each_file_is_told(folder, capsys):
@@ -224,9 +228,9 @@ def test_a_misfit_and_a_key_that_the_task_does_not_read_end_the_plan(folder, cap
         draw_video(folder / f"controls/{name}.mp4", frames)
     write_toml(Path("data.toml"), TOML + 'target_frames = [5]\ncontrol_directory = "controls"\n')
     assert tell("--plan", "--task", "fun-control-1.3B") == 2
-    assert "controls/b.mp4 has 4 frames, and the clips of clips/b.mp4 take 5 of its 6" in capsys.readouterr().err
+    assert "controls/b.mp4 has 4 frames, but the clips of clips/b.mp4 use 5 of its 6" in capsys.readouterr().err
     assert tell("--plan", "--task", "fun-camera-A14B") == 2
-    assert "control_directory: the task reads no control video" in capsys.readouterr().err
+    assert "control_directory: the task does not use a control video" in capsys.readouterr().err
     assert tell("--plan") == 0
 
 
@@ -237,7 +241,7 @@ def test_frames_that_do_not_decode_are_told_in_the_plan(folder, capsys):
     assert tell("--plan", "--allow_missing_captions") == 0
     told = capsys.readouterr()
     assert "frames that cannot be decoded: cut.mkv (3)" in told.out
-    assert "1 videos start within a GOP" in told.err and "cut.mkv (3 of 34)" in told.err
+    assert "1 videos begin in the middle of a GOP" in told.err and "cut.mkv (3 of 34)" in told.err
     (row,) = (line for line in told.out.splitlines() if line.startswith("cut.mkv") and "64 x 48" in line)
     assert row.split()[4:6] == ["31", "1"]
 
@@ -264,4 +268,4 @@ def test_names_too_long_for_the_file_system_are_found_in_the_plan(folder, capsys
     assert tell("--plan", "--allow_missing_captions") == 2
     told = capsys.readouterr().err
     assert "cannot write cache/xxx" in told and "is too long (" in told
-    assert "rename xxx" in told and "or set cache_directory elsewhere" in told
+    assert "rename xxx" in told and "or set cache_directory to another file system" in told

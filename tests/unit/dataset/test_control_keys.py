@@ -68,7 +68,7 @@ def test_references_match_the_stem_and_then_numbers_and_may_be_missing(folder, c
 def test_several_references_are_refused_where_the_task_reads_one(folder):
     for name in ("a.png", "a_0.png"):
         draw_image(folder / "references" / name)
-    with pytest.raises(InputError, match=r"clips/a\.mp4 has 2 references and the task reads one: .*a\.png, .*a_0\.png"):
+    with pytest.raises(InputError, match=r"clips/a\.mp4 has 2 references, but the task uses one: .*a\.png, .*a_0\.png"):
         items_of('reference_directory = "references"', "fun-control-1.3B")
 
 
@@ -117,7 +117,7 @@ def test_captions_alone_ask_for_no_partner(folder, capsys):
 
 def test_a_control_task_without_any_control_says_so(capsys):
     items_of("", "fun-control-1.3B")
-    assert "no control_directory or control_path: training without a control video" in capsys.readouterr().err
+    assert "no control_directory and no control_path: the model receives no control video" in capsys.readouterr().err
 
 
 def test_a_camera_file_goes_before_the_datasets_direction(folder):
@@ -128,7 +128,7 @@ def test_a_camera_file_goes_before_the_datasets_direction(folder):
     (camera, _) = (item.camera for item in items_of('camera_direction = "In"', "fun-camera-1.3B"))
     assert camera == CameraSource(None, "In", SPEED)
     with pytest.raises(
-        InputError, match=r"1 of 2 files have no camera path in cameras \(b\.mp4\): give camera_direction"
+        InputError, match=r"1 of 2 files have no camera path in cameras \(b\.mp4\): set camera_direction"
     ):
         items_of('camera_directory = "cameras"', "fun-camera-1.3B")
 
@@ -136,12 +136,12 @@ def test_a_camera_file_goes_before_the_datasets_direction(folder):
 @pytest.mark.parametrize(
     ("line", "part"),
     [
-        ('camera_direction = "Lefft"', r"camera_direction = 'Lefft': takes one of Left, .*Out.*Left"),
-        ("camera_speed = -1", "camera_speed = -1: takes .* 0 or more"),
-        ("motion_bucket_id = 101", "motion_bucket_id = 101: takes a whole number from 0, slow, to 100, fast"),
-        ("motion_bucket_id = -1", "motion_bucket_id = -1: takes"),
-        ("motion_bucket_id = 1.5", r"motion_bucket_id = 1\.5: takes"),
-        ('start_image = "yes"', "start_image = 'yes': takes true or false"),
+        ('camera_direction = "Lefft"', r"camera_direction = 'Lefft': expected one of Left, .*Out.*Left"),
+        ("camera_speed = -1", "camera_speed = -1: expected .* 0 or more"),
+        ("motion_bucket_id = 101", "motion_bucket_id = 101: expected an integer from 0 \\(slow\\) to 100 \\(fast\\)"),
+        ("motion_bucket_id = -1", "motion_bucket_id = -1: expected"),
+        ("motion_bucket_id = 1.5", r"motion_bucket_id = 1\.5: expected"),
+        ('start_image = "yes"', "start_image = 'yes': expected true or false"),
     ],
 )
 def test_values_out_of_range_are_named(line, part):
@@ -152,13 +152,21 @@ def test_values_out_of_range_are_named(line, part):
 @pytest.mark.parametrize(
     ("line", "task", "part"),
     [
-        ('control_directory = "controls"', "fun-camera-1.3B", "control_directory: the task reads no control video"),
-        ('reference_directory = "references"', "fun-camera-1.3B", "reference_directory: the task reads no reference"),
-        ('camera_direction = "In"', "fun-control-1.3B", "camera_direction: the task reads no camera path"),
-        ('camera_directory = "cameras"', "vace-1.3B", "camera_directory: the task reads no camera path"),
-        ("start_image = true", "vace-1.3B", "start_image: the task reads no start image"),
-        ("start_image = false", "fun-camera-1.3B", "start_image: the task always reads a start image"),
-        ("start_image = true", "i2v-14B", "start_image: the task always reads a start image"),
+        (
+            'control_directory = "controls"',
+            "fun-camera-1.3B",
+            "control_directory: the task does not use a control video",
+        ),
+        (
+            'reference_directory = "references"',
+            "fun-camera-1.3B",
+            "reference_directory: the task does not use a reference",
+        ),
+        ('camera_direction = "In"', "fun-control-1.3B", "camera_direction: the task does not use a camera path"),
+        ('camera_directory = "cameras"', "vace-1.3B", "camera_directory: the task does not use a camera path"),
+        ("start_image = true", "vace-1.3B", "start_image: the task does not use a start image"),
+        ("start_image = false", "fun-camera-1.3B", "start_image: the task always uses a start image"),
+        ("start_image = true", "i2v-14B", "start_image: the task always uses a start image"),
     ],
 )
 def test_keys_that_the_task_does_not_read_are_refused(line, task, part):
@@ -226,7 +234,7 @@ def test_diffsynths_metadata_works_as_it_is(folder, capsys):
     bare = item_for("t2v-1.3B")
     assert (bare.controls, bare.references, bare.camera) == ((), (), None)
     assert (
-        "tasks that they are for: camera_control_direction, camera_control_speed, control_video"
+        "columns that only some tasks read: camera_control_direction, camera_control_speed, control_video"
         in capsys.readouterr().err
     )
     for task in ("fun-control-1.3B", "fun-control-A14B", "i2v-14B-FC"):
@@ -237,7 +245,10 @@ def test_diffsynths_metadata_works_as_it_is(folder, capsys):
     assert (item.vace_mask, item.mask, item.camera) == (Path("data/m.png"), None, None)
     capsys.readouterr()
     assert item_for("fun-camera-A14B") == replace(bare, camera=CameraSource(None, "LeftUp", 0.018518518))
-    assert "tasks that they are for: control_video, reference_image, vace_reference_image" in capsys.readouterr().err
+    assert (
+        "columns that only some tasks read: control_video, reference_image, vace_reference_image"
+        in capsys.readouterr().err
+    )
 
 
 def test_empty_cells_of_a_table_give_nothing(folder):
@@ -253,18 +264,22 @@ def test_empty_cells_of_a_table_give_nothing(folder):
     [
         ({"reference_path": "r.png"}, "", "reference_path 'r.png': no such file"),
         ({"vace_mask_path": 3}, "", "vace_mask_path 3: no such file"),
-        ({"camera_direction": "Forward"}, "", "camera_direction 'Forward': takes one of Left"),
-        ({"camera_direction": "In", "camera_speed": "x"}, "", "camera_speed 'x': takes what the camera moves by"),
-        ({"camera_speed": 1}, "", "gives the speed of a camera without its direction"),
+        ({"camera_direction": "Forward"}, "", "camera_direction 'Forward': expected one of Left"),
+        (
+            {"camera_direction": "In", "camera_speed": "x"},
+            "",
+            "camera_speed 'x': expected the camera's movement per frame",
+        ),
+        ({"camera_speed": 1}, "", "sets a camera's speed without its direction"),
         ({"camera_path": "clips/a.mp4", "camera_direction": "In"}, "", "by file and by direction or speed"),
-        ({"motion_bucket_id": 101}, "", "motion_bucket_id 101: takes a whole number from 0"),
-        ({"motion_bucket_id": "fast"}, "", "motion_bucket_id 'fast': takes a whole number from 0"),
-        ({"control_path": "clips/a.mp4"}, "fun-camera-1.3B", "control_path: the task reads no control video"),
-        ({"reference_path_0": "clips/a.mp4"}, "fun-camera-1.3B", "reference_path_0: the task reads no reference"),
+        ({"motion_bucket_id": 101}, "", "motion_bucket_id 101: expected an integer from 0"),
+        ({"motion_bucket_id": "fast"}, "", "motion_bucket_id 'fast': expected an integer from 0"),
+        ({"control_path": "clips/a.mp4"}, "fun-camera-1.3B", "control_path: the task does not use a control video"),
+        ({"reference_path_0": "clips/a.mp4"}, "fun-camera-1.3B", "reference_path_0: the task does not use a reference"),
         (
             {"control_path": "clips/a.mp4", "control_video": "clips/a.mp4"},
             "fun-control-1.3B",
-            "control_path and control_video both give the control_path",
+            "control_path and control_video both set the control_path",
         ),
     ],
 )
@@ -301,13 +316,13 @@ def test_a_control_shorter_than_the_clips_is_an_error_with_both_numbers(folder):
         with pytest.raises(InputError) as raised:
             plan_of(keys, task)
         assert str(raised.value) == (
-            "controls/b.mp4 has 4 frames, and the clips of clips/b.mp4 take 5 of its 9: make it as long,"
+            "controls/b.mp4 has 4 frames, but the clips of clips/b.mp4 use 5 of its 9: extend it to that length,"
             " or lower target_frames"
         )
     draw_video(folder / "controls/b.mp4", 5)
     assert len(plan_of(keys, "fun-control-1.3B").clips) == 2
     longer = "frame_extraction = 'full'\n"
-    with pytest.raises(InputError, match=r"b\.mp4 has 5 frames, and the clips of clips/b\.mp4 take 9 of its 9"):
+    with pytest.raises(InputError, match=r"b\.mp4 has 5 frames, but the clips of clips/b\.mp4 use 9 of its 9"):
         plan_of(longer + keys, "vace-1.3B")
     draw_video(folder / "controls/b.mp4", 4)
     assert len(plan_of(keys, "t2v-1.3B").clips) == 2
@@ -319,7 +334,7 @@ def test_a_control_of_another_aspect_is_an_error_with_both_sizes(folder):
     with pytest.raises(InputError) as raised:
         plan_of('control_directory = "controls"', "fun-control-1.3B")
     assert str(raised.value) == (
-        "controls/b.mp4 is 96 wide, 64 high and clips/b.mp4 is 64 wide, 48 high: give them one aspect ratio"
+        "controls/b.mp4 is 96 wide, 64 high and clips/b.mp4 is 64 wide, 48 high: use the same aspect ratio for both"
     )
     draw_video(folder / "controls/b.mp4", 9, size=(130, 96))
     assert len(plan_of('control_directory = "controls"', "fun-control-1.3B").clips) == 2
@@ -328,7 +343,7 @@ def test_a_control_of_another_aspect_is_an_error_with_both_sizes(folder):
 def test_a_vace_mask_goes_with_its_clip_or_is_a_still(folder):
     draw_image(folder / "masks/a.png")
     draw_video(folder / "masks/b.mp4", 4)
-    with pytest.raises(InputError, match=r"masks/b\.mp4 has 4 frames, and the clips of clips/b\.mp4 take 5 of its 9"):
+    with pytest.raises(InputError, match=r"masks/b\.mp4 has 4 frames, but the clips of clips/b\.mp4 use 5 of its 9"):
         plan_of('mask_directory = "masks"', "vace-1.3B")
     draw_video(folder / "masks/b.mp4", 5)
     assert len(plan_of('mask_directory = "masks"', "vace-1.3B").clips) == 2
@@ -350,7 +365,7 @@ def test_a_camera_file_that_is_wrong_or_short_is_named_with_its_line(folder):
         (folder / f"cameras/{name}.txt").write_text(ENTRY * 5)
     assert len(plan_of(keys, "fun-camera-1.3B").clips) == 2
     (folder / "cameras/b.txt").write_text(ENTRY * 4)
-    with pytest.raises(InputError, match=r"cameras/b\.txt has 4 camera entries, and the clips of clips/b\.mp4 take 5"):
+    with pytest.raises(InputError, match=r"cameras/b\.txt has 4 camera entries, but the clips of clips/b\.mp4 use 5"):
         plan_of(keys, "fun-camera-1.3B")
     (folder / "cameras/b.txt").write_text(ENTRY * 4 + ENTRY.replace(" 0.5", "", 1))
     with pytest.raises(InputError, match=r"cameras/b\.txt, line 5: expected 19 numbers"):
@@ -359,7 +374,7 @@ def test_a_camera_file_that_is_wrong_or_short_is_named_with_its_line(folder):
 
 def test_a_broken_reference_is_found_in_the_plan(folder):
     (folder / "references/a.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"references/a\.png is not a whole image"):
+    with pytest.raises(InputError, match=r"references/a\.png is an incomplete image"):
         plan_of('reference_directory = "references"', "vace-1.3B")
 
 
@@ -376,5 +391,5 @@ def test_images_take_controls_and_references_too(folder):
 def test_control_models_are_not_trained_on_one_frame_of_several():
     row = VARIANTS["i2v-14B-FC"]
     path = write_toml(Path("data.toml"), '[[datasets]]\nimage_directory = "clips"\nresolution = [64, 48]\n')
-    with pytest.raises(InputError, match="--one_frame is for"):
+    with pytest.raises(InputError, match=r"--one_frame needs a Wan2\.1 image task"):
         read_config(path, images=row.images, control=row.control, one_frame=True)

@@ -170,10 +170,10 @@ def test_videos_of_another_rate_are_told_once_where_all_frames_are_used(tmp_path
     plan(configure(tmp_path, "target_frames = [5]"))
     told = capsys.readouterr().err
     assert told.count("WARNING") == 1
-    assert "1 of 3 videos are not at 16 frames a second (fast.mp4 (30))" in told
+    assert "1 of 3 videos are not at 16 fps (fast.mp4 (30))" in told
     for quiet in ('source_fps = "auto"\ntarget_frames = [5]', "source_fps = 30\ntarget_frames = [5]", ""):
         plan(configure(tmp_path, quiet))
-        assert "frames a second" not in capsys.readouterr().err
+        assert "fps" not in capsys.readouterr().err
 
 
 def test_a_rate_in_words_is_auto_alone(tmp_path):

@@ -81,7 +81,7 @@ def test_loading_what_does_not_fit_is_refused_and_changes_nothing(make_model, ma
         adapter.load(kohya_state(partial))
     with pytest.raises(InputError, match="dim 2, the network 3"):
         adapter.load(kohya_state(make_deltas(make_model(), rank=2)))
-    with pytest.raises(InputError, match=r"another model.*16 x 16.*8 x 8"):
+    with pytest.raises(InputError, match=r"different model.*16 x 16.*8 x 8"):
         adapter.load(kohya_state(make_deltas(make_model(dim=16), rank=3)))
     with pytest.raises(InputError, match="k_img"):
         adapter.load(kohya_state(make_deltas(make_model(image=True), rank=3)))
@@ -109,10 +109,10 @@ def test_the_log_names_a_weak_scale_and_the_way_out(make_model) -> None:
     ("module", "message"),
     [
         ("networks.lora_wam", "did you mean networks.lora_wan"),
-        ("nowhere.at.all", "known are networks.lora_wan"),
+        ("nowhere.at.all", "built-in modules are networks.lora_wan"),
         ("json", "has no attach"),
-        ("", "not a module's name"),
-        (".lora_wan", "not a module's name"),
+        ("", "not a module name"),
+        (".lora_wan", "not a module name"),
         ("networks.lora_wan.x", "no --network_module"),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_module_that_lacks_a_package_says_which(monkeypatch, tmp_path) -> None
 
 
 def test_unknown_network_args_are_refused_without_a_model() -> None:
-    with pytest.raises(InputError, match=r"unknown key 'rank_dropuot'.*takes exclude_patterns.*mean rank_dropout"):
+    with pytest.raises(InputError, match=r"unknown key 'rank_dropuot'.*accepts exclude_patterns.*mean rank_dropout"):
         check_module(NetworkSettings(network_args=("rank_dropuot=0.1",)))
 
 
@@ -146,7 +146,7 @@ def test_network_args_split_at_the_first_equals_sign() -> None:
     assert read_arguments(settings, ("pattern",)) == {"pattern": "a=b"}
     with pytest.raises(InputError, match="did you mean pattern"):
         read_arguments(NetworkSettings(network_args=("patern=a",)), ("pattern",))
-    with pytest.raises(InputError, match="write key=value"):
+    with pytest.raises(InputError, match="use key=value"):
         read_arguments(NetworkSettings(network_args=("pattern",)), ("pattern",))
     with pytest.raises(InputError, match="twice"):
         read_arguments(NetworkSettings(network_args=("pattern=a", "pattern=b")), ("pattern",))

@@ -68,8 +68,8 @@ def test_modules_outside_the_blocks(make_model, make_deltas, batch) -> None:
 def test_what_does_not_fit_is_refused_and_changes_nothing(make_model, make_deltas, batch) -> None:
     model = make_model()
     before = model(*batch)
-    with pytest.raises(InputError, match="16 x 16, this model's 8 x 8"):
+    with pytest.raises(InputError, match="16 x 16, but this model's is 8 x 8"):
         attach_loras(model, [(make_deltas(make_model(dim=16)), 1.0)], device=CPU)
-    with pytest.raises(InputError, match=r"lacks 4 modules.*k_img"):
+    with pytest.raises(InputError, match=r"4 of its modules are not in this one.*k_img"):
         attach_loras(model, [(make_deltas(make_model(image=True)), 1.0)], device=CPU)
     assert torch.equal(model(*batch), before)

@@ -164,7 +164,7 @@ def test_conv_dim_and_conv_alpha_are_theirs_alone(caplog, monkeypatch, tmp_path)
     monkeypatch.setattr(logging.getLogger("wan_train_log"), "propagate", True)
     sized = settings(REQUEST, "conv_dim=5", "conv_alpha=2")
     check_network(sized, linears_of(shapes()))
-    assert "change nothing" not in caplog.text
+    assert "have no effect" not in caplog.text
     adapter = create(model(), sized)
     assert (adapter.sizes["ref_conv"].dim, adapter.sizes["ref_conv"].alpha) == (5, 2)
     assert (adapter.sizes["blocks.0.ffn.0"].dim, adapter.sizes["blocks.0.ffn.0"].alpha) == (3, 1.5)
@@ -176,7 +176,7 @@ def test_conv_dim_and_conv_alpha_are_theirs_alone(caplog, monkeypatch, tmp_path)
     check_network(again, linears_of(shapes()))
     create(model(), again)
     other = settings(REQUEST, network_weights=str(path))
-    with pytest.raises(InputError, match=r"has dim 3, 5, the network 3: give --dim_from_weights"):
+    with pytest.raises(InputError, match=r"has dim 3, 5, the network 3: use --dim_from_weights"):
         check_network(other, linears_of(shapes()))
     sizes = create(model(), NetworkSettings(network_weights=str(path), dim_from_weights=True)).sizes
     assert sizes == adapter.sizes
@@ -215,12 +215,12 @@ def test_extracted_from_two_checkpoints(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("down", "up", "message"),
     [
-        ((3, 16, 2, 2), (DIM, 2, 1, 1), "does not multiply"),
+        ((3, 16, 2, 2), (DIM, 2, 1, 1), "cannot be multiplied"),
         ((3, 16, 2, 2), (DIM, 3, 2, 2), "not supported"),
         ((3, 16, 2, 2), (DIM, 3), "not supported"),
         ((3, 16, 1, 2, 2), (DIM, 3, 1, 1, 1), "not supported"),
-        ((3, 16), (DIM, 3), r"32 x 16, this model's 32 x 16 x 2 x 2"),
-        ((3, 16, 3, 3), (DIM, 3, 1, 1), r"32 x 16 x 3 x 3, this model's 32 x 16 x 2 x 2"),
+        ((3, 16), (DIM, 3), r"32 x 16, but this model's is 32 x 16 x 2 x 2"),
+        ((3, 16, 3, 3), (DIM, 3, 1, 1), r"32 x 16 x 3 x 3, but this model's is 32 x 16 x 2 x 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(down, up, message: str) -> None:

@@ -131,25 +131,25 @@ def test_one_file_may_hold_several_kinds_but_not_for_one_module(with_differences
         name: Difference if "ffn" in name else LoraDelta for name in deltas
     }
     assert len(deltas) == 20
-    with pytest.raises(InputError, match=r"blocks\.0\.ffn\.0 in several ways, LoRA, difference"):
+    with pytest.raises(InputError, match=r"several kinds of changes for blocks\.0\.ffn\.0, LoRA, difference"):
         check_deltas(kohya_state(make_deltas(model)) | state, sizes(model))
 
 
 def test_what_takes_a_lora_alone_refuses_other_kinds(with_differences, make_model) -> None:
     model = make_model()
     for read in (read_lora, check_lora):
-        with pytest.raises(InputError, match=r"changes 20 modules otherwise than a LoRA: blocks\.0\.self_attn\.q"):
+        with pytest.raises(InputError, match=r"20 modules have other kinds of changes: blocks\.0\.self_attn\.q"):
             read(differences(model), sizes(model))
 
 
 def test_a_new_kind_of_another_size_is_refused_with_both_sizes(with_differences, make_model) -> None:
     model, state = make_model(), differences(make_model(dim=16))
-    with pytest.raises(InputError, match="16 x 16, this model's 8 x 8"):
+    with pytest.raises(InputError, match="16 x 16, but this model's is 8 x 8"):
         check_deltas(state, sizes(model))
     deltas = read_deltas(state, sizes(model))
-    with pytest.raises(InputError, match="16 x 16, this model's 8 x 8"):
+    with pytest.raises(InputError, match="16 x 16, but this model's is 8 x 8"):
         attach_loras(model, [(deltas, 1.0)], device=CPU)
-    with pytest.raises(InputError, match="16 x 16, this model's 8 x 8"):
+    with pytest.raises(InputError, match="16 x 16, but this model's is 8 x 8"):
         list(merged(model.state_dict().items(), [(deltas, 1.0)]))
 
 

@@ -132,7 +132,7 @@ def test_configurations_that_cannot_be_followed(make_model, make_deltas, tmp_pat
 )
 def test_other_formats_are_named(make_model, make_deltas, key: str, kind: str) -> None:
     state = kohya_state(make_deltas(make_model())) | {key: torch.ones(2, 2)}
-    with pytest.raises(InputError, match=f"not supported.*{kind}"):
+    with pytest.raises(InputError, match=f"unsupported format.*{kind}"):
         read_lora(state, linear_names(make_model()))
 
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_another_kind_is_named(make_model, tmp_path) -> None:
     save_tensors(tmp_path / "dit.safetensors", make_model().state_dict() | {"head.modulation": torch.ones(1)})
     with pytest.raises(InputError, match=r"dit\.safetensors is a Wan DiT, not a LoRA"):
         check_lora(tmp_path / "dit.safetensors", linear_sizes(make_model()))
-    with pytest.raises(InputError, match="no LoRA"):
+    with pytest.raises(InputError, match="not a LoRA"):
         read_lora({"something": torch.ones(1)}, linear_names(make_model()))
 
 
@@ -168,7 +168,7 @@ def test_underscores_are_not_taken_for_dots_or_parts_for_names(make_model) -> No
 def test_half_a_pair_is_refused(make_model, make_deltas, half: str) -> None:
     state = kohya_state(make_deltas(make_model()))
     del state[f"lora_unet_blocks_0_ffn_0.{half}"]
-    with pytest.raises(InputError, match=r"blocks\.0\.ffn\.0.*not whole"):
+    with pytest.raises(InputError, match=r"blocks\.0\.ffn\.0.*incomplete"):
         read_lora(state, linear_names(make_model()))
 
 
@@ -181,7 +181,7 @@ def test_two_tensors_for_one_part_are_refused(make_model, make_deltas) -> None:
 def test_pairs_that_do_not_multiply_are_refused(make_model, make_deltas) -> None:
     state = kohya_state(make_deltas(make_model(), rank=3))
     state["lora_unet_blocks_0_ffn_0.lora_up.weight"] = torch.ones(12, 2)
-    with pytest.raises(InputError, match="does not multiply"):
+    with pytest.raises(InputError, match="cannot be multiplied"):
         read_lora(state, linear_names(make_model()))
     state["lora_unet_blocks_0_ffn_0.lora_up.weight"] = torch.ones(12, 3, 1, 1)
     with pytest.raises(InputError, match="convolution"):
@@ -198,7 +198,9 @@ def test_alpha_that_is_no_number_is_refused(make_model, make_deltas, alpha) -> N
 def test_a_lora_of_another_size_is_refused_with_both_sizes(make_model, make_deltas, tmp_path) -> None:
     path = tmp_path / "large.safetensors"
     save_tensors(path, kohya_state(make_deltas(make_model(dim=16, image=True))))
-    with pytest.raises(InputError, match=r"large\.safetensors is for another model.*16 x 16, this model's 8 x 8"):
+    with pytest.raises(
+        InputError, match=r"large\.safetensors was trained for a different model.*16 x 16, but this model's is 8 x 8"
+    ):
         check_lora(path, linear_sizes(make_model()))
 
 

@@ -70,7 +70,7 @@ def test_a_bias_is_not_mistaken_for_its_module() -> None:
 
 def test_misfits_and_leftovers_are_refused(make_model, make_deltas) -> None:
     state = make_model().state_dict()
-    with pytest.raises(InputError, match="16 x 16, this model's 8 x 8"):
+    with pytest.raises(InputError, match="16 x 16, but this model's is 8 x 8"):
         list(merged(state.items(), [(make_deltas(make_model(dim=16)), 1.0)]))
-    with pytest.raises(InputError, match=r"lacks 4 modules.*k_img"):
+    with pytest.raises(InputError, match=r"4 of its modules are not in this one.*k_img"):
         list(merged(state.items(), [(make_deltas(make_model(image=True)), 1.0)]))

@@ -47,7 +47,7 @@ def test_including_alone_restricts_nothing_and_says_so(make_model, caplog, monke
     settings = arguments("include_patterns=['.*self_attn.*']")
     monkeypatch.setattr(logging.getLogger("wan_train_log"), "propagate", True)
     check_network(settings, shapes(make_model()))
-    assert "only brings back what exclude_patterns leave out" in caplog.text
+    assert "only re-includes modules matched by exclude_patterns" in caplog.text
     assert len(modules(create(make_model(), settings))) == 20
 
 
@@ -59,10 +59,10 @@ def test_only_what_is_included_of_nothing(make_model) -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["exclude_patterns=['ffn']"], r"'ffn' is the whole name of none of 20 modules.*write \.\*ffn\.\*"),
-        (["exclude_patterns=['.*fnf.*']"], r"named like blocks\.0\.self_attn\.q: correct it"),
+        (["exclude_patterns=['ffn']"], r"'ffn' fully matches none of 20 modules.*use \.\*ffn\.\*"),
+        (["exclude_patterns=['.*fnf.*']"], r"names such as blocks\.0\.self_attn\.q: correct"),
         (["include_patterns=['head.head']", "exclude_patterns=['.*']"], "include_patterns: 'head.head'"),
-        (["exclude_patterns=['.*']"], "leave none of 20 modules"),
+        (["exclude_patterns=['.*']"], "exclude all 20 modules"),
     ],
 )
 def test_patterns_that_match_nothing_or_leave_nothing(make_model, texts, message: str) -> None:
@@ -86,7 +86,7 @@ def test_patterns_that_match_nothing_or_leave_nothing(make_model, texts, message
         ("loraplus_lr_ratio=0", "out of range"),
         ("loraplus_lr_ratio=True", "not a finite number"),
         ("verbose=perhaps", "True or False"),
-        ("conv_dim=1.5", "whole number"),
+        ("conv_dim=1.5", "integer"),
     ],
 )
 def test_arguments_that_cannot_be(text: str, message: str) -> None:
@@ -137,11 +137,9 @@ def test_filtering_a_file(include, exclude, wanted) -> None:
 def test_filtering_by_what_is_not_there() -> None:
     deltas = ["blocks.0.ffn.0"]
     assert choose_modules(deltas, ["ffn"]) == deltas
-    with pytest.raises(
-        InputError, match=r"--include_patterns: 'attn' is found in none of 1 modules.*blocks\.0\.ffn\.0"
-    ):
+    with pytest.raises(InputError, match=r"--include_patterns: 'attn' matches none of 1 modules.*blocks\.0\.ffn\.0"):
         choose_modules(deltas, ["attn"])
-    with pytest.raises(InputError, match="leave none"):
+    with pytest.raises(InputError, match="select none"):
         choose_modules(deltas, ["ffn"], ["blocks"])
     with pytest.raises(InputError, match="not a valid regular expression"):
         choose_modules(deltas, [], ["("])
@@ -163,5 +161,5 @@ def test_what_is_excluded_need_not_fit_the_model(make_model, make_deltas, tmp_pa
             other.read(sizes)
         with pytest.raises(InputError, match=r"keys do not: .*v_img"):
             check_lora(path, sizes, other.choose)
-    with pytest.raises(InputError, match="'q_img' is found in none of 24 modules"):
+    with pytest.raises(InputError, match="'q_img' matches none of 24 modules"):
         WeightedLora(str(path), exclude=("q_img",)).read(sizes)

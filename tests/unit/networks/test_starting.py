@@ -56,13 +56,13 @@ def test_training_starts_from_the_file(make_model, batch, lora, make_deltas, pef
 
 def test_a_file_that_does_not_fit_is_never_a_fresh_start(make_model, lora) -> None:
     start = NetworkSettings(network_weights=lora())
-    both_refuse(start, make_model(), r"has dim 3, the network 4: set --network_dim 3, or give --dim_from_weights")
+    both_refuse(start, make_model(), r"has dim 3, the network 4: set --network_dim 3, or use --dim_from_weights")
     start = NetworkSettings(network_dim=3, network_weights=lora(without="blocks.1.ffn"))
     both_refuse(start, make_model(), r"lacks 2 modules that this network has: blocks\.1\.ffn\.0")
     start = NetworkSettings(network_dim=3, network_weights=lora(), network_args=("exclude_patterns=['.*ffn.*']",))
     both_refuse(start, make_model(), "has 4 modules that this network does not train")
     start = NetworkSettings(network_dim=3, network_weights=lora())
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(InputError, match="different model"):
         check_network(start, shapes(make_model(dim=16)))
     missing = NetworkSettings(network_weights="nowhere.safetensors")
     both_refuse(missing, make_model(), "no such file")
@@ -128,7 +128,7 @@ def test_base_weights_have_their_multipliers_and_must_fit(make_model, lora) -> N
     settings = NetworkSettings(base_weights=(path, path, path), base_weights_multiplier=(0.5, 2.0))
     assert settings.base_loras == ((path, 0.5), (path, 2.0), (path, 1.0))
     check_network(settings, shapes(make_model()))
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(InputError, match="different model"):
         check_network(settings, shapes(make_model(dim=16)))
     with pytest.raises(InputError, match="no such file"):
         check_network(dataclasses.replace(settings, base_weights=("nowhere.safetensors",) * 3), {})
@@ -138,7 +138,10 @@ def test_base_weights_have_their_multipliers_and_must_fit(make_model, lora) -> N
     ("given", "message"),
     [
         ({"dim_from_weights": True}, "--dim_from_weights needs --network_weights"),
-        ({"dim_from_weights": True, "network_weights": "a", "network_dim": 4}, "--network_dim 4 says another"),
+        (
+            {"dim_from_weights": True, "network_weights": "a", "network_dim": 4},
+            "cannot be combined with --network_dim 4",
+        ),
         ({"base_weights_multiplier": (1.0,)}, "1 --base_weights_multiplier for 0 --base_weights"),
         ({"base_weights": ("a",), "base_weights_multiplier": (float("nan"),)}, "finite"),
     ],
@@ -152,7 +155,7 @@ def test_the_files_modules_and_patterns_exclude_each_other(make_model, lora) -> 
     settings = NetworkSettings(
         network_weights=lora(), dim_from_weights=True, network_args=("exclude_patterns=['.*ffn.*']",)
     )
-    both_refuse(settings, make_model(), "leave out one of them")
+    both_refuse(settings, make_model(), "remove one of them")
 
 
 def test_an_alpha_with_which_nothing_is_learnt(make_model, lora) -> None:

@@ -84,7 +84,7 @@ def test_regularisation_is_not_measured_but_does_not_leak_either() -> None:
     assert len(names(split.held_out)) == 10
     assert not split.held_out.plans[1].clips and split.training.plans[1].clips
     assert not names(split.training) & names(split.held_out)
-    with pytest.raises(InputError, match="is_reg aside"):
+    with pytest.raises(InputError, match="not is_reg"):
         split_off(CachedDataset([known]), 0.2, seed=0)
 
 
@@ -97,7 +97,7 @@ def test_both_sides_keep_something_of_the_smallest_datasets(share: float, sizes:
 
 
 def test_a_single_file_cannot_be_split() -> None:
-    with pytest.raises(InputError, match="needs a dataset of two files"):
+    with pytest.raises(InputError, match="needs a dataset with at least two files"):
         split_off(CachedDataset([plan(1, ["only"])]), 0.5, seed=0)
 
 

@@ -53,7 +53,7 @@ def test_caches_of_other_tools_do_not_say_what_they_were_made_of(tmp_path: Path,
     assert (foreign.latents, foreign.encoder, foreign.captions) == ("", "", plain.captions)
     before, now = (plain, foreign) if own else (foreign, plain)
     assert changes({NAME: before}, {NAME: now}) == []
-    assert changes({NAME: before}, {NAME: now._replace(captions="x")}) == ["1 file with other captions (dog)"]
+    assert changes({NAME: before}, {NAME: now._replace(captions="x")}) == ["1 file with different captions (dog)"]
 
 
 def test_samples_of_a_renamed_cache_folder_are_told_with_the_folder() -> None:
@@ -61,5 +61,5 @@ def test_samples_of_a_renamed_cache_folder_are_told_with_the_folder() -> None:
     before = {f"old/{cat}": content, NAME: content}
     assert changes(before, {f"new/{cat}": content, NAME.replace("dog", "cow"): content}) == [
         "2 files that are new (new/cat, cow)",
-        "2 files that are gone (old/cat, dog)",
+        "2 files that are missing (old/cat, dog)",
     ]

@@ -85,8 +85,8 @@ def change_vae(clip, vae):
     [
         (change_source, "source changed"),
         (lengthen_source, "source changed"),
-        (change_vae, "another VAE (vae.pth)"),
-        (lambda clip, vae: dataclasses.replace(clip, frames=(2, 3, 4, 5, 6)), "other frames"),
+        (change_vae, "different VAE (vae.pth)"),
+        (lambda clip, vae: dataclasses.replace(clip, frames=(2, 3, 4, 5, 6)), "different frames"),
         (lambda clip, vae: dataclasses.replace(clip, source_size=(320, 240)), ""),
     ],
 )
@@ -105,12 +105,12 @@ def test_a_cache_is_stale_where_its_file_is_read_in_another_way_now(clip, manife
     assert latents_state(clip, manifest).kind is Staleness.UP_TO_DATE
     state = latents_state(dataclasses.replace(clip, reading="pixels 64:45"), manifest)
     assert state.kind is Staleness.STALE
-    assert state.reason == "source read in another way (then as decoded, now pixels 64:45)"
+    assert state.reason == "source is now processed differently (then as decoded, now pixels 64:45)"
 
 
 def test_another_precision_is_stale_for_caching_alone(clip, manifest, vae):
     state = latents_state(clip, manifest, dtype=torch.float32, model=vae)
-    assert str(state) == "a_00002-005_0064x0048_wan.safetensors: in bfloat16, not in float32"
+    assert str(state) == "a_00002-005_0064x0048_wan.safetensors: bfloat16, not float32"
     assert latents_state(clip, manifest).usable
 
 
@@ -173,9 +173,9 @@ def test_text_is_stale_for_another_caption_or_encoder(clip, manifest, vae):
     item = clip.item
     save_text(item, {"a press": torch.zeros(3, 8)}, Recipe(take_fingerprint(vae, manifest), "bfloat16"))
     assert text_state(item, manifest, model=vae).kind is Staleness.UP_TO_DATE
-    assert text_state(dataclasses.replace(item, captions=("a fox",)), manifest).reason == "another caption"
+    assert text_state(dataclasses.replace(item, captions=("a fox",)), manifest).reason == "different caption"
     vae.write_bytes(b"other weights")
-    assert text_state(item, manifest, model=vae).reason == "of another text encoder (vae.pth)"
+    assert text_state(item, manifest, model=vae).reason == "different text encoder (vae.pth)"
     assert text_state(item, manifest).usable
     save_text(item, {"a press": torch.zeros(3, 8)})
     assert text_state(item, manifest, model=vae).kind is Staleness.FOREIGN

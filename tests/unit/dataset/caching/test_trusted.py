@@ -105,10 +105,10 @@ def empty(latents, text):
     [
         (cut_latents, "a_b_00000-005_0064x0048_wan.safetensors: truncated"),
         (cut_text, "a_b_wan_te.safetensors is truncated"),
-        (lambda latents, text: text.unlink(), "no a_b_wan_te.safetensors beside it"),
-        (lambda latents, text: save_tensors(text, {"other": torch.zeros(1)}, {"caption1": "x"}), "no embedding in it"),
-        (rename, "another size than its name says"),
-        (empty, "no latents in it"),
+        (lambda latents, text: text.unlink(), "a_b_wan_te.safetensors is missing"),
+        (lambda latents, text: save_tensors(text, {"other": torch.zeros(1)}, {"caption1": "x"}), "no embedding"),
+        (rename, "size does not match its name"),
+        (empty, "no latents"),
     ],
 )
 def test_what_cannot_be_trained_on_is_named(folder, damage, part):
@@ -127,7 +127,7 @@ def test_an_empty_folder_is_an_error(folder):
 
 def test_a_flip_that_the_toml_asks_for_must_be_in_the_file(folder):
     write_toml(folder / "data.toml", TOML.replace("num_repeats = 2", "flip_augment = true"))
-    with pytest.raises(InputError, match="no latents_flipped in it"):
+    with pytest.raises(InputError, match="no latents_flipped"):
         trusted()
     (clip,) = open_trusted(read_config(write_toml(folder / "data.toml", TOML))[1:]).plans[0].clips
     path = latents_path(clip)

@@ -190,9 +190,9 @@ def test_a_folder_of_frames_is_sorted_by_number_and_of_one_size(tmp_path):
     assert (probe(tmp_path).num_frames, probe(tmp_path).fps) == (4, 16)
     assert [found for _, found in numbers(tmp_path, range(4))] == [0, 2, 9, 10]
     draw_image(tmp_path / "shot11.png", (32, 32))
-    with pytest.raises(InputError, match=r"shot11\.png has another size"):
+    with pytest.raises(InputError, match=r"shot11\.png differs in size"):
         numbers(tmp_path, [4])
-    with pytest.raises(InputError, match="holds no images"):
+    with pytest.raises(InputError, match="contains no images"):
         (tmp_path / "none").mkdir()
         probe(tmp_path / "none")
 

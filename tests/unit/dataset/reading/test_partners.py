@@ -31,7 +31,7 @@ def test_masks_match_by_stem_and_a_video_goes_before_a_image(folder, capsys):
     draw_image(folder / "masks/c/0.png")
     masks = [item.mask for item in items_of('mask_directory = "masks"')]
     assert masks == [Path("masks/a.mov"), Path("masks/b.jpg"), Path("masks/c"), None]
-    assert "1 of 4 files have no mask (d.mp4): all of their image counts" in capsys.readouterr().err
+    assert "1 of 4 files have no mask (d.mp4): the loss covers the whole image" in capsys.readouterr().err
 
 
 def test_controls_of_videos_match_whole_name_folder_stem_in_that_order(folder):

@@ -61,7 +61,7 @@ def test_deep_grey_is_the_bits_that_deep_rgb_is(tmp_path):
 @pytest.mark.parametrize(("values", "kind"), [([0, 70000], "int32"), ([-1, 5], "int32"), ([0, 255.0], "float32")])
 def test_greys_out_of_range_are_refused_in_the_plan(tmp_path, values, kind):
     path = save_deep(tmp_path / "a.tiff", np.array([values]), kind)
-    with pytest.raises(InputError, match=r"a\.tiff holds grey values from .* and white is"):
+    with pytest.raises(InputError, match=r"a\.tiff has grey values from .* outside 0 to"):
         probe(path)
 
 

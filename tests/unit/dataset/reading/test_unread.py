@@ -38,14 +38,14 @@ def test_what_is_not_read_is_named_with_its_reason(folder, capsys):
     draw_image(folder / "still.png")
     touch(folder, "a.txt", "phone.heic", "b.xyz", "b.txt", "gone.txt", "photo.jxl")
     assert unread() == {
-        "b.xyz": ".xyz is not read",
-        "gone.txt": "a caption without its file",
-        "phone.heic": ".heic is not read",
-        "photo.jxl": ".jxl is not read",
+        "b.xyz": ".xyz is not supported",
+        "gone.txt": "a caption without a media file",
+        "phone.heic": ".heic is not supported",
+        "photo.jxl": ".jxl is not supported",
         "still.png": "an image",
     }
     told = capsys.readouterr().err
-    assert "5 files are ignored: b.xyz (.xyz is not read), gone.txt (a caption without its file)" in told
+    assert "5 files are ignored: b.xyz (.xyz is not supported), gone.txt (a caption without a media file)" in told
 
 
 def test_a_video_in_a_folder_of_images_is_named_unless_another_dataset_reads_it(folder):
@@ -73,7 +73,7 @@ def test_what_belongs_there_is_not_named(folder):
         ".hidden.txt",
     )
     assert unread('caption_variants = "files"') == {}
-    assert unread() == {"a.1.txt": "a caption without its file"}
+    assert unread() == {"a.1.txt": "a caption without a media file"}
 
 
 @pytest.mark.parametrize(
