@@ -88,7 +88,7 @@ def check_experts(settings: GenerateSettings, variant: Variant) -> None:
         "--lazy_loading": settings.experts.lazy_loading,
     }
     if extra := first_given(given):
-        raise InputError(f"{extra}: --task {variant.name} has one model: use an A14B task, or leave it out")
+        raise InputError(f"{extra}: --task {variant.name} has a single model: use an A14B task, or leave it out")
 
 
 def check_given_vae(settings: GenerateSettings, instead: str = "") -> None:

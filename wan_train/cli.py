@@ -113,10 +113,7 @@ def parse(
 
 
 def run(tool: Tool, argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run the tool; return the exit code.
-
-    Invalid input is reported as one line on stderr with exit code 2, a failed run with 1.
-    """
+    """Parse the command line and run the tool; exit code 2 and one line on stderr for bad input, 1 for a failure."""
     try:
         settings: Any = parse(tool.settings, argv, program=tool.program, about=tool.description)
         _imported(tool.main)(settings)

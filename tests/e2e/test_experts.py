@@ -115,8 +115,8 @@ def test_what_the_generator_refuses(desk: Desk, capsys: pytest.CaptureFixture[st
     assert "--dit_high_noise is missing" in told(without)
     assert "--timestep_boundary" in told([*words, "--timestep_boundary", 1])
     single = [*without, "--task", "t2v-1.3B", "--dit", desk.folder / DIT]
-    assert "has one model" in told([*single, "--dit_high_noise", desk.folder / HIGH])
-    assert "has one model" in told([*single, "--timestep_boundary", 0.9])
+    assert "has a single model" in told([*single, "--dit_high_noise", desk.folder / HIGH])
+    assert "has a single model" in told([*single, "--timestep_boundary", 0.9])
     assert "--dit_high_noise" in told([*words, "--dit_high_noise", desk.folder / VAE])
     assert "merges one model" in told([*words, "--prompt", "", "--save_merged_model", desk.folder / "m.safetensors"])
 
@@ -213,10 +213,10 @@ def test_previews_are_made_by_both_and_files_by_the_generator(desk: Desk, caplog
     plain = desk.generate("plain")
     both = desk.generate("both", "--lora_weight", low, "--lora_weight_high_noise", high)
     assert not np.array_equal(both, plain)
-    assert "was trained for the" not in caplog.text
+    assert "was trained on the" not in caplog.text
     swapped = desk.generate("swapped", "--lora_weight", high, "--lora_weight_high_noise", low)
     assert not np.array_equal(swapped, both)
-    assert caplog.text.count("was trained for the") == 2
+    assert caplog.text.count("was trained on the") == 2
 
 
 @pytest.mark.parametrize(("high", "eighths"), [(True, {"t7"}), (False, {f"t{n}" for n in range(7)})])
@@ -285,9 +285,9 @@ def test_going_on_from_files_and_their_averages(desk: Desk, caplog: pytest.LogCa
     desk.train("alone", "--network_weights", high, "--learning_rate", 0, low=False, steps=1)
     for key, value in desk.lora("begun_high_noise").items():
         assert torch.equal(desk.lora("alone")[key], value)
-    assert "was trained for the" not in caplog.text
+    assert "was trained on the" not in caplog.text
     desk.train("alone", "--network_weights", low, "--learning_rate", 0, low=False, steps=1)
-    assert caplog.text.count("was trained for the") == 1
+    assert caplog.text.count("was trained on the") == 1
 
 
 def test_two_processes_take_the_same_expert(desk: Desk) -> None:

@@ -143,4 +143,4 @@ def test_patterns_that_cannot_be_are_refused(
 def test_patterns_without_a_lora_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = arguments(folder, "refused", "--include_patterns", "ffn", lora=False)
     assert run(TOOL, [str(word) for word in words]) == 2
-    assert "give one" in capsys.readouterr().err
+    assert "give at least one LoRA file" in capsys.readouterr().err

@@ -154,7 +154,7 @@ def test_compiled_training_and_generation(bench: Bench) -> None:
     ("options", "message"),
     [
         (("--blocks_to_swap", 4, "--gradient_checkpointing"), "--blocks_to_swap 4 is too many for a model of 4 blocks"),
-        (("--blocks_to_swap", 2), "--blocks_to_swap 2 needs .* add --gradient_checkpointing"),
+        (("--blocks_to_swap", 2), "--blocks_to_swap 2 requires .* add --gradient_checkpointing"),
         (("--fp8_scaled",), "--fp8_scaled .*--fp8_base"),
         (("--fp8_base", "--int8_base"), "--int8_base and --fp8_base"),
         (("--sage_attn",), "--attn_mode sageattn does not support training"),

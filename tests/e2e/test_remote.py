@@ -193,7 +193,7 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(
 ) -> None:
     for call, told in (
         (lambda: train("nope://x", expect=2), "--output_dir nope://x cannot be opened (fsspec does not know nope://)"),
-        (lambda: train(tmp_path, "--local_output_dir", "y", expect=2), f"--output_dir {tmp_path} is local: leave it"),
+        (lambda: train(tmp_path, "--local_output_dir", "y", expect=2), f"--output_dir {tmp_path} is local: omit it"),
         (lambda: generate(cached, run_here, "nope://x", expect=2), "--save_path nope://x cannot be opened"),
     ):
         call()

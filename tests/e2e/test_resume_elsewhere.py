@@ -19,12 +19,13 @@ from wan_train.training.settings import TOOL
 
 Tool = Callable[..., None]
 Caught = pytest.CaptureFixture[str]
+LEARNING_RATE = 1e-2
 STATES = Path(__file__).parents[1] / "data" / "states"
 # With these options, for 3 steps, an epoch, the stored state was saved, before states said of which run they are.
 OPTIONS: tuple[object, ...] = (
     *("--task", "t2v-1.3B", "--mixed_precision", "no", "--network_module", "networks.lora_wan", "--network_dim", 1),
     *("--network_args", r'exclude_patterns=[r".*"]', r'include_patterns=[r"blocks\.0\.self_attn\.q"]'),
-    *("--learning_rate", 1e-2, "--max_data_loader_n_workers", 0, "--log_with", "none", "--sdpa"),
+    *("--learning_rate", LEARNING_RATE, "--max_data_loader_n_workers", 0, "--log_with", "none", "--sdpa"),
 )
 
 
@@ -58,6 +59,12 @@ class Desk:
     def have_same(self, ours: str, whole: str) -> bool:
         first, second = self.learnt(ours), self.learnt(whole)
         return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+    def have_close(self, ours: str, whole: str) -> bool:
+        """As `have_same`, but for a state from another machine, whose kernels round differently."""
+        first, second = self.learnt(ours), self.learnt(whole)
+        close = {key: torch.allclose(first[key], second[key], rtol=0, atol=0.1 * LEARNING_RATE) for key in first}
+        return first.keys() == second.keys() and all(close.values())
 
 
 @pytest.fixture
@@ -105,7 +112,7 @@ def test_a_state_of_before_is_resumed(desk: Desk, gone: str | None) -> None:
         (state / "manifest.json").write_text(json.dumps(manifest))
     desk.train("whole", "--max_train_steps", 6)
     desk.train("name", "--max_train_steps", 6, "--resume", "auto", "--save_state")
-    assert desk.steps("name")[0] == "6" and desk.have_same("name", "whole")
+    assert desk.steps("name")[0] == "6" and desk.have_close("name", "whole")
     kept = json.loads((desk.out / "name-000001-state" / "manifest.json").read_text())
     assert kept["position"]["step"] == 3 and "run" not in kept
 

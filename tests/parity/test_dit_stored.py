@@ -102,7 +102,7 @@ def test_plain_fp8_file(tmp_path: Path) -> None:
     assert error(build(path, **INT8), case) < 0.05
     variant = VARIANTS["t2v-1.3B"]
     assert check_model(settings_of(path, **FP8), variant, CPU) is not None  # of another size: a warning
-    with pytest.raises(InputError, match=r"fp8 file without scales.*leave out --fp8_scaled"):
+    with pytest.raises(InputError, match=r"fp8 file without scales.*omit --fp8_scaled"):
         check_model(settings_of(path, **SCALED), variant, CPU)
     with pytest.raises(InputError, match=r"is an fp8 file: add --fp8_base"):
         check_model(settings_of(path), variant, CPU)
@@ -202,7 +202,7 @@ def test_a_scaled_file_that_lacks_a_scale(weights: dict[str, bool], tmp_path: Pa
     tensors = scaled_file(case.state_dict())
     del tensors["blocks.1.ffn.0.scale_weight"]
     path = file_of(case, tmp_path, tensors)
-    with pytest.raises(InputError, match=r"has no scale for blocks\.1\.ffn\.0\.weight"):
+    with pytest.raises(InputError, match=r"has no scale for the 8-bit weight blocks\.1\.ffn\.0\.weight"):
         check_model(settings_of(path, **weights), VARIANTS["t2v-1.3B"], CPU)
 
 

@@ -90,7 +90,7 @@ def test_several_sets_of_a_folder_have_to_be_named(tmp_path: Path) -> None:
 def test_an_index_that_is_none_and_files_that_are_not_there(tmp_path: Path) -> None:
     index = tmp_path / "name.safetensors.index.json"
     index.write_text("{}")
-    with pytest.raises(InputError, match="not an index of shards"):
+    with pytest.raises(InputError, match="not a valid index of shards"):
         expand(index)
     save(tmp_path / "name.safetensors", 1, 1000)
     (tmp_path / "name-00002-of-00003.safetensors").unlink()

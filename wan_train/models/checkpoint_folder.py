@@ -109,7 +109,8 @@ def _tell_missing(where: str, missing: Sequence[str], task: str, content: _Folde
     holds += [f"{content.shown([path])}: not readable, {why}" for path, why in content.unread.items()]
     return (
         f"{where} has no file for {' and '.join(missing)}{f' of --task {task}' if task else ''}"
-        f" (found: {'; '.join(holds) or 'no checkpoint'}): give {'it' if len(missing) == 1 else 'them'}, or another folder"
+        f" (found: {'; '.join(holds) or 'no checkpoint'}): give {'it' if len(missing) == 1 else 'them'},"
+        " or another folder"
     )
 
 

@@ -48,6 +48,7 @@ def test_attention_to_parts_of_the_keys_is_put_together(kind: str, monkeypatch: 
     """By the kernel of CPUs, and by plain products; scores of some hundreds, whose exponentials overflow."""
     if not kind:
         monkeypatch.delitem(attend_with_sums.__globals__["_KERNELS"], "cpu")
+    torch.manual_seed(0)
     query, key, value = (torch.randn(2, count, 3, 8) for count in (5, 9, 9))
     query[:, 0] *= 300
     parts = [attend_with_sums(query, key[:, part], value[:, part]) for part in (slice(0, 4), slice(4, 5), slice(5, 9))]

@@ -75,7 +75,7 @@ def test_a_profile_is_checked_for_the_length_that_the_source_leaves(given: Given
         if measured is short:
             assert [fitted.request for fitted in fitted_jobs([job], settings)] == [short]
         else:
-            with pytest.raises(InputError, match="about 32 tokens there and about 8 tokens here"):
+            with pytest.raises(InputError, match="about 32 tokens in the profile, about 8 tokens in this run"):
                 fitted_jobs([job], settings)
 
 

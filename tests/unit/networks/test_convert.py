@@ -142,7 +142,7 @@ def test_bad_input_is_one_line_and_exit_code_2(kohya, tmp_path, capsys) -> None:
     cases = [
         ((tmp_path / "none.safetensors", out, "other"), "no such file"),
         ((broken, out, "other"), "not a complete safetensors file"),
-        ((foreign, out, "other"), "no LoRA"),
+        ((foreign, out, "other"), "is not a LoRA"),
         ((kohya, tmp_path / "out.pt", "other"), ".safetensors"),
         ((kohya, kohya, "other"), "is the input"),
         ((kohya, link, "other"), "is the input"),

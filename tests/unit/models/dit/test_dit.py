@@ -120,11 +120,11 @@ def test_faults_are_listed() -> None:
 
 def test_the_kind_of_a_file_is_checked_against_the_task() -> None:
     wide = DitConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=20, in_dim=36)
-    with pytest.raises(InputError, match=r"36 channels.*t2v-14B"):
+    with pytest.raises(InputError, match=r"36 input channels.*t2v-14B"):
         check_dit(state(wide), VARIANTS["t2v-14B"])
     with pytest.raises(InputError, match="not a DiT"):
         check_dit({"decoder.upsamples.0.residual.2.weight": torch.zeros(1)}, VARIANTS["t2v-14B"])
-    assert "48 wide with 2 blocks" in (check_dit(state(), VARIANTS["t2v-14B"]) or "")
+    assert "has width 48 and 2 blocks" in (check_dit(state(), VARIANTS["t2v-14B"]) or "")
 
 
 def test_rotation_turns_by_position_and_keeps_lengths() -> None:

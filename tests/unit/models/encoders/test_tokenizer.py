@@ -166,7 +166,7 @@ def test_the_hub_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_offline_fails_at_once_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, offline=True, answers=True)
-    with pytest.raises(InputError, match=r"download tokenizer.json.*google/umt5-xxl beside.*--tokenizer"):
+    with pytest.raises(InputError, match=r"download tokenizer.json.*google/umt5-xxl next to.*--tokenizer"):
         find_tokenizer("auto", {}, embedded=False)
     assert hub.asked == []
     hub = Hub(monkeypatch, offline=False, answers=False)

@@ -82,7 +82,7 @@ def test_a_cache_chosen_in_a_line_takes_the_place_of_the_one_for_all_lines(line:
 
 
 def test_an_option_of_another_cache_in_the_same_line_is_refused() -> None:
-    with pytest.raises(InputError, match="--error_budget is an option of --step_cache auto"):
+    with pytest.raises(InputError, match="--error_budget applies to --step_cache auto only"):
         parse_line("a cat --step_cache none --error_budget 0.1", preview_defaults(VARIANTS["t2v-1.3B"]))
 
 

@@ -78,9 +78,9 @@ CLIPS = {f"cache/clip{i:02d}_00000-017_0064x0096_wan": Content(f"l{i}", f"c{i}",
     [
         (
             {"clip03": Content("l3", "other", "t5")},
-            r"the dataset has 1 file with other captions \(clip03\)\. Use the options",
+            r"the dataset has 1 file with different captions \(clip03\)\. Use the options",
         ),
-        ({"clip03": Content("other", "c3", "t5")}, r"1 file with another video or image \(clip03\)"),
+        ({"clip03": Content("other", "c3", "t5")}, r"1 file with a different video or image \(clip03\)"),
         ({f"clip{i:02d}": Content(f"l{i}", "new", "t5") for i in range(12)}, r"12 files with .*clip09 and 2 more\)"),
         ({"clip00": Content("l0", "c0", "other")}, r"1 file with a different text encoder \(clip00\)"),
         ({"clip05": None}, r"1 file that is missing \(clip05\)"),
