@@ -1,5 +1,6 @@
 """The golden T2V cases through models that were put together to save memory or time."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,13 @@ def learn(path: str, case, parts: dict[str, object]) -> tuple[Tensor, Tensor, Te
     return out, learnt.detach(), gradient
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        pytest.param(way, name, marks=pytest.mark.slow if way == "compiled" and name != CASES[0] else ())
+        for way, name in product(WAYS, CASES)
+    ],
+)
 def test_output_and_gradients(name: str, way: str, tmp_path: Path) -> None:
     case = load_case(name)
     path = file_of(case, tmp_path)

@@ -198,14 +198,16 @@ def test_without_guidance(tiny: Tiny) -> None:
     check_equal(tiny.ours(video_length=5, guidance_scale=1.0), tiny.theirs(frames=5, guidance=1.0))
 
 
-@pytest.mark.parametrize("change", [{"seed": SEED + 1}, {"negative_prompt": ""}, {"guidance_scale": 1.0}])
-def test_the_result_is_no_constant(tiny: Tiny, change: dict[str, Any]) -> None:
+def test_the_result_is_no_constant(tiny: Tiny) -> None:
     """Images have contrast and are not clipped, and whatever decides them tells: the other tests can fail."""
-    made, other = tiny.ours(video_length=1), tiny.ours(video_length=1, **change)
+    made = tiny.ours(video_length=1)
     assert made.pixels.std() > 0.2
     assert (made.pixels.abs() == 1).float().mean() < 0.2
-    assert relative_error(other.latents, made.latents) > 0.3
-    assert relative_error(other.pixels, made.pixels) > 0.3
+    changes: list[dict[str, Any]] = [{"seed": SEED + 1}, {"negative_prompt": ""}, {"guidance_scale": 1.0}]
+    for change in changes:
+        other = tiny.ours(video_length=1, **change)
+        assert relative_error(other.latents, made.latents) > 0.3
+        assert relative_error(other.pixels, made.pixels) > 0.3
 
 
 def test_the_python_call_gives_these_frames_rounded(tiny: Tiny) -> None:

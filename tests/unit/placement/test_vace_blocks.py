@@ -120,7 +120,7 @@ def test_a_lora_learns_the_same(path: Path, way: str, weights: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow if way == "all" else ()) for way in WAYS])
 def test_the_weights_of_the_blocks_learn_the_same(path: Path, way: str) -> None:
     wanted, found = plain(path, "plain", FULL_WEIGHTS), learn(path, FULL_WEIGHTS, **WAYS[way])
     assert len(wanted) == 2 + 2 * 27 + 2 * 3 + 2 and all(map(torch.equal, found, wanted))
