@@ -10,7 +10,7 @@ import torch
 
 from wan_train.distributed.ranks import Place
 from wan_train.log import get_logger
-from wan_train.precision import default_device
+from wan_train.precision import accumulate_in_float32, default_device
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -40,7 +40,11 @@ def work_ahead(function: Callable[[Task], Result], tasks: Iterable[Task], num_wo
 
 def rank_device(name: str, place: Place) -> torch.device:
     """Return the named device or the first available one; with several processes, each uses the device of its local
-    rank."""
+    rank.
+
+    Matrix products of the process sum in float32 from then on.
+    """
+    accumulate_in_float32()
     device = default_device(name)
     if device.type == "cpu" or device.index is not None or place.num_ranks == 1:
         return device

@@ -25,7 +25,7 @@ from wan_train.models.vae.strips import Strips
 from wan_train.models.vae.vae import WanVAE
 from wan_train.placement.report import release_memory
 from wan_train.placement.sharding import make_sharding
-from wan_train.precision import published_dtype
+from wan_train.precision import accumulate_in_float32, published_dtype
 from wan_train.quantization.stored import storage_dtype
 from wan_train.sampling.decode import decode_frames, open_vae
 from wan_train.sampling.denoise import Sampling
@@ -74,6 +74,7 @@ class Models:
     _encoded: dict[str, Conditions] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        accumulate_in_float32()
         self.sharing: Sharing = Shared(self.groups) if self.groups.num_in_video > 1 else ALONE
 
     def encode(self, texts: Sequence[str]) -> dict[str, Conditions]:

@@ -49,6 +49,15 @@ def published_dtype(device: torch.device) -> torch.dtype | None:
     return None if device.type == "cpu" else torch.bfloat16
 
 
+def accumulate_in_float32() -> None:
+    """Make matrix products of half-precision tensors sum in float32 on CUDA, for the whole process.
+
+    By default torch allows cuBLAS to add partial sums in bf16 or fp16, which a CPU, where parity is tested, never does.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def float64_device(device: torch.device) -> torch.device:
     """Return where to compute in float64 for tensors on `device`: there, or on the CPU if it has no float64."""
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device

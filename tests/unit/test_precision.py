@@ -2,11 +2,18 @@ import pytest
 import torch
 from torch import nn
 
+from cache_tools.runner import rank_device
+from generate.models import Models
+from generate.settings import GenerateSettings
 from tests.unit.placement.counting import Meter, nbytes
 from wan_train import precision
+from wan_train.config_file import from_values
+from wan_train.distributed.ranks import Place
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.precision import Linear, compute_dtype, default_device, dtype_of, name_of
+from wan_train.training.accelerator import make_accelerator
+from wan_train.training.settings import LoopSettings, ProcessSettings
 
 
 def test_names_both_ways() -> None:
@@ -19,6 +26,26 @@ def test_names_both_ways() -> None:
 def test_a_cpu_computes_in_float32_and_an_accelerator_as_stored() -> None:
     assert compute_dtype("cpu", torch.bfloat16) is torch.float32
     assert compute_dtype("cuda", torch.bfloat16) is torch.bfloat16
+
+
+@pytest.mark.parametrize("where", ["trainer", "generator", "caching"])
+def test_every_tool_sums_half_precision_products_in_float32(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    try:
+        for name in names:
+            setattr(matmul, name, True)
+        if where == "trainer":
+            make_accelerator(LoopSettings(), ProcessSettings())
+        elif where == "generator":
+            Models(from_values(GenerateSettings, {"task": "t2v-1.3B", "dit": "x"}, "here"), {}, torch.device("cpu"))
+        else:
+            rank_device("cpu", Place())
+        assert [getattr(matmul, name) for name in names] == [False, False]
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
 
 
 def test_linear_computes_in_its_inputs_dtype() -> None:

@@ -1,7 +1,7 @@
 """Copies of weights between CPU RAM and a device.
 
-A lane has two queues that run concurrently, a compute stream and a transfer stream. Python only fills them; marks (CUDA
-events) order them.
+A lane has three queues that run concurrently: the compute stream and a transfer stream for each direction, because a
+device copies in both directions at once. Python only fills them; marks (CUDA events) order them.
 """
 
 import contextlib
@@ -38,12 +38,16 @@ class Lane(Protocol):
         """Return an event at the current end of the compute stream."""
         ...
 
-    def upload(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
-        """Queue a copy of all of `source` to the start of `target` after the event `after`; return the event of its
-        end.
+    def upload(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
+        """Queue a copy of all of `source`, in CPU RAM, to the start of `target`, on the device, after the events
+        `after`; return the event of its end.
 
-        Copies run in the order of the calls. Copies back to the host are the same with `target` in CPU RAM.
+        Uploads run in the order of the calls, but not in order with downloads.
         """
+        ...
+
+    def download(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
+        """Do the same as `upload` with `source` on the device and `target` in CPU RAM."""
         ...
 
     def wait(self, mark: Mark) -> None:
@@ -70,7 +74,10 @@ class HostLane:
     def mark(self) -> Mark:
         return None
 
-    def upload(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
+    def upload(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
+        target[: len(source)].copy_(source)
+
+    def download(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
         target[: len(source)].copy_(source)
 
     def wait(self, mark: Mark) -> None:
@@ -81,12 +88,13 @@ class HostLane:
 
 
 class AcceleratorLane:
-    """Copies on a transfer stream beside the device's current stream; marks are events."""
+    """Copies on two transfer streams, one for each direction, beside the device's current stream; marks are events."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._runtime: Any = torch.get_device_module(device)
-        self._copies = self._runtime.Stream(device=device)
+        self._uploads = self._runtime.Stream(device=device)
+        self._downloads = self._runtime.Stream(device=device)
         self._warned = False
 
     def host(self, num_bytes: int) -> Tensor:
@@ -102,23 +110,32 @@ class AcceleratorLane:
         slot = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         # When the slot is freed a copy may still be running, and the allocator must not reuse the memory before it
         # has finished.
-        slot.record_stream(self._copies)
+        slot.record_stream(self._uploads)
+        slot.record_stream(self._downloads)
         return slot
 
     def mark(self) -> Mark:
         return self._runtime.current_stream(self.device).record_event()
 
-    def upload(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
-        self._copies.wait_event(after)
-        with self._runtime.stream(self._copies):
+    def upload(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
+        return self._copy(self._uploads, target, source, after)
+
+    def download(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
+        return self._copy(self._downloads, target, source, after)
+
+    def _copy(self, stream: Any, target: Tensor, source: Tensor, after: tuple[Mark, ...]) -> Mark:
+        for mark in after:
+            stream.wait_event(mark)
+        with self._runtime.stream(stream):
             target[: len(source)].copy_(source, non_blocking=True)
-        return self._copies.record_event()
+        return stream.record_event()
 
     def wait(self, mark: Mark) -> None:
         self._runtime.current_stream(self.device).wait_event(mark)
 
     def finish(self) -> None:
-        self._copies.synchronize()
+        self._uploads.synchronize()
+        self._downloads.synchronize()
 
 
 def make_lane(device: torch.device) -> Lane:

@@ -46,7 +46,7 @@ class Store:
         return self.lane.host(num_bytes)
 
     def give(self, memory: Tensor) -> None:
-        """Return a buffer to the pool. A copy may still use it: the next copy runs after it in the same stream."""
+        """Return a buffer to the pool. A copy may still use it: the compute stream waits for it before the next one."""
         insort(self._free, memory, key=len)
 
 
@@ -61,7 +61,7 @@ class Kept:
         self._near: Tensor | None = near
         self._far = store.take(len(flat))
         self._pinned = self._far[: len(flat)]
-        self._done = self._lane.upload(self._pinned, flat, self._lane.mark())
+        self._done = self._lane.download(self._pinned, flat, self._lane.mark())
         # In CPU RAM, complete after its copy; the buffer is reused once this object is freed.
         self.far = self._pinned.view(self._dtype).as_strided(self._shape, self._stride)
 

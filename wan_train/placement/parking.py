@@ -39,7 +39,7 @@ class Parking:
                 done = row.come(self._lane, after)
         finally:  # if memory does not suffice for all, what was copied can be freed again
             if done is not None:
-                self._lane.wait(done)  # copies run in order: the last one ends last
+                self._lane.wait(done)  # uploads run in order: the last one ends last
 
 
 @dataclass
@@ -57,7 +57,7 @@ class _Row:
             near = without_gaps(self.tensor.data)
             flat = as_bytes(near)
             self.copy = lane.host(len(flat)) if self.copy is None else as_bytes(self.copy)
-            lane.wait(lane.upload(self.copy, flat, lane.mark()))
+            lane.wait(lane.download(self.copy, flat, lane.mark()))
             self.copy = self.copy.view(near.dtype).as_strided(near.shape, near.stride())
         assert self.copy is not None
         self.tensor.data = self.copy

@@ -3,8 +3,9 @@
 Copies back to the host overlap with the next weight's step, and the states of that weight are prefetched: weights are
 expected in the order of the last step, except across models. At most three weights have their states on the device.
 
-Each state has a host buffer of exactly its size from its first step on. It is copied from and to that buffer. The lane
-runs copies in the order in which they are queued, so that copies from and to a buffer do not overlap.
+Each state has a host buffer of exactly its size from its first step on. It is copied from and to that buffer. The
+compute stream waits for each copy, and each copy for the compute stream, so that copies from and to a buffer do not
+overlap.
 """
 
 from collections.abc import Hashable, Iterator
@@ -33,7 +34,7 @@ class _HostBuffer:
         return buffer
 
     def give(self, memory: Tensor) -> None:
-        """Return the buffer. A copy may still use it, because the next copy runs after it in the same stream."""
+        """Return the buffer. A copy may still use it: the compute stream waits for it before the next one."""
         self._buffer = memory
 
 

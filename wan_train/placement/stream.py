@@ -13,13 +13,14 @@ gradients S, or none if R = S.
 
 Why no copy overwrites data that is still needed. `bring` is called when a block starts, in the forward pass or in its
 recomputation, and all that it overwrites belongs to other blocks. At that time every use of these has been queued in
-the compute stream. Copies in both directions run in the order in which they are queued, so a slot is stored before it
-is filled again, and a host copy is complete before it is read. In the forward pass this is obvious. In the backward
-pass autograd runs ready nodes in the reverse order of recording, and a block is recomputed when the first of its own
-nodes runs: by then all nodes of later blocks have run, because each was recorded later and none of them depends on a
-node of this block. So a copy that waits for the event recorded in `bring` runs after them all. Without checkpointing
-autograd would read a block's weights after they have been overwritten: their version counters are incremented on
-eviction, so that autograd raises an error instead of computing wrong gradients.
+the compute stream. Copies of one direction run in the order in which they are queued, and one that fills a slot waits
+for the last copy from that slot: a slot is stored before it is filled again. A host copy is read only after its slot
+has been filled with another block, so it is complete then. In the forward pass this is obvious. In the backward pass
+autograd runs ready nodes in the reverse order of recording, and a block is recomputed when the first of its own nodes
+runs: by then all nodes of later blocks have run, because each was recorded later and none of them depends on a node of
+this block. So a copy that waits for the event recorded in `bring` runs after them all. Without checkpointing autograd
+would read a block's weights after they have been overwritten: their version counters are incremented on eviction, so
+that autograd raises an error instead of computing wrong gradients.
 """
 
 import math
@@ -144,7 +145,7 @@ class Stream:
         slot = next(slot for slot in self._slots if slot.holds == block)
         pinned = self._cargos[block].pinned
         # The next use of the slot, which may write to it, waits for the copy.
-        slot.ready = self._lane.upload(pinned, slot.memory[: len(pinned)], self._lane.mark())
+        slot.ready = self._lane.download(pinned, slot.memory[: len(pinned)], self._lane.mark())
 
     def bring(self, block: int) -> None:
         """Have a block's tensors on the device for all work queued until the next call, and prefetch."""
@@ -180,7 +181,8 @@ class Stream:
         free = [slot for slot in self._slots if slot.holds not in wanted]
         slot = max(free, key=lambda s: math.inf if s.holds is None else abs(s.holds - wanted[0]))
         self._evict(slot)
-        slot.ready = self._lane.upload(slot.memory, self._cargos[block].pinned, after)
+        marks = [after] if slot.ready is None else [after, slot.ready]
+        slot.ready = self._lane.upload(slot.memory, self._cargos[block].pinned, *marks)
         slot.holds = block
         return slot
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wan_train.errors import InputError
-from wan_train.precision import default_device, dtype_of
+from wan_train.precision import accumulate_in_float32, default_device, dtype_of
 from wan_train.training.settings import LoopSettings, ProcessSettings
 
 Value = TypeVar("Value")
@@ -53,6 +53,7 @@ def make_accelerator(loop: LoopSettings, processes: ProcessSettings) -> Accelera
         ),
         InitProcessGroupKwargs(timeout=timedelta(minutes=processes.ddp_timeout)),
     ]
+    accumulate_in_float32()
     accelerator = Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=handlers)
     dynamo = accelerator.state.dynamo_plugin.backend
     if dynamo != DynamoBackend.NO:

@@ -32,19 +32,22 @@ class Copy:
 
 @dataclass
 class RecordingLane:
-    """Computes at once; copies when they are asked for or, `late`, not before they are waited for.
+    """Computes at once; copies when they are asked for or, `late`, not before they are waited for; downloads as late
+    as that, too, unless `early_stores`. Copies of the two directions are not made in order.
 
     What is read of a slot is watched: nothing may be read while a copy to it is on its way, and a copy must come
     behind a mark that was taken after the slot's last reading.
     """
 
     late: bool
+    early_stores: bool = False
     device: torch.device = CPU
     clock: int = 0
     slots: dict[int, Tensor] = field(default_factory=dict)
     pinned: list[Tensor] = field(default_factory=list)
     last_read: dict[int, int] = field(default_factory=dict)
-    pending: list[Copy] = field(default_factory=list)
+    loading: list[Copy] = field(default_factory=list)
+    storing: list[Copy] = field(default_factory=list)
     uploads: list[int] = field(default_factory=list)  # which pinned copy
     stores: list[int] = field(default_factory=list)  # to which pinned copy
     contents: dict[int, int] = field(default_factory=dict)  # the same by slot
@@ -64,38 +67,50 @@ class RecordingLane:
     def mark(self) -> int:
         return self.clock
 
-    def upload(self, target: Tensor, source: Tensor, after: int) -> Copy:
+    def upload(self, target: Tensor, source: Tensor, *after: "int | Copy") -> Copy:
+        self.begin(target, source, after)
+        self.uploads.append(next(i for i, known in enumerate(self.pinned) if known is source))
+        self.contents[target.data_ptr()] = self.uploads[-1]
+        return self.queued(self.loading, Copy(target, source), late=self.late)
+
+    def download(self, target: Tensor, source: Tensor, *after: "int | Copy") -> Copy:
+        self.begin(target, source, after)
+        self.stores.append(next(i for i, known in enumerate(self.pinned) if known is target))
+        return self.queued(self.storing, Copy(target, source), late=self.late and not self.early_stores)
+
+    def begin(self, target: Tensor, source: Tensor, after: "tuple[int | Copy, ...]") -> None:
+        taken = max(mark for mark in after if isinstance(mark, int))
         for memory in (target, source):
-            assert self.last_read.get(memory.data_ptr(), 0) <= after, "a copy may overtake the slot's last reading"
-        for copy in [copy for copy in self.pending if copy.source.data_ptr() == target.data_ptr()]:
-            self.wait(copy)  # copies are made in their order: what leaves the slot has left before it is filled
+            assert self.last_read.get(memory.data_ptr(), 0) <= taken, "a copy may overtake the slot's last reading"
+        for mark in after:
+            if isinstance(mark, Copy):
+                self.wait(mark)
         target.fill_(0xFF)
         if self.broken:
             raise ValueError("no memory")
-        copy = Copy(target, source)
-        self.pending.append(copy)
-        if target.data_ptr() in self.slots:
-            self.uploads.append(next(i for i, known in enumerate(self.pinned) if known is source))
-            self.contents[target.data_ptr()] = self.uploads[-1]
-        else:
-            self.stores.append(next(i for i, known in enumerate(self.pinned) if known is target))
-        if not self.late:
+
+    def queued(self, queue: list[Copy], copy: Copy, *, late: bool) -> Copy:
+        queue.append(copy)
+        if not late:
             self.wait(copy)
         return copy
 
     def wait(self, mark: Copy) -> None:
-        while any(copy is mark for copy in self.pending):
-            copy = self.pending.pop(0)
-            copy.target[: len(copy.source)].copy_(copy.source)
+        for queue in (self.loading, self.storing):
+            while any(copy is mark for copy in queue):
+                copy = queue.pop(0)
+                copy.target[: len(copy.source)].copy_(copy.source)
 
     def finish(self) -> None:
-        if self.pending:
-            self.wait(self.pending[-1])
+        for queue in (self.loading, self.storing):
+            if queue:
+                self.wait(queue[-1])
 
     def read(self, tensor: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
         if address in self.slots:
-            ends = {memory.data_ptr() for copy in self.pending for memory in (copy.target, copy.source)}
+            pending = (*self.loading, *self.storing)
+            ends = {memory.data_ptr() for copy in pending for memory in (copy.target, copy.source)}
             assert address not in ends, "read before it was there, or while it was stored"
             self.clock += 1
             self.last_read[address] = self.clock

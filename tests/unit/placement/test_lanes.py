@@ -22,6 +22,9 @@ class FakeQueue:
         self.log.append(f"{self.name} marks")
         return f"mark of {self.name}"
 
+    def synchronize(self) -> None:
+        self.log.append(f"{self.name} synchronizes")
+
     def wait_event(self, event: str) -> None:
         self.log.append(f"{self.name} waits for {event}")
 
@@ -31,10 +34,12 @@ class FakeRuntime:
 
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.made = 0
         self.current = FakeQueue("compute", self.log)
 
     def Stream(self, device: torch.device) -> FakeQueue:
-        return FakeQueue("copies", self.log)
+        self.made += 1
+        return FakeQueue(["uploads", "downloads"][self.made - 1], self.log)
 
     def current_stream(self, device: torch.device) -> FakeQueue:
         return self.current
@@ -79,10 +84,30 @@ def test_an_accelerator_copies_beside_its_computation_in_the_order_of_marks(runt
     assert slot.tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
     assert runtime.log == [
         "compute marks",
-        "copies waits for mark of compute",
-        "copies marks",
-        "compute waits for mark of copies",
+        "uploads waits for mark of compute",
+        "uploads marks",
+        "compute waits for mark of uploads",
     ]
+
+
+def test_each_direction_has_a_stream_and_waits_for_the_marks_that_it_is_given(runtime: FakeRuntime) -> None:
+    lane = make_lane(CUDA)
+    slot, host = torch.arange(5, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)
+    stored = lane.download(host, slot, lane.mark())
+    assert host.tolist() == [0, 1, 2, 3, 4]
+    lane.upload(slot, host, lane.mark(), stored)
+    assert runtime.log == [
+        "compute marks",
+        "downloads waits for mark of compute",
+        "downloads marks",
+        "compute marks",
+        "uploads waits for mark of compute",
+        "uploads waits for mark of downloads",
+        "uploads marks",
+    ]
+    runtime.log.clear()
+    lane.finish()
+    assert runtime.log == ["uploads synchronizes", "downloads synchronizes"]
 
 
 @pytest.mark.parametrize("name", ["cpu", "mps"])

@@ -15,19 +15,21 @@ from wan_train.placement.offload import Call, Offload, Store
 from wan_train.placement.settings import RecomputeSettings
 
 CPU = torch.device("cpu")
+Mark = tuple[str, int] | None  # direction of a copy and its number
 MODES = ("full", "keep_attention")
 
 
 class LazyLane:
     """Copies as late as the marks allow, and leaves nothing right where a copy has not been waited for.
 
-    It holds neither end of a copy: memory that is given up before its copy is done is noticed.
+    Copies of one direction are made in order, those of the other are not made because of them. It holds neither end of
+    a copy: memory that is given up before its copy is done is noticed.
     """
 
     device = CPU
 
     def __init__(self) -> None:
-        self.queue: list[Callable[[], None]] = []
+        self.queues: dict[str, list[Callable[[], None]]] = {"out": [], "back": []}
         self.events: list[str] = []
         self.hosts: list[weakref.ref[UntypedStorage]] = []
 
@@ -39,13 +41,26 @@ class LazyLane:
     def slot(self, num_bytes: int) -> Tensor:
         raise AssertionError("a slot is never given back")
 
-    def mark(self) -> int:
-        return 0
+    def mark(self) -> Mark:
+        return None
 
-    def upload(self, target: Tensor, source: Tensor, after: int) -> int:
+    def upload(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
+        assert self.is_host(source) and not self.is_host(target)
+        return self._copy("back", target, source, after)
+
+    def download(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
+        assert self.is_host(target) and not self.is_host(source)
+        return self._copy("out", target, source, after)
+
+    def is_host(self, end: Tensor) -> bool:
+        return end.untyped_storage() in [memory() for memory in self.hosts]
+
+    def _copy(self, direction: str, target: Tensor, source: Tensor, after: tuple[Mark, ...]) -> Mark:
         assert target.numel() == source.numel()
+        for mark in after:
+            self.wait(mark)
         ends = [(weakref.ref(end.untyped_storage()), end.storage_offset()) for end in (target, source)]
-        self.events.append("out" if target.untyped_storage() in [memory() for memory in self.hosts] else "back")
+        self.events.append(direction)
         target.fill_(255)
 
         def copy() -> None:
@@ -57,13 +72,15 @@ class LazyLane:
             views[0].copy_(views[1])
 
         slot_bytes = target.numel()
-        self.queue.append(copy)
-        return len(self.queue)
+        self.queues[direction].append(copy)
+        return direction, len(self.queues[direction])
 
-    def wait(self, mark: int) -> None:
-        for number in range(mark):
-            self.queue[number]()
-            self.queue[number] = lambda: None
+    def wait(self, mark: Mark) -> None:
+        if mark is not None:
+            queue = self.queues[mark[0]]
+            for number in range(mark[1]):
+                queue[number]()
+                queue[number] = lambda: None
 
     def far(self) -> int:
         """Bytes of CPU RAM in use."""

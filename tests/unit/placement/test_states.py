@@ -16,7 +16,8 @@ class Lane(LazyLane):
     """One that can be waited for."""
 
     def finish(self) -> None:
-        self.wait(len(self.queue))
+        for direction, queue in self.queues.items():
+            self.wait((direction, len(queue)))
 
 
 def stepped(states: HostStates, all_states: dict[str, dict[str, object]], order: str) -> None:

@@ -75,15 +75,15 @@ def loss_of(toy: Toy, seed: int) -> Tensor:
     count=st.integers(1, 6),
     ring=st.integers(2, 4),
     some=st.integers(0, 6),
-    late=st.booleans(),
+    late=st.sampled_from([(False, False), (True, False), (True, True)]),
     kinds=st.lists(st.sampled_from([ordinary, fused]), min_size=1, max_size=4),
     between=st.sampled_from(["nothing", "settle", "forget", "preview"]),
 )
 def test_a_streamed_model_learns_what_the_plain_one_does(
-    num_blocks: int, count: int, ring: int, some: int, late: bool, kinds: list[Any], between: str
+    num_blocks: int, count: int, ring: int, some: int, late: tuple[bool, bool], kinds: list[Any], between: str
 ) -> None:
     plain, streamed = trainable(num_blocks, some), trainable(num_blocks, some)
-    lane = RecordingLane(late)
+    lane = RecordingLane(*late)
     stream = stream_toy(streamed, min(count, num_blocks), ring, lane)
     start = [parameter.detach().clone() for parameter in plain.parameters()]
     for seed, kind in enumerate(kinds):
@@ -120,6 +120,22 @@ def test_what_is_written_after_forgetting_is_what_blocks_see() -> None:
             for parameter in model.parameters():
                 parameter.mul_(0.5)
     assert torch.equal(preview(toy, 1)[0], preview(plain, 1)[0])
+
+
+def test_an_upload_that_does_not_wait_for_a_download_is_noticed() -> None:
+    """The two directions overlap: what fills a slot waits for what leaves it."""
+
+    class Careless(RecordingLane):
+        def upload(self, target: Tensor, source: Tensor, *after: Any) -> Any:
+            return super().upload(target, source, after[0])
+
+    plain, toy = trainable(4, 4), trainable(4, 4)
+    stream = stream_toy(toy, 4, 2, Careless(late=True))
+    for seed in range(2):
+        fused(plain, None, seed)
+        fused(toy, stream, seed)
+    stream.settle()
+    assert any(not torch.equal(a, b) for a, b in zip(toy.parameters(), plain.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("careless", ["store", "wait"])

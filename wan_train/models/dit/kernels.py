@@ -43,8 +43,9 @@ class Probe:
         return [tensor.to(device, dtype) for tensor in (query, key, value)]
 
 
-# Self-attention and cross-attention, with sizes that are no multiple of any kernel's block.
-USUAL = (Probe(200, 200), Probe(200, 77))
+# Self-attention, and cross-attention to the text and to the tokens of an image; the number of queries is no multiple of
+# any kernel's block.
+USUAL = (Probe(200, 200), Probe(200, 512), Probe(200, 257))
 # Half a block of keys, and scores whose exponentials underflow in float32: cuDNN's backward pass has returned NaN here
 # (pytorch issue 196678).
 LOW_SCORES = (Probe(192, 192, shift=-120.0), Probe(200, 77, shift=-120.0))
@@ -63,8 +64,7 @@ class Kernel:
 _FLASH = Kernel(
     "flash", SDPBackend.FLASH_ATTENTION, torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp
 )
-KERNELS: dict[str, tuple[Kernel, ...]] = {  # by device type; they are compared with torch's math kernel
-    "cpu": (_FLASH,),
+KERNELS: dict[str, tuple[Kernel, ...]] = {  # by device type; others are not tested
     "cuda": (
         Kernel(
             "cuDNN",
@@ -113,13 +113,16 @@ def prefer_cudnn(device: torch.device) -> None:
 
 @lru_cache
 def disable_faulty(device: torch.device, dtype: torch.dtype, head_width: int, *, training: bool) -> None:
-    """Disable, with a log line, each of torch's kernels that fails on such tensors, or in their backward pass if
-    `training`."""
+    """Disable, with a warning, each of the device's `KERNELS` that differs from torch's math kernel or fails on such
+    tensors, or in their backward pass if `training`.
+
+    A few small calls for each kernel, once per process and combination of arguments.
+    """
     for kernel in KERNELS.get(device.type, ()):
         fault = fault_of(kernel, device, dtype, head_width, training=training) if kernel.is_on() else None
         if fault is not None:
             kernel.switch(False)
-            log.info("torch's %s attention is disabled on %s for %s: %s", kernel.name, device, dtype, fault)
+            log.warning("torch's %s attention is disabled on %s for %s: %s", kernel.name, device, dtype, fault)
 
 
 def fault_of(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_train.errors import InputError
+from wan_train.training.optimizing.optimizer_state import KERNEL_CHOICES
 
 COUNT = "rounded_steps"  # in the first parameter group, so that a saved state holds it
 # By package: optimizers whose step treats weights independently and creates states in a weight's first step.
@@ -76,6 +77,7 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
             self._places = {parameter: place for place, (parameter, _) in enumerate(owned, 1)}
             self.parts: tuple[Part, ...] = (Part("all", tuple(self._places)),)
             self.home: torch.device | None = None  # device of loaded states; None for CPU RAM
+            self.stepped_on: torch.device | None = None  # None for each weight's device
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
@@ -108,17 +110,22 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
         def load_state_dict(self, state: Mapping[str, Any]) -> None:
             """Load a state without casting; weights may be on another device until they are stepped."""
             for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
-                group.update({name: value for name, value in saved.items() if name != "params"})
+                own = {"params", *(name for name in KERNEL_CHOICES if name in group)}
+                group.update({name: value for name, value in saved.items() if name not in own})
                 for parameter, index in zip(group["params"], saved["params"], strict=True):
+                    # The fused kernel reads the step count on the device, others in CPU RAM.
+                    counted_on = (self.stepped_on or parameter.device) if group.get("fused") else None
                     held = state["state"].get(index, {})
-                    self.state[parameter] = {name: _own(name, value, self.home) for name, value in held.items()}
+                    self.state[parameter] = {
+                        name: _own(value, counted_on if name == "step" else self.home) for name, value in held.items()
+                    }
 
     OneByOne.__name__, OneByOne.__qualname__ = base.__name__, base.__qualname__
     return OneByOne
 
 
-def _own(name: str, value: Any, home: torch.device | None) -> Any:
-    """Return a copy on the home device; torch's step count stays in CPU RAM."""
+def _own(value: Any, device: torch.device | None) -> Any:
+    """Return a copy of a tensor on a device, or where it is if None."""
     if not isinstance(value, Tensor):
         return value
-    return value.clone() if name == "step" or home is None else value.to(home, copy=True)
+    return value.clone() if device is None else value.to(device, copy=True)

@@ -1,13 +1,15 @@
 """An optimizer's modes, effective learning rates and portable state."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+KERNEL_CHOICES = ("fused", "foreach")  # in parameter groups of torch's optimizers: how they step, not what
 
 
 def comes_from(optimizer_class: Any, package: str, name: str) -> bool:
@@ -92,13 +94,15 @@ def portable_state(holder: Any) -> dict[str, Any]:
 def load_portable_state(holder: Any, state: Mapping[str, Any]) -> None:
     """Load what `portable_state` returned into a new optimizer or schedule of the same configuration, exact to the bit.
 
-    Load a schedule's state after its optimizer's. Optimizers cast loaded states to the parameter's data type and move
-    paged states to plain device memory; both are undone here.
+    Load a schedule's state after its optimizer's. The optimizer's own choice of kernels stays, whatever the state was
+    computed with. Optimizers cast loaded states to the parameter's data type and move paged states to plain device
+    memory; both are undone here.
     """
     inner = _unwrap(holder)
-    inner.load_state_dict(dict(state))
     if not isinstance(inner, torch.optim.Optimizer):
+        inner.load_state_dict(dict(state))
         return
+    inner.load_state_dict({**state, "param_groups": _with_own_kernels(inner, state["param_groups"])})
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     order = [index for group in state["param_groups"] for index in group["params"]]
     for index, parameter in zip(order, parameters, strict=True):
@@ -108,6 +112,12 @@ def load_portable_state(holder: Any, state: Mapping[str, Any]) -> None:
                 held[name] = value.to(held[name].device, copy=True)
         if getattr(inner, "is_paged", False) and parameter.device.type != "cpu":
             _page(inner, parameter, held)
+
+
+def _with_own_kernels(optimizer: torch.optim.Optimizer, saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return saved parameter groups with the choice of kernels of the optimizer's."""
+    groups = zip(saved, optimizer.param_groups, strict=True)
+    return [group | {name: own[name] for name in KERNEL_CHOICES if name in own} for group, own in groups]
 
 
 @dataclass(frozen=True)

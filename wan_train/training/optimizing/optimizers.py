@@ -23,6 +23,9 @@ log = get_logger(__name__)
 
 OptimizerClass = Callable[..., torch.optim.Optimizer]
 
+CPU = torch.device("cpu")
+_CHOOSES_KERNEL = {"fused", "foreach", "capturable", "differentiable"}  # arguments of torch's optimizers
+
 WORDS = {"true": True, "false": False, "none": None}
 LOW_FOR_PRODIGY = 0.1  # it multiplies the estimated rate; the paper and its authors use 1
 
@@ -56,17 +59,21 @@ def make_optimizer(
     *,
     warmup: int = 0,
     step_contexts: Sequence[StepContext] | None = None,
+    device: torch.device = CPU,
 ) -> torch.optim.Optimizer:
     """Create the optimizer of the adapter's parameter groups.
 
     `warmup` is the number of warmup steps of a schedule-free optimizer. With `step_contexts` it steps one weight at a
-    time, within these. See `check_optimizer` for what is refused.
+    time, within these. `device` is where weights are stepped: on an accelerator torch's AdamW uses its fused kernel,
+    unless the arguments choose. See `check_optimizer` for what is refused.
     """
     several = len({group.get("lr", settings.learning_rate) for group in groups}) > 1
     kind, arguments = check_optimizer(settings, several_rates=several)
     if warmup and is_schedule_free(kind):
         arguments["warmup_steps"] = warmup
     _explain(kind, arguments, settings.learning_rate)
+    if kind is torch.optim.AdamW and not arguments.keys() & _CHOOSES_KERNEL and can_fuse(device):
+        arguments["fused"] = True
     optimizer = (
         kind(groups, **arguments)
         if step_contexts is None
@@ -74,6 +81,20 @@ def make_optimizer(
     )
     for_training(optimizer)
     return optimizer
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Return whether torch's fused AdamW runs on a device, by a step on a small weight; False on a CPU, where results
+    must not change. Without it torch steps groups of weights (`foreach`) where that is supported."""
+    if device.type == "cpu":
+        return False
+    weight = torch.nn.Parameter(torch.zeros(4, 4, device=device))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        torch.optim.AdamW([weight], fused=True).step()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def check_optimizer(

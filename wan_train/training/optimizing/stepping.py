@@ -94,7 +94,11 @@ def make_stepping(
     whole = trains_weights(settings.network) and can_step_one_by_one(find_optimizer(settings.optimizer.optimizer_type))
     needs_one_by_one = step_contexts or whole or needs_parts(settings)
     optimizer = make_optimizer(
-        groups, settings.optimizer, warmup=warmup, step_contexts=step_contexts if needs_one_by_one else None
+        groups,
+        settings.optimizer,
+        warmup=warmup,
+        step_contexts=step_contexts if needs_one_by_one else None,
+        device=accelerator.device,
     )
     fused = None
     if needs_one_by_one:
@@ -102,6 +106,7 @@ def make_stepping(
         optimizer.parts = parts  # type: ignore[attr-defined]
         away = settings.optimizer.optimizer_cpu_offload
         optimizer.home = None if away else accelerator.device  # type: ignore[attr-defined]
+        optimizer.stepped_on = accelerator.device  # type: ignore[attr-defined]
         if settings.optimizer.fused_backward_pass:
             reduce = partial(accelerator.reduce, reduction="mean") if accelerator.num_processes > 1 else None
             limit = settings.loop.max_grad_norm or float("inf")

@@ -9,15 +9,19 @@ from torch.nn.attention import SDPBackend
 
 from wan_train.models.dit import kernels
 from wan_train.models.dit.attention import attention
+from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.models.dit.kernels import KERNELS, Attend, attend_by, attend_torch, disable_faulty, fault_of
+from wan_train.models.loading import set_attention
 
 CPU = torch.device("cpu")
-(FLASH,) = KERNELS["cpu"]
+FLASH = next(kernel for kernel in KERNELS["cuda"] if kernel.name == "flash")
 MATH = attend_by(SDPBackend.MATH)
 
 
 @pytest.fixture(autouse=True)
-def switches() -> Iterator[None]:
+def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the CPU be a device whose kernels are tested."""
+    monkeypatch.setitem(KERNELS, "cpu", (FLASH,))
     disable_faulty.cache_clear()
     yield
     FLASH.switch(True)
@@ -27,7 +31,7 @@ def switches() -> Iterator[None]:
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     told: list[str] = []
-    monkeypatch.setattr(kernels.log, "info", lambda text, *parts: told.append(text % parts))
+    monkeypatch.setattr(kernels.log, "warning", lambda text, *parts: told.append(text % parts))
     return told
 
 
@@ -46,6 +50,10 @@ def wrong(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def wrong_with_few_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return MATH(query, key, value) * (1 if query.shape == key.shape else 0)
+
+
+def wrong_with_keys(count: int) -> Attend:
+    return lambda query, key, value: MATH(query, key, value) * (0 if key.shape[1] == count else 1)
 
 
 def with_gradient(change: Callable[[Tensor], Tensor]) -> Attend:
@@ -79,6 +87,8 @@ def test_kernels_that_work_are_used(dtype: torch.dtype, head_width: int, notes: 
         (raises, "cuDNN Frontend error: No valid execution plans built"),
         (wrong, "relative error of 0.5"),
         (wrong_with_few_keys, "relative error of 1"),
+        (wrong_with_keys(512), "relative error of 1"),  # of the text
+        (wrong_with_keys(257), "relative error of 1"),  # of an image
         (with_gradient(lambda grad: grad * float("nan")), "NaN or Inf"),
         (with_gradient(torch.zeros_like), "relative error of 1"),
         (low_scores_give_nan, "NaN or Inf"),
@@ -94,6 +104,26 @@ def test_a_kernel_that_does_not_train_is_left_out(
     (note,) = notes
     assert note.startswith("torch's flash attention is disabled on cpu for torch.bfloat16: ") and reason in note
     assert "\n" not in note
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_trainer_and_generator_leave_a_faulty_kernel_alike(
+    training: bool, monkeypatch: pytest.MonkeyPatch, notes: list[str]
+) -> None:
+    pretend(monkeypatch, wrong)
+    model = Dit(DitConfig(dim=24, ffn_dim=24, num_heads=2, num_layers=1))
+    model.compute_dtype = torch.bfloat16
+    set_attention(model, "torch", device=CPU, training=training, split=False)
+    assert not FLASH.is_on()
+    (note,) = notes
+    assert note.startswith("torch's flash attention is disabled on cpu for torch.bfloat16: ")
+
+
+def test_a_cpu_is_not_tested(monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> None:
+    monkeypatch.delitem(KERNELS, "cpu")
+    pretend(monkeypatch, raises)
+    attention("torch", training=True)
+    assert FLASH.is_on() and notes == []
 
 
 def test_where_nothing_trains_the_backward_pass_does_not_matter(

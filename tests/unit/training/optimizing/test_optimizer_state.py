@@ -137,6 +137,57 @@ def test_a_resumed_optimizer_is_the_unbroken_one_to_the_bit(name: str) -> None:
     resume_in_the_middle(settings)
 
 
+def training(settings: OptimizerSettings, *, one_by_one: bool) -> Training:
+    made = Training(settings)
+    if one_by_one:
+        groups = [{"params": [made.down, made.up], "lr": settings.learning_rate}]
+        made.optimizer = make_optimizer(groups, settings, step_contexts=())
+        made.schedule = make_schedule(made.optimizer, settings, total=TOTAL)
+    return made
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize(("saved", "resumed"), [("none", "true"), ("true", "none")])
+def test_a_state_is_resumed_with_the_kernels_of_the_run(saved: str, resumed: str, one_by_one: bool) -> None:
+    """A state may come from another device, or from a run before its optimizer had a fused kernel."""
+    settings = [
+        OptimizerSettings(optimizer_type="AdamW", optimizer_args=(f"fused={fused}",), learning_rate=1e-2)
+        for fused in (saved, resumed)
+    ]
+    broken, whole = (training(settings[0], one_by_one=one_by_one) for _ in range(2))
+    for index in range(6):
+        broken.step(index)
+        whole.step(index)
+    state = kept(Portable(broken.optimizer).state_dict())
+    after = training(settings[1], one_by_one=one_by_one)
+    with torch.no_grad():
+        after.down.copy_(broken.down)
+        after.up.copy_(broken.up)
+    Portable(after.optimizer).load_state_dict(state)
+    assert after.optimizer.param_groups[0]["fused"] is (True if resumed == "true" else None)
+    assert after.optimizer.param_groups[0]["lr"] == state["param_groups"][0]["lr"]
+    for index in range(6, TOTAL):
+        whole.step(index)
+        after.step(index)
+    for one, other in zip(whole.weights(), after.weights(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert float(after.optimizer.state[after.down]["step"]) == TOTAL
+
+
+def test_where_the_step_count_of_a_fused_optimizer_is() -> None:
+    """Its kernel reads the count on the device of the weights, even while these are in CPU RAM."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    settings = OptimizerSettings(optimizer_type="AdamW", optimizer_args=("fused=true",))
+    optimizer: Any = make_optimizer([{"params": [weight]}], settings, step_contexts=())
+    weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    state = portable_state(optimizer)
+    optimizer.stepped_on = torch.device("meta")
+    load_portable_state(optimizer, state)
+    assert optimizer.state[weight]["step"].device.type == "meta"
+    assert optimizer.state[weight]["exp_avg"].device.type == "cpu"
+
+
 @pytest.mark.gpu
 def test_a_resumed_paged_optimizer_is_paged_again() -> None:
     settings = OptimizerSettings(optimizer_type="PagedAdamW8bit", learning_rate=1e-2)

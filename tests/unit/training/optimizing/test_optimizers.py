@@ -33,6 +33,40 @@ def matrix() -> list[dict[str, Any]]:
     return [{"params": [torch.nn.Parameter(torch.ones(4, 4))], "lr": 2e-6}]
 
 
+class Recording(torch.optim.AdamW):
+    """AdamW whose fused kernel there is on every device but `without`."""
+
+    without = ""
+
+    def __init__(self, params: Any, **arguments: Any) -> None:
+        groups = list(params)
+        weights = groups[0]["params"] if isinstance(groups[0], dict) else groups
+        super().__init__(groups, **{**arguments, "fused": None})
+        self.asked = arguments.get("fused")
+        if self.asked and weights[0].device.type == self.without:
+            raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
+
+
+@pytest.mark.parametrize(
+    ("device", "without", "arguments", "fused"),
+    [
+        ("meta", "", (), True),
+        ("meta", "meta", (), None),
+        ("meta", "", ("foreach=true",), None),
+        ("meta", "", ("fused=false",), False),
+        ("cpu", "", (), None),
+    ],
+)
+def test_adamw_is_fused_on_an_accelerator_that_can(
+    device: str, without: str, arguments: tuple[str, ...], fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands for an accelerator. On a CPU results must not change."""
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    monkeypatch.setattr(Recording, "without", without)
+    made: Any = make_optimizer(matrix(), chosen("AdamW", *arguments), device=torch.device(device))
+    assert made.asked is fused
+
+
 def losses(settings: OptimizerSettings, steps: int = 25) -> list[float]:
     """The loss of a LoRA pair, zero at the start as a new LoRA is, that learns a change of its own rank."""
     generator = torch.Generator().manual_seed(0)
