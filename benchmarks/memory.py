@@ -103,7 +103,7 @@ def build(cell: Cell, layers: int, device: torch.device):  # type: ignore[no-unt
     plan = plan_storage(header, block_matrices(shapes), {}, cell.weights)
     place = Placement(device, None, streamed_names(stream, shapes))
     tensors = quantised(random_weights(shapes, device), plan.schemes, device)
-    model = build_dit(header, tensors, source={}, place=place, plan=plan)
+    model = build_dit(header, tensors, source={}, placement=place, plan=plan)
     lora = NetworkSettings(network_dim=RANK, network_alpha=RANK)
     network = lora if cell.optimizer is None else NetworkSettings(network_module="networks.full", full_bf16=True)
     adapter = attach_adapter(model, network, stream, seed=0, device=device)
@@ -125,9 +125,9 @@ def stepping_of(cell: Cell, adapter, stream, device: torch.device):  # type: ign
     from wan_train.training.optimizing.stepping import parts_of, states_at_hand
     from wan_train.training.settings import OptimizerSettings
 
-    turns = [*([states_at_hand(HostStates(make_lane(device)))] if cell.offload else []), rounded(0)]
+    contexts = [*([states_at_hand(HostStates(make_lane(device)))] if cell.offload else []), rounded(0)]
     settings = OptimizerSettings(optimizer_type=cell.optimizer, learning_rate=1e-5)
-    optimizer = make_optimizer(adapter.parameter_groups(1e-5), settings, turns=turns)
+    optimizer = make_optimizer(adapter.parameter_groups(1e-5), settings, step_contexts=contexts)
     optimizer.parts = parts_of(dict(adapter.named_parameters()), {None: stream})
     return optimizer, FusedBackward(optimizer, optimizer.parts, limit=1.0) if cell.fused else None
 

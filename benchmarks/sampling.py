@@ -127,7 +127,7 @@ def random_model(config: DitConfig, device: torch.device) -> Dit:
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in Dit(config).state_dict().items()}
     header = Header(shapes, dict.fromkeys(shapes, torch.bfloat16), {})
-    model = build_dit(header, random_weights(shapes, device), source={}, place=Placement(device))
+    model = build_dit(header, random_weights(shapes, device), source={}, placement=Placement(device))
     set_attention(model, "torch", device=device)
     return model
 

@@ -17,6 +17,7 @@ from wan_train.errors import InputError
 from wan_train.log import get_logger
 from wan_train.media_out import read_comment
 from wan_train.models.fingerprint import file_hash, fingerprint
+from wan_train.packages import is_installed
 from wan_train.sampling.control_settings import REPLACED
 from wan_train.sampling.options import named_files
 from wan_train.sampling.request import SampleRequest
@@ -60,7 +61,7 @@ class Record:
 
     def text(self, count: Count | None = None) -> str:
         """Return the record as JSON, with the number of passes that a step cache computed and reused."""
-        libraries = {name: version(name) for name in ("torch", "diffusers")}
+        libraries = {name: version(name) for name in ("torch", "diffusers") if is_installed(name)}
         about = {"wan_train": __version__, "libraries": libraries}
         passes = {} if count is None else {"passes": {"computed": count.computed, "reused": count.reused}}
         return json.dumps(about | passes | {"options": self.options, "hashes": self.hashes}, ensure_ascii=False)

@@ -2,17 +2,18 @@
 
 import logging
 import os
-
-from tqdm import tqdm
+import sys
 
 
 class _BarHandler(logging.Handler):
-    """Writes log lines to stderr above the progress bar."""
+    """Writes log lines to stderr above the progress bar; if nothing imported tqdm, there is no bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        import sys
-
-        tqdm.write(self.format(record), file=sys.stderr)
+        line, bar = self.format(record), getattr(sys.modules.get("tqdm"), "tqdm", None)
+        if bar is None:
+            print(line, file=sys.stderr)
+        else:
+            bar.write(line, file=sys.stderr)
 
 
 def set_level(level: int) -> None:

@@ -1,8 +1,9 @@
-"""Solvers of the sampling ODE: diffusers' steps on the official sigma grids.
+"""Solvers of the sampling ODE on the official sigma grids.
 
-The step formulas are diffusers' (UniPC, Zhao et al. 2023; DPM-Solver++, Lu et al. 2022; Euler); the noise levels are
-those of the official Wan sampler. `lcm` is for models distilled to few steps: it predicts the data at every step and
-adds new noise for the next level (latent consistency models, Luo et al. 2023, algorithm 3).
+The steps of the multistep solvers are diffusers' (UniPC, Zhao et al. 2023; DPM-Solver++, Lu et al. 2022); the noise
+levels are those of the official Wan sampler. Euler needs torch alone, so that the generator runs without diffusers.
+`lcm` is for models distilled to few steps: it predicts the data at every step and adds new noise for the next level
+(latent consistency models, Luo et al. 2023, algorithm 3).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from wan_train.flow.timesteps import NUM_TIMESTEPS
 from wan_train.packages import load, require
 
 SIGMA_MAX_UNIPC = 0.999  # the official table starts one of its 1000 steps below pure noise
-WITHOUT_DIFFUSERS = "use --sample_solver lcm with a model distilled for it"
+WITHOUT_DIFFUSERS = "use --sample_solver vanilla, which needs no package"
 
 
 class Solver(Protocol):
@@ -61,6 +62,20 @@ class _Diffusers:
         return self._scheduler.step(velocity, timestep, x, return_dict=False)[0]
 
 
+class _Euler:
+    """Euler's method for the flow ODE dx/dt = v: x moves by the velocity times the difference of the noise levels."""
+
+    def __init__(self, sigmas: np.ndarray) -> None:
+        self.sigmas = torch.from_numpy(sigmas.astype(np.float32))
+        self.timesteps = torch.from_numpy((NUM_TIMESTEPS * sigmas[:-1]).astype(np.float32))
+        self._index = 0
+
+    def step(self, velocity: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
+        now, following = self.sigmas[self._index], self.sigmas[self._index + 1]
+        self._index += 1
+        return (x.float() + (following - now) * velocity).to(velocity.dtype)
+
+
 class _Renoising:
     """Predict x0 = x - sigma v at every step, then add noise for the next level."""
 
@@ -98,13 +113,16 @@ def _dpmpp(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
 
 
 def _euler(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
-    timesteps = (NUM_TIMESTEPS * sigmas[:-1]).astype(np.float32)
-    return _Diffusers(_scheduler("FlowMatchEulerDiscreteScheduler")(), sigmas, timesteps)
+    return _Euler(sigmas)
+
+
+def _lcm(sigmas: np.ndarray, generator: torch.Generator) -> Solver:
+    return _Renoising(sigmas, generator)
 
 
 def check_solver(name: str) -> None:
     """Raise InputError if the package of the solver `name` is not installed."""
-    if SOLVERS.get(name) is not _Renoising:
+    if name in NEED_DIFFUSERS:
         require("diffusers", f"--sample_solver {name}", instead=WITHOUT_DIFFUSERS)
 
 
@@ -113,8 +131,9 @@ SOLVERS: dict[str, Callable[[np.ndarray, torch.Generator], Solver]] = {
     "dpm++": _dpmpp,
     "euler": _euler,
     "vanilla": _euler,
-    "lcm": _Renoising,
+    "lcm": _lcm,
 }
+NEED_DIFFUSERS = ("unipc", "dpm++")
 
 
 def make_solver(

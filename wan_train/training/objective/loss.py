@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,10 @@ from wan_train.flow.keyed import generator_of
 from wan_train.flow.path import interpolate, velocity
 from wan_train.flow.timesteps import NUM_TIMESTEPS, SAMPLERS, Distribution, Parameters, Span, level, shares_below
 from wan_train.flow.weighting import WEIGHTINGS, importance
-from wan_train.training.objective.strata import Strata
 from wan_train.training.settings import LossSettings, TimestepSettings
+
+if TYPE_CHECKING:  # it reads data sets, whose packages the loss does not need
+    from wan_train.training.objective.strata import Strata
 
 LEAST_SHARE = 1e-6  # a smaller part of the distribution is a mistake, and too small to sample accurately
 DEFAULT_LOSS = LossSettings()
@@ -113,7 +116,7 @@ def draw(
     *,
     seed: int,
     epoch: int,
-    strata: Strata | None = None,
+    strata: "Strata | None" = None,
     limits: Span | None = None,
 ) -> Draws:
     """Draw t and noise for each sample of a batch; `shape` is that of one sample's latents, `limits` override the range

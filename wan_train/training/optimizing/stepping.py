@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from networks.adapter import Adapter, trains_weights
@@ -18,12 +17,14 @@ from wan_train.models.stacks import read_block_name
 from wan_train.placement.lanes import make_lane
 from wan_train.placement.states import HostStates
 from wan_train.placement.stream import Stream
-from wan_train.training.accelerator import launched_dtype
 from wan_train.training.optimizing.fused import FusedBackward
 from wan_train.training.optimizing.one_by_one import Part, StepContext, can_step_one_by_one
 from wan_train.training.optimizing.optimizers import find_optimizer, make_optimizer
 from wan_train.training.optimizing.rounding import rounded
 from wan_train.training.settings import TrainSettings
+
+if TYPE_CHECKING:  # stepping itself works where accelerate is not installed
+    from accelerate import Accelerator
 
 Streams = Mapping[str | None, Stream]  # by expert
 
@@ -52,6 +53,8 @@ def needs_parts(settings: TrainSettings) -> str | None:
 
 def check_stepping(settings: TrainSettings) -> None:
     """Raise InputError for options that conflict with a fused backward pass or with trained, streamed blocks."""
+    from wan_train.training.accelerator import launched_dtype
+
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not settings.optimizer.fused_backward_pass:
         if needs_parts(settings) == "--blocks_to_swap" and several:
@@ -74,7 +77,7 @@ def make_stepping(
     adapter: Adapter,
     streams: Streams,
     settings: TrainSettings,
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
     *,
     warmup: int,
     seed: int,
