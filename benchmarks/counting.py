@@ -1,4 +1,4 @@
-"""Count what a program asks of a GPU that is not there: its tensors are on the meta device, where operators compute nothing.
+"""Count what a program asks of a GPU that is not there: its tensors are on the meta device, where nothing is computed.
 
 A dispatch mode sees every operator below autograd, each of which is one kernel on a GPU, or several in a few cases
 (reductions, sorts). Views and allocations launch none.

@@ -49,7 +49,9 @@ def ours(step_kind: str, num_layers: int, counting: Counting) -> Call:
     """Return a pass of our DiT, plain or with our LoRA."""
     from networks.adapter import create
     from networks.settings import NetworkSettings
+    from wan_train.fusing import set_kernels
     from wan_train.models.dit.dit import Dit, DitConfig
+    from wan_train.models.dit.fused import PURE
     from wan_train.models.dit.rope import rope_table
     from wan_train.placement.recompute import apply_recompute
     from wan_train.placement.settings import RecomputeSettings
@@ -61,6 +63,7 @@ def ours(step_kind: str, num_layers: int, counting: Counting) -> Call:
     if step_kind != "forward":
         create(model, NetworkSettings(network_dim=RANK, network_alpha=RANK), seed=0)
         model.to(device)
+    set_kernels(model.blocks, PURE.each(counting.as_one_kernel))
     modes = {"recomputed": "full", "keep_attention": "keep_attention"}
     if step_kind in modes:
         apply_recompute(model.blocks, RecomputeSettings(recompute=modes[step_kind]), device)
