@@ -1,7 +1,7 @@
 """Assemble a DiT in one fixed order: read, rename, merge, add, quantise, fill, attach; then wrap each block, from the
-inside out: chunk, compile, shard or stream, recompute. Recomputation in the backward pass therefore streams weights
-again. Sharding is configured on the empty model, so that no process ever holds all of it, and acts at its place in this
-order."""
+inside out: fuse, chunk, compile, shard or stream, recompute. Recomputation in the backward pass therefore streams
+weights again. Sharding is configured on the empty model, so that no process ever holds all of it, and acts at its place
+in this order."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from networks.selection import choose_modules
 from networks.settings import NetworkSettings
 from wan_train.compile import apply_compile, apply_device_flags, check_compile
 from wan_train.errors import InputError
+from wan_train.fusing import apply_fusing
 from wan_train.log import get_logger
 from wan_train.models.additions import extended, extended_header
 from wan_train.models.dit.attention import check_attention
@@ -206,8 +207,9 @@ def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Str
 
 
 def equip(model: Dit, settings: ModelSettings, lane: Lane) -> Stream:
-    """Apply chunking, compilation, streaming and recomputation to the blocks, copying with `lane`."""
+    """Apply fusing, chunking, compilation, streaming and recomputation to the blocks, copying with `lane`."""
     blocks = all_blocks(model)
+    apply_fusing(blocks, settings.compile, lane.device)
     apply_chunks(blocks, settings.activations.ffn_chunks)
     apply_compile(blocks, settings.compile)
     stream = apply_stream(blocks, settings.stream, lane)

@@ -86,6 +86,11 @@ class CompileSettings:
         " Default: torch's own folder for temporary files.",
         metavar="FOLDER",
     )
+    no_fused_kernels: bool = option(
+        False,
+        "Compute norms, modulation and residual sums on a GPU with separate operators instead of compiled kernels:"
+        " slower steps, no compilation at start.",
+    )
     cuda_allow_tf32: bool = option(False, "Allow TF32 for float32 matrix products: faster, with a 10-bit mantissa.")
     cuda_cudnn_benchmark: bool = option(
         False, "Enable cuDNN's benchmark mode, which chooses the fastest kernel for each new size."

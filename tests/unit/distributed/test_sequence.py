@@ -6,7 +6,7 @@ import torch
 from wan_train.distributed.ring import attend_with_sums, joined
 from wan_train.distributed.sequence import Layout, join_shares, take_share
 from wan_train.models.dit.attention import attend_torch
-from wan_train.models.dit.block import modulate
+from wan_train.models.dit.elementwise import modulate
 
 LAYOUTS = [(45, 1, 2), (45, 3, 2), (45, 3, 4), (12, 3, 4), (5, 1, 4), (7, 7, 3)]
 

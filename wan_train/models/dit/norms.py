@@ -6,6 +6,7 @@ and keys a dozen times, which is the largest cost of a block after its matrix pr
 Legend: B batch, L tokens, N heads, D head width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from wan_train.models.dit.rope import rotate
+
+NormRope = Callable[[Tensor, Tensor, Tensor | None, float, int], Tensor]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -32,11 +35,17 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
+        self.norm_rope: NormRope = norm_rope
 
     def forward(self, x: Tensor, num_heads: int, rope: Tensor | None = None) -> Tensor:
         """Return (B, L, N, D) of x (B, L, N*D), with each token rotated by `rope` (2, L, 1, D) if given."""
-        heads: Tensor = _NormRope.apply(x, self.weight, rope, self.eps, num_heads)  # type: ignore[no-untyped-call]
-        return heads
+        return self.norm_rope(x, self.weight, rope, self.eps, num_heads)
+
+
+def norm_rope(x: Tensor, weight: Tensor, rope: Tensor | None, eps: float, num_heads: int) -> Tensor:
+    """Return the RMS norm (B, L, N, D) of x (B, L, N*D), rotated by `rope` if given; see `RMSNorm`."""
+    heads: Tensor = _NormRope.apply(x, weight, rope, eps, num_heads)  # type: ignore[no-untyped-call]
+    return heads
 
 
 class _NormRope(torch.autograd.Function):

@@ -5,8 +5,8 @@ import torch
 
 import wan_train
 from wan_train.errors import InputError
-from wan_train.models.dit.block import modulate
 from wan_train.models.dit.dit import Dit, DitConfig
+from wan_train.models.dit.elementwise import modulate
 from wan_train.models.dit.embedding import sinusoid
 from wan_train.models.dit.rope import axis_widths, rope_table, rotate
 from wan_train.models.loading import check_dit, load_dit

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.unit.sampling.step_cache.tiny import STEPS, ByHand, request, sample, tiny_dit, watched
-from wan_train.models.dit.block import gated, modulate
 from wan_train.models.dit.dit import Dit, Embedded
+from wan_train.models.dit.elementwise import gated, modulate
 from wan_train.sampling.request import SampleRequest
 from wan_train.sampling.step_cache.profile import Entry, Profile, run_settings, write_profile
 from wan_train.sampling.step_cache.schedule import TEACACHE_COEFFICIENTS
