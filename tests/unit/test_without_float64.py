@@ -14,7 +14,7 @@ from wan_train import precision
 from wan_train.models.dit.dit import Dit
 from wan_train.models.dit.embedding import sinusoid
 from wan_train.precision import float64_device
-from wan_train.training.step import share
+from wan_train.training.outcome import Measures, gather_rows
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 
@@ -70,15 +70,18 @@ def test_what_processes_exchange_after_a_step(apple: WithoutFloat64) -> None:
     gathered: list[Tensor] = []
     accelerator: Any = SimpleNamespace(gather=lambda rows: gathered.append(rows) or rows)
     with apple:
-        loss, losses = torch.zeros((), device=META), torch.zeros(2, device=META)
-        shared = share(accelerator, loss, t=torch.zeros(2), samples=losses, signal=15)
+        loss, losses, norm = torch.zeros((), device=META), torch.zeros(2, device=META), torch.zeros((), device=META)
+        values = Measures(gather_rows(accelerator, loss, 15), losses, norm).read().values()
     assert gathered[0].is_meta and gathered[0].shape == (1, 2)
-    assert shared.loss == 0
+    assert (values.loss, values.norm, values.samples.tolist()) == (0, 0, [0, 0])
 
 
 def test_the_shared_loss_is_the_mean_and_the_signal_the_last() -> None:
     other = torch.tensor([[0.3, 15.0]])
     accelerator: Any = SimpleNamespace(gather=lambda rows: torch.cat([rows, other]))
-    shared = share(accelerator, torch.tensor(0.1), t=torch.zeros(1), samples=torch.zeros(1), signal=0)
-    assert shared.loss == float((torch.tensor(0.1).double() + torch.tensor(0.3).double()) / 2)
-    assert shared.signal == 15
+    rows = gather_rows(accelerator, torch.tensor(0.1), 0)
+    for norm in (torch.tensor(0.5), 0.5):
+        values = Measures(rows, torch.tensor([0.2, 0.4]), norm).read().values()
+        assert values.loss == float((torch.tensor(0.1).double() + torch.tensor(0.3).double()) / 2)
+        assert (values.signal, values.norm) == (15, 0.5)
+        assert torch.equal(values.samples, torch.tensor([0.2, 0.4]))

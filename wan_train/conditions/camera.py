@@ -17,7 +17,9 @@ from torch import Tensor
 
 from wan_train.errors import InputError
 from wan_train.models.variants import FRAME_STEP
+from wan_train.placement.transfers import send
 
+CPU = torch.device("cpu")
 ENTRY_LENGTH = 19
 # Default first entry and motion per frame of a path by direction (VideoX-Fun's and DiffSynth-Studio's).
 ORIGIN = (0, 0.532139961, 0.946026558, 0.5, 0.5, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
@@ -103,15 +105,15 @@ def mirrored(entries: Tensor) -> Tensor:
     return turned
 
 
-def plucker(entries: Tensor, height: int, width: int) -> Tensor:
-    """Return the Pluecker map (N, X, Y, 6), float32, of entries (N, 19).
+def plucker(entries: Tensor, height: int, width: int, *, device: torch.device = CPU) -> Tensor:
+    """Return the Pluecker map (N, X, Y, 6), float32, of entries (N, 19), which are in CPU RAM.
 
     It has the moment and the direction of each pixel's ray, in the first frame's camera coordinates (Sitzmann et al.
-    2021, Light Field Networks, eq. 2). It is computed on the device of the entries; `height` and `width` are in pixels.
+    2021, Light Field Networks, eq. 2). It is computed on `device`; `height` and `width` are in pixels.
     """
-    device, entries = entries.device, entries.to("cpu", torch.float64)
-    poses = _poses_from_first(entries).float().to(device)
-    fx, fy, cx, cy = _intrinsics(entries, height, width).float().to(device)[..., None, None].unbind(1)
+    entries = entries.to("cpu", torch.float64)
+    poses = send(_poses_from_first(entries).float(), device)
+    fx, fy, cx, cy = send(_intrinsics(entries, height, width).float(), device)[..., None, None].unbind(1)
     x = torch.arange(width, device=device) + 0.5
     y = torch.arange(height, device=device)[:, None] + 0.5
     rays = torch.stack(torch.broadcast_tensors((x - cx) / fx, (y - cy) / fy, torch.ones((), device=device)), dim=-1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wan_train.conditions.kinds import KINDS
+from wan_train.placement.transfers import send
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Conditions:
     has_first: Tensor | None = None
 
     def to(self, device: torch.device) -> "Conditions":
-        """Return the conditions on a device; shared ones stay where they are."""
-        extras = {name: value if KINDS[name].is_shared else value.to(device) for name, value in self.extras.items()}
-        first, has_first = (None if value is None else value.to(device) for value in (self.first_frame, self.has_first))
-        return Conditions(tuple(rows.to(device) for rows in self.context), extras, first, has_first)
+        """Return the conditions on a device, without waiting for copies; shared ones stay where they are."""
+        extras = {name: value if KINDS[name].is_shared else send(value, device) for name, value in self.extras.items()}
+        given = self.first_frame, self.has_first
+        first, has_first = (None if value is None else send(value, device) for value in given)
+        return Conditions(tuple(send(rows, device) for rows in self.context), extras, first, has_first)
 
     def joined(self, other: "Conditions") -> "Conditions":
         """Return the batch of these samples followed by the other's."""

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from wan_train.conditions.camera import packed, plucker
 from wan_train.conditions.images import Encode
-from wan_train.conditions.kinds import CAMERA, CONTROL_LATENTS, IMAGE_LATENTS, START_LATENTS
+from wan_train.conditions.kinds import CAMERA, CONTROL_LATENTS, IMAGE_LATENTS, KINDS, START_LATENTS
 from wan_train.models.variants import FRAME_STEP, Variant
+from wan_train.placement.transfers import send
+
+CPU = torch.device("cpu")
 
 
 def start_latents(image: Tensor, encode: Encode) -> Tensor:
@@ -33,9 +36,14 @@ def control_latents(pixels: Tensor, encode: Encode) -> Tensor:
 
 
 def dit_arguments(
-    extras: Mapping[str, Tensor], variant: Variant, shape: tuple[int, int, int, int, int]
+    extras: Mapping[str, Tensor],
+    variant: Variant,
+    shape: tuple[int, int, int, int, int],
+    *,
+    device: torch.device = CPU,
 ) -> dict[str, Tensor]:
-    """Convert conditions, by name and with a batch dimension, to keyword arguments of `Dit.forward`.
+    """Convert conditions, by name, in CPU RAM and with a batch dimension, to keyword arguments of `Dit.forward` on a
+    device; shared ones stay where they are.
 
     `shape` (B, C, F, H, W) is that of the video's latents. The channels that a control model concatenates to the noisy
     latents become one tensor, zeros for absent parts (VideoX-Fun): the latents of the control video, then those of the
@@ -43,30 +51,37 @@ def dit_arguments(
     packed Pluecker map.
     """
     control = variant.control
+    near = {
+        name: value if KINDS[name].is_shared or name == CAMERA else send(value, device)
+        for name, value in extras.items()
+    }
     if control is None or control.vace:
-        return dict(extras)
+        return near
     parts = {CONTROL_LATENTS, START_LATENTS, IMAGE_LATENTS}
-    arguments = {name: value for name, value in extras.items() if name not in parts}
-    behind = [_start_part(extras, variant, shape)]
+    arguments = {name: value for name, value in near.items() if name not in parts}
+    behind = [_start_part(near, variant, shape, device)]
     if control.video:
-        behind.insert(0, _or_zeros(extras.get(CONTROL_LATENTS), shape))
-    like = next((extras[name] for name in (CONTROL_LATENTS, START_LATENTS, IMAGE_LATENTS) if name in extras), behind[0])
+        behind.insert(0, _or_zeros(near.get(CONTROL_LATENTS), shape, device))
+    like = next((near[name] for name in (CONTROL_LATENTS, START_LATENTS, IMAGE_LATENTS) if name in near), behind[0])
     arguments[IMAGE_LATENTS] = torch.cat([part.to(like) for part in behind], dim=1)
     if CAMERA in extras:
         size = shape[3] * variant.space.stride, shape[4] * variant.space.stride
-        arguments[CAMERA] = torch.stack([packed(plucker(entries, *size)) for entries in extras[CAMERA]])
+        maps = [packed(plucker(entries, *size, device=device)) for entries in extras[CAMERA]]
+        arguments[CAMERA] = torch.stack(maps)
     return arguments
 
 
-def _start_part(extras: Mapping[str, Tensor], variant: Variant, shape: tuple[int, int, int, int, int]) -> Tensor:
+def _start_part(
+    extras: Mapping[str, Tensor], variant: Variant, shape: tuple[int, int, int, int, int], device: torch.device
+) -> Tensor:
     """Return the start image's channels (B, C, F, H, W), or (B, 4+C, F, H, W) with I2V's mask."""
     batch, channels, frames, height, width = shape
     assert variant.images is not None
     if not variant.images.alone:
-        return _or_zeros(extras.get(IMAGE_LATENTS), (batch, FRAME_STEP + channels, frames, height, width))
-    start = _or_zeros(extras.get(START_LATENTS), (batch, channels, 1, height, width))
+        return _or_zeros(extras.get(IMAGE_LATENTS), (batch, FRAME_STEP + channels, frames, height, width), device)
+    start = _or_zeros(extras.get(START_LATENTS), (batch, channels, 1, height, width), device)
     return torch.cat([start, start.new_zeros(batch, channels, frames - 1, height, width)], dim=2)
 
 
-def _or_zeros(value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    return torch.zeros(shape) if value is None else value
+def _or_zeros(value: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.zeros(shape, device=device) if value is None else value

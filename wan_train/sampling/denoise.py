@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from wan_train.conditions.conditions import Conditions
 from wan_train.conditions.control import dit_arguments
-from wan_train.conditions.kinds import KINDS, VACE_CONTEXT
+from wan_train.conditions.kinds import VACE_CONTEXT
 from wan_train.conditions.vace import with_references
 from wan_train.flow.path import interpolate
 from wan_train.flow.solvers import make_solver
@@ -20,6 +20,7 @@ from wan_train.log import get_logger
 from wan_train.models.dit.dit import Dit
 from wan_train.models.dit.experts import expert_at
 from wan_train.models.dit.rope import Riflex
+from wan_train.placement.transfers import fetch
 from wan_train.sampling.guidance import StepPlan, guide, plan_steps
 from wan_train.sampling.passes import ALONE, Sharing, Wrap
 from wan_train.sampling.request import SampleRequest
@@ -128,7 +129,7 @@ class Sampling:
         num_tokens = math.prod(request.latent_shape[1:]) // 4  # patches are 2 x 2
         with caching_text_kv(model, num_tokens), cache.around(model), self._sharing.around(model):
             for timestep, plan in tqdm(steps, desc=_words(expert), disable=quiet, leave=False):
-                velocity = predict(self._x, timestep, plan).float().cpu()
+                velocity = fetch(predict(self._x, timestep, plan).float())
                 self._x = self._with_first(self.solver.step(velocity, timestep, self._x))
                 self._done += 1
                 on_step()
@@ -180,11 +181,8 @@ class Sampling:
 
         They are made for the duration of the steps only, because a camera's map is large.
         """
-        extras = {
-            name: value if KINDS[name].is_shared else value.to(self.device)
-            for name, value in self.positive.extras.items()
-        }
-        arguments = dit_arguments(extras, self.request.variant, (1, *self.request.latent_shape))
+        shape = (1, *self.request.latent_shape)
+        arguments = dit_arguments(self.positive.extras, self.request.variant, shape, device=self.device)
         return replace(self.positive, extras=arguments)
 
     def _coming(self, plans: Sequence[StepPlan]) -> list[tuple[Tensor, StepPlan]]:

@@ -18,6 +18,7 @@ from wan_train.conditions.conditions import Conditions
 from wan_train.conditions.kinds import IMAGE_LATENTS, VACE_CONTEXT
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit, Embedded, RunBlocks, wrap_run_blocks
+from wan_train.placement.transfers import send
 from wan_train.sampling.passes import ALONE, BOTH, NEGATIVE, POSITIVE, Pass, PassName, Prompts, Sharing, Wrap, run_model
 
 
@@ -97,8 +98,8 @@ def guide(
 ) -> Predict:
     """Return a function from x, on any device, to the guided velocity (1, C, F, H, W) of a step.
 
-    A step without guidance is one pass. `wraps` are applied to each pass, the last outermost; `sharing` divides the
-    passes among processes.
+    x is copied to the device once for all passes, and no pass waits for the one before it. A step without guidance is
+    one pass. `wraps` are applied to each pass, the last outermost; `sharing` divides the passes among processes.
     """
     conditions = cache(partial(_conditions, positive.to(device), negative.to(device)))
     inputs = cache(lambda prompts: _step_inputs(model, conditions(prompts), device))
@@ -109,13 +110,14 @@ def guide(
 
     def run(x: Tensor, timestep: Tensor, plan: StepPlan, name: PassName) -> Tensor:
         prompts, size = name.prompts, len(name.prompts)
-        latents, time = x.to(device).expand(size, *x.shape[1:]), timestep.to(device).expand(size)
+        latents, time = x.expand(size, *x.shape[1:]), timestep.expand(size)
         latents, time = conditions(prompts).fuse(latents, time.float())
         with without_blocks(cast(Dit, model), guidance.slg_layers) if name.skips else nullcontext():
             return call(Pass(name, plan.index, latents, time, inputs_at(prompts, plan.controlled)))
 
     def predict(x: Tensor, timestep: Tensor, plan: StepPlan) -> Tensor:
-        runs = [partial(run, x, timestep, plan, name) for name in pass_names(plan, guidance)]
+        near, time = send(x, device), send(timestep, device)
+        runs = [partial(run, near, time, plan, name) for name in pass_names(plan, guidance)]
         return combine(sharing.together(runs), plan, guidance)
 
     return predict

@@ -18,6 +18,7 @@ from wan_train.log import get_logger
 from wan_train.models.dit.experts import pair_of
 from wan_train.models.variants import VARIANTS
 from wan_train.placement.lanes import lane_from_host
+from wan_train.placement.transfers import can_pin, pinned
 from wan_train.profiling.profiler import Profiler
 from wan_train.remote.mirror import Mirror
 from wan_train.sampling.decode import open_vae
@@ -96,7 +97,7 @@ def build(
         hub=open_hub(settings.hub, background=accelerator.num_processes > 1) if is_first else None,
         mirror=mirror,
     )
-    objective = make_objective(settings, plan, dataset, texts, seed)
+    objective = make_objective(settings, plan, dataset, texts, seed=seed, device=accelerator.device)
     reporting = Reporting(settings.preview, previewer, writer, mirror)
     profiler = Profiler(settings.profile.profile if is_first else None, settings.save.output_name)
     return Run(model, optimizing, objective, fed, saving, reporting, validator, profiler)
@@ -134,9 +135,15 @@ def carried_of(optimizing: Optimization, accelerator: Accelerator, validator: Va
 
 
 def make_objective(
-    settings: TrainSettings, plan: RunPlan, dataset: CachedDataset, texts: dict[str, Conditions], seed: int
+    settings: TrainSettings,
+    plan: RunPlan,
+    dataset: CachedDataset,
+    texts: dict[str, Conditions],
+    *,
+    seed: int,
+    device: torch.device,
 ) -> Objective:
-    """Create the training objective."""
+    """Create the training objective of a run on `device`."""
     variant = VARIANTS[settings.dit.task]
     return Objective(
         seed=seed,
@@ -145,7 +152,7 @@ def make_objective(
         variant=variant,
         rates=dropping_rates(settings.images, variant),
         strata=make_strata(settings, dataset, seed),
-        prior=make_prior(settings, plan, texts),
+        prior=make_prior(settings, plan, texts, device),
     )
 
 
@@ -213,7 +220,7 @@ def make_loader(
         worker_init_fn=leave_signals_to_trainer,
         num_workers=workers,
         persistent_workers=loop.persistent_data_loader_workers and workers > 0,
-        pin_memory=device.type == "cuda",
+        pin_memory=can_pin(device),
     )
 
 
@@ -252,9 +259,11 @@ def make_previewer(
     return Previewer(requests, texts, images, vae, device, settings.save, plan.variant.fps, seed)
 
 
-def make_prior(settings: TrainSettings, plan: RunPlan, texts: dict[str, Conditions]) -> Prior | None:
-    """Create prior preservation; None if it is not requested."""
+def make_prior(
+    settings: TrainSettings, plan: RunPlan, texts: dict[str, Conditions], device: torch.device
+) -> Prior | None:
+    """Create prior preservation on `device`; None if it is not requested."""
     if not plan.prior_captions:
         return None
-    rows = [texts[caption].context[0] for caption in plan.prior_captions]
+    rows = [pinned(texts[caption].context[0], device) for caption in plan.prior_captions]
     return Prior(rows, settings.prior.prior_loss_weight)

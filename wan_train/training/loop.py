@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from wan_train.training.evaluating.validation import Validator
 from wan_train.training.experts.models import TrainedModel
 from wan_train.training.optimizing.optimization import Optimization
 from wan_train.training.optimizing.optimizer_state import for_saving
+from wan_train.training.outcome import Launched
 from wan_train.training.reporting.metrics import MetricsWriter, StepMetrics
 from wan_train.training.run import Reporting, Run
 from wan_train.training.saving.save import save, save_best, save_stopped
@@ -68,21 +69,30 @@ def train_epoch(run: Run, position: Position, bar: Any) -> Position:
     step, epoch, epoch_step = position.step, position.epoch, position.epoch_step
     data, model, steps, size = run.data, run.model, run.data.length.steps, run.data.batches_per_step
     data.batches.set_epoch(epoch, skip=epoch_step * size)
-    drawn = with_draws(data.loader, position, objective=run.objective, experts=model.experts, batches_per_step=size)
-    for window in windows(read_ahead(drawn), size):
-        step, epoch_step = step + 1, epoch_step + 1
-        position = Position(step, epoch, epoch_step)
-        metrics, asked_to_stop = take_step(
-            window, position, model=model, optimizing=run.optimizing, objective=run.objective, stop=run.stop
-        )
-        report(run.reporting.writer, bar, metrics)
-        run.profiler.step()
-        after_step(run, position)
-        if asked_to_stop and step < steps:
-            told = save_stopped(run.saving, position=position, model=model, optimizing=run.optimizing)
-            raise Stopped(told, EXIT_CODES[asked_to_stop])
-        if step == steps or should_stop_early(run.validator):
-            break
+    drawn = with_draws(
+        data.loader,
+        position,
+        objective=run.objective,
+        experts=model.experts,
+        batches_per_step=size,
+        device=model.device,
+    )
+    with Reports(run.reporting.writer, bar) as reports:
+        for window in windows(read_ahead(drawn, device=model.device), size):
+            step, epoch_step = step + 1, epoch_step + 1
+            position = Position(step, epoch, epoch_step)
+            launched = take_step(
+                window, position, model=model, optimizing=run.optimizing, objective=run.objective, stop=run.stop
+            )
+            asked_to_stop = reports.add(launched, at_once=step == steps or is_followed(run, step))
+            run.profiler.step()
+            after_step(run, position)
+            if asked_to_stop and step < steps:
+                reports.settle()  # the state includes this step's loss
+                told = save_stopped(run.saving, position=position, model=model, optimizing=run.optimizing)
+                raise Stopped(told, EXIT_CODES[asked_to_stop])
+            if step == steps or should_stop_early(run.validator):
+                break
     ended = Position(step, epoch + 1, 0)
     after_epoch(run, ended)
     # A run that ends within an epoch may be extended later: from this position, not from the next epoch.
@@ -101,6 +111,39 @@ def windows(batches: Iterable[Part], size: int) -> Iterator[list[Part]]:
         yield group
 
 
+class Reports:
+    """Reports the steps of an epoch in order, each when its values have been read: at once, or when the next step has
+    been launched. A context: at its end every step has been reported."""
+
+    def __init__(self, writer: MetricsWriter | None, bar: Any) -> None:
+        self._writer, self._bar = writer, bar
+        self._waiting: Launched | None = None
+
+    def __enter__(self) -> "Reports":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # The step before a failed one has been taken. A device that failed cannot tell of it.
+        with suppress(Exception) if kind is not None else nullcontext():
+            self.settle()
+
+    def add(self, launched: Launched, *, at_once: bool) -> int:
+        """Report the step before, and this one too if it is not deferred or `at_once`; return the signal that asks to
+        stop, or 0."""
+        signal = self.settle()
+        self._waiting = launched
+        return max(signal, self.settle()) if at_once or not launched.is_deferred else signal
+
+    def settle(self) -> int:
+        """Report the launched step, waiting for it; return the signal that asks to stop, or 0."""
+        if self._waiting is None:
+            return 0
+        waiting, self._waiting = self._waiting, None
+        metrics, signal = waiting.conclude()
+        report(self._writer, self._bar, metrics)
+        return signal
+
+
 def report(writer: MetricsWriter | None, bar: Any, metrics: StepMetrics) -> None:
     """Show a step on the progress bar and record its metrics."""
     shown = {"avr_loss": f"{metrics.loss_average:.4f}", "lr": f"{metrics.lr:.2e}", "mem": f"{metrics.memory_mib} MiB"}
@@ -108,6 +151,15 @@ def report(writer: MetricsWriter | None, bar: Any, metrics: StepMetrics) -> None
     bar.update(1)
     if writer is not None:
         writer.write(metrics)
+
+
+def is_followed(run: Run, step: int) -> bool:
+    """Return whether something reads the run's state after this step: an evaluation, a saved file, previews or, with a
+    single process, a stop that was asked for. Several processes agree on a stop one step later."""
+    validation = None if run.validator is None else run.validator.settings.validate_every_n_steps
+    every = validation, run.saving.settings.save.save_every_n_steps, run.reporting.preview.sample_every_n_steps
+    asked = run.model.num_processes == 1 and run.stop.signal != 0
+    return asked or any(is_due(step, each) for each in every)
 
 
 def after_step(run: Run, position: Position) -> None:

@@ -1,9 +1,8 @@
 """Take one optimizer step over a window of batches."""
 
 import math
-import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from dataset.batching.batches import Batch
 from networks.adapter import Adapter
-from wan_train.errors import RunError
 from wan_train.flow.keyed import seed_of
-from wan_train.log import get_logger
+from wan_train.placement.transfers import Timer, send
 from wan_train.training.experts.models import TrainedModel
 from wan_train.training.experts.pair import PairAdapter, PairModel
 from wan_train.training.experts.plan import ExpertPlan
@@ -22,25 +20,22 @@ from wan_train.training.objective.objective import Objective
 from wan_train.training.objective.prior import prior_loss
 from wan_train.training.objective.target import Target, target_of
 from wan_train.training.optimizing.optimization import Optimization
-from wan_train.training.optimizing.optimizer_state import learning_rates
-from wan_train.training.reporting.metrics import StepMetrics, loss_by_stratum, num_tokens, peak_memory_mib
+from wan_train.training.optimizing.optimizer_state import learning_rates, skipping
+from wan_train.training.outcome import (
+    Facts,
+    Launched,
+    Measures,
+    Values,
+    defers_reading,
+    gather_rows,
+    skip_or_stop,
+)
+from wan_train.training.reporting.metrics import num_tokens, peak_memory_mib
 from wan_train.training.saving.state import Position
 from wan_train.training.stopping import StopRequest
 
-log = get_logger(__name__)
-
+CPU = torch.device("cpu")
 NORM_EVERY = 20  # steps between measurements of the adapter's norm, which synchronise with the device
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Values of a step gathered from all processes: the mean loss, t and loss (N,) of each sample, and the signal
-    received by any of them, or 0."""
-
-    loss: float
-    t: Tensor
-    samples: Tensor
-    signal: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,10 @@ class Drawn:
     draws: Draws
     expert: str | None = None
 
+    def pinned(self, device: torch.device) -> "Drawn":
+        """Return it in pinned CPU RAM, for copies to `device`."""
+        return replace(self, target=self.target.pinned(device), draws=self.draws.pinned(device))
+
 
 def with_draws(
     batches: Iterable[Batch],
@@ -60,13 +59,15 @@ def with_draws(
     objective: Objective,
     experts: ExpertPlan,
     batches_per_step: int,
+    device: torch.device = CPU,
 ) -> Iterator[Drawn]:
-    """Yield the batches that follow a position, each with noise and noise levels keyed by its samples."""
+    """Yield the batches that follow a position, each with noise and noise levels keyed by its samples, in pinned memory
+    for copies to `device`."""
     for index, batch in enumerate(batches):
         expert = experts.at(position.step + 1 + index // batches_per_step)
         limits = experts.limits(expert, objective.timesteps)
         target = target_of(batch)
-        yield Drawn(batch, target, objective.draw(batch, target, position.epoch, limits), expert)
+        yield Drawn(batch, target, objective.draw(batch, target, position.epoch, limits), expert).pinned(device)
 
 
 def take_step(
@@ -77,10 +78,49 @@ def take_step(
     optimizing: Optimization,
     objective: Objective,
     stop: StopRequest,
-) -> tuple[StepMetrics, int]:
-    """Take the step; return its metrics and the signal that asks to stop after it, or 0. Raise RunError if the loss or
-    gradient is NaN or Inf too often."""
-    began, expert = time.perf_counter(), window[0].expert
+) -> Launched:
+    """Launch the step and return what tells how it went. If its values are not deferred, they have been read, and
+    RunError is raised if the loss or gradient is NaN or Inf too often."""
+    defers, expert = defers_reading(model.accelerator, optimizing), window[0].expert
+    timer, facts = Timer(model.device if defers else CPU), facts_of(window, position, model)
+    measures = measure_step(window, position, model=model, optimizing=optimizing, objective=objective, stop=stop)
+    reading = None if defers else measures.read()
+    if reading is None:
+        with skipping(optimizing.optimizer, measures.nonfinite()):
+            update(model.adapter, optimizing, expert)
+    elif (values := reading.values()).is_finite:
+        update(model.adapter, optimizing, expert)
+    else:
+        skip_nonfinite_step(model, optimizing, values, facts)
+    rates = learning_rates(optimizing.optimizer)
+    for parameter in model.trained.values():
+        parameter.grad = None
+    optimizing.schedule.step()
+    timer.stop()
+    return Launched(
+        facts=facts,
+        # Deferred values come after the timer's end, so that the time is known once they are there.
+        reading=reading or measures.read(),
+        timer=timer,
+        optimizing=optimizing,
+        rates=rates,
+        memory_mib=peak_memory_mib(model.device),
+        # Python waits for the norm.
+        adapter_norm=model.adapter.norm() if position.step % NORM_EVERY == 0 else None,
+        is_deferred=defers,
+    )
+
+
+def measure_step(
+    window: list[Drawn],
+    position: Position,
+    *,
+    model: TrainedModel,
+    optimizing: Optimization,
+    objective: Objective,
+    stop: StopRequest,
+) -> Measures:
+    """Compute the clipped gradient of the step; return its loss and norm, on the device."""
     means, samples = [], []
     for index, drawn in enumerate(window):
         losses = accumulate_gradients(
@@ -94,38 +134,21 @@ def take_step(
         )
         means.append(losses.mean)
         samples.append(losses.samples)
-    levels = torch.cat([drawn.draws.t for drawn in window])
-    mean = torch.stack(means).mean()
-    shared = share(model.accelerator, mean, t=levels, samples=torch.cat(samples), signal=stop.signal)
-    clear_idle_gradients(model.adapter, expert)
-    norm = clip(model, optimizing)
-    if math.isfinite(shared.loss) and math.isfinite(norm):
-        update(model.adapter, optimizing, expert)
-    else:
-        skip_nonfinite_step(model, optimizing, loss=shared.loss, norm=norm, position=position, window=window)
-    rates = learning_rates(optimizing.optimizer)
-    for parameter in model.trained.values():
-        parameter.grad = None
-    optimizing.schedule.step()
-    seconds = time.perf_counter() - began
-    average, finite = optimizing.average, shared.samples.isfinite()
+    rows = gather_rows(model.accelerator, torch.stack(means).mean(), stop.signal)
+    clear_idle_gradients(model.adapter, window[0].expert)
+    return Measures(rows, torch.cat(samples).detach().float(), clip(model, optimizing))
+
+
+def facts_of(window: list[Drawn], position: Position, model: TrainedModel) -> Facts:
+    """Return what is known of a step beforehand."""
     tokens = sum(num_tokens(drawn.target.latents.shape) for drawn in window)
-    metrics = StepMetrics(
-        step=position.step,
-        epoch=position.epoch,
-        loss=shared.loss,
-        loss_average=average.add(shared.loss) if math.isfinite(shared.loss) else average.mean,
-        lr=next(iter(rates.values())),
-        grad_norm=norm,
-        seconds=seconds,
-        memory_mib=peak_memory_mib(model.device),
-        adapter_norm=model.adapter.norm() if position.step % NORM_EVERY == 0 else None,
-        tokens_per_second=tokens * model.num_processes / seconds,
-        strata=loss_by_stratum(shared.t[finite], shared.samples[finite]),
-        learning_rates=rates if len(rates) > 1 else {},
-        expert=expert if model.experts.is_pair else None,
+    return Facts(
+        position=position,
+        items=[key.item for drawn in window for key in drawn.batch.keys],
+        levels=torch.cat([drawn.draws.t for drawn in window]),
+        num_tokens=tokens * model.num_processes,
+        expert=window[0].expert if model.experts.is_pair else None,
     )
-    return metrics, shared.signal
 
 
 def accumulate_gradients(
@@ -156,7 +179,7 @@ def accumulate_gradients(
     mean = losses.mean.detach() * batch.loss_weight
     if prior is not None:
         texts = prior.choose(batch.keys, seed=objective.seed, epoch=epoch)
-        kept = conditions.with_context([rows.to(device) for rows in texts])
+        kept = conditions.with_context([send(rows, device) for rows in texts])
         with model.exchange(now=last):
             loss = prior_loss(model.wrapped, model.dit, model.adapter, target.latents, kept, placed) * prior.weight
             accelerator.backward(loss * share)
@@ -187,20 +210,14 @@ def seed_dropout(seed: int, epoch: int, batch: Batch, device: torch.device) -> N
         torch.get_device_module(device).manual_seed(number)
 
 
-def share(accelerator: Accelerator, loss: Tensor, *, t: Tensor, samples: Tensor, signal: int) -> Shared:
-    """Gather what processes need to agree on; the mean loss and the stop signal take one exchange."""
-    local = torch.stack([loss.float(), torch.tensor(float(signal), device=loss.device)])
-    rows = accelerator.gather(local.unsqueeze(0)).cpu().double()
-    return Shared(float(rows[:, 0].mean()), t.cpu(), samples.detach().cpu(), int(rows[:, 1].max()))
-
-
-def clip(model: TrainedModel, optimizing: Optimization) -> float:
-    """Clip the gradient and return its norm before clipping; a fused backward pass has clipped already, and only
-    returns the norm."""
+def clip(model: TrainedModel, optimizing: Optimization) -> Tensor | float:
+    """Clip the gradient and return its norm before clipping, (), on the device; a fused backward pass has clipped
+    already, and only returns the norm."""
     if optimizing.stepping.fused is not None:
         return optimizing.stepping.fused.finish()
     limit = optimizing.max_grad_norm or math.inf
-    return float(model.accelerator.clip_grad_norm_(list(model.trained.values()), limit))
+    norm: Tensor = model.accelerator.clip_grad_norm_(list(model.trained.values()), limit)
+    return norm
 
 
 def update(adapter: Adapter, optimizing: Optimization, expert: str | None) -> None:
@@ -213,47 +230,14 @@ def update(adapter: Adapter, optimizing: Optimization, expert: str | None) -> No
         optimizing.ema.update(expert)
 
 
-def skip_nonfinite_step(
-    model: TrainedModel,
-    optimizing: Optimization,
-    *,
-    loss: float,
-    norm: float,
-    position: Position,
-    window: list[Drawn],
-) -> None:
+def skip_nonfinite_step(model: TrainedModel, optimizing: Optimization, values: Values, facts: Facts) -> None:
     """Skip a step whose loss or gradient is NaN or Inf.
 
     In fp16 the loss scale starts too high, so an overflow is not an error as long as the scale can be lowered.
     """
     scaler = model.accelerator.scaler
-    if scaler is None or not math.isfinite(loss) or scaler.get_scale() <= 1:
-        skip_or_stop(optimizing, loss=loss, norm=norm, position=position, window=window)
+    if scaler is None or not math.isfinite(values.loss) or scaler.get_scale() <= 1:
+        skip_or_stop(optimizing, values, facts)
     if scaler is not None:
         optimizing.optimizer.step()  # the scaler skips the step and lowers its scale
     optimizing.stepping.settle()
-
-
-def skip_or_stop(
-    optimizing: Optimization, *, loss: float, norm: float, position: Position, window: list[Drawn]
-) -> None:
-    """Skip a step whose loss or gradient is NaN or Inf, up to `skip_nonfinite` times; then raise RunError."""
-    label = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
-    places = ", ".join(list(sampled(window))[:8])
-    where = f"{label} at step {position.step}, epoch {position.epoch} ({places})"
-    skipped, limit = optimizing.skipped, optimizing.skip_nonfinite
-    skipped.count += 1
-    taken = "before the step was taken" if optimizing.stepping.fused is None else "with that part of the step left out"
-    if skipped.count > limit:
-        raise RunError(
-            f"{where}: stopped {taken}; files saved earlier are complete. "
-            "Lower --learning_rate, check that sample's cache, or skip some steps with --skip_nonfinite"
-        )
-    log.warning("%s: step skipped (%d of at most %d)", where, skipped.count, limit)
-
-
-def sampled(window: list[Drawn]) -> Iterator[str]:
-    """Describe the samples of a step with their t."""
-    for drawn in window:
-        pairs = zip(drawn.batch.keys, drawn.draws.t, strict=True)
-        yield from (f"{key.item} at t {float(t):.4f}" for key, t in pairs)

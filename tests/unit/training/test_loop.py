@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from wan_train.training.loop import is_due, make_previews, run_length, windows
+from wan_train.training.loop import Reports, is_due, make_previews, run_length, windows
 from wan_train.training.optimizing.ema import Ema
 from wan_train.training.reporting.settings import PreviewSettings
 from wan_train.training.run import Reporting
@@ -51,3 +51,30 @@ def test_previews_show_the_average_if_that_is_asked_for(with_ema: bool, shown: f
     reporting = Reporting(PreviewSettings(sample_with_ema=with_ema), previewer, None)
     make_previews(reporting, model, optimizing, moment="000001", step=1)
     assert seen == [shown] and float(weight.detach()) == 1.0
+
+
+class Launched:
+    """A deferred step with the signal that its processes agreed on."""
+
+    def __init__(self, step: int, signal: int = 0, *, is_deferred: bool = True) -> None:
+        self.step, self.signal, self.is_deferred = step, signal, is_deferred
+
+    def conclude(self) -> tuple[Any, int]:
+        return SimpleNamespace(step=self.step, loss_average=0.0, lr=0.0, memory_mib=0), self.signal
+
+
+def test_a_signal_is_known_with_the_values_of_its_step() -> None:
+    """Processes agree on it by these values, so that all of them stop after the same step."""
+    written: list[int] = []
+    bar: Any = SimpleNamespace(set_postfix=lambda *_, **__: None, update=lambda _: None)
+    writer: Any = SimpleNamespace(write=lambda metrics: written.append(metrics.step))
+    with Reports(writer, bar) as reports:
+        assert reports.add(Launched(1, 15), at_once=False) == 0  # type: ignore[arg-type]
+        assert written == []
+        assert reports.add(Launched(2), at_once=False) == 15  # type: ignore[arg-type]
+        assert written == [1]
+        assert reports.add(Launched(3, 2), at_once=True) == 2  # type: ignore[arg-type]
+        assert reports.add(Launched(4, is_deferred=False), at_once=False) == 0  # type: ignore[arg-type]
+        assert written == [1, 2, 3, 4]
+        reports.add(Launched(5), at_once=False)  # type: ignore[arg-type]
+    assert written == [1, 2, 3, 4, 5]

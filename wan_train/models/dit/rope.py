@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wan_train.errors import InputError
+from wan_train.placement.transfers import send
 
 THETA = 10000.0
 MAX_TABLES = 2  # tables kept; the largest take 80 MB each (75,600 tokens, head width 128)
@@ -113,7 +114,7 @@ def _make_table(positions: _Positions, head_dim: int, device: torch.device, rate
         angles = torch.outer(torch.tensor(axis_positions, dtype=torch.float64, device="cpu"), rates)
         cosines = angles.cos().repeat_interleave(2, dim=-1)
         sines = torch.stack([-angles.sin(), angles.sin()], dim=-1).flatten(-2)
-        part = torch.stack([cosines, sines]).float().to(device)
+        part = send(torch.stack([cosines, sines]).float(), device)
         part = part.view(2, *[-1 if i == axis else 1 for i in range(3)], width)
         parts.append(part.expand(2, *grid, width))
     return torch.cat(parts, dim=-1).view(2, -1, 1, head_dim)

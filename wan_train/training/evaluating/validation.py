@@ -173,7 +173,8 @@ class Validator:
         self, model: nn.Module, mine: Sequence[list[int]], limits: Span | None, accelerator: Accelerator
     ) -> list[tuple[int, list[float]]]:
         """Return the losses of these batches' clips, by position, at noise levels within `limits`."""
-        reading = read_ahead(collate([self._dataset[position] for position in batch]) for batch in mine)
+        batches = (collate([self._dataset[position] for position in batch]) for batch in mine)
+        reading = read_ahead(batches, device=accelerator.device)
         shown = tqdm(
             zip(mine, reading, strict=True),
             desc="validation loss",

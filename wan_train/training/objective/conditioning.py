@@ -41,7 +41,8 @@ NOTHING = Dropped()
 
 
 def conditions_of(batch: Batch, variant: Variant, device: torch.device, *, dropped: Dropped = NOTHING) -> Conditions:
-    """Return the texts and other conditions of a batch as arguments of the DiT, on a device.
+    """Return the texts and other conditions of a batch as arguments of the DiT, on a device, without waiting for
+    copies.
 
     For samples whose images are dropped, the mask is empty and latents and tokens are zero, as in models that also work
     without an image (VideoX-Fun's InP). A dropped control video is zeros, or a VACE context without a video, and
@@ -53,10 +54,9 @@ def conditions_of(batch: Batch, variant: Variant, device: torch.device, *, dropp
         first = batch.latents[:, :, :1].float()
         has_first = given & (batch.latents.shape[2] > 1)
         return Conditions(tuple(batch.context), first_frame=first, has_first=has_first).to(device)
-    extras = _without(batch, dropped)
-    placed = {name: value if KINDS[name].is_shared else value.to(device) for name, value in extras.items()}
     shape: Any = tuple(batch.latents.shape)
-    return Conditions(tuple(batch.context), dit_arguments(placed, variant, shape)).to(device)
+    arguments = dit_arguments(_without(batch, dropped), variant, shape, device=device)
+    return Conditions(tuple(batch.context), arguments).to(device)
 
 
 def dropping_rates(settings: ImageSettings, variant: Variant) -> Rates:
@@ -103,6 +103,8 @@ def _vace_without(batch: Batch, dropped: Dropped) -> Tensor:
     frame that the packed mask does not show, such as the first.
     """
     context, channels = batch.extras[VACE_CONTEXT], batch.latents.shape[1]
+    if not any((*dropped.control, *dropped.reference)):
+        return context  # in pinned memory, where a copy would not be
     num_before = num_references(context, batch.latents)
     before, video = context[:, :, :num_before], context[:, :, num_before:]
     if any(dropped.reference):

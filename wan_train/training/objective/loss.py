@@ -17,6 +17,7 @@ from wan_train.flow.keyed import generator_of
 from wan_train.flow.path import interpolate, velocity
 from wan_train.flow.timesteps import NUM_TIMESTEPS, SAMPLERS, Distribution, Parameters, Span, level, shares_below
 from wan_train.flow.weighting import WEIGHTINGS, importance
+from wan_train.placement.transfers import pinned, send
 from wan_train.training.settings import LossSettings, TimestepSettings
 
 if TYPE_CHECKING:  # it reads data sets, whose packages the loss does not need
@@ -38,9 +39,14 @@ class Draws:
     importance: Tensor | None = None
 
     def to(self, device: torch.device) -> "Draws":
-        """Return a copy on another device."""
-        counts = None if self.importance is None else self.importance.to(device)
-        return Draws(self.t.to(device), self.noise.to(device), counts)
+        """Return a copy on another device, without waiting for it."""
+        counts = None if self.importance is None else send(self.importance, device)
+        return Draws(send(self.t, device), send(self.noise, device), counts)
+
+    def pinned(self, device: torch.device) -> "Draws":
+        """Return the draws in pinned CPU RAM, for copies to `device`."""
+        counts = None if self.importance is None else pinned(self.importance, device)
+        return Draws(pinned(self.t, device), pinned(self.noise, device), counts)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from dataset.batching.batches import Batch
 from wan_train.conditions.kinds import VACE_CONTEXT
 from wan_train.conditions.vace import num_references, with_references
+from wan_train.placement.transfers import pinned, send
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,12 @@ class Target:
     weights: Tensor | None = None
 
     def to(self, device: torch.device) -> "Target":
-        """Return a copy on another device."""
-        return Target(self.latents.to(device), None if self.weights is None else self.weights.to(device))
+        """Return a copy on another device, without waiting for it."""
+        return Target(send(self.latents, device), None if self.weights is None else send(self.weights, device))
+
+    def pinned(self, device: torch.device) -> "Target":
+        """Return the target in pinned CPU RAM, for copies to `device`."""
+        return Target(pinned(self.latents, device), None if self.weights is None else pinned(self.weights, device))
 
 
 def target_of(batch: Batch) -> Target:

@@ -65,6 +65,25 @@ def for_saving(optimizer: torch.optim.Optimizer) -> Iterator[None]:
                 group["train_mode"] = mode
 
 
+def can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer can skip a step by a value on the device, as torch's fused ones do for a gradient
+    scaler; stepping one weight at a time counts steps on its own."""
+    inner = _unwrap(optimizer)
+    return bool(getattr(inner, "_step_supports_amp_scaling", False)) and not hasattr(inner, "step_contexts")
+
+
+@contextmanager
+def skipping(optimizer: torch.optim.Optimizer, skipped: Tensor) -> Iterator[None]:
+    """Have steps inside leave weights and states unchanged if `skipped`, () float32 on the device, is 1 and not 0.
+    Python does not learn which."""
+    inner = _unwrap(optimizer)
+    inner.found_inf = skipped
+    try:
+        yield
+    finally:
+        del inner.found_inf
+
+
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the effective learning rates for the log: `lr`, and `lr/d*lr` if the optimizer adapts a factor d
     (Prodigy).
