@@ -35,8 +35,8 @@ class Block(nn.Module):
         update = self.self_attn(normed, normed, rope)
         x, normed = between.add_normalise(x, update, gate1, self.norm3, None, dtype)
         update = self.cross_attn(normed, context)
-        x, normed = between.add_normalise(x, update, None, self.norm2, Modulation(shift2, scale2), dtype)
-        return between.add(x, self.ffn(normed), gate2)
+        x, normed = between.add_normalise(x, update, None, self.norm2, Modulation(shift2, scale2), dtype, own=True)
+        return between.add(x, self.ffn(normed), gate2, own=True)
 
 
 class Head(nn.Module):

@@ -23,13 +23,16 @@ class Modulation:
 
 
 class Elementwise(Protocol):
-    """How a block computes what is between its products. Tokens x (B, L, d) are float32, updates of any dtype."""
+    """How a block computes what is between its products. Tokens x (B, L, d) are float32, updates of any dtype.
+
+    With `own`, nothing else reads x, so its memory may hold the result where no gradient needs it.
+    """
 
     def normalise(self, x: Tensor, norm: LayerNorm, modulation: Modulation | None, dtype: torch.dtype) -> Tensor:
         """Return the modulated norm of x in `dtype`."""
         ...
 
-    def add(self, x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
+    def add(self, x: Tensor, update: Tensor, gate: Tensor | None, *, own: bool = False) -> Tensor:
         """Return x + update * gate, or x + update, in float32, with gate (B, G, d)."""
         ...
 
@@ -41,6 +44,8 @@ class Elementwise(Protocol):
         norm: LayerNorm,
         modulation: Modulation | None,
         dtype: torch.dtype,
+        *,
+        own: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return `add` of x, and `normalise` of the sum."""
         ...
@@ -52,11 +57,16 @@ class Plain:
     def normalise(self, x: Tensor, norm: LayerNorm, modulation: Modulation | None, dtype: torch.dtype) -> Tensor:
         """Return the modulated norm of x in `dtype`."""
         normed = norm(x)
-        return (normed if modulation is None else modulate(normed, modulation.shift, modulation.scale)).to(dtype)
+        if modulation is not None:
+            normed = modulate(normed, modulation.shift, modulation.scale, in_place=_without_gradients())
+        return normed.to(dtype)
 
-    def add(self, x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
+    def add(self, x: Tensor, update: Tensor, gate: Tensor | None, *, own: bool = False) -> Tensor:
         """Return x + update * gate, or x + update, in float32, with gate (B, G, d)."""
-        return x + update if gate is None else gated(x, update, gate)
+        in_place = own and _without_gradients()
+        if gate is not None:
+            return gated(x, update, gate, in_place=in_place)
+        return x.add_(update) if in_place else x + update
 
     def add_normalise(
         self,
@@ -66,22 +76,30 @@ class Plain:
         norm: LayerNorm,
         modulation: Modulation | None,
         dtype: torch.dtype,
+        *,
+        own: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return `add` of x, and `normalise` of the sum."""
-        total = self.add(x, update, gate)
+        total = self.add(x, update, gate, own=own)
         return total, self.normalise(total, norm, modulation, dtype)
 
 
 PLAIN = Plain()
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, in_place: bool = False) -> Tensor:
     """Return x (B, L, d) * (1 + scale) + shift with shift and scale (B, G, d)."""
     grouped = x.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift.unsqueeze(2), grouped, 1 + scale.unsqueeze(2)).flatten(1, 2)
+    factor, offset = 1 + scale.unsqueeze(2), shift.unsqueeze(2)
+    return torch.addcmul(offset, grouped, factor, out=grouped if in_place else None).flatten(1, 2)
 
 
-def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+def gated(x: Tensor, update: Tensor, gate: Tensor, *, in_place: bool = False) -> Tensor:
     """Return x + update * gate in float32, with gate (B, G, d)."""
-    groups = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, groups), update.unflatten(1, groups).float(), gate.unsqueeze(2)).flatten(1, 2)
+    grouped, more = (tokens.unflatten(1, (gate.shape[1], -1)) for tokens in (x, update.float()))
+    return torch.addcmul(grouped, more, gate.unsqueeze(2), out=grouped if in_place else None).flatten(1, 2)
+
+
+def _without_gradients() -> bool:
+    """Return whether results may take the memory of operands: on a CPU, new memory costs as much as the operation."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -164,10 +164,10 @@ class Fused:
         normed: Tensor = _Normalise.apply(self.kernels, x, affine, dtype)  # type: ignore[no-untyped-call]
         return normed
 
-    def add(self, x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
+    def add(self, x: Tensor, update: Tensor, gate: Tensor | None, *, own: bool = False) -> Tensor:
         """Return x + update * gate, or x + update, in float32, with gate (B, G, d)."""
         if _learns(gate):
-            return PLAIN.add(x, update, gate)
+            return PLAIN.add(x, update, gate, own=own)
         total: Tensor = _Add.apply(self.kernels, x, update, gate)  # type: ignore[no-untyped-call]
         return total
 
@@ -179,11 +179,13 @@ class Fused:
         norm: LayerNorm,
         modulation: Modulation | None,
         dtype: torch.dtype,
+        *,
+        own: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return `add` of x, and `normalise` of the sum."""
         affine = _Affine.of(norm, modulation)
         if _learns(gate, affine.scale, affine.shift) or update.dtype is not dtype:
-            return PLAIN.add_normalise(x, update, gate, norm, modulation, dtype)
+            return PLAIN.add_normalise(x, update, gate, norm, modulation, dtype, own=own)
         pair: tuple[Tensor, Tensor] = _AddNormalise.apply(self.kernels, x, update, gate, affine)  # type: ignore[no-untyped-call]
         return pair
 

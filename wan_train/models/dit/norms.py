@@ -70,6 +70,7 @@ class _NormRope(torch.autograd.Function):
         grad = (rotate(grad, rope[0], -rope[1]) if rope is not None else grad).flatten(-2)
         normed = x.float() * inverse
         grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight.float()
+        # Memory of this function is used again: on a CPU, new memory costs as much as the operations.
+        grad = grad.mul_(weight.float()) if rope is not None else grad * weight.float()
         share = (grad * normed).mean(dim=-1, keepdim=True)
-        return (grad - normed * share).mul_(inverse).to(x.dtype), grad_weight, None, None, None
+        return grad.sub_(normed.mul_(share)).mul_(inverse).to(x.dtype), grad_weight, None, None, None

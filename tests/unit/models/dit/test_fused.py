@@ -100,3 +100,14 @@ def test_gradients_agree_with_finite_differences() -> None:
 
     # In float32 inside: a wide step and a wide tolerance.
     assert torch.autograd.gradcheck(composed, (x, update), eps=1e-2, atol=2e-2, rtol=2e-2)
+
+
+def test_without_gradients_a_block_gives_the_same_and_leaves_its_inputs() -> None:
+    plain, _ = block_twins()
+    x, context, time = torch.randn(2, 24, 48), torch.randn(2, 5, 48), torch.randn(2, 3, 6, 48)
+    rope = rope_table((3, 2, 4), 24, device=torch.device("cpu"))
+    before = [tensor.clone() for tensor in (x, context, time)]
+    expected = plain(x, context, time, rope)
+    with torch.no_grad():
+        assert torch.equal(plain(x, context, time, rope), expected)
+    assert all(torch.equal(now, then) for now, then in zip((x, context, time), before, strict=True))
