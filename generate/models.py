@@ -23,6 +23,8 @@ from wan_train.models.encoders.text import TextEncoder
 from wan_train.models.loading import linear_shapes
 from wan_train.models.vae.strips import Strips
 from wan_train.models.vae.vae import WanVAE
+from wan_train.placement.lanes import lane_from_host
+from wan_train.placement.parking import Parking
 from wan_train.placement.report import release_memory
 from wan_train.placement.sharding import make_sharding
 from wan_train.precision import accumulate_in_float32, published_dtype
@@ -61,7 +63,8 @@ class VideoInputs:
 class Models:
     """Text encoder, image encoder, DiT and VAE; only one at a time is on the device.
 
-    With `keep` they are kept in CPU RAM between uses, otherwise freed. Processes of `groups` that generate a video
+    With `keep` they are kept in CPU RAM between uses, otherwise freed; a DiT has a pinned copy there from its first
+    use on, so that it is only ever copied to the device. Processes of `groups` that generate a video
     together use the same models at the same time.
     """
 
@@ -71,6 +74,7 @@ class Models:
     keep: bool = False
     groups: Groups = field(default_factory=Groups)
     _idle: dict[str, nn.Module] = field(default_factory=dict)
+    _parkings: dict[str, Parking] = field(default_factory=dict)
     _encoded: dict[str, Conditions] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,7 +172,10 @@ class Models:
     def _loaded(self, name: str, load: Callable[[], Any]) -> Iterator[LoadedModel]:
         model = self._idle.pop(name, None)
         if model is None:
+            self._parkings.pop(name, None)  # of a model that did not fit on the device
             model = load()
+        elif name in self._parkings:
+            self._parkings[name].bring()
         elif self._moves(name):
             model.to(self.device)
         loaded = LoadedModel(model)
@@ -177,9 +184,21 @@ class Models:
             yield loaded
         finally:
             if self.keep:
-                self._idle[name] = loaded.model.to("cpu") if self._moves(name) else loaded.model
+                self._idle[name] = self._put_away(name, loaded.model)
             loaded.model = None
             release_memory()
+
+    def _put_away(self, name: str, model: nn.Module) -> nn.Module:
+        """Move a model to CPU RAM, if it moves, and return it."""
+        if not self._moves(name):
+            return model
+        lane = lane_from_host(self.device) if name.startswith("DiT") else None
+        if lane is None:
+            return model.to("cpu")
+        if name not in self._parkings:
+            self._parkings[name] = Parking(model, lane)
+        self._parkings[name].park()
+        return model
 
     def _moves(self, name: str) -> bool:
         """Whether a model is moved to CPU RAM between uses: not if parts of it always are there."""

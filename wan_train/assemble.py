@@ -14,7 +14,7 @@ from networks.formats.files import read_deltas
 from networks.merge import merged
 from networks.selection import choose_modules
 from networks.settings import NetworkSettings
-from wan_train.compile import apply_compile, apply_device_flags, check_compile
+from wan_train.compile import Trial, apply_compile, apply_device_flags, check_compile
 from wan_train.errors import InputError
 from wan_train.fusing import apply_fusing
 from wan_train.log import get_logger
@@ -47,9 +47,16 @@ from wan_train.placement.settings import (
 from wan_train.placement.sharding import Sharding
 from wan_train.placement.stream import Stream, apply_stream, streamed_blocks
 from wan_train.precision import compute_dtype
-from wan_train.quantization.schemes import SCALE, check_fp8_product, quantised
+from wan_train.quantization.schemes import SCALE, check_fp8_product, quantised, trial_linear
 from wan_train.quantization.settings import FastWeightSettings, WeightSettings
-from wan_train.quantization.stored import check_storage, plan_storage, read_scales, storage_dtype, unscaled
+from wan_train.quantization.stored import (
+    check_storage,
+    plan_storage,
+    read_scales,
+    scheme_names,
+    storage_dtype,
+    unscaled,
+)
 from wan_train.storage import read_header, read_tensors
 
 log = get_logger(__name__)
@@ -115,7 +122,10 @@ def check_model(
     check_attention(settings.dit.attn_mode, device=device, dtype=seen, training=recompute is not None)
     if recompute is not None:
         check_recompute(recompute, settings.compile)
-    check_compile(settings.compile, device=device, blocks_to_swap=settings.stream.blocks_to_swap)
+    names = scheme_names(settings.weights) if settings.compile.compile else ()
+    linears = {name: trial_linear(name, device) for name in names}
+    trial = Trial(linears, seen, training=recompute is not None)
+    check_compile(settings.compile, device=device, blocks_to_swap=settings.stream.blocks_to_swap, trial=trial)
     if _multiplies_fp8(settings.weights):
         check_fp8_product(device)
     return warning

@@ -6,8 +6,8 @@ gradients (previews), for the first block of a model that trains through an adap
 batch size 1 beside larger ones, and at most twice for other batch sizes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import Any
 
@@ -52,9 +52,25 @@ def is_compiled(block: nn.Module) -> bool:
     return getattr(block, "compiled", False)
 
 
-def check_compile(settings: CompileSettings, *, device: torch.device | str, blocks_to_swap: int = 0) -> None:
-    """Compile a trivial function for `device` with these settings, and use their cache from then on. Raise InputError
-    for unknown names, a compiler that does not work, or settings that conflict with block swapping."""
+@dataclass(frozen=True)
+class Trial:
+    """What `check_compile` tries besides a trivial function: Linears by the name of how their weights are stored, with
+    inputs of `dtype`, and their backward pass if `training`."""
+
+    linears: Mapping[str, nn.Linear] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    training: bool = False
+
+
+def check_compile(
+    settings: CompileSettings, *, device: torch.device | str, blocks_to_swap: int = 0, trial: Trial = Trial()
+) -> None:
+    """Compile a trivial function for `device` with these settings, and the Linears of the trial; use the settings'
+    cache from then on.
+
+    Raise InputError for unknown names, a compiler that does not work or cannot use the stored weights (on GPUs before
+    compute capability 8.9 Triton has no e4m3), or settings that conflict with block swapping.
+    """
     if not settings.compile:
         _warn_of_unused_options(settings)
         return
@@ -71,8 +87,27 @@ def check_compile(settings: CompileSettings, *, device: torch.device | str, bloc
             f"--compile does not work on {device} with --compile_backend {settings.compile_backend}"
             f" ({_line(problem)}): leave out --compile, or install what is missing"
         ) from None
+    for stored, linear in trial.linears.items():
+        _try_linear(linear, stored, settings, trial, torch.device(device))
     if settings.compile_cache is not None:
         forget_counts()  # of the trial compilation
+
+
+def _try_linear(linear: nn.Linear, stored: str, settings: CompileSettings, trial: Trial, device: torch.device) -> None:
+    def run(x: Tensor) -> Tensor:
+        return linear(x)
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.ones(1, 32, linear.in_features, dtype=trial.dtype, device=device, requires_grad=trial.training)
+            y = _compiled(run, settings)(x)
+            if trial.training:
+                y.sum().backward()
+    except Exception as problem:
+        raise InputError(
+            f"--compile does not work on {device} with weights stored as {stored} ({_line(problem)}): leave out"
+            " --compile, or store the weights in 16 bits"
+        ) from None
 
 
 def _warn_of_unused_options(settings: CompileSettings) -> None:

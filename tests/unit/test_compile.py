@@ -17,7 +17,7 @@ from networks.adapter import create
 from networks.settings import NetworkSettings
 from tests.parity.golden import TOLERANCE, load_case, relative_error
 from tests.parity.test_dit import load, lora_file, run
-from wan_train.compile import apply_compile, apply_device_flags, check_compile
+from wan_train.compile import Trial, apply_compile, apply_device_flags, check_compile
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit, DitConfig
 from wan_train.placement.chunks import apply_chunks
@@ -25,9 +25,12 @@ from wan_train.placement.lanes import HostLane
 from wan_train.placement.recompute import apply_recompute
 from wan_train.placement.settings import COMPILE_MODES, CompileSettings, RecomputeSettings, StreamSettings
 from wan_train.placement.stream import apply_stream
-from wan_train.precision import Linear
-from wan_train.quantization.schemes import SCHEMES, Scheme
+from wan_train.precision import InputGradient, Linear
+from wan_train.quantization.schemes import SCHEMES, Scheme, trial_linear
+from wan_train.quantization.settings import FastWeightSettings, WeightSettings
+from wan_train.quantization.stored import scheme_names
 
+CPU = torch.device("cpu")
 # aot_eager traces the backward pass too, eager the forward pass alone, which is enough to count graphs.
 TRACED = CompileSettings(compile=True, compile_backend="aot_eager", compile_fullgraph=True)
 COUNTED = replace(TRACED, compile_backend="eager")
@@ -295,6 +298,60 @@ def test_a_missing_compiler_is_refused_by_name(tmp_path: Path, monkeypatch: pyte
     with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)}):
         with pytest.raises(InputError, match=r"No working C\+\+ compiler.*leave out --compile"):
             check_compile(CompileSettings(compile=True), device="cpu")
+
+
+def without_e4m3(graph: Any, inputs: list[Tensor]) -> Any:
+    """A compiler for a device that has no e4m3."""
+    if any(isinstance(each, Tensor) and each.dtype == torch.float8_e4m3fn for each in inputs):
+        raise RuntimeError("type fp8e4nv not supported in this architecture\nmore")
+    return graph.forward
+
+
+@pytest.fixture
+def old_device() -> Iterator[str]:
+    torch._dynamo.register_backend(without_e4m3, name="without_e4m3")
+    yield "without_e4m3"
+    for registry in (torch._dynamo.backends.registry._BACKENDS, torch._dynamo.backends.registry._COMPILER_FNS):
+        registry.pop("without_e4m3", None)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "fp8_fast"])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_the_weights_are_stored_in_is_tried(name: str, training: bool, old_device: str) -> None:
+    trial = Trial({name: trial_linear(name, CPU)}, torch.float32, training=training)
+    check_compile(TRACED, device=CPU, trial=trial)
+    settings = CompileSettings(compile=True, compile_backend=old_device)
+    if name == "int8":
+        check_compile(settings, device=CPU, trial=trial)
+        return
+    with pytest.raises(InputError, match=f"on cpu with weights stored as {name} .*fp8e4nv not supported.*leave out"):
+        check_compile(settings, device=CPU, trial=trial)
+
+
+def test_the_backward_pass_is_tried_where_something_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such product")
+
+    monkeypatch.setattr(InputGradient, "backward", staticmethod(fail))
+    linears = {"int8": trial_linear("int8", CPU)}
+    check_compile(COUNTED, device=CPU, trial=Trial(linears))
+    with pytest.raises(InputError, match="on cpu with weights stored as int8"):
+        check_compile(COUNTED, device=CPU, trial=Trial(linears, training=True))
+
+
+@pytest.mark.parametrize(
+    ("weights", "names"),
+    [
+        (WeightSettings(), []),
+        (WeightSettings(fp8_base=True), ["fp8"]),
+        (WeightSettings(fp8_base=True, fp8_scaled=True), ["fp8_scaled"]),
+        (WeightSettings(int8_base=True), ["int8"]),
+        (FastWeightSettings(fp8_base=True, fp8_scaled=True, fp8_fast=True), ["fp8_fast", "fp8_scaled"]),
+    ],
+    ids=str,
+)
+def test_the_trial_is_of_the_settings(weights: WeightSettings, names: list[str]) -> None:
+    assert list(scheme_names(weights)) == names
 
 
 def test_recorded_graphs_and_swapped_blocks_exclude_each_other() -> None:

@@ -202,6 +202,16 @@ def check_fp8_product(device: torch.device) -> None:
         ) from None
 
 
+def trial_linear(name: str, device: torch.device) -> Linear:
+    """Return a small frozen Linear, 64 to 64, stored as the scheme `name` stores matrices, for trying on a device."""
+    scheme = SCHEMES[name]
+    codes = scheme.quantise(torch.eye(BLOCK, device="cpu"))
+    linear = scheme.linear(BLOCK, BLOCK).requires_grad_(False)
+    linear.weight.data = codes.weight
+    linear.scale_weight = codes.scale
+    return linear.to(device)
+
+
 def quantised(
     tensors: Iterable[tuple[str, Tensor]], plan: Mapping[str, Scheme], device: torch.device | str
 ) -> Iterator[tuple[str, Tensor]]:

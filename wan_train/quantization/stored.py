@@ -136,6 +136,14 @@ def plan_storage(
     return StoragePlan(schemes, kept, SCHEMES["fp8_fast" if wanted == "fp8_fast" else "fp8"])
 
 
+def scheme_names(settings: WeightSettings) -> tuple[str, ...]:
+    """Return the names of the schemes that store matrices with these settings."""
+    wanted = _scheme_name(settings)
+    if wanted is None:
+        return ()
+    return (wanted, "fp8_scaled") if wanted == "fp8_fast" else (wanted,)
+
+
 def _scheme_name(settings: WeightSettings) -> str | None:
     if settings.int8_base:
         return "int8"

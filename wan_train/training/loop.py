@@ -122,9 +122,9 @@ class Reports:
     def __enter__(self) -> "Reports":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         # The step before a failed one has been taken. A device that failed cannot tell of it.
-        with suppress(Exception) if kind is not None else nullcontext():
+        with suppress(Exception) if error is not None else nullcontext():
             self.settle()
 
     def add(self, launched: Launched, *, at_once: bool) -> int:

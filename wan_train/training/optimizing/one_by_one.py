@@ -110,18 +110,23 @@ def one_by_one(optimizer_class: Callable[..., torch.optim.Optimizer]) -> Any:
         def load_state_dict(self, state: Mapping[str, Any]) -> None:
             """Load a state without casting; weights may be on another device until they are stepped."""
             for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
-                own = {"params", *(name for name in KERNEL_CHOICES if name in group)}
-                group.update({name: value for name, value in saved.items() if name not in own})
-                for parameter, index in zip(group["params"], saved["params"], strict=True):
-                    # The fused kernel reads the step count on the device, others in CPU RAM.
-                    counted_on = (self.stepped_on or parameter.device) if group.get("fused") else None
-                    held = state["state"].get(index, {})
-                    self.state[parameter] = {
-                        name: _own(value, counted_on if name == "step" else self.home) for name, value in held.items()
-                    }
+                _load_group(self, group, saved, state["state"])
 
     OneByOne.__name__, OneByOne.__qualname__ = base.__name__, base.__qualname__
     return OneByOne
+
+
+def _load_group(optimizer: Any, group: dict[str, Any], saved: Mapping[str, Any], states: Mapping[int, Any]) -> None:
+    """Load a saved parameter group and the states of its weights; the choice of kernels stays the optimizer's own."""
+    own = {"params", *(name for name in KERNEL_CHOICES if name in group)}
+    group.update({name: value for name, value in saved.items() if name not in own})
+    for parameter, index in zip(group["params"], saved["params"], strict=True):
+        # The fused kernel reads the step count on the device, others in CPU RAM.
+        counted_on = (optimizer.stepped_on or parameter.device) if group.get("fused") else None
+        optimizer.state[parameter] = {
+            name: _own(value, counted_on if name == "step" else optimizer.home)
+            for name, value in states.get(index, {}).items()
+        }
 
 
 def _own(value: Any, device: torch.device | None) -> Any:
