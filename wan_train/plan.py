@@ -1,24 +1,34 @@
 """Estimate the memory of a run before loading weights: run the real code on the meta device and count every tensor."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Protocol
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from networks.adapter import Adapter
+from networks.formats.files import changed_modules
 from networks.settings import NetworkSettings
 from wan_train.assemble import ModelSettings, attach_adapter, equip
 from wan_train.errors import InputError
 from wan_train.models.additions import extended_header
 from wan_train.models.dit.dit import Dit
-from wan_train.models.loading import outline_dit
+from wan_train.models.loading import linears_of, official_shapes, outline_dit
+from wan_train.models.stacks import block_matrices
+from wan_train.models.weights import dit_rename
 from wan_train.placement.ledger import GRADIENTS, HOST, WORK, Ledger, OutlineLane
 from wan_train.placement.settings import CompileSettings
 from wan_train.placement.stream import Stream
+from wan_train.quantization.stored import StoragePlan, plan_storage, read_scales
+from wan_train.storage import Header
 
 META = torch.device("meta")
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -34,8 +44,9 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Needs:
-    """Memory of each part of a run, in bytes. `peak` is the maximum on the device of gradients, activations and the
-    temporary memory of an optimizer step together, which do not peak at the same time."""
+    """Memory of each part of a run, in bytes. `weights` are the model's, without an `adapter`. `peak` is the maximum on
+    the device of gradients, activations and the temporary memory of an optimizer step together, which do not peak at
+    the same time."""
 
     weights: Bytes
     gradients: Bytes
@@ -43,17 +54,19 @@ class Needs:
     ema: Bytes
     activations: Bytes
     peak: int
+    adapter: Bytes = Bytes()
 
     @property
     def total(self) -> Bytes:
         """Peak memory of the whole run."""
-        kept = self.weights + self.states + self.ema
+        kept = self.weights + self.adapter + self.states + self.ema
         return Bytes(kept.device + self.peak, kept.host + self.activations.host)
 
     def describe(self) -> str:
         """Describe the needs in one line, in GiB, with CPU RAM listed separately."""
         rows = {
             "weights": self.weights,
+            "LoRA": self.adapter,
             "gradients": self.gradients,
             "optimizer states": self.states,
             "EMA": self.ema,
@@ -73,6 +86,7 @@ class Needs:
             self.ema + other.ema,
             _larger(self.activations, other.activations),
             max(self.peak, other.peak),
+            self.adapter + other.adapter,
         )
 
 
@@ -85,7 +99,48 @@ def _larger(one: Bytes, other: Bytes) -> Bytes:
     return Bytes(max(one.device, other.device), max(one.host, other.host))
 
 
-def check_fits(needs: Needs, free: Bytes, ways: Iterable[str], *, device_name: str) -> None:
+class Estimate(Protocol):
+    """An estimate of the memory of a run."""
+
+    @property
+    def total(self) -> Bytes:
+        """Peak memory of the whole run."""
+        ...
+
+    def describe(self) -> str:
+        """Describe the parts of the estimate in one line."""
+        ...
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to save memory: an option, the part of the run that it reduces, and whether it is used already."""
+
+    option: str
+    part: Bytes
+    is_used: bool = False
+
+
+def largest_first(ways: Iterable[Way]) -> list[str]:
+    """Return the options that are not used yet, those that reduce the largest part on the device first."""
+    unused = [way for way in ways if not way.is_used]
+    return [way.option for way in sorted(unused, key=lambda way: -way.part.device)]
+
+
+def free_memory(device: torch.device) -> Bytes:
+    """Return the free memory of a device, and this process's share of the free CPU RAM."""
+    host = psutil.virtual_memory().available
+    try:
+        limit = _CGROUP.read_text().strip()
+    except OSError:
+        limit = "max"
+    if limit.isdigit():
+        host = min(host, int(limit) - psutil.Process().memory_info().rss)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Bytes(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0, host // sharing)
+
+
+def check_fits(needs: Estimate, free: Bytes, ways: Iterable[str], *, device_name: str) -> None:
     """Raise InputError if more memory is needed than is `free`. On a CPU, device and host share memory, and
     `free.device` is 0."""
     total = needs.total if free.device else Bytes(0, needs.total.device + needs.total.host)
@@ -149,7 +204,8 @@ def outlined(
     """Build the model of a checkpoint and its trained parameters on the meta device, as `assemble_dit` and `finish_dit`
     would."""
     header = extended_header(settings.dit, settings.init)
-    model = outline_dit(settings.dit.dit, dtype=dtype, header=header)
+    storage = storage_of(settings, header, [path for path, _ in network.base_loras])
+    model = outline_dit(settings.dit.dit, dtype=dtype, header=header, plan=storage)
     model.compute_dtype = computing or model.compute_dtype
     for module in model.modules():
         if hasattr(module, "attend"):
@@ -158,6 +214,16 @@ def outlined(
     ledger = Ledger()
     stream = equip(model, replace(settings, compile=CompileSettings()), OutlineLane(ledger))
     return Outline(model, adapter, stream, ledger)
+
+
+def storage_of(settings: ModelSettings, header: Header, loras: Iterable[str] = ()) -> StoragePlan:
+    """Plan from headers alone how matrices are quantised, as `assemble_dit` plans it when it merges these LoRA
+    files."""
+    shapes = official_shapes(header.shapes)
+    touched = {module for path in loras for module in changed_modules(path, linears_of(shapes))}
+    empty = {name: torch.empty(shape, dtype=header.dtypes[name], device=META) for name, shape in header.shapes.items()}
+    scales = read_scales(empty, header, dit_rename(header.shapes), shapes)
+    return plan_storage(header, block_matrices(shapes), scales, settings.weights, touched)
 
 
 def attend_like_a_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -23,6 +23,12 @@ def check_deltas(source: TensorSource, linears: Mapping[str, Shape], choose: Cho
     _check(source, _open(source, linears, choose), linears)
 
 
+def changed_modules(source: TensorSource, linears: Mapping[str, Shape], choose: Choose | None = None) -> set[str]:
+    """Return the official names of the modules that a file, or the part of it that `choose` selects, changes. Only
+    headers are read."""
+    return set(_open(source, linears, choose).match.groups)
+
+
 def check_lora(source: TensorSource, linears: Mapping[str, Shape], choose: Choose | None = None) -> dict[str, int]:
     """Return the rank of each pair of a LoRA, by official module name. Raises InputError as `check_deltas` does, and
     for other kinds of changes."""

@@ -111,19 +111,27 @@ def build_dit(
     return model
 
 
-def outline_dit(source: TensorSource, *, dtype: torch.dtype | None = None, header: Header | None = None) -> Dit:
+def outline_dit(
+    source: TensorSource,
+    *,
+    dtype: torch.dtype | None = None,
+    header: Header | None = None,
+    plan: StoragePlan = NOTHING_QUANTISED,
+) -> Dit:
     """Return the model of a checkpoint without data: on the meta device, with the final dtype of each tensor.
 
-    `header` replaces the file's header if tensors are added to the file.
+    `header` replaces the file's header if tensors are added to the file. Modules in `plan` are quantised.
     """
     header = header or read_header(source)
     shapes = official_shapes(header.shapes)
     model = _empty(shapes, source, header.metadata, None, describe(source))
+    install_plan(model, plan, shapes)
     rename = dit_rename(header.shapes)
-    kept = dtypes_kept({rename(name): stored for name, stored in header.dtypes.items()}, dtype, set())
+    stored_dtypes = {rename(name): stored for name, stored in header.dtypes.items()}
+    kept, codes = dtypes_kept(stored_dtypes, dtype, set()), plan.code_dtypes(stored_dtypes)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(kept(name, parameter))
+        parameter.data = parameter.data.to(codes.get(name) or kept(name, parameter))
     stored = dtype or storage_dtype(header)
     model.compute_dtype = torch.bfloat16 if stored.itemsize == 1 else stored
     return model

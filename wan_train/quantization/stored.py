@@ -43,6 +43,12 @@ class StoragePlan:
         modules = set(self.schemes) | set(self.kept)
         return {f"{module}.{leaf}" for module in modules for leaf in ("weight", SCALE)}
 
+    def code_dtypes(self, stored: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+        """Return the dtype of each quantised weight by name; `stored` has the file's dtypes by name."""
+        of_scheme = {scheme: scheme.quantise(torch.zeros(1, 1)).weight.dtype for scheme in set(self.schemes.values())}
+        quantised = {f"{module}.weight": of_scheme[scheme] for module, scheme in self.schemes.items()}
+        return quantised | {f"{module}.weight": stored[f"{module}.weight"] for module in self.kept}
+
 
 NOTHING_QUANTISED = StoragePlan()
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 from dataset.caching.remains import remove_remains
-from networks.adapter import trains_weights
 from wan_train.compile import log_cache_use
 from wan_train.config_file import configuration_text
 from wan_train.flow.boundaries import describe_boundary
@@ -52,8 +51,7 @@ def main(settings: TrainSettings) -> None:
         return
     plan = preflight(settings, remote)
     data = open_data(settings, plan.configs)
-    if trains_weights(settings.network):
-        check_needs(settings, plan.experts, data.training)
+    check_needs(settings, plan.experts, data.training)
     accelerator = make_accelerator(settings.loop, settings.processes)
     seed = agree_on_seed(chosen_seed(settings.loop.seed, plan.state))
     set_seed(seed % 2**32)

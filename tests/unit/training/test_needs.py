@@ -21,10 +21,11 @@ from wan_train.placement.ledger import HOST, WORK, Ledger, OutlineLane
 from wan_train.placement.states import HostStates
 from wan_train.plan import META, Bytes, Needs, attend_like_a_kernel, check_fits, outlined, size
 from wan_train.training.experts.models import model_settings
-from wan_train.training.needs import loss_of, needs_of, states_of, tensors_in, ways_out
+from wan_train.training.needs import loss_of, needs_of, ways_out
 from wan_train.training.optimizing.ema import Ema
 from wan_train.training.optimizing.optimizers import make_optimizer
 from wan_train.training.optimizing.rounding import rounded
+from wan_train.training.optimizing.state_bytes import states_of, tensors_in
 from wan_train.training.optimizing.stepping import states_at_hand
 from wan_train.training.settings import TOOL, OptimizerSettings, TrainSettings
 
@@ -187,20 +188,21 @@ def test_what_cannot_fit_is_refused_with_the_ways_out(tiny: Path) -> None:
     settings = settings_of(tiny, "--full_bf16")
     needs = Needs(Bytes(3 << 30), Bytes(1 << 30), Bytes(2 << 30, 5 << 30), Bytes(), Bytes(1 << 30), 2 << 30)
     assert needs.total == Bytes(7 << 30, 5 << 30)
-    check_fits(needs, Bytes(7 << 30, 5 << 30), ways_out(settings), device_name="cuda:0")
-    check_fits(needs, Bytes(0, 12 << 30), ways_out(settings), device_name="cpu")
+    ways = ways_out(settings, needs)
+    check_fits(needs, Bytes(7 << 30, 5 << 30), ways, device_name="cuda:0")
+    check_fits(needs, Bytes(0, 12 << 30), ways, device_name="cpu")
     for free, told in {
         Bytes(6 << 30, 50 << 30): "not enough memory on cuda:0: needs 7.00 GiB, 6.00 GiB free",
         Bytes(8 << 30, 4 << 30): "not enough memory on the host: needs 5.00 GiB, 4.00 GiB free",
         Bytes(0, 11 << 30): "not enough memory on the host: needs 12.00 GiB, 11.00 GiB free",
     }.items():
         with pytest.raises(InputError, match=told) as refused:
-            check_fits(needs, free, ways_out(settings), device_name="cuda:0")
+            check_fits(needs, free, ways, device_name="cuda:0")
         said = str(refused.value)
         assert "--fused_backward_pass" in said and "--full_bf16" not in said and "\n" not in said
 
 
-def published(path: str, dtype: torch.dtype | None, header: object) -> Dit:
+def published(path: str, dtype: torch.dtype | None, header: object, plan: object) -> Dit:
     with torch.device("meta"):
         model = Dit(DitConfig(5120, 13824, 40, 40, text_dim=4096)).bfloat16()
     return outline_dit(model.state_dict(), dtype=dtype)
