@@ -121,7 +121,7 @@ def test_imports_point_down() -> None:
 def test_benchmarks_import_what_is_there() -> None:
     """They run rarely: what moves away from under them is found here."""
     lost = []
-    for path in (ROOT / "benchmarks").glob("*.py"):
+    for path in (ROOT / "benchmarks").rglob("*.py"):
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
                 module = importlib.import_module(str(node.module))

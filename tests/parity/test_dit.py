@@ -1,7 +1,5 @@
 """Our DiT against the official one's stored outputs, against diffusers, and against the published files' names."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,8 @@ from networks.deltas.lora import LoraDelta
 from networks.formats.files import read_lora
 from networks.merge import merged
 from networks.settings import NetworkSettings
-from tests.parity.golden import TOLERANCE, Case, load_case, load_manifest, normal, relative_error, state_dict
+from tests.parity.dit_cases import NAMES, load, lora_file, run
+from tests.parity.golden import TOLERANCE, load_case, load_manifest, normal, relative_error
 from tests.parity.theirs import tiny_transformer
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit
@@ -20,58 +19,7 @@ from wan_train.models.variants import VARIANTS
 from wan_train.models.weights import diffusers_name
 
 
-def load(case: Case, weights: dict[str, Tensor] | None = None) -> Dit:
-    controller = state_dict(case.spec.get("motion_controller_shapes", {}), case.spec["salt"])
-    return load_dit((weights or case.state_dict()) | controller, config={"num_heads": case.spec["config"]["num_heads"]})
-
-
-def run(model: Dit, case: Case) -> Tensor:
-    spec = case.spec
-    channels = spec["config"]["in_dim"] - spec.get("y_channels", 0)
-    latents = case.normal("x", (spec["batch"], channels, *spec["latent"]))
-    context = [case.normal(f"context.{i}", (n, 48)) for i, n in enumerate(spec["context_lens"])]
-    timestep = torch.tensor(spec["timesteps"])
-    if spec.get("per_token_timestep"):  # those of the first frame are 0
-        timestep = timestep[:, None].repeat(1, spec["latent"][0])
-        timestep[:, 0] = 0
-    return model(latents, timestep, context, **image_inputs(case), **control_inputs(case))
-
-
-def control_inputs(case: Case) -> dict[str, Any]:
-    spec, (frames, height, width) = case.spec, case.spec["latent"]
-    inputs: dict[str, Any] = {}
-    if spec.get("reference_latents"):
-        inputs["reference_latents"] = case.normal("reference_latents", (1, 16, 1, height, width))
-    if spec.get("control_camera"):
-        inputs["camera"] = case.normal("control_camera", (1, 24, frames, 8 * height, 8 * width))
-    if spec.get("vace_scale") is not None:
-        inputs |= {"vace_context": case.normal("vace_context", (1, 96, *spec["latent"]))}
-        inputs |= {"vace_scale": spec["vace_scale"]}
-    if "motion_bucket_id" in spec:
-        inputs["motion_bucket_id"] = torch.tensor([spec["motion_bucket_id"]])
-    return inputs
-
-
-def image_inputs(case: Case) -> dict[str, Tensor]:
-    spec = case.spec
-    if not spec.get("y_channels"):
-        return {}
-    batch, tokens = spec["batch"], spec["clip_tokens"]
-    images = {"image_latents": case.normal("y", (batch, spec["y_channels"], *spec["latent"]))}
-    if not tokens:
-        return images
-    features = case.normal("clip_fea", (batch * tokens // 257, 257, 1280)).view(batch, tokens, 1280)
-    return images | {"clip_features": features}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("wan21_t2v", "wan21_t2i", "wan21_i2v", "wan21_flf2v", "fun_inp", "wan22_i2v_a14b", "wan22_ti2v_5b"),
-        *("fun_control", "fun_v11_control_ref", "fun_v11_control_camera", "wan21_vace", "speedcontrol_v1"),
-        *("wan22_fun_a14b_control", "wan22_fun_a14b_control_camera"),
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_output(name: str) -> None:
     case = load_case(name)
     assert relative_error(run(load(case), case), case.outputs["out"]) < TOLERANCE
@@ -91,19 +39,6 @@ def test_loss_and_gradients(name: str) -> None:
     for key, stored in case.outputs.items():
         if key.startswith("grad."):
             assert relative_error(grads[key.removeprefix("grad.")], stored) < TOLERANCE
-
-
-def lora_file(case: Case) -> dict[str, Tensor]:
-    rank, alpha = case.spec["lora"]
-    tensors = {}
-    for name, shape in case.spec["shapes"].items():
-        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2:
-            key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-            down, up = f"{key}.lora_down.weight", f"{key}.lora_up.weight"
-            tensors[down] = case.normal(down, (rank, shape[1])) / shape[1] ** 0.5
-            tensors[up] = case.normal(up, (shape[0], rank)) / rank**0.5
-            tensors[f"{key}.alpha"] = torch.tensor(alpha)
-    return tensors
 
 
 def linears(model: Dit) -> dict[str, tuple[int, ...]]:

@@ -7,8 +7,8 @@ import torch
 from diffusers import WanVACETransformer3DModel
 from torch import Tensor
 
+from tests.parity.dit_cases import control_inputs, image_inputs, load
 from tests.parity.golden import TOLERANCE, Case, load_case, normal, relative_error
-from tests.parity.test_dit import control_inputs, image_inputs, load
 from wan_train.models.dit.dit import Dit
 from wan_train.models.loading import load_dit
 from wan_train.models.stacks import all_blocks, block_names, hinted_layers

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from networks.settings import NetworkSettings
+from tests.parity.dit_cases import lora_file, run
 from tests.parity.golden import load_case, relative_error
-from tests.parity.test_dit import lora_file, run
 from tests.parity.test_dit_stored import CASES, CPU, file_of
 from wan_train.assemble import ModelSettings, assemble_dit, attach_adapter, finish_dit, streamed_names
 from wan_train.models.loading import official_shapes

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from networks.adapter import create
 from networks.settings import NetworkSettings
+from tests.parity.dit_cases import lora_file, run
 from tests.parity.golden import Case, load_case, relative_error
-from tests.parity.test_dit import lora_file, run
 from wan_train.assemble import ModelSettings, WeightedLora, assemble_dit, check_model
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit

@@ -5,8 +5,8 @@ import torch
 
 from networks.adapter import check_module, check_network, create
 from networks.settings import NetworkSettings
+from tests.parity.dit_cases import load, run
 from tests.parity.golden import TOLERANCE, load_case, relative_error
-from tests.parity.test_dit import load, run
 from wan_train.errors import InputError
 from wan_train.placement.recompute import apply_recompute
 from wan_train.placement.settings import RecomputeSettings

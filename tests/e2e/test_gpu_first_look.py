@@ -1,0 +1,58 @@
+"""benchmarks/gpu_first_look.py on the CPU, at tiny sizes, with the packages of a bare GPU image."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.processes import QUIET
+
+# What it may import: its four packages, what torch needs, and the repository. All else is as if not installed.
+BARE = """
+import importlib.machinery, sys
+
+ALLOWED = {"torch", "torchgen", "functorch", "numpy", "safetensors", "einops"}
+ALLOWED |= {"sympy", "mpmath", "networkx", "jinja2", "markupsafe", "typing_extensions", "filelock", "fsspec", "triton"}
+ALLOWED |= {"benchmarks", "tests", "wan_train", "networks", "dataset"}
+
+class Installed:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        top = name.partition(".")[0]
+        there = path is not None or top in ALLOWED | sys.stdlib_module_names or top.startswith("_")
+        return importlib.machinery.PathFinder.find_spec(name, path, target) if there else None
+
+sys.meta_path[:] = [Installed if each is importlib.machinery.PathFinder else each for each in sys.meta_path]
+"""
+NOT_HERE = {"ceiling/products fp8", "mode/bitsandbytes AdamW8bit"}
+
+
+def look(root: Path, tmp_path: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    bare = tmp_path / "bare"
+    bare.mkdir(exist_ok=True)
+    (bare / "sitecustomize.py").write_text(BARE)  # Python imports it at each start, so also in the worker
+    command = [sys.executable, "benchmarks/gpu_first_look.py", "--device", "cpu", "--small", *map(str, words)]
+    environment = os.environ | QUIET | {"PYTHONPATH": str(bare)}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
+
+
+def test_it_runs_whole_with_its_four_packages_alone(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "look.jsonl"
+    done = look(root, tmp_path, "--minutes", 20, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {result["row"]: result for result in map(json.loads, out.read_text().splitlines())}
+    assert {name for name, result in results.items() if result["status"] != "ok"} == NOT_HERE
+    assert all(results[name]["status"] == "skipped" for name in NOT_HERE)
+    assert results["parity/wan21_t2v"]["float32_error"] < 1e-4
+    assert results["mode/streamed"]["loss_as_plain"] and results["resume/full"]["same_weights"]
+    assert results["speed/resident"]["blocks"] == 4 and results["speed/resident"]["share_of_ceiling"] > 0
+    assert "| keep_attention | 4 |" in done.stdout
+
+
+def test_the_image_is_bare(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    code = "import importlib.util as u; print(*[n for n in ('numpy', 'tqdm', 'diffusers', 'PIL') if u.find_spec(n)])"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["numpy"]
