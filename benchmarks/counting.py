@@ -79,7 +79,7 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        inputs = _tensors((args, kwargs))
+        inputs = _tensors((args, {key: value for key, value in kwargs.items() if key != "out"}))
         if name in WAITING and any(x.is_meta for x in inputs):
             self.counts.waits += 1
         if name == "_local_scalar_dense" and inputs[0].is_meta:

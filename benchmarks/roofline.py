@@ -3,7 +3,8 @@
 Models are on the meta device: no GPU, no weights. The counts become seconds by stated rates of a device; what a device
 adds (imperfect overlap, allocations, kernels' own efficiency) is not modelled.
 
-    python benchmarks/roofline.py [--kind forward lora recomputed keep_attention] [--side ours theirs] [--operators 10]
+    python benchmarks/roofline.py [--kind forward lora recomputed keep_attention] [--side ours unfused theirs]
+        [--operators 10]
 
 A test compares our counts with tests/golden/counts.json. This stores those that fell there, and names those that rose,
 which are changed in the file by hand if they should be:
@@ -18,6 +19,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -45,8 +47,8 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty(LATENTS), torch.empty(1), torch.empty(1, 512, TEXT, dtype=torch.bfloat16)
 
 
-def ours(step_kind: str, num_layers: int, counting: Counting) -> Call:
-    """Return a pass of our DiT, plain or with our LoRA."""
+def ours(step_kind: str, num_layers: int, counting: Counting, *, fused: bool = True) -> Call:
+    """Return a pass of our DiT, plain or with our LoRA; with `fused` kernels, or as with `--no_fused_kernels`."""
     from networks.adapter import create
     from networks.settings import NetworkSettings
     from wan_train.fusing import set_kernels
@@ -63,7 +65,8 @@ def ours(step_kind: str, num_layers: int, counting: Counting) -> Call:
     if step_kind != "forward":
         create(model, NetworkSettings(network_dim=RANK, network_alpha=RANK), seed=0)
         model.to(device)
-    set_kernels(model.blocks, PURE.each(counting.as_one_kernel))
+    if fused:
+        set_kernels(model.blocks, PURE.each(counting.as_one_kernel))
     modes = {"recomputed": "full", "keep_attention": "keep_attention"}
     if step_kind in modes:
         apply_recompute(model.blocks, RecomputeSettings(recompute=modes[step_kind]), device)
@@ -114,7 +117,7 @@ def _cast(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-SIDES = {"ours": ours, "theirs": theirs}
+SIDES = {"ours": ours, "unfused": partial(ours, fused=False), "theirs": theirs}
 
 
 def count(side: str, step_kind: str, num_layers: int = LAYERS) -> Counts:

@@ -196,14 +196,19 @@ class _Up(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         hidden, up = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        grad_hidden = (rows @ up).mul_(ctx.scale).view_as(hidden)
-        grad_up = (hidden.flatten(0, -2).t() @ rows).mul_(ctx.scale).t()
+        grad_hidden = _scaled_product(rows, up, ctx.scale).view_as(hidden)
+        grad_up = _scaled_product(hidden.flatten(0, -2).t(), rows, ctx.scale).t()
         return grad, grad_hidden, grad_up, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """Return total (..., n) + scale * left (rows, r) @ right (r, n), in place if `total` is contiguous."""
     return total.flatten(0, -2).addmm_(left, right, alpha=scale).view(total.shape)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return scale * left @ right; the product scales, so this takes no operation more, and no rounding in between."""
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

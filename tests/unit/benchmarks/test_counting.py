@@ -32,6 +32,13 @@ def test_a_copy_reads_only_its_source() -> None:
     assert counting.counts.elementwise_bytes == 8 * 4 + 8 * 2
 
 
+def test_memory_for_a_result_is_not_read() -> None:
+    x, y = meta(8), meta(8)
+    with Counting() as counting:
+        torch.mul(x, y, out=x)
+    assert counting.counts.elementwise_bytes == 3 * 8 * 4
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_products_have_flops_and_no_elementwise_bytes(in_place: bool) -> None:
     total, left, right = meta(4, 6), meta(4, 5), meta(5, 6)
