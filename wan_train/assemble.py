@@ -219,7 +219,7 @@ def finish_dit(model: Dit, settings: ModelSettings, device: torch.device) -> Str
 def equip(model: Dit, settings: ModelSettings, lane: Lane) -> Stream:
     """Apply fusing, chunking, compilation, streaming and recomputation to the blocks, copying with `lane`."""
     blocks = all_blocks(model)
-    apply_fusing(blocks, settings.compile, lane.device)
+    apply_fusing(model, settings.compile, lane.device)
     apply_chunks(blocks, settings.activations.ffn_chunks)
     apply_compile(blocks, settings.compile)
     stream = apply_stream(blocks, settings.stream, lane)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from wan_train.log import get_logger
 from wan_train.models.dit.block import Block
+from wan_train.models.dit.dit import Dit
 from wan_train.models.dit.fused import PURE, Fused, Kernels
 from wan_train.models.dit.norms import RMSNorm
+from wan_train.models.stacks import all_blocks
 from wan_train.packages import first_line
 from wan_train.placement.settings import CompileSettings
 
@@ -24,17 +26,17 @@ PROBE_ERROR = 0.05  # relative; rounding to bfloat16 gives a few thousandths, a 
 log = get_logger(__name__)
 
 
-def apply_fusing(blocks: Iterable[nn.Module], settings: CompileSettings, device: torch.device) -> None:
-    """Let the blocks compute their elementwise work with compiled kernels if the device has a compiler that works.
+def apply_fusing(model: Dit, settings: CompileSettings, device: torch.device) -> None:
+    """Let all blocks compute their elementwise work with compiled kernels if the device has a compiler that works.
 
     This changes rounding, not results. Nothing changes with `compile`, which compiles blocks whole, with
     `no_fused_kernels`, and on CPUs, where torch's operators are as fast.
     """
     if settings.compile or settings.no_fused_kernels or device.type not in WITH_COMPILER:
         return
-    kernels = working_kernels(device)
+    kernels = working_kernels(device, model.config.dim, model.config.num_heads)
     if kernels is not None:
-        set_kernels(blocks, kernels)
+        set_kernels(all_blocks(model), kernels)
 
 
 def set_kernels(blocks: Iterable[nn.Module], kernels: Kernels) -> None:
@@ -49,12 +51,12 @@ def set_kernels(blocks: Iterable[nn.Module], kernels: Kernels) -> None:
 
 
 @cache
-def working_kernels(device: torch.device) -> Kernels | None:
+def working_kernels(device: torch.device, width: int, num_heads: int) -> Kernels | None:
     """Compile the kernels and compare them with torch's operators on the device; None, with a warning, if one fails."""
     kernels = PURE.each(compiled)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for name, arguments in examples(device, torch.bfloat16).items():
+            for name, arguments in examples(device, torch.bfloat16, width, num_heads).items():
                 _compare(name, getattr(kernels, name)(*arguments), getattr(PURE, name)(*arguments))
     except Exception as problem:  # compilers, drivers and packages raise all kinds of errors
         log.warning(
@@ -68,32 +70,38 @@ def working_kernels(device: torch.device) -> Kernels | None:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function compiled for any number of tokens, which is dimension 1 of its first argument."""
-    fast = torch.compile(function)
+    """Return the function compiled for any numbers of tokens and of groups, which are dimension 1 of its tensors.
+
+    The width stays a constant of the code. Detached tensors let passes with and without gradients share it.
+    """
+    fast = torch.compile(function, dynamic=False)
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        for tensor in args:
-            if isinstance(tensor, Tensor) and tensor.ndim > 2 and tensor.shape[1] == args[0].shape[1]:
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
+        for value in args:
+            if isinstance(value, Tensor) and value.ndim > 2:
+                torch._dynamo.maybe_mark_dynamic(value, 1)
         return fast(*args)
 
     return call
 
 
-def examples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Return small arguments of each kernel: 24 tokens in three groups, two heads of width 64."""
+def examples(
+    device: torch.device, dtype: torch.dtype, width: int = 128, num_heads: int = 2
+) -> dict[str, tuple[Any, ...]]:
+    """Return small arguments of each kernel: 24 tokens in three groups."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    x, grad, rope, weight = draw(1, 24, 128), draw(1, 24, 128), draw(2, 24, 1, 64), draw(128)
-    update, heads = draw(1, 24, 128).to(dtype), draw(1, 24, 2, 64).to(dtype)
-    scale, shift, gate = (draw(1, 3, 128) for _ in range(3))
+    x, grad, weight, rope = draw(1, 24, width), draw(1, 24, width), draw(width), draw(2, 24, 1, width // num_heads)
+    update, heads = draw(1, 24, width).to(dtype), draw(1, 24, num_heads, width // num_heads).to(dtype)
+    scale, shift, gate = (draw(1, 3, width) for _ in range(3))
     mean, inverse = draw(1, 24, 1), draw(1, 24, 1).abs()
     return {
-        "norm_and_rotate": (update, weight, rope, 1e-6, 2),
+        "norm_and_rotate": (update, weight, rope, 1e-6, num_heads),
         "norm_and_rotate_backward": (heads, update, weight, rope, inverse),
         "normalise": (x, scale, shift, 1.0, 1e-6, dtype),
         "normalise_backward": (update, x, scale, 1.0, mean, inverse),

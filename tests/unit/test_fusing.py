@@ -5,11 +5,13 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 from tests.parity.golden import relative_error
@@ -48,7 +50,7 @@ def is_fused(dit: torch.nn.Module) -> bool:
 
 def apply(settings: CompileSettings = CompileSettings()) -> bool:  # noqa: B008
     dit = model(1)
-    fusing.apply_fusing(dit.blocks, settings, CPU)
+    fusing.apply_fusing(dit, settings, CPU)
     return is_fused(dit)
 
 
@@ -128,6 +130,21 @@ def test_a_compiled_function_is_one_kernel_and_gives_the_same(name: str) -> None
     made = re.findall(r"= empty_strided_cpu\((\(.*?\)), ", code)
     wide = [shape for shape in made if not shape.endswith(" 1)")]
     assert len(wide) == sum(out.shape[-1] > 1 for out in results)
+
+
+def test_one_graph_serves_all_numbers_of_tokens_with_and_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each function has its own, four of them two: with and without rope or gate. Above torch's limit of graphs for a
+    function nothing more would be compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(fusing.torch, "compile", partial(torch.compile, backend="eager"))
+    dit = model(lora=True)
+    fusing.set_kernels(dit.blocks, PURE.each(fusing.compiled))
+    for size in ((2, 4, 6), (1, 8, 8)):
+        step(dit, size)
+        with torch.no_grad():
+            step(dit, size)
+    assert counters["stats"]["unique_graphs"] == len(vars(PURE)) + 4
 
 
 @COMPILER
