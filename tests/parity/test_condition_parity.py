@@ -117,7 +117,7 @@ def previewed(line: str, task: str, files: list[str]) -> ImageConditions | None:
     return encode_images(request, open_vae(VaeSettings(vae=files[1], vae_dtype="fp32"), CPU), tokens, CPU)
 
 
-@pytest.mark.parametrize("num_frames", (5, 13, 121))
+@pytest.mark.parametrize("num_frames", (5, 13, pytest.param(121, marks=pytest.mark.slow)))
 def test_the_first_frame_of_the_5b(num_frames: int, models: Path, folder: Path) -> None:
     """A clip's first latent frame, which training gives, is what preview and generator encode of its image."""
     save(models / VAE22, vae22_shapes(), torch.float32)

@@ -183,7 +183,7 @@ def test_embeddings(tiny: Tiny) -> None:
         assert not padded[0, len(rows) :].any()
 
 
-@pytest.mark.parametrize("frames", [1, 9, 17])
+@pytest.mark.parametrize("frames", [1, 9, pytest.param(17, marks=pytest.mark.slow)])
 def test_noise_to_frames(tiny: Tiny, frames: int) -> None:
     made = tiny.ours(video_length=frames)
     assert made.pixels.shape == (1, 3, frames, HEIGHT, WIDTH)
