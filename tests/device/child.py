@@ -38,14 +38,16 @@ def serve(folder: str, connection: Connection) -> None:
 
 
 def _answered(folder: Path, name: str, mutant: str | None) -> dict[str, Any]:
-    from tests.device.cases import CASES
+    from tests.device.mutants import MUTANTS
     from tests.device.probes import PROBES, see
     from tests.device.running import run_case
+    from tests.device.table import CASES
 
     try:
         if mutant == PROBE:
             return {"seen": see(PROBES[name])}
         with tempfile.TemporaryDirectory(dir=folder) as own:
-            return asdict(run_case(CASES[name], folder, Path(own), compare=mutant is None))
+            patches = [MUTANTS[mutant].patch()] if mutant else []
+            return asdict(run_case(CASES[name], folder, Path(own), patches=patches, compare=not mutant))
     except Exception:
         return {"refused": traceback.format_exc()}

@@ -7,6 +7,7 @@ import json
 import os
 import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,11 +19,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-import wan_train.training.loop as loop
 from tests.device.cases import Case, caching
 from tests.device.simulated.device import SimulatedCuda
 from tests.device.simulated.runtime import Patch
 from wan_train.cli import run
+from wan_train.models.dit import rope
+from wan_train.training import loop
 from wan_train.training.optimizing import adamw8bit
 
 
@@ -59,6 +61,8 @@ def run_case(case: Case, folder: Path, own: Path, *, patches: Sequence[Patch] = 
     compare = compare and case.within is not None
     if case.reads:
         make_caches(case.reads, folder)
+    for out in (ours, theirs) if case.before else ():
+        run_on_cpu(case.before, folder, out)
     if compare:
         began = time.process_time()
         run_on_cpu(case, folder, theirs)
@@ -85,8 +89,14 @@ def run_on_cpu(case: Case, folder: Path, out: Path) -> None:
 
 def _simulate(case: Case, words: list[str], result: Result, patches: Sequence[Patch]) -> None:
     began = time.process_time()
+    tables: OrderedDict[Any, Tensor] = OrderedDict()
     with SimulatedCuda() as cuda, ExitStack() as stack, _captured() as said:
-        for owner, name, value in (*patches, (loop, "take_step", _counting(cuda, result))):
+        ours: list[Patch] = [
+            (loop, "take_step", _counting(cuda, result)),
+            (rope, "_tables", tables),  # kept from step to step, as without a dispatch mode
+            (rope, "is_in_torch_dispatch_mode", lambda: False),
+        ]
+        for owner, name, value in (*patches, *ours):
             stack.enter_context(mock.patch.object(owner, name, value))
         try:
             result.code = run(case.tool, words)
@@ -94,6 +104,7 @@ def _simulate(case: Case, words: list[str], result: Result, patches: Sequence[Pa
             result.error = f"{type(problem).__name__}: {problem}"[:2000] + "\n" + traceback.format_exc()[-3000:]
             problem.__traceback__ = None
         _forget_runs()
+        tables.clear()
         gc.collect()
         result.alive = cuda.memory.alive_by_place()
         result.peak, result.num_operators = cuda.memory.peak, cuda.num_operators

@@ -9,20 +9,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.tiny.control import make_control_models
-from tests.tiny.images import FIRST, make_image_models
-from tests.tiny.make import DIT, dit_shapes, draw_weight, make, save
+from tests.tiny.images import make_image_models
+from tests.tiny.make import CLIPS, DIT, dit_shapes, draw_weight, make, save
 from tests.tiny.vae22 import VAE22, vae22_shapes
 
 SIZE = (64, 32)
 FRAMES = 5
-SIX, SCALED = "six.safetensors", "six_fp8_scaled.safetensors"
+FOUR, SCALED = "four.safetensors", "four_fp8_scaled.safetensors"
 PROMPT = "a blue square moves down"
-PROMPTS, IMAGE_PROMPTS, PRIOR = "previews.txt", "image_previews.txt", "prior.txt"
+VIDEO = "blue_square.mp4"
+PROMPTS, PRIOR = "previews.txt", "prior.txt"
 EXPERTS = {"": ("low.safetensors", "high.safetensors"), "i2v-": ("i2vlow.safetensors", "i2vhigh.safetensors")}
 # What the clips of a task have beside their captions.
 KEYS = {
     "fun-control-1.3B": 'control_directory = "{0}/controls"\nreference_directory = "{0}/references"\n',
+    "i2v-14B-FC": 'control_directory = "{0}/controls"\n',
     "fun-camera-1.3B": 'camera_direction = "LeftUp"\ncamera_speed = 0.02\n',
+    "fun-control-A14B": 'control_directory = "{0}/controls"\n',
+    "fun-camera-A14B": 'camera_direction = "In"\n',
+    "vace-fun-A14B": 'control_directory = "{0}/controls"\n',
     "vace-1.3B": 'control_directory = "{0}/controls"\nreference_directory = "{0}/references"\n',
 }
 
@@ -33,7 +38,7 @@ def make_all(folder: Path) -> None:
     make_image_models(folder)
     make_control_models(folder)
     save(folder / DIT, dit_shapes(num_layers=2), torch.bfloat16)
-    save(folder / SIX, dit_shapes(num_layers=6), torch.bfloat16)
+    save(folder / FOUR, dit_shapes(num_layers=4), torch.bfloat16)
     save(folder / "ti2v.safetensors", dit_shapes(in_dim=48, channels=48), torch.bfloat16)
     save(folder / VAE22, vae22_shapes(), torch.float32)
     for prefix, in_dim in (("", 16), ("i2v-", 36)):
@@ -61,9 +66,9 @@ def data(folder: Path, task: str, *, cache: Path | None = None) -> Path:
 
 
 def _scaled_fp8() -> dict[str, Tensor]:
-    """Return the six-block DiT in fp8 with one scale per matrix, as ComfyUI stores it."""
+    """Return the four-block DiT in fp8 with one scale per matrix, as ComfyUI stores it."""
     tensors: dict[str, Tensor] = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    for key, shape in dit_shapes(num_layers=6).items():
+    for key, shape in dit_shapes(num_layers=4).items():
         weight = draw_weight(key, shape)
         if not (key.startswith("blocks.") and key.endswith(".weight") and len(shape) == 2):
             tensors[key] = weight.bfloat16()
@@ -75,7 +80,7 @@ def _scaled_fp8() -> dict[str, Tensor]:
 
 
 def _write_controls(folder: Path) -> None:
-    clips = sorted((folder / "clips").glob("*.mp4"))
+    clips = sorted((folder / CLIPS).glob("*.mp4"))
     for name in ("controls", "references"):
         (folder / name).mkdir()
     for clip, other in zip(clips, clips[1:] + clips[:1], strict=True):
@@ -84,9 +89,6 @@ def _write_controls(folder: Path) -> None:
 
 
 def _write_texts(folder: Path) -> None:
-    size = f"--w {SIZE[0]} --h {SIZE[1]} --s 2"
-    previews = f"{PROMPT} {size} --f {FRAMES} --d 1 --l 3.0\n{PROMPT} {size} --f 1 --d 2\n"
-    (folder / PROMPTS).write_text(previews, encoding="utf-8")
-    image = f"{PROMPT} {size} --f {FRAMES} --d 11 --i {folder / FIRST}\n"
-    (folder / IMAGE_PROMPTS).write_text(image, encoding="utf-8")
+    preview = f"{PROMPT} --w {SIZE[0]} --h {SIZE[1]} --f {FRAMES} --s 1 --d 1 --l 3.0\n"
+    (folder / PROMPTS).write_text(preview, encoding="utf-8")
     (folder / PRIOR).write_text("a blue square\n", encoding="utf-8")

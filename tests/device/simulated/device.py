@@ -39,6 +39,7 @@ _DEVICE = torch.ops.prim.device.default
 _ANSWERS = ("aten::equal", "aten::is_nonzero", "aten::_is_all_true", "aten::allclose")  # Python bools
 _UNKNOWN_SHAPE = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim")
 _FILLS = ("aten::copy_", "aten::fill_", "aten::zero_")  # do not read what they overwrite
+_ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
 _COPIES = ("aten::copy_", "aten::_to_copy")
 
 
@@ -215,7 +216,7 @@ class SimulatedCuda(TorchDispatchMode):
         for tensor in tensors:
             self.memory.read(tensor, self.queues.host, reason, place)
 
-    def readon_host(self, tensor: Tensor, reason: str) -> None:
+    def read_on_host(self, tensor: Tensor, reason: str) -> None:
         """Note that Python reads a simulated tensor, waiting for it if it is on the device."""
         if tensor.device.type == "cuda":
             self.wait([tensor], reason)
@@ -231,7 +232,8 @@ class SimulatedCuda(TorchDispatchMode):
         queue = self.queues.current if "cuda" in devices else host
         if queue is not host:
             queue.join(host.at())
-        queue.count += 1
+        # An allocation is no kernel, but its memory may be in use by all kernels queued before it.
+        queue.count += name not in _ALLOCATIONS
         filled = {key_of(tensor) for tensor in writes} if name in _FILLS else set()
         for tensor in tensors:
             if key_of(tensor) not in filled:

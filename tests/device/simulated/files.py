@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from tests.device.simulated.device import SimulatedCuda, off
@@ -36,7 +37,7 @@ def file_patches(cuda: SimulatedCuda) -> Iterator[Patch]:
 
 def _outside(function: Any) -> Any:
     def called(*args: Any, **kwargs: Any) -> Any:
-        with off():
+        with _disable_current_modes():  # not `off`: torch.load asks whether fake tensors are wanted
             return function(*args, **kwargs)
 
     return called
@@ -54,7 +55,7 @@ def _with_numbers(cuda: SimulatedCuda, function: Any) -> Any:
 
     def called(value: Any, *args: Any, **kwargs: Any) -> Any:
         value = tree_map_only(Tensor, number, dict(value) if isinstance(value, dict) else value)
-        with off():
+        with _disable_current_modes():
             return function(value, *args, **kwargs)
 
     return called
