@@ -19,8 +19,8 @@ for folder in ("benchmarks", "tests"):  # a package of this name among those ins
 
 
 def main() -> int:
-    """Measure, print the tables; return the exit code: 1 if a result is wrong or failed, 2 for a wrong file."""
-    from benchmarks.first_look.records import OtherMachine, Records
+    """Measure and print tables; return the exit code: 1 if a result is wrong or failed, 2 if none can be measured."""
+    from benchmarks.first_look.records import Records, Refused
     from benchmarks.first_look.rows import Options
     from benchmarks.first_look.supervision import supervise
     from benchmarks.first_look.tables import tables
@@ -39,7 +39,7 @@ def main() -> int:
     options = Options(given.device, small=given.small, blocks=given.blocks, only=tuple(given.only))
     try:
         supervise(options, records, seconds=60 * given.minutes)
-    except OtherMachine as problem:
+    except Refused as problem:
         print(f"ERROR: {problem}", file=sys.stderr)
         return 2
     latest = records.latest()

@@ -11,8 +11,8 @@ MACHINE = "machine"
 SAME = ("device", "torch", "small")  # what all results of a file have in common
 
 
-class OtherMachine(ValueError):
-    """The file holds results of another device, version of torch, or size."""
+class Refused(ValueError):
+    """Nothing can be measured as asked; the text says why and what to change."""
 
 
 class Records:
@@ -47,7 +47,7 @@ class Records:
             os.fsync(file.fileno())
 
     def check_machine(self, machine: Mapping[str, Any]) -> None:
-        """Record the machine, or raise OtherMachine if the file holds another one's results."""
+        """Record the machine, or raise Refused if the file holds another one's results."""
         before = self.latest().get(MACHINE)
         if before is None:
             self.add({"row": MACHINE, "status": "ok", **machine})
@@ -56,7 +56,7 @@ class Records:
             f"{name} was {before.get(name)}, is {machine[name]}" for name in SAME if before.get(name) != machine[name]
         ]
         if changed:
-            raise OtherMachine(f"{self.path} holds other results ({'; '.join(changed)}): give another --out")
+            raise Refused(f"{self.path} holds other results ({'; '.join(changed)}): give another --out")
 
 
 def missing_rows(names: Sequence[str], latest: Mapping[str, Result]) -> list[str]:

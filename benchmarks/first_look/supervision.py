@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from benchmarks.first_look.records import Records, Result, missing_rows
+from benchmarks.first_look.records import Records, Refused, Result, missing_rows
 from benchmarks.first_look.rows import Options
 
 STARTING = 300.0  # seconds until a worker must have said what it measures
@@ -30,10 +30,10 @@ class Worker:
         self._process: SpawnProcess = context.Process(target=_serve, args=(options, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        hello = self._receive(STARTING)
-        if hello is None or "machine" not in hello:
+        hello = self._receive(STARTING) or {"refused": "the process that measures did not start: see its error above"}
+        if "refused" in hello:
             self.stop()
-            raise RuntimeError("the worker did not start: see its error above")
+            raise Refused(hello["refused"])
         self.machine: Mapping[str, Any] = hello["machine"]
         self.rows: Mapping[str, float] = hello["rows"]
 
@@ -73,7 +73,8 @@ def _serve(options: Options, pipe: Connection) -> None:
 
 
 def supervise(options: Options, records: Records, *, seconds: float) -> None:
-    """Measure the rows that the file lacks, for at most that time. Raise OtherMachine if the file is another's."""
+    """Measure the rows that the file lacks, for at most that time. Raise Refused for a device that is
+    not there, a file of another machine, and rows that do not exist."""
     deadline = time.monotonic() + seconds
     first = Worker(options)
     worker: Worker | None = first

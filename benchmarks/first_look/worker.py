@@ -16,7 +16,9 @@ from benchmarks.first_look.records import Result
 from benchmarks.first_look.resume import resume_rows
 from benchmarks.first_look.rows import Measured, NotHere, Options, Row
 from benchmarks.first_look.speed import speed_rows
+from wan_train.errors import InputError
 from wan_train.packages import first_line
+from wan_train.precision import default_device
 
 UNTIL_LATER = 1.0  # seconds: the estimate of every row at tiny sizes
 
@@ -50,13 +52,26 @@ def describe(options: Options) -> dict[str, Any]:
 
 
 def serve(options: Options, pipe: Connection) -> None:
-    """Send the machine and the rows with their estimates, then a result for each name received, until None."""
-    rows = {row.name: row for row in all_rows(options)}
+    """Send the machine and the rows with their estimates, or why nothing can be measured; then a result for each name
+    received, until None."""
+    rows = {row.name: row for row in all_rows(options)} if _is_there(options.device) else None
+    if not rows:
+        there = f"no row begins with {' or '.join(options.only)}: see docs/benchmarks.md"
+        missing = f"--device {options.device} is not available: try the script itself with --device cpu --small"
+        pipe.send({"refused": missing if rows is None else there})
+        return
     estimates = {name: UNTIL_LATER if options.small else row.seconds for name, row in rows.items()}
     pipe.send({"machine": describe(options), "rows": estimates})
     while (asked := pipe.recv()) is not None:
         name, earlier = asked
         pipe.send(attempt(rows[name], earlier, torch.device(options.device)))
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return default_device(name).type != "meta"
+    except InputError:
+        return False
 
 
 def attempt(row: Row, earlier: Mapping[str, Result], device: torch.device) -> Result:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.processes import QUIET
 
 # What it may import: its four packages, what torch needs, and the repository. All else is as if not installed.
@@ -48,6 +50,20 @@ def test_it_runs_whole_with_its_four_packages_alone(root: Path, tmp_path: Path) 
     assert results["mode/streamed"]["loss_as_plain"] and results["resume/full"]["same_weights"]
     assert results["speed/resident"]["blocks"] == 4 and results["speed/resident"]["share_of_ceiling"] > 0
     assert "| keep_attention | 4 |" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_continues_with_its_file(root: Path, tmp_path: Path) -> None:
+    words = ("--only", "parity/wan21_t2i", "mode/lora", "--out", tmp_path / "look.jsonl")
+    cut = look(root, tmp_path, "--minutes", 0.001, *words)
+    assert cut.returncode == 0
+    assert cut.stdout.count("skipped: about 1 s, and 0 s are left") == 3
+    first = look(root, tmp_path, "--minutes", 20, *words)
+    assert first.stdout.count("\nok ") + first.stdout.startswith("ok ") == 3
+    again = look(root, tmp_path, "--minutes", 20, *words)
+    assert again.stdout.startswith("Measured on cpu") and "| wan21_t2i |" in again.stdout
+    other = look(root, tmp_path, "--blocks", 2, "--out", tmp_path / "look.jsonl", "--only", "nothing")
+    assert (other.returncode, other.stderr) == (2, "ERROR: no row begins with nothing: see docs/benchmarks.md\n")
 
 
 def test_the_image_is_bare(root: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ import torch
 from benchmarks.first_look import modes, speed, supervision
 from benchmarks.first_look.models import TINY, Geometry, Mode
 from benchmarks.first_look.modes import MODES, RECOMPUTED, check, trace
-from benchmarks.first_look.records import OtherMachine, Records, Result, missing_rows
+from benchmarks.first_look.records import Records, Refused, Result, missing_rows
 from benchmarks.first_look.rows import Measured, NotHere, Options, Row, beyond
 from benchmarks.first_look.speed import Passes, fitting_blocks, products_of, share
 from benchmarks.first_look.supervision import supervise
 from benchmarks.first_look.tables import tables
-from benchmarks.first_look.worker import attempt
+from benchmarks.first_look.worker import attempt, serve
 from wan_train.quantization.settings import WeightSettings
 
 CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def test_results_of_two_machines_do_not_share_a_file(tmp_path: Path) -> None:
     records.check_machine(MACHINE)
     records.check_machine(MACHINE)
     assert len(records.path.read_text().splitlines()) == 1
-    with pytest.raises(OtherMachine, match=r"torch was 2, is 3\): give another --out"):
+    with pytest.raises(Refused, match=r"torch was 2, is 3\): give another --out"):
         records.check_machine(MACHINE | {"torch": "3"})
 
 
@@ -118,6 +119,19 @@ def test_a_row_cut_by_the_budget_is_missing_and_not_failed(simulated: type[Simul
     supervise(OPTIONS, records, seconds=30)
     assert records.latest()["hang"]["reason"] == "the time was up during this row"
     assert statuses(records) == {"hang": "skipped"}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (Options("xpu:7"), "--device xpu:7 is not available: try the script itself with --device cpu --small"),
+        (Options("cpu", only=("spead/",)), "no row begins with spead/: see docs/benchmarks.md"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(options: Options, told: str) -> None:
+    sent: list[object] = []
+    serve(options, SimpleNamespace(send=sent.append))  # type: ignore[arg-type]
+    assert sent == [{"refused": told}]
 
 
 def raising(problem: Exception) -> Callable[[object], Measured]:
