@@ -6,6 +6,7 @@ import numpy as np
 
 from generate.jobs import make_jobs
 from generate.models import Models
+from generate.needs import check_needs
 from generate.output import check_length
 from generate.preflight import check_generation, fitted_jobs
 from generate.runs import InMemory, run_jobs
@@ -40,6 +41,7 @@ def generate(prompt: str, **settings: Any) -> np.ndarray:
     loras = check_generation(chosen, device, wants_frames=True)
     jobs = fitted_jobs(jobs, chosen)
     check_length(chosen.output, jobs[0].request.frames)
+    check_needs(jobs, chosen, loras, device, wants_frames=True)
     delivery = InMemory(chosen.output)
     run_jobs(jobs, Models(chosen, loras, device), delivery)
     return delivery.frames[0]

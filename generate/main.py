@@ -9,6 +9,7 @@ from generate.jobs import check_request, make_jobs
 from generate.latents import check_latents, decode_latents
 from generate.merged import check_merged, save_merged_model
 from generate.models import Models
+from generate.needs import check_needs
 from generate.output import check_output
 from generate.parallel import (
     NoOutput,
@@ -61,6 +62,7 @@ def _generate(settings: GenerateSettings, groups: Groups, mirror: Mirror | None)
     check_heads(settings)
     jobs = fitted_jobs(jobs, settings)
     check_shared_jobs(settings, jobs)
+    check_needs(jobs, settings, loras, groups.device, wants_frames=wants_frames)
     delivery: Delivery
     if groups.is_first:
         check_output(settings.output, jobs)

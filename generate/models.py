@@ -220,9 +220,7 @@ class Models:
         settings, loras = model_settings(self.settings, expert), self.loras.get(expert, ())
         path = settings.dit.dit
         log.info("loading %s%s", path, "".join(f" + {lora.multiplier:g} x {lora.path}" for lora in loras))
-        # An accelerator computes float32 files in bfloat16, as the official sampler does.
-        wide = storage_dtype(read_header(path)) is torch.float32
-        dtype = published_dtype(self.device) if wide else None
+        dtype = dit_dtype(path, self.device)
         attached = self.settings.lora.lora_mode == "attach"
         # Shard within each half of guidance: the halves run different passes, and one may skip blocks.
         group = self.groups.tokens.group if self.settings.parallel.dit_fsdp else None
@@ -234,6 +232,12 @@ class Models:
             attach_loras(model, [(lora.read(names), lora.multiplier) for lora in loras], device=self.device)
         finish_dit(model, settings, self.device)
         return model
+
+
+def dit_dtype(path: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of a DiT on a device; None keeps the file's. An accelerator computes float32 files in bfloat16,
+    as the official sampler does."""
+    return published_dtype(device) if storage_dtype(read_header(path)) is torch.float32 else None
 
 
 def model_settings(settings: GenerateSettings, expert: str | None = None) -> ModelSettings:

@@ -165,8 +165,7 @@ class Outline:
     @property
     def weights(self) -> Bytes:
         """Bytes of all parameters and buffers, including adapters."""
-        every = sum(size(tensor) for tensor in (*self.model.parameters(), *self.model.buffers()))
-        return Bytes(every - self.stream.host_bytes + self.stream.device_bytes, self.stream.host_bytes)
+        return weights_of(self.model, self.stream)
 
     def passes(self, loss: Callable[[nn.Module], Tensor], parts: Iterable[Iterable[nn.Parameter]]) -> None:
         """Count the memory of one forward and backward pass. The gradients of a part are freed once all of them are
@@ -203,17 +202,22 @@ def outlined(
 ) -> Outline:
     """Build the model of a checkpoint and its trained parameters on the meta device, as `assemble_dit` and `finish_dit`
     would."""
-    header = extended_header(settings.dit, settings.init)
-    storage = storage_of(settings, header, [path for path, _ in network.base_loras])
-    model = outline_dit(settings.dit.dit, dtype=dtype, header=header, plan=storage)
+    model = outlined_dit(settings, dtype=dtype, loras=[path for path, _ in network.base_loras])
     model.compute_dtype = computing or model.compute_dtype
-    for module in model.modules():
-        if hasattr(module, "attend"):
-            module.attend = attend_like_a_kernel  # type: ignore[assignment]
     adapter = attach_adapter(model, network, settings.stream, seed=0, device=META)
     ledger = Ledger()
     stream = equip(model, replace(settings, compile=CompileSettings()), OutlineLane(ledger))
     return Outline(model, adapter, stream, ledger)
+
+
+def outlined_dit(settings: ModelSettings, *, dtype: torch.dtype | None, loras: Iterable[str] = ()) -> Dit:
+    """Build the model of a checkpoint, with these LoRA files merged, on the meta device."""
+    header = extended_header(settings.dit, settings.init)
+    model = outline_dit(settings.dit.dit, dtype=dtype, header=header, plan=storage_of(settings, header, loras))
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = attend_like_a_kernel  # type: ignore[assignment]
+    return model
 
 
 def storage_of(settings: ModelSettings, header: Header, loras: Iterable[str] = ()) -> StoragePlan:
@@ -224,6 +228,12 @@ def storage_of(settings: ModelSettings, header: Header, loras: Iterable[str] = (
     empty = {name: torch.empty(shape, dtype=header.dtypes[name], device=META) for name, shape in header.shapes.items()}
     scales = read_scales(empty, header, dit_rename(header.shapes), shapes)
     return plan_storage(header, block_matrices(shapes), scales, settings.weights, touched)
+
+
+def weights_of(model: nn.Module, stream: Stream) -> Bytes:
+    """Return the bytes of all parameters and buffers of a model, some of them streamed."""
+    every = sum(size(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    return Bytes(every - stream.host_bytes + stream.device_bytes, stream.host_bytes)
 
 
 def attend_like_a_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.tiny.make import DIT, T5, VAE
+from generate import main as generate_main
+from generate import needs as generate_needs
+from tests.tiny.make import DIT, SIZE, T5, VAE
 from wan_train import assemble
 from wan_train.plan import Bytes
 from wan_train.training import needs as training_needs
@@ -66,3 +69,36 @@ def test_a_lora_run_asks_before_loading(
     if expect:
         assert "0.00 GiB free" in refused and "To reduce it: " in refused
         assert "--fp8_base --fp8_scaled" in refused and "--gradient_checkpointing," not in refused
+
+
+@pytest.mark.parametrize(("free", "expect"), [(LITTLE, 2), (ENOUGH, 0)], ids=["little", "enough"])
+def test_the_generator_asks_before_loading(
+    tiny: Path,
+    tmp_path: Path,
+    run_here: Tool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    free: Bytes,
+    expect: int,
+) -> None:
+    device = Device(monkeypatch, generate_needs, free)
+    asked = partial(on_gpu, generate_needs.check_needs)
+    monkeypatch.setattr(generate_main, "check_needs", asked)
+    command = [
+        *("--task", "t2v-1.3B", "--dit", tiny / DIT, "--vae", tiny / VAE, "--t5", tiny / T5, "--device", "cpu"),
+        *("--video_size", *SIZE, "--video_length", 5, "--infer_steps", 1, "--prompt", "a blue square moves down"),
+        *("--save_path", tmp_path / "video.mp4", "--blocks_to_swap", 1),
+    ]
+    run_here("wan_generate_video.py", *command, expect=expect)
+    told = capsys.readouterr().err
+    assert "generation needs " in told and " GiB for sampling, " in told
+    assert bool(device.reads) == (tmp_path / "video.mp4").exists() == (expect == 0)
+    (refused,) = [line for line in told.splitlines() if "not enough memory" in line] or [""]
+    assert ("not enough memory on cuda:0: needs 0." in refused) == (expect == 2)
+    if expect:
+        assert "To reduce it: " in refused and "--blocks_to_swap," not in refused
+
+
+def on_gpu(check: Callable[..., None], jobs: Any, settings: Any, loras: Any, _: torch.device, **more: Any) -> None:
+    """Check as on a GPU, whatever device computes."""
+    check(jobs, settings, loras, torch.device("cuda:0"), **more)

@@ -52,6 +52,9 @@ class Ledger(TorchDispatchMode):
             self._add(account, size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _leaves_meta(func, args, kwargs or {}):
+            with self.on(HOST):
+                return torch.empty_like(args[0], dtype=kwargs.get("dtype"))
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and (key := _key(leaf)) not in self._accounts:
@@ -68,6 +71,12 @@ class Ledger(TorchDispatchMode):
         self.alive[account] += size
         self.most[account] = max(self.most[account], self.alive[account])
         self.peak = max(self.peak, self.alive[WORK] + self.alive[GRADIENTS])
+
+
+def _leaves_meta(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether a tensor on the meta device, which stands for the device, is copied to the CPU."""
+    to_copy = torch.ops.aten._to_copy.default
+    return func is to_copy and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type == "cpu"
 
 
 class OutlineLane(HostLane):

@@ -18,7 +18,7 @@ from wan_train.precision import compute_dtype, dtype_of
 log = get_logger(__name__)
 
 # After three chunks (1 + 4 + 4 frames) the frame caches of all layers are full, so memory use stays constant.
-_STEADY = 3
+STEADY = 3
 
 
 def open_vae(settings: VaeSettings, device: torch.device) -> WanVAE:
@@ -46,7 +46,7 @@ def decode_frames(vae: WanVAE, latents: Tensor, device: torch.device) -> Iterato
         yield from _frames(chunks)
         return
     try:
-        first = list(itertools.islice(chunks, _STEADY))
+        first = list(itertools.islice(chunks, STEADY))
     except torch.OutOfMemoryError:
         if vae.tiling is not None:
             raise

@@ -23,6 +23,7 @@ from wan_train.models.encoders.text_files import (
 from wan_train.models.encoders.tokenizer import Tokenizer, find_tokenizer, read_tokenizer, tokenizer_of_sentencepiece
 from wan_train.placement.sharding import Sharding
 from wan_train.precision import compute_dtype, take_rows, upcast_on_use
+from wan_train.quantization.schemes import BLOCK
 from wan_train.storage import TensorSource, read_header, read_tensors
 
 
@@ -113,6 +114,17 @@ def check_text_encoder(
     make_empty(header, label)
     if tokenizer is not None:
         find_tokenizer(tokenizer, source, embedded=EMBEDDED_TOKENIZER in header.shapes)
+
+
+def text_encoder_bytes(source: TensorSource, *, dtype: torch.dtype | None, fp8: bool) -> int:
+    """Return the bytes of the weights that `load_text_encoder` places on an accelerator, from the file's header."""
+    header = read_header(source)
+    model, width = make_empty(header, describe(source)), (dtype or storage_dtype(header)).itemsize
+    of_linears = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
+    others = sum(parameter.numel() for parameter in model.parameters()) - of_linears
+    if not fp8:
+        return width * (of_linears + others)
+    return of_linears + 4 * of_linears // BLOCK + width * (others - model.shared.weight.numel())
 
 
 def _read_tokenizer(wanted: str | os.PathLike[str], source: TensorSource, *, embedded: bool, label: str) -> Tokenizer:

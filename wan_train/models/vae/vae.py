@@ -227,6 +227,11 @@ def check_vae(source: TensorSource, flag: str = "--vae", *, latent_channels: int
     _make_empty(read_header(source).shapes, label, latent_channels=latent_channels)
 
 
+def outline_vae(source: TensorSource, dtype: torch.dtype) -> WanVAE:
+    """Return the VAE of a file without data: on the meta device, in `dtype`."""
+    return _make_empty(read_header(source).shapes, "the VAE").to(dtype).eval()
+
+
 def _make_empty(shapes: Shapes, label: str, *, latent_channels: int | None = None) -> WanVAE:
     """Return the VAE on the meta device whose weights match these tensors exactly. Raises InputError if there is none.
 
