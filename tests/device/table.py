@@ -80,7 +80,6 @@ ORDINARY: dict[str, Case] = {
     "generate vace, sliding windows": generating(
         *VACE, *PLAIN, "--sliding_window_size", 2, "--sliding_window_stride", 1, task="vace-1.3B", length=9
     ),
-    "cache clips, in tiles": caching("i2v-14B", *TILES),
     "cache captions, fp8": caching("t2v-1.3B", "--fp8_t5", clips=False),
 }
 # The other options that have to do with a device.
@@ -131,6 +130,7 @@ MATRIX: dict[str, Case] = {
     "generate fun-control-A14B": generating(*CONTROL, task="fun-control-A14B"),
     "generate fun-inp-A14B": generating(*IMAGE, task="fun-inp-A14B"),
     "generate vace-fun-A14B": generating("--vace_video", VACE[1], task="vace-fun-A14B"),
+    "cache clips, in tiles": caching("i2v-14B", *TILES),
     "cache ti2v": caching("ti2v-5B"),
 }
 CASES = ORDINARY | MATRIX
