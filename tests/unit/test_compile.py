@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from networks.adapter import create
 from networks.settings import NetworkSettings
+from tests.parity.dit_cases import load, lora_file, run
 from tests.parity.golden import TOLERANCE, load_case, relative_error
-from tests.parity.test_dit import load, lora_file, run
 from wan_train.compile import Trial, apply_compile, apply_device_flags, check_compile
 from wan_train.errors import InputError
 from wan_train.models.dit.dit import Dit, DitConfig

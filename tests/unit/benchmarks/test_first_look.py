@@ -17,6 +17,7 @@ from benchmarks.first_look.speed import Passes, fitting_blocks, products_of, sha
 from benchmarks.first_look.supervision import supervise
 from benchmarks.first_look.tables import tables
 from benchmarks.first_look.worker import attempt, serve
+from wan_train.errors import InputError
 from wan_train.quantization.settings import WeightSettings
 
 CPU = torch.device("cpu")
@@ -174,6 +175,17 @@ def test_a_mode_that_computes_something_else_is_wrong(part: str, monkeypatch: py
     monkeypatch.setattr(modes, "trace", faulty)
     wrong = check("gradient_checkpointing", MODES["gradient_checkpointing"], CPU, {}).wrong
     assert wrong.startswith({"exact": "the first loss is not that of a plain LoRA"}.get(part, f"{part} 0.03 is above"))
+
+
+def test_modes_that_the_machine_lacks_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise InputError("no fp8 products")
+
+    with pytest.raises(NotHere, match="needs a GPU and the package bitsandbytes"):
+        check("bitsandbytes AdamW8bit", MODES["bitsandbytes AdamW8bit"], CPU, {})
+    monkeypatch.setattr(modes, "check_fp8_product", refuse)
+    with pytest.raises(NotHere, match="no fp8 products"):
+        check("fp8 products", MODES["fp8 products"], CPU, {})
 
 
 def test_a_step_at_the_ceilings_has_a_share_of_one() -> None:
