@@ -61,7 +61,7 @@ def step_bytes(model: Dit, stream: Stream, request: SampleRequest, expert: str |
     guidance = request.guided(expert)
     plans = plan_steps(request.steps, guidance, request.control_schedule)
     plan = max(plans, key=lambda one: (len(pass_names(one, guidance)), one.controlled))
-    cache = _cache(request, plan.guided, guidance)
+    cache = _cache(request, guidance, guided=plan.guided)
     ledger = Ledger()
     ledger.leave_out(iter((*model.parameters(), *model.buffers(), *stream.slots)))
     with ledger:
@@ -84,7 +84,7 @@ def step_bytes(model: Dit, stream: Stream, request: SampleRequest, expert: str |
     return ledger.peak
 
 
-def _cache(request: SampleRequest, guided: bool, guidance: Guidance) -> StepCache:
+def _cache(request: SampleRequest, guidance: Guidance, *, guided: bool) -> StepCache:
     """Return a step cache that keeps what its first two steps compute."""
     if request.step_cache == OFF:
         return NoCache()

@@ -38,15 +38,16 @@ log = get_logger(__name__)
 def check_needs(settings: TrainSettings, experts: ExpertPlan, dataset: CachedDataset) -> None:
     """Log the memory that a run needs, and raise InputError if it does not fit.
 
-    A LoRA on a CPU is not refused: its model may be larger than what is free now, because files are memory-mapped.
+    For a LoRA only GPUs are checked.
     """
     device, whole = launched_device(), trains_weights(settings.network)
+    if not whole and device.type != "cuda":
+        return
     batch = largest_batch(dataset)
     each = [needs_of(settings_of(settings, expert), batch) for expert in experts.trained or (None,)]
     needs = each[0] if len(each) == 1 else needs_of_pair(each[0], each[1], settings)
     log.info("%s %s", "full fine-tuning" if whole else "training", needs.describe())
-    if whole or device.type == "cuda":
-        check_fits(needs, free_memory(device), ways_out(settings, needs), device_name=str(device))
+    check_fits(needs, free_memory(device), ways_out(settings, needs), device_name=str(device))
 
 
 def needs_of(settings: TrainSettings, batch: Batch) -> Needs:

@@ -38,10 +38,8 @@ def test_what_each_option_costs_and_saves(given: Given) -> None:
 
     tokens = 4 * 120 * 256  # float32
     assert sampling("--guidance_scale", 1) <= plain < sampling("--cfg_merge")
-    # The residuals of both passes, and those of the first step beside the second's: two of each for auto's lines.
-    cached = sampling(
-        "--step_cache", "teacache", "--tea_cache_l1_thresh", 0.1, "--tea_cache_model_id", "Wan2.1-T2V-14B"
-    )
+    # The residuals of both passes, and during the second step those of the first.
+    cached = sampling("--step_cache", "teacache")
     assert 2 * tokens <= cached - plain <= 4 * tokens
     matrices = 2 * (8 * 256 * 256 + 2 * 256 * 512)
     assert plain - sampling("--fp8") == pytest.approx(matrices, rel=0.3)
