@@ -12,7 +12,7 @@ from wan_train.assemble import ModelSettings, equip
 from wan_train.conditions.conditions import Conditions
 from wan_train.conditions.kinds import CAMERA, CLIP_FEATURES, IMAGE_LATENTS, VACE_CONTEXT
 from wan_train.models.dit.control import CAMERA_SHRINK
-from wan_train.models.dit.dit import Dit
+from wan_train.models.dit.dit import NUM_CLIP_TOKENS, Dit
 from wan_train.models.settings import VaeSettings
 from wan_train.models.vae.tiling import Tiling
 from wan_train.models.vae.vae import outline_vae
@@ -32,8 +32,6 @@ from wan_train.sampling.step_cache.schedule import CONSTANT, LINEAR, Schedule
 from wan_train.sampling.step_cache.settings import AUTO, OFF
 from wan_train.sampling.text_kv_cache import caching_text_kv
 from wan_train.sampling.windows import sliding_windows
-
-_NUM_CLIP_TOKENS = 257  # of an image
 
 
 def dit_needs(
@@ -113,7 +111,8 @@ def _conditions(model: Dit, request: SampleRequest) -> Conditions:
     if config.in_dim > channels:
         extras[IMAGE_LATENTS] = _empty(1, config.in_dim - channels, num_frames, height, width)
     if config.image_dim:
-        extras[CLIP_FEATURES] = _empty(1, _NUM_CLIP_TOKENS * max(1, len(request.clip_paths)), config.image_dim)
+        num_tokens = config.image_positions or NUM_CLIP_TOKENS * max(1, len(request.clip_paths))
+        extras[CLIP_FEATURES] = _empty(1, num_tokens, config.image_dim)
     if config.camera_dim:
         shape = num_frames, CAMERA_SHRINK * height, CAMERA_SHRINK * width
         extras[CAMERA] = _empty(1, config.camera_dim, *shape)
@@ -133,7 +132,7 @@ def _empty(*shape: int) -> Tensor:
 def decoding_bytes(settings: VaeSettings, shape: tuple[int, int, int, int], *, tiled: bool) -> int:
     """Return the memory of the VAE and of decoding latents of this shape (C, F, H, W) as `decode_frames` does.
 
-    Frames that are brought back from CPU RAM with `--vae_cache_cpu` are counted with the layer that reads them.
+    Frames that `--vae_cache_cpu` brings back from CPU RAM for one layer are not counted.
     """
     vae = outline_vae(settings.vae, dtype_of(settings.vae_dtype))
     vae.cache_on_cpu = settings.vae_cache_cpu
