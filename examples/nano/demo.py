@@ -25,6 +25,7 @@ from examples.nano.world import FRAMES, SIZE, Scene, all_scenes, choose_scenes, 
 ROOT = Path(__file__).resolve().parents[2]
 NEW = "cyan"
 MODEL = Path(__file__).resolve().parent
+THREADS = os.environ.get("OMP_NUM_THREADS") or "2"  # of the trainer; two processes' threads on shared cores spin
 # The model was trained for guidance against empty text, not against the published negative prompt.
 SAMPLING = f"--video_size {SIZE} {SIZE} --video_length {FRAMES} --flow_shift 3 --guidance_scale 2 --negative_prompt ''"
 
@@ -129,7 +130,7 @@ def commands(folder: str, model: str, plan: Plan) -> list[tuple[str, list[str]]]
         " --batch_size 16",
         "Generate without the LoRA": f"{make} --save_path {folder}/before/{{index}}.mp4",
         "Train": "accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no --mixed_precision no"
-        f" --num_cpu_threads_per_process 2 wan_train_network.py --task t2v-1.3B --dit {dit}"
+        f" --num_cpu_threads_per_process {THREADS} wan_train_network.py --task t2v-1.3B --dit {dit}"
         f" --dataset_config {folder}/data.toml --sdpa --mixed_precision no --optimizer_type adamw --learning_rate 4e-3"
         " --network_module networks.lora_wan --network_dim 16 --network_alpha 16 --timestep_sampling shift"
         f" --discrete_flow_shift 3.0 --max_train_epochs {plan.epochs} --lr_scheduler cosine --seed 42"
