@@ -25,7 +25,7 @@ def find_caption_files(media: Collection[Path], extension: str, variants: str) -
 
 
 def read_captions(paths: Iterable[Path], variants: str) -> tuple[str, ...]:
-    """Return the captions in UTF-8 files; empty if there is no file."""
+    """Return the captions in UTF-8 files, and an empty list without any."""
     return split_variants([_read(path) for path in paths], variants)
 
 

@@ -109,16 +109,16 @@ def test_weights_adapter_and_states_are_told_to_the_byte(tiny: Path, base: str) 
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_activations_are_told(tiny: Path, base: str) -> None:
+def test_activations_are_told(tiny: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only a CPU reads fp8 numbers from a table, by indices of four bytes: more than all that a device holds here.
+    monkeypatch.setattr("wan_train.precision._looked_up", lambda weight: weight)
     settings = settings_of(tiny, *BASES[base], "--gradient_checkpointing")
     outline, real = outlined_for(settings), Real(settings)
     outline.passes(lambda model: loss_of(model, settings, batch(), META), ())
     # On a CPU torch's mse_loss keeps the memory of all errors behind their mean.
     errors = size(batch().latents) - 4
     told = outline.ledger.most[WORK] + outline.ledger.most[GRADIENTS] + errors
-    # With fp8 weights and streaming the real peak is 6% higher since norms reuse memory; not explained yet.
-    rel = 0.07 if base in ("fp8", "fp8-scaled", "streamed") else 0.005
-    assert told == pytest.approx(real.ledger.most[WORK], rel=rel)
+    assert told == pytest.approx(real.ledger.most[WORK], rel=0.005)
 
 
 def test_the_scales_of_a_file_count_and_a_merged_lora_adds_its_own(tiny: Path) -> None:
